@@ -1,0 +1,58 @@
+# make demo | test | lint | bench : each sets itself up in .venv and works alone on a fresh machine.
+#
+#   PYTHON=python3.12      interpreter to build .venv with (3.10 or later; default: python3.11, else python3)
+#   TORCH='torch==2.13.0'  what pip installs as torch; default: the CPU version that is tested here, or the newest
+#                          default wheel where a CUDA device is visible. pip options may follow the requirement.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo torch || echo torch==2.13.0)
+BIN := .venv/bin
+READY := .venv/.ready
+SHELL := /bin/bash
+
+.PHONY: demo test lint bench setup clean
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+# Reinstalls when the dependencies change; otherwise nothing here needs the network.
+$(READY): pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory .system
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# What pip cannot bring: venv's ensurepip, and a C++ compiler with Python's headers for torch.compile on CPU.
+.PHONY: .system
+.system:
+	@missing=; \
+	test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.10 or later, or name one: make PYTHON=..."; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10"; exit 1; }; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	command -v g++ >/dev/null || command -v c++ >/dev/null || missing="$$missing g++"; \
+	test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || missing="$$missing python3-dev"; \
+	test -z "$$missing" && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	else echo "missing system packages:$$missing (Debian: sudo apt-get install$$missing)"; exit 1; fi
+
+demo: $(READY)
+	$(BIN)/flexclear demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# The type checker reads the package as a user gets it: built and installed, not the source folders.
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target build/site .
+	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p flexclear
+
+bench: $(READY)
+	$(BIN)/python bench/attention.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

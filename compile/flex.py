@@ -1,0 +1,132 @@
+"""Compiled FlexAttention that never silently becomes the unfused one.
+
+``flex_attention`` outside a compiled region materialises all N x N scores: at 4096 px that is a hundred times slower
+and needs terabytes. Dynamo gets there without a word when compilation is disabled, when an error is suppressed or when
+its recompile limit is hit. Here each of these is an error that says what to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import types
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+
+class UnfusedAttentionError(RuntimeError):
+    """FlexAttention would have run unfused, which materialises the whole score matrix."""
+
+
+_ADVICE = (
+    "Unfused, it would materialise the whole {n} x {n} score matrix. Enable torch.compile (unset TORCHDYNAMO_DISABLE, "
+    "TORCH_COMPILE_DISABLE and torch._dynamo.config.suppress_errors, leave torch.compiler.set_stance at 'default'), or "
+    "choose backend='sdpa' in flexclear.transform for small images."
+)
+
+
+def _not_compiled(query: Tensor) -> UnfusedAttentionError:
+    return UnfusedAttentionError(
+        "flexclear: FlexAttention was about to run without torch.compile. " + _ADVICE.format(n=query.shape[2])
+    )
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+    # Traced, this condition is False and leaves no code behind. If the line ever runs, Python runs it: not compiled.
+    if not torch.compiler.is_compiling():
+        raise _not_compiled(query)
+    return flex_attention(query, key, value, block_mask=mask, scale=scale)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(facts: Hashable) -> Callable[..., Tensor]:
+    """A compiled copy of ``_attend`` for calls that share ``facts``.
+
+    Dynamo counts recompiles per code object, and each of these facts costs one; with a code object per set of facts
+    no number of models, types and devices in a process adds up to the limit.
+    """
+    copy = types.FunctionType(_attend.__code__.replace(), _attend.__globals__, f"attend_{abs(hash(facts)):x}")
+    return torch.compile(copy, fullgraph=True, dynamic=True)
+
+
+def compiled_flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None
+) -> Tensor:
+    """FlexAttention, always fused: traced into the caller's graph while compiling, compiled here otherwise.
+
+    One graph serves every sequence length, radius and batch size above 1 of the same types, heads and block size.
+
+    Args:
+        query, key, value: ``[B, heads, N, head_dim]``, one dtype and device.
+        mask: block mask over ``N x N`` on the same device.
+        scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
+
+    Returns:
+        ``[B, heads, N, head_dim]``.
+
+    Raises:
+        UnfusedAttentionError: it cannot be compiled here or now; the message says why and what to do.
+    """
+    if torch.compiler.is_compiling():
+        return flex_attention(query, key, value, block_mask=mask, scale=scale)
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.
+        raise _not_compiled(query)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    facts = (
+        query.device,
+        query.dtype,
+        query.shape[0] == 1,
+        query.shape[1],
+        query.shape[3],
+        mask.BLOCK_SIZE,
+        mask.kv_indices.shape[-2] == 1,
+        mask.kv_indices.shape[-1] == 1,
+        scale,
+        needs_grad,
+        torch.is_inference_mode_enabled(),
+    )
+    try:
+        return _compiled(facts)(query, key, value, mask, scale)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise UnfusedAttentionError(
+            f"flexclear: Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for attention "
+            f"over {tuple(query.shape)} {query.dtype}. Raise torch._dynamo.config.recompile_limit, or call "
+            "torch.compiler.reset(). " + _ADVICE.format(n=query.shape[2])
+        ) from error
+
+
+def why_not_compiled(device: torch.device, needs_grad: bool = False) -> str | None:
+    """Why compiled FlexAttention cannot run on ``device``, or None if it can.
+
+    Args:
+        device: where query, key and value are.
+        needs_grad: whether a backward pass must follow.
+    """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (7, 0) else f"its kernels need compute capability 7.0, this GPU has {capability}"
+    if device.type != "cpu":
+        return f"device type {device.type!r} is not one that flexclear runs compiled FlexAttention on (cuda, cpu)"
+    if needs_grad:
+        return "on CPU it has no backward pass"
+    return _why_not_compiled_on_cpu()
+
+
+@functools.cache
+def _why_not_compiled_on_cpu() -> str | None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.system() != "Linux" or not capability.startswith("AVX"):
+        return f"on CPU its kernels need Linux and AVX2, this is {platform.system()} with {capability}"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler was found (Debian: apt-get install g++ python3-dev)"
+    return None

@@ -1,0 +1,36 @@
+"""Pretrained diffusion transformers made linear in image size.
+
+>>> import flexclear
+>>> flexclear.transform(pipe, r=16)       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexclear import compile, masks
+    from flexclear.convert import restore, transform
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "compile", "masks", "restore", "transform"]
+
+_HOME = {"transform": "flexclear.convert", "restore": "flexclear.convert"}
+_PACKAGES = ("compile", "masks")
+
+
+def __getattr__(name: str) -> Any:
+    # Names load on first use: importing flexclear costs next to nothing and touches neither diffusers nor CUDA.
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _PACKAGES:
+        return importlib.import_module(f"flexclear.{name}")
+    raise AttributeError(f"module 'flexclear' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

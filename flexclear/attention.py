@@ -1,0 +1,57 @@
+"""One attention function for every family: layout-aware through its mask, ignorant of models."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexclear.compile import compiled_flex_attention, why_not_compiled
+
+BACKENDS = ("auto", "flex", "sdpa")
+"""``"flex"``: compiled FlexAttention over a BlockMask. ``"sdpa"``: masked SDPA over a dense boolean mask. ``"auto"``:
+flex where it can run, sdpa where it must."""
+
+FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def windowed_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | Tensor, scale: float | None = None
+) -> Tensor:
+    """Softmax attention over the pairs that ``mask`` allows (paper Eq. 3).
+
+    Args:
+        query, key, value: ``[B, heads, N, head_dim]`` in the mask's sequence order.
+        mask: a BlockMask (compiled FlexAttention) or a bool ``[N, N]`` (masked SDPA).
+        scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
+
+    Returns:
+        ``[B, heads, N, head_dim]``.
+
+    Raises:
+        UnfusedAttentionError: FlexAttention would not be fused.
+    """
+    # Under autocast the norms hand query and key over in float32; SDPA would cast, FlexAttention refuses.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if isinstance(mask, BlockMask):
+        return compiled_flex_attention(query, key, value, mask, scale)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, needs_grad: bool) -> str:
+    """``"flex"`` or ``"sdpa"`` for a call on ``device`` with tensors of ``dtype``.
+
+    Raises:
+        ValueError: ``wanted`` is ``"flex"`` and it cannot run; the message says why.
+    """
+    if wanted == "sdpa":
+        return "sdpa"
+    obstacle = why_not_compiled(device, needs_grad)
+    if obstacle is None and dtype not in FLEX_DTYPES:
+        obstacle = f"it computes in float32, bfloat16 or float16, the model computes in {dtype}"
+    if obstacle is None:
+        return "flex"
+    if wanted == "flex":
+        raise ValueError(f"backend='flex' cannot run compiled FlexAttention: {obstacle}. backend='auto' would use sdpa")
+    return "sdpa"

@@ -1,0 +1,26 @@
+"""Model families that ``transform`` knows; one file each."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from flexclear.families.base import Call, Family
+from flexclear.families.flux import FluxFamily
+
+FAMILIES: tuple[Family, ...] = (FluxFamily(),)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of ``model``.
+
+    Raises:
+        TypeError: no family knows it; the message lists those that exist.
+    """
+    for family in FAMILIES:
+        if family.matches(model):
+            return family
+    supported = ", ".join(family.model_class for family in FAMILIES)
+    raise TypeError(f"{type(model).__name__} is not a model that flexclear can transform. Supported: {supported}")
+
+
+__all__ = ["FAMILIES", "Call", "Family", "family_of"]

@@ -1,0 +1,111 @@
+"""What one resolution needs in every step: the mask, the token order, the exact position ids. Built once, cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexclear.masks import Layout, Window, block_mask, dense_mask
+from flexclear.masks.cache import ByteBoundedCache
+
+MAX_DENSE_BYTES = 1 << 32
+"""Largest dense boolean mask that masked SDPA may ask for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything a model's entry, attention layers and exit need for one layout on one device.
+
+    Attributes:
+        layout: the sequence.
+        mask: BlockMask, or bool ``[N, N]`` for masked SDPA.
+        order: raster index at each place of the image order, int64 ``[image_len]``; None where that is raster itself.
+        inverse: its inverse, or None.
+        rows, columns: coordinates in image order, float32 ``[image_len]``.
+    """
+
+    layout: Layout
+    mask: BlockMask | Tensor
+    order: Tensor | None
+    inverse: Tensor | None
+    rows: Tensor
+    columns: Tensor
+
+    def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
+        """Raster tokens into the layout's order along ``dim``."""
+        return tokens if self.order is None else tokens.index_select(dim, self.order)
+
+    def to_raster(self, tokens: Tensor, dim: int = 1) -> Tensor:
+        """Tokens in the layout's order back into raster order along ``dim``."""
+        return tokens if self.inverse is None else tokens.index_select(dim, self.inverse)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the plan holds."""
+        found = [self.rows, self.columns]
+        found += [t for t in (self.order, self.inverse) if t is not None]
+        if isinstance(self.mask, Tensor):
+            return [*found, self.mask]
+        found += [t for t in self.mask.as_tuple(flatten=True) if isinstance(t, Tensor)]
+        found += [c.cell_contents for c in self.mask.mask_mod.__closure__ or ()]
+        return found
+
+
+def build_plan(
+    layout: Layout,
+    window: Window,
+    backend: str,
+    block_size: tuple[int, int],
+    device: torch.device,
+    backward: bool,
+) -> Plan:
+    """Build a plan; see ``Plan``. ``backend`` is ``"flex"`` or ``"sdpa"``.
+
+    Raises:
+        ValueError: the dense mask of masked SDPA would be larger than ``MAX_DENSE_BYTES``.
+    """
+    mask: BlockMask | Tensor
+    if backend == "flex":
+        mask = block_mask(layout, window, block_size=block_size, device=device, backward=backward)
+    elif layout.seq_len**2 > MAX_DENSE_BYTES:
+        raise ValueError(
+            f"masked SDPA over {layout.seq_len} tokens ({layout.height} x {layout.width} image tokens and "
+            f"{layout.text_len} of text) needs a dense mask of {layout.seq_len**2 / 2**30:.1f} GiB, more than "
+            f"{MAX_DENSE_BYTES / 2**30:.0f} GiB. Compiled FlexAttention needs none: backend='flex', on CUDA, or on CPU "
+            "under torch.no_grad() with a C++ compiler"
+        )
+    else:
+        mask = dense_mask(layout, window, device=device)
+    raster = layout.order == "raster"
+    y, x = layout.coordinates()
+    return Plan(
+        layout=layout,
+        mask=mask,
+        order=None if raster else layout.permutation().to(device),
+        inverse=None if raster else layout.inverse_permutation().to(device),
+        rows=y.to(device, torch.float32),
+        columns=x.to(device, torch.float32),
+    )
+
+
+def _size_of(plan: Plan) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in plan.tensors())
+
+
+plans: ByteBoundedCache[Plan] = ByteBoundedCache(max_bytes=1 << 30, size_of=_size_of)
+"""Plans of this process by what determines them (never by model): ``flexclear.plan.plans.stats()`` and ``.clear()``."""
+
+
+def get_plan(
+    layout: Layout,
+    window: Window,
+    backend: str,
+    block_size: tuple[int, int],
+    device: torch.device,
+    backward: bool = False,
+) -> Plan:
+    """The cached plan of these facts, built if it is not there; see ``build_plan``."""
+    key = (layout, window, backend, block_size, device, backward)
+    return plans.get(key, lambda: build_plan(*key))

@@ -1,0 +1,26 @@
+"""Masks: layouts, windows, dense reference, analytic BlockMask, cost. Knows torch only.
+
+>>> from flexclear.masks import Layout, Disc, block_mask, cost
+>>> layout = Layout(height=85, width=48)                  # 1360 x 768 px
+>>> mask = block_mask(layout, Disc(16))                   # for torch.nn.attention.flex_attention
+"""
+
+from flexclear.masks.blocks import BlockPairs, block_mask, block_pairs
+from flexclear.masks.cost import Cost, cost
+from flexclear.masks.dense import dense_mask
+from flexclear.masks.layout import Layout
+from flexclear.masks.windows import Disc, MaskMod, Window, disc
+
+__all__ = [
+    "BlockPairs",
+    "Cost",
+    "Disc",
+    "Layout",
+    "MaskMod",
+    "Window",
+    "block_mask",
+    "block_pairs",
+    "cost",
+    "dense_mask",
+    "disc",
+]

@@ -1,0 +1,101 @@
+"""What a window costs: exact counts of allowed pairs, arithmetic, and the work that block sparsity really executes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flexclear.masks.blocks import DEFAULT_BLOCK_SIZE, block_pairs
+from flexclear.masks.layout import Layout
+from flexclear.masks.windows import MaskMod, Window, as_window
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one attention layer, one sample.
+
+    Attributes:
+        pairs: allowed (query, key) pairs, exact.
+        dense_pairs: pairs of dense attention, ``seq_len ** 2``.
+        executed_pairs: pairs inside the computed blocks, padding at the end included.
+        full, partial, skipped: number of blocks of each kind.
+        channels: heads times head dimension.
+    """
+
+    pairs: int
+    dense_pairs: int
+    executed_pairs: int
+    full: int
+    partial: int
+    skipped: int
+    channels: int
+
+    @property
+    def flops(self) -> int:
+        """``4 * channels * pairs``: two products of two operations each (the paper's count, its Table 2)."""
+        return 4 * self.channels * self.pairs
+
+    @property
+    def dense_flops(self) -> int:
+        """The same for dense attention."""
+        return 4 * self.channels * self.dense_pairs
+
+    @property
+    def density(self) -> float:
+        """Allowed share of all pairs."""
+        return self.pairs / self.dense_pairs
+
+    @property
+    def amplification(self) -> float:
+        """Executed over useful work; 1 would be perfect."""
+        return self.executed_pairs / self.pairs
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Dense over executed pairs: the gain of the attention alone if both kernels ran equally fast."""
+        return self.dense_pairs / self.executed_pairs
+
+
+def _image_pairs(layout: Layout, window: Window) -> int:
+    """Allowed image pairs, summed over offsets: an offset (dy, dx) has (h - |dy|) * (w - |dx|) pairs."""
+    reach_y, reach_x = min(window.reach(), layout.height - 1), min(window.reach(), layout.width - 1)
+    dy = torch.arange(-reach_y, reach_y + 1)[:, None]
+    dx = torch.arange(-reach_x, reach_x + 1)[None, :]
+    return int((window.allows(dy, dx) * ((layout.height - dy.abs()) * (layout.width - dx.abs()))).sum())
+
+
+def cost(
+    layout: Layout,
+    window: Window | MaskMod,
+    *,
+    channels: int = 3072,
+    block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+) -> Cost:
+    """Exact cost of attention under ``window`` over ``layout``.
+
+    >>> f"{cost(Layout(64, 64), Disc(16)).flops / 1e9:.1f} GFLOPs"     # the paper's Table 7 (its Table 2 has a misprint)
+    '86.6 GFLOPs'
+
+    Args:
+        layout: the sequence.
+        window: a window such as ``Disc(16)``, or the ``mask_mod`` of ``disc(layout, r)``.
+        channels: heads times head dimension (3072 for FLUX.1).
+        block_size: tokens per block, or a ``(query, key-value)`` pair.
+
+    Raises:
+        TypeError: ``window`` is no window of this package.
+        ValueError: ``block_size`` makes no sense.
+    """
+    window = as_window(window)
+    blocks = block_pairs(layout, window, block_size)
+    text, image = layout.text_len, layout.image_len
+    return Cost(
+        pairs=text * (text + image) + image * text + _image_pairs(layout, window),
+        dense_pairs=layout.seq_len**2,
+        executed_pairs=len(blocks.q) * blocks.block_size[0] * blocks.block_size[1],
+        full=blocks.full_count,
+        partial=blocks.partial_count,
+        skipped=blocks.skipped_count,
+        channels=channels,
+    )

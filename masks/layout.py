@@ -1,0 +1,152 @@
+"""Where every token of a joint text-image sequence sits: sizes, order, coordinates.
+
+A diffusion transformer attends over ``text_len`` text tokens and ``height * width`` image tokens. ``Layout`` is the
+hashable description of that sequence; everything else in this package is a pure function of it.
+
+Three numberings appear in this package, and names keep them apart:
+
+- *raster*: image tokens row by row, ``y * width + x``. What pipelines hand over and expect back.
+- *image order*: image tokens in the order that the layout chose (``order=``).
+- *sequence position*: image order with the text in front (``text_first=True``) or behind. What attention sees.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flexclear.masks.checks import check_int
+
+MAX_SIDE = 16384
+"""Largest height or width in tokens. Keeps a squared distance inside 32 bits."""
+
+BAND = 8
+"""Height in tokens that the tiled order aims at: 64 consecutive tokens then cover about 8 x 8."""
+
+
+def band_edges(height: int, band: int = BAND) -> list[int]:
+    """First row of every band, then ``height``: rows split into equal bands (+- 1 row) of about ``band`` rows.
+
+    >>> band_edges(16)
+    [0, 8, 16]
+    >>> band_edges(13)
+    [0, 6, 13]
+    """
+    count = max(1, (2 * height + band) // (2 * band))
+    return [i * height // count for i in range(count + 1)]
+
+
+def _raster(height: int, width: int) -> Tensor:
+    return torch.arange(height * width)
+
+
+def _tiled(height: int, width: int) -> Tensor:
+    """Raster index of each token when bands are walked column by column, every other band from right to left.
+
+    Where 8 divides the height and the width, each run of 64 tokens is an 8 x 8 tile and each aligned run of 128 an
+    8 x 16 tile (or 16 x 8 at a turn). Elsewhere a run is a parallelogram of the same area: no run is ever a long
+    strip, and because the walk turns round at the border, none reaches across the picture. That is why this order
+    needs no padding for ragged sizes.
+    """
+    grid = torch.arange(height * width).view(height, width)
+    edges = band_edges(height)
+    walk = []
+    for index, (top, bottom) in enumerate(itertools.pairwise(edges)):
+        columns = grid[top:bottom].T
+        walk.append((columns.flip(0) if index % 2 else columns).reshape(-1))
+    return torch.cat(walk)
+
+
+ORDERS: dict[str, Callable[[int, int], Tensor]] = {"raster": _raster, "tiled": _tiled}
+"""Image orders by name: ``(height, width) -> int64 [height * width]``, the raster index at each place of the order."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A joint sequence of text and image tokens.
+
+    >>> layout = Layout(height=64, width=64)         # 1024 x 1024 px of FLUX.1: one token covers 16 x 16 px
+    >>> layout.image_len, layout.seq_len
+    (4096, 4608)
+
+    Args:
+        height: rows of image tokens, 1 to 16384.
+        width: columns of image tokens, 1 to 16384.
+        text_len: text tokens, 0 or more.
+        text_first: whether the text precedes the image (FLUX.1) or follows it (SD3).
+        order: ``"tiled"`` (compact runs, see the essay in ``_tiled``) or ``"raster"`` (row by row).
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is out of range or the order is unknown.
+    """
+
+    height: int
+    width: int
+    text_len: int = 512
+    text_first: bool = True
+    order: str = "tiled"
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            check_int(f"Layout {name}", getattr(self, name), 1, MAX_SIDE, "in tokens")
+        check_int("Layout text_len", self.text_len, 0, None, "in tokens")
+        if not isinstance(self.text_first, bool):
+            raise TypeError(f"Layout text_first must be True or False, got {self.text_first!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"Layout order must be one of {sorted(ORDERS)}, got {self.order!r}")
+
+    @property
+    def image_len(self) -> int:
+        """Number of image tokens."""
+        return self.height * self.width
+
+    @property
+    def seq_len(self) -> int:
+        """Number of tokens, text and image."""
+        return self.text_len + self.image_len
+
+    @property
+    def image_start(self) -> int:
+        """Sequence position of the first image token."""
+        return self.text_len if self.text_first else 0
+
+    def with_order(self, order: str) -> Layout:
+        """The same tokens in another order."""
+        return replace(self, order=order)
+
+    def permutation(self) -> Tensor:
+        """Raster index of the image token at each place of the image order: int64 ``[image_len]``.
+
+        ``tokens[:, layout.permutation()]`` brings raster tokens ``[B, image_len, C]`` into image order.
+        """
+        return ORDERS[self.order](self.height, self.width)
+
+    def inverse_permutation(self) -> Tensor:
+        """Place in the image order of each raster token: int64 ``[image_len]``; undoes ``permutation``."""
+        forward = self.permutation()
+        inverse = torch.empty_like(forward)
+        inverse[forward] = torch.arange(len(forward))
+        return inverse
+
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """Row and column of the token at each place of the image order: two int64 ``[image_len]``."""
+        raster = self.permutation()
+        return raster // self.width, raster % self.width
+
+    def packed_coordinates(self) -> Tensor:
+        """Row and column at each sequence position in one int32, ``y << 16 | x``; -1 marks text. ``[seq_len]``."""
+        return _packed_coordinates(self)
+
+
+@functools.lru_cache(maxsize=16)
+def _packed_coordinates(layout: Layout) -> Tensor:
+    y, x = layout.coordinates()
+    packed = torch.full((layout.seq_len,), -1, dtype=torch.int32)
+    packed[layout.image_start : layout.image_start + layout.image_len] = ((y << 16) | x).to(torch.int32)
+    return packed

@@ -1,0 +1,126 @@
+"""Compiled FlexAttention equals masked SDPA, stays compiled, and says so when it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+from flexclear.attention import choose_backend, windowed_attention
+from flexclear.compile import UnfusedAttentionError, compiled_flex_attention, why_not_compiled
+from flexclear.masks import Disc, Layout, block_mask, dense_mask
+
+from strategies import layouts, radii
+
+HEADS, HEAD_DIM = 2, 16
+CPU = torch.device("cpu")
+
+needs_compiler = pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
+
+
+def attention_inputs(layout, dtype=torch.float32, batch=1):
+    generator = torch.Generator().manual_seed(layout.seq_len)
+    shape = (3, batch, HEADS, layout.seq_len, HEAD_DIM)
+    return torch.randn(shape, generator=generator).to(dtype).unbind()
+
+
+def both(layout, r, dtype=torch.float32, batch=1):
+    query, key, value = attention_inputs(layout, dtype, batch)
+    with torch.no_grad():
+        ours = compiled_flex_attention(query, key, value, block_mask(layout, Disc(r)))
+    mask = dense_mask(layout, Disc(r))
+    return ours.float(), F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
+
+
+@needs_compiler
+@settings(max_examples=40)
+@given(layouts(), radii)
+@example(Layout(17, 23, 77), 5)
+def test_compiled_attention_equals_masked_sdpa_in_float32(layout, r):
+    # Sequences of one block are graphs of their own (Dynamo specialises sizes of 1); the next test has one.
+    assume(layout.seq_len > 128)
+    ours, reference = both(layout, r)
+    assert (ours - reference).abs().max() <= 1e-5
+
+
+@needs_compiler
+def test_compiled_attention_equals_masked_sdpa_on_a_sequence_of_one_block():
+    ours, reference = both(Layout(5, 7, text_len=3), 3)
+    assert (ours - reference).abs().max() <= 1e-5
+
+
+@needs_compiler
+@settings(max_examples=10)
+@given(layouts(side=st.integers(10, 30)), radii)
+def test_compiled_attention_is_as_near_to_float32_as_bfloat16_allows(layout, r):
+    assume(layout.seq_len > 128)
+    ours, reference = both(layout, r, torch.bfloat16)
+    query, key, value = attention_inputs(layout, torch.bfloat16)
+    dense = F.scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(layout, Disc(r))).float()
+    error, rounding = ((x - reference).norm() / reference.norm() for x in (ours, dense))
+    assert error <= 2 * rounding + 1e-3, (error, rounding)
+
+
+@needs_compiler
+def test_ten_resolutions_and_many_radii_share_one_graph():
+    both(Layout(16, 16, text_len=32), 4)
+    before = counters["stats"]["unique_graphs"]
+    for step in range(10):
+        ours, reference = both(Layout(12 + 3 * step, 29 - step, text_len=32 + step), 2 + step)
+        assert (ours - reference).abs().max() <= 1e-5
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@needs_compiler
+@pytest.mark.parametrize("switch", ["disable", "force_eager"])
+def test_attention_that_would_run_unfused_raises(switch):
+    layout = Layout(16, 16, text_len=32)
+    query, key, value = attention_inputs(layout)
+    mask = block_mask(layout, Disc(4))
+    stopped = (
+        torch._dynamo.config.patch(disable=True) if switch == "disable" else torch.compiler.set_stance("force_eager")
+    )
+    with stopped, pytest.raises(UnfusedAttentionError, match=r"without torch.compile.*288 x 288.*backend='sdpa'"):
+        compiled_flex_attention(query, key, value, mask)
+    with torch.no_grad():
+        assert compiled_flex_attention(query, key, value, mask).shape == query.shape, (
+            "and it is compiled again afterwards"
+        )
+
+
+@needs_compiler
+def test_the_recompile_limit_raises_and_says_how_to_go_on():
+    layout = Layout(16, 16, text_len=32)
+    query, key, value = attention_inputs(layout)
+    with torch.no_grad():
+        compiled_flex_attention(query, key, value, block_mask(layout, Disc(4)))
+        stranger = block_mask(layout, Disc(4))
+        stranger.mask_mod = lambda b, h, q, k: q >= k
+        with (
+            torch._dynamo.config.patch(recompile_limit=1),
+            pytest.raises(UnfusedAttentionError, match=r"recompile limit \(1\) is reached.*recompile_limit"),
+        ):
+            compiled_flex_attention(query, key, value, stranger)
+
+
+def test_the_backend_is_chosen_by_device_type_and_gradients():
+    assert choose_backend("sdpa", CPU, torch.float32, False) == "sdpa"
+    assert choose_backend("auto", CPU, torch.float32, True) == "sdpa"
+    assert choose_backend("auto", CPU, torch.float64, False) == "sdpa"
+    assert choose_backend("auto", torch.device("meta"), torch.float32, False) == "sdpa"
+    if why_not_compiled(CPU) is None:
+        assert choose_backend("auto", CPU, torch.bfloat16, False) == "flex"
+        with pytest.raises(ValueError, match=r"backend='flex' cannot run.*on CPU it has no backward pass"):
+            choose_backend("flex", CPU, torch.float32, True)
+        with pytest.raises(ValueError, match=r"the model computes in torch.float64"):
+            choose_backend("flex", CPU, torch.float64, False)
+
+
+def test_masked_sdpa_has_gradients_that_float64_confirms():
+    layout = Layout(3, 4, text_len=2)
+    mask = dense_mask(layout, Disc(2))
+    inputs = [t.double().requires_grad_() for t in attention_inputs(layout)]
+    assert torch.autograd.gradcheck(lambda q, k, v: windowed_attention(q, k, v, mask), inputs)

@@ -1,0 +1,196 @@
+"""The dense reference against a double loop, and the analytic BlockMask against the dense reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+from flexclear.masks import Disc, Layout, block_mask, block_pairs, cost, dense_mask, disc
+from flexclear.masks import blocks as blocks_module
+from flexclear.masks.windows import coordinate_table
+
+from strategies import block_sizes, discs, layouts, radii
+
+small = st.integers(1, 12)
+
+
+def by_block(mask, block_size):
+    """A dense mask cut into blocks, padded with False: bool ``[q_blocks, kv_blocks, Q, KV]``."""
+    q_size, kv_size = block_size
+    rows, columns = (-(-len(mask) // size) for size in block_size)
+    padded = torch.zeros(rows * q_size, columns * kv_size, dtype=torch.bool)
+    padded[: len(mask), : len(mask)] = mask
+    return padded.view(rows, q_size, columns, kv_size).transpose(1, 2)
+
+
+def listed(counts, indices, shape):
+    """The blocks of BlockMask lists as a boolean matrix."""
+    found = torch.zeros(shape, dtype=torch.bool)
+    for row in range(shape[0]):
+        found[row, indices[0, 0, row, : int(counts[0, 0, row])].long()] = True
+    return found
+
+
+@given(layouts(side=small), radii)
+def test_the_dense_reference_equals_a_double_loop(layout, r):
+    raster = layout.permutation().tolist()
+    start = layout.text_len if layout.text_first else 0
+    place = [None] * layout.seq_len
+    place[start : start + layout.image_len] = [divmod(index, layout.width) for index in raster]
+    mask = dense_mask(layout, Disc(r)).tolist()
+    for i, a in enumerate(place):
+        for j, b in enumerate(place):
+            near = a is None or b is None or (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 < r * r
+            assert mask[i][j] == near, (i, j)
+
+
+@given(layouts(), radii)
+def test_the_mask_mod_equals_the_dense_reference(layout, r):
+    place = torch.arange(layout.seq_len)
+    assert torch.equal(disc(layout, r)(None, None, place[:, None], place[None, :]), dense_mask(layout, Disc(r)))
+
+
+@given(layouts(), discs, block_sizes)
+def test_no_needed_block_is_missing_and_no_full_block_is_wrong(layout, window, block_size):
+    pairs = block_pairs(layout, window, block_size)
+    blocks = by_block(dense_mask(layout, window), pairs.block_size)
+    listed_blocks = torch.zeros(blocks.shape[:2], dtype=torch.bool)
+    listed_blocks[pairs.q, pairs.kv] = True
+    assert not (blocks.any(-1).any(-1) & ~listed_blocks).any(), "a needed block is missing"
+    assert blocks[pairs.q[pairs.full], pairs.kv[pairs.full]].all(), "a full block is not full"
+
+
+@given(layouts(side=st.integers(1, 24)), discs, block_sizes)
+def test_the_block_mask_expanded_equals_the_dense_reference(layout, window, block_size):
+    mask = block_mask(layout, window, block_size=block_size)
+    shape = mask.kv_indices.shape[-2:]
+    partial = listed(mask.kv_num_blocks, mask.kv_indices, shape)
+    full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, shape)
+    assert not (partial & full).any()
+    place = torch.arange(layout.seq_len)
+    inside = mask.mask_mod(None, None, place[:, None], place[None, :])
+    expanded = by_block(inside, mask.BLOCK_SIZE) & partial[..., None, None] | full[..., None, None]
+    assert torch.equal(expanded, by_block(dense_mask(layout, window), mask.BLOCK_SIZE))
+
+
+@given(layouts(side=st.integers(1, 24)), discs, block_sizes)
+def test_the_lists_by_key_block_are_the_transpose_of_those_by_query_block(layout, window, block_size):
+    mask = block_mask(layout, window, block_size=block_size, backward=True)
+    shape = mask.kv_indices.shape[-2:]
+    for kv, q in (("kv", "q"), ("full_kv", "full_q")):
+        by_query = listed(getattr(mask, f"{kv}_num_blocks"), getattr(mask, f"{kv}_indices"), shape)
+        by_key = listed(getattr(mask, f"{q}_num_blocks"), getattr(mask, f"{q}_indices"), shape[::-1])
+        assert torch.equal(by_query, by_key.T)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([0, 128, 256]), st.booleans(), radii)
+@example(4, 3, 128, True, 9)
+def test_aligned_tiles_give_the_lists_of_create_block_mask(rows, columns, text_len, text_first, r):
+    layout = Layout(8 * rows, 16 * columns, text_len, text_first)
+    ours = block_mask(layout, Disc(r), block_size=(128, 64))
+    theirs = create_block_mask(
+        disc(layout, r), None, None, layout.seq_len, layout.seq_len, device="cpu", BLOCK_SIZE=(128, 64)
+    )
+    shape = ours.kv_indices.shape[-2:]
+    for kind in ("kv", "full_kv"):
+        lists = [listed(getattr(m, f"{kind}_num_blocks"), getattr(m, f"{kind}_indices"), shape) for m in (ours, theirs)]
+        assert torch.equal(*lists), kind
+
+
+@given(layouts(), discs, block_sizes)
+def test_grouped_search_finds_what_the_search_over_all_pairs_finds(layout, window, block_size):
+    pairs = block_pairs(layout, window, block_size)
+    few, blocks_module._FEW_PAIRS = blocks_module._FEW_PAIRS, 1
+    try:
+        grouped = block_pairs(layout, window, block_size)
+    finally:
+        blocks_module._FEW_PAIRS = few
+    for name in ("q", "kv", "full"):
+        assert torch.equal(getattr(pairs, name), getattr(grouped, name))
+
+
+@given(layouts(), radii)
+def test_every_query_sees_itself_and_all_text_and_the_mask_is_symmetric(layout, r):
+    mask = dense_mask(layout, Disc(r))
+    is_text = layout.packed_coordinates() < 0
+    assert mask.diagonal().all()
+    assert mask[:, is_text].all()
+    assert mask[is_text].all()
+    assert torch.equal(mask, mask.T)
+
+
+@given(layouts(), radii)
+def test_a_larger_radius_sees_more_and_one_beyond_the_diagonal_sees_all(layout, r):
+    assert (dense_mask(layout, Disc(r)) <= dense_mask(layout, Disc(r + 1))).all()
+    assert dense_mask(layout, Disc(layout.height + layout.width)).all()
+
+
+@given(layouts(), radii)
+def test_both_orders_allow_the_same_pairs(layout, r):
+    raster = dense_mask(layout.with_order("raster"), Disc(r))
+    tiled = dense_mask(layout.with_order("tiled"), Disc(r))
+    place = torch.arange(layout.seq_len)
+    start = layout.image_start
+    place[start : start + layout.image_len] = start + layout.with_order("tiled").permutation()
+    assert torch.equal(raster[place][:, place], tiled)
+
+
+@given(layouts(), discs, block_sizes)
+def test_costs_count_what_the_dense_reference_and_the_blocks_hold(layout, window, block_size):
+    counted = cost(layout, window, channels=7, block_size=block_size)
+    pairs = block_pairs(layout, window, block_size)
+    mask = dense_mask(layout, window)
+    assert counted.pairs == int(mask.sum())
+    assert counted.flops == 28 * counted.pairs
+    assert counted.executed_pairs == len(pairs.q) * pairs.block_size[0] * pairs.block_size[1]
+    assert counted.executed_pairs >= counted.pairs
+    assert counted.full + counted.partial + counted.skipped == pairs.q_blocks * pairs.kv_blocks
+    assert counted.density == int(mask.sum()) / mask.numel()
+
+
+# Table 2 of the paper, GFLOPs per layer at c = 3072 and 512 text tokens; 86.6 is its Table 7 (Table 2 misprints 80.6).
+PUBLISHED = {
+    64: ("260.9", "63.5", "86.6", "154.1"),
+    128: ("3507.9", "246.2", "352.6", "724.3"),
+    256: ("53604.4", "979.3", "1433.2", "3141.7"),
+    512: ("847726.7", "3915.4", "5789.2", "13085.0"),
+}
+
+
+@pytest.mark.parametrize("side", PUBLISHED)
+def test_costs_equal_the_published_figures_to_the_printed_digit(side):
+    costs = [cost(Layout(side, side), Disc(r)) for r in (8, 16, 32)]
+    ours = [costs[0].dense_flops, *(c.flops for c in costs)]
+    assert tuple(f"{flops / 1e9:.1f}" for flops in ours) == PUBLISHED[side]
+
+
+@pytest.mark.parametrize(("block_size", "limit"), [((128, 64), 1.60), ((64, 64), 1.45)])
+@pytest.mark.parametrize("side", [64, 128, 256, 512])
+def test_executed_work_is_near_useful_work_at_published_sizes(side, block_size, limit):
+    for r in (8, 16, 32):
+        assert cost(Layout(side, side), Disc(r), block_size=block_size).amplification <= limit
+
+
+def test_tables_that_a_mask_captures_have_few_fixed_lengths():
+    lengths = {len(coordinate_table(Layout(h, w))) for h, w in ((1, 1), (85, 48), (255, 255), (256, 256), (300, 300))}
+    assert lengths == {1 << 16, 1 << 20}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Disc(0), ValueError, "window radius r must be an int >= 1 in tokens, got 0"),
+        (lambda: disc(Layout(4, 4), 2.5), TypeError, r"window radius r must be .* got 2.5 \(float\)"),
+        (lambda: block_mask(Layout(4, 4), Disc(2), block_size=100), ValueError, "multiple of 16 from 16 to 256.*100"),
+        (lambda: block_mask(Layout(4, 4), Disc(2), block_size=(64, 512)), ValueError, r"\(64, 512\)"),
+        (lambda: block_mask(Layout(4, 4), Disc(2), block_size=(64,)), ValueError, r"\(64,\)"),
+        (lambda: block_mask(Layout(4, 4), lambda b, h, q, k: q >= k), TypeError, "window must be a window of flexcl"),
+        (lambda: dense_mask(Layout(4, 4), 16), TypeError, r"such as Disc\(16\).* got 16"),
+    ],
+)
+def test_bad_calls_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

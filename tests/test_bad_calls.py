@@ -1,0 +1,165 @@
+"""One table of bad calls: what is said, and that nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import flexclear
+
+from models import flux_call, tiny_flux
+
+
+def sd3():
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+        caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8,
+    )  # fmt: skip
+
+
+def without_blocks():
+    return tiny_flux(num_layers=0, num_single_layers=0)
+
+
+def with_foreign_block():
+    model = tiny_flux()
+    model.transformer_blocks[1] = torch.nn.Linear(2, 2)
+    return model
+
+
+def with_plugin_processor():
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    model = tiny_flux()
+    model.transformer_blocks[1].attn.set_processor(FluxIPAdapterAttnProcessor(32, 32))
+    return model
+
+
+TRANSFORM = {
+    "radius zero": (tiny_flux, {"r": 0}, ValueError, "window radius r must be an int >= 1 in tokens, got 0"),
+    "radius negative": (tiny_flux, {"r": -3}, ValueError, "got -3"),
+    "radius float": (tiny_flux, {"r": 16.0}, TypeError, r"window radius r must be .*got 16.0 \(float\)"),
+    "radius bool": (tiny_flux, {"r": True}, TypeError, r"got True \(bool\)"),
+    "radius text": (tiny_flux, {"r": "16"}, TypeError, r"got '16' \(str\)"),
+    "backend unknown": (tiny_flux, {"backend": "flash"}, ValueError, r"backend must be one of .*'sdpa'.*got 'flash'"),
+    "order unknown": (tiny_flux, {"order": "morton"}, ValueError, "order must be one of .* got 'morton'"),
+    "block size": (tiny_flux, {"block_size": 100}, ValueError, "block_size must be a multiple of 16 .* got 100"),
+    "exact ids": (tiny_flux, {"exact_position_ids": 1}, TypeError, "exact_position_ids must be True or False, got 1"),
+    "unsupported model": (
+        sd3,
+        {},
+        TypeError,
+        "SD3Transformer2DModel is not a model.*Supported: FluxTransformer2DModel",
+    ),
+    "not a model": (lambda: "flux", {}, TypeError, "got str.*Supported models: FluxTransformer2DModel"),
+    "no blocks": (without_blocks, {}, ValueError, "has no blocks"),
+    "foreign block": (with_foreign_block, {}, ValueError, r"transformer_blocks\[1\] .* has no FluxAttention"),
+    "plugin": (with_plugin_processor, {}, TypeError, r"transformer_blocks\[1\].attn has a FluxIPAdapterAttnProcessor"),
+    "compiled": (
+        lambda: torch.compile(tiny_flux()),
+        {},
+        TypeError,
+        "already wrapped by torch.compile.*Transform first",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "kwargs", "error", "message"), TRANSFORM.values(), ids=TRANSFORM)
+def test_a_bad_transform_is_named_and_changes_nothing(make, kwargs, error, message):
+    model = make()
+    before = dict(getattr(model, "attn_processors", {}))
+    with pytest.raises(error, match=message):
+        flexclear.transform(model, **kwargs)
+    if isinstance(model, torch.nn.Module):
+        assert not model._forward_pre_hooks
+        assert all(model.attn_processors[name] is processor for name, processor in before.items())
+
+
+def test_a_bad_second_transform_keeps_the_first():
+    model = flexclear.transform(tiny_flux(), r=2, backend="sdpa")
+    call = flux_call(8, 8, 4)
+    with torch.no_grad():
+        expected = model(**call).sample
+        with pytest.raises(ValueError, match="got 0"):
+            flexclear.transform(model, r=0)
+        assert torch.equal(model(**call).sample, expected)
+
+
+def ids_with(change):
+    ids = flux_call(6, 8, 4)["img_ids"].clone()
+    return change(ids)
+
+
+def shuffled(ids):
+    return ids[torch.randperm(len(ids))]
+
+
+def second_picture(ids):
+    ids[:, 0] = 1
+    return ids
+
+
+def shifted(ids):
+    ids[:, 1] += 3
+    return ids
+
+
+CALL = {
+    "attention mask": (
+        {"joint_attention_kwargs": {"attention_mask": torch.ones(52, 52, dtype=torch.bool)}},
+        r"joint_attention_kwargs holds an attention_mask \(Tensor of shape \(52, 52\)\)",
+    ),
+    "missing row": ({"img_ids": ids_with(lambda ids: ids[:-3])}, r"image ids of shape \(45, 3\).* not one full grid"),
+    "shuffled ids": ({"img_ids": ids_with(shuffled)}, "not one full grid of height x width"),
+    "other index": ({"img_ids": ids_with(second_picture)}, "not one full grid"),
+    "shifted ids": ({"img_ids": ids_with(shifted)}, "not one full grid"),
+    "two columns": (
+        {"img_ids": ids_with(lambda ids: ids[:, :2])},
+        r"shape \[tokens, 3\].*got image ids of shape \(48, 2\)",
+    ),
+    "no ids": ({"img_ids": None}, "needs img_ids as a tensor, got None"),
+    "no text": ({"encoder_hidden_states": None}, "needs encoder_hidden_states as a tensor, got None"),
+    "other grid": (
+        {"hidden_states": torch.randn(1, 40, 8)},
+        r"hidden_states of shape \(1, 40, 8\) do not hold the 6 x 8",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CALL.values(), ids=CALL)
+def test_a_bad_call_is_named_before_any_work(change, message):
+    model = flexclear.transform(tiny_flux(), r=2, backend="sdpa")
+    worked = []
+    model.x_embedder.register_forward_hook(lambda *_: worked.append(True))
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(**{**flux_call(6, 8, 4), **change})
+    assert not worked
+
+
+def test_a_block_called_without_its_window_does_not_run_dense():
+    model = flexclear.transform(tiny_flux(), r=2)
+    with pytest.raises(ValueError, match="called without its window"):
+        model.single_transformer_blocks[0].attn(torch.randn(1, 8, 32))
+
+
+def test_other_attention_backends_are_refused_not_ignored():
+    model = flexclear.transform(tiny_flux(), r=2)
+    with pytest.raises(ValueError, match="cannot be set on a transformed model"):
+        model.set_attention_backend("native")
+    copy.deepcopy(model)
+
+
+def test_a_dense_mask_that_would_not_fit_is_refused_with_its_size():
+    model = flexclear.transform(tiny_flux(), r=2, backend="sdpa")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"over 65544 tokens \(256 x 256 .* 4.0 GiB"):
+        model(**flux_call(256, 256, 8))
+
+
+def test_flex_with_gradients_on_cpu_is_refused():
+    model = flexclear.transform(tiny_flux(), r=2, backend="flex")
+    with pytest.raises(ValueError, match="on CPU it has no backward pass"):
+        model(**flux_call(6, 8, 4))
