@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.masks import Layout, Window, block_mask, dense_mask
 from flexclear.masks.cache import ByteBoundedCache
+from flexclear.masks.windows import captured_tensors
 
 MAX_DENSE_BYTES = 1 << 32
 """Largest dense boolean mask that masked SDPA may ask for."""
@@ -49,8 +50,7 @@ class Plan:
         if isinstance(self.mask, Tensor):
             return [*found, self.mask]
         found += [t for t in self.mask.as_tuple(flatten=True) if isinstance(t, Tensor)]
-        found += [c.cell_contents for c in self.mask.mask_mod.__closure__ or ()]
-        return found
+        return found + captured_tensors(self.mask.mask_mod)
 
 
 def build_plan(

@@ -6,17 +6,27 @@
 """
 
 from flexclear.masks.blocks import BlockPairs, block_mask, block_pairs
+from flexclear.masks.compose import Both, Downsampled, Either
 from flexclear.masks.cost import Cost, cost
 from flexclear.masks.dense import dense_mask
 from flexclear.masks.layout import Layout
-from flexclear.masks.windows import Disc, MaskMod, Window, disc
+from flexclear.masks.shapes import Disc, Full, Neighborhood, Square, Strided, Swin, disc
+from flexclear.masks.windows import MaskMod, Window
 
 __all__ = [
     "BlockPairs",
+    "Both",
     "Cost",
     "Disc",
+    "Downsampled",
+    "Either",
+    "Full",
     "Layout",
     "MaskMod",
+    "Neighborhood",
+    "Square",
+    "Strided",
+    "Swin",
     "Window",
     "block_mask",
     "block_pairs",

@@ -8,21 +8,25 @@ which turns a skipped block into a partial one or a full one into a partial one,
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.masks.boxes import cut, near_pairs
 from flexclear.masks.layout import Layout
-from flexclear.masks.windows import MaskMod, Window, as_window
+from flexclear.masks.scan import scan_blocks
+from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
 
 DEFAULT_BLOCK_SIZE = (128, 64)
 """Query and key-value block: an 8 x 16 tile against 8 x 8 halves executes the least where 128 queries are a kernel row."""
 
-_GROUP = 32
-_FEW_PAIRS = 1 << 20
+_FORWARD_LISTS_SUFFICE = "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
+"""Whether this torch accepts a BlockMask without the lists by key-value block; 2.8 insists on them."""
 
 
 def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -37,97 +41,6 @@ def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
             f"block_size must be a multiple of 16 from 16 to 256, or a (query, key-value) pair of them, got {block_size!r}"
         )
     return pair[0], pair[1]
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """One axis cut into blocks. Boxes cover a block's image tokens; a block without any has ``top > bottom``."""
-
-    top: Tensor
-    bottom: Tensor
-    left: Tensor
-    right: Tensor
-    has_text: Tensor
-    all_text: Tensor
-    whole: Tensor
-
-    def __len__(self) -> int:
-        return len(self.top)
-
-    def box(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.top[index], self.bottom[index], self.left[index], self.right[index]
-
-
-def _cut(layout: Layout, size: int) -> _Blocks:
-    packed = layout.packed_coordinates()
-    count = -(-len(packed) // size)
-    padded = torch.full((count * size,), -2, dtype=torch.int32)
-    padded[: len(packed)] = packed
-    tokens = padded.view(count, size)
-    is_image, is_text, far = tokens >= 0, tokens == -1, 1 << 20
-    y, x = tokens >> 16, tokens & 0xFFFF
-    return _Blocks(
-        top=y.masked_fill(~is_image, far).amin(1),
-        bottom=y.masked_fill(~is_image, -far).amax(1),
-        left=x.masked_fill(~is_image, far).amin(1),
-        right=x.masked_fill(~is_image, -far).amax(1),
-        has_text=is_text.any(1),
-        all_text=is_text.all(1),
-        whole=(tokens > -2).all(1),
-    )
-
-
-def _gap(low_a: Tensor, high_a: Tensor, low_b: Tensor, high_b: Tensor) -> Tensor:
-    """Least distance along one axis between two intervals, 0 where they overlap."""
-    return torch.maximum(low_a - high_b, low_b - high_a).clamp_min_(0)
-
-
-def _span(low_a: Tensor, high_a: Tensor, low_b: Tensor, high_b: Tensor) -> Tensor:
-    """Greatest distance along one axis between two intervals."""
-    return torch.maximum(high_a - low_b, high_b - low_a)
-
-
-def _touching(window: Window, q_box: tuple[Tensor, ...], kv_box: tuple[Tensor, ...]) -> Tensor:
-    """Whether any pair of points of the two boxes could be allowed; empty boxes are far from everything."""
-    dy = _gap(q_box[0], q_box[1], kv_box[0], kv_box[1])
-    dx = _gap(q_box[2], q_box[3], kv_box[2], kv_box[3])
-    near = (dy <= window.reach()) & (dx <= window.reach())
-    return near & window.allows(dy.clamp_max(1 << 14), dx.clamp_max(1 << 14))
-
-
-def _grouped(box: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Boxes around every ``_GROUP`` consecutive boxes."""
-    count = -(-len(box[0]) // _GROUP)
-
-    def reduce(edge: Tensor, empty: int) -> Tensor:
-        padded = edge.new_full((count * _GROUP,), empty)
-        padded[: len(edge)] = edge
-        grouped = padded.view(count, _GROUP)
-        return grouped.amin(1) if empty > 0 else grouped.amax(1)
-
-    far = 1 << 20
-    return reduce(box[0], far), reduce(box[1], -far), reduce(box[2], far), reduce(box[3], -far)
-
-
-def _near_pairs(window: Window, q_box: tuple[Tensor, ...], kv_box: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Indices of the pairs of boxes that touch. Few boxes: all pairs; many: groups first, then inside near groups."""
-    if len(q_box[0]) * len(kv_box[0]) <= _FEW_PAIRS:
-        q_part, kv_part = (tuple(edge[:, None] for edge in q_box), tuple(edge[None, :] for edge in kv_box))
-        q, kv = torch.nonzero(_touching(window, q_part, kv_part), as_tuple=True)
-        return q, kv
-    q_group, kv_group = _near_pairs(window, _grouped(q_box), _grouped(kv_box))
-    found_q, found_kv = [], []
-    inside = torch.arange(_GROUP)
-    for start in range(0, len(q_group), 1 + _FEW_PAIRS // _GROUP**2):
-        some = slice(start, start + 1 + _FEW_PAIRS // _GROUP**2)
-        q = (q_group[some, None, None] * _GROUP + inside[:, None]).expand(-1, -1, _GROUP).reshape(-1)
-        kv = (kv_group[some, None, None] * _GROUP + inside[None, :]).expand(-1, _GROUP, -1).reshape(-1)
-        real = (q < len(q_box[0])) & (kv < len(kv_box[0]))
-        q, kv = q[real], kv[real]
-        keep = _touching(window, tuple(edge[q] for edge in q_box), tuple(edge[kv] for edge in kv_box))
-        found_q.append(q[keep])
-        found_kv.append(kv[keep])
-    return torch.cat(found_q), torch.cat(found_kv)
 
 
 @dataclass(frozen=True)
@@ -163,35 +76,50 @@ class BlockPairs:
 
 
 def block_pairs(
-    layout: Layout, window: Window | MaskMod, block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE
+    layout: Layout,
+    window: Window | MaskMod,
+    block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    device: torch.device | str = "cpu",
 ) -> BlockPairs:
     """Classify all block pairs of ``layout`` under ``window``: the needed ones, each full or partial.
 
+    A window of this package is classified from bounding boxes. A ``mask_mod`` of your own is asked about every pair,
+    in bounded memory, which is exact and takes time quadratic in the sequence.
+
     Raises:
-        TypeError: ``window`` is no window of this package.
-        ValueError: ``block_size`` makes no sense.
+        TypeError: ``window`` is neither.
+        ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
     """
-    window = as_window(window)
     q_size, kv_size = check_block_size(block_size)
-    queries, keys = _cut(layout, q_size), _cut(layout, kv_size)
+    if is_plain(window):
+        found, whole = scan_blocks(window, layout.seq_len, layout.seq_len, (q_size, kv_size), device)
+        q, kv = torch.nonzero(found, as_tuple=True)
+        return BlockPairs(q, kv, whole[q, kv], found.shape[0], found.shape[1], (q_size, kv_size))
+    window = as_window(window)
+    queries, keys = cut(layout.packed_coordinates(), q_size), cut(window.key_coordinates(layout), kv_size)
+    near_q, near_kv = near_pairs(partial(window.touches, layout), queries.box, keys.box)
     every_q, every_kv = torch.arange(len(queries)), torch.arange(len(keys))
-    near = _near_pairs(window, queries.box(every_q), keys.box(every_kv))
-    text_rows = torch.cartesian_prod(every_q[queries.has_text], every_kv).view(-1, 2)
-    text_columns = torch.cartesian_prod(every_q, every_kv[keys.has_text]).view(-1, 2)
-    code = torch.cat(
+    candidates = torch.cat(
         [
-            near[0] * len(keys) + near[1],
-            text_rows[:, 0] * len(keys) + text_rows[:, 1],
-            text_columns[:, 0] * len(keys) + text_columns[:, 1],
+            near_q * len(keys) + near_kv,
+            (every_q[queries.text, None] * len(keys) + every_kv).view(-1),
+            (every_q[:, None] * len(keys) + every_kv[keys.text | keys.pooled]).view(-1),
         ]
     ).unique()
-    q, kv = code // len(keys), code % len(keys)
-    q_box, kv_box = queries.box(q), keys.box(kv)
-    dy = _span(q_box[0], q_box[1], kv_box[0], kv_box[1]).clamp_(-1, 1 << 14)
-    dx = _span(q_box[2], q_box[3], kv_box[2], kv_box[3]).clamp_(-1, 1 << 14)
-    image_full = window.allows(dy, dx) & ~queries.all_text[q] & ~keys.all_text[kv]
-    full = (image_full | queries.all_text[q] | keys.all_text[kv]) & queries.whole[q] & keys.whole[kv]
-    return BlockPairs(q, kv, full, len(queries), len(keys), (q_size, kv_size))
+    q, kv = candidates // len(keys), candidates % len(keys)
+    boxes = queries.boxes(q), keys.boxes(kv)
+    both_image = queries.image[q] & keys.image[kv]
+    needed = (
+        (both_image & window.touches(layout, *boxes))
+        | (queries.text[q] & (keys.text[kv] | keys.image[kv]))
+        | (queries.image[q] & (keys.text[kv] | keys.pooled[kv]))
+    )
+    full = (
+        (~both_image | window.covers(layout, *boxes))
+        & ~(queries.text[q] & keys.pooled[kv])
+        & (queries.whole[q] & keys.whole[kv])
+    )
+    return BlockPairs(q[needed], kv[needed], full[needed], len(queries), len(keys), (q_size, kv_size))
 
 
 def _lists(rows: Tensor, columns: Tensor, row_count: int, width: int) -> tuple[Tensor, Tensor]:
@@ -219,28 +147,27 @@ def block_mask(
 
     Args:
         layout: the sequence.
-        window: a window such as ``Disc(16)``, or the ``mask_mod`` of ``disc(layout, r)``.
+        window: a window such as ``Disc(16)``, or any ``mask_mod`` over the layout's sequence positions.
         block_size: tokens per block, or a ``(query, key-value)`` pair; multiples of 16 from 16 to 256.
-        device: where the lists and the captured tables are put.
+        device: where the lists and the captured tables are put, and where a ``mask_mod`` of your own has its tensors.
         backward: also build the lists by key-value block, which the backward kernels walk.
 
     Raises:
-        TypeError: ``window`` is no window of this package.
-        ValueError: ``block_size`` makes no sense.
+        TypeError: ``window`` is neither.
+        ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
     """
-    window = as_window(window)
-    pairs = block_pairs(layout, window, block_size)
-    full, partial = pairs.full, ~pairs.full
+    pairs = block_pairs(layout, window, block_size, device)
+    full, part = pairs.full, ~pairs.full
     # The CPU kernel needs lists as wide as there are blocks, CUDA's does not; text rows need all of it on both.
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     by_query = (
-        *_lists(pairs.q[partial], pairs.kv[partial], pairs.q_blocks, pairs.kv_blocks),
+        *_lists(pairs.q[part], pairs.kv[part], pairs.q_blocks, pairs.kv_blocks),
         *_lists(pairs.q[full], pairs.kv[full], pairs.q_blocks, pairs.kv_blocks),
     )
     lists: dict[str, Any] = {name: t.to(device) for name, t in zip(names, by_query, strict=True)}
     names = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
     lists.update(dict.fromkeys(names))
-    if backward:
+    if backward or not _FORWARD_LISTS_SUFFICE:
         turned = torch.argsort(pairs.kv, stable=True)
         q, kv, is_full = pairs.q[turned], pairs.kv[turned], full[turned]
         by_key = (
@@ -248,9 +175,13 @@ def block_mask(
             *_lists(kv[is_full], q[is_full], pairs.kv_blocks, pairs.q_blocks),
         )
         lists.update({name: t.to(device) for name, t in zip(names, by_key, strict=True)})
+    if is_plain(window):
+        mask_mod, key_len = window, layout.seq_len
+    else:
+        mask_mod, key_len = as_window(window).mask_mod(layout, device), as_window(window).key_len(layout)
     return BlockMask(
-        seq_lengths=(layout.seq_len, layout.seq_len),
+        seq_lengths=(layout.seq_len, key_len),
         BLOCK_SIZE=pairs.block_size,
-        mask_mod=window.mask_mod(layout, device),
+        mask_mod=mask_mod,
         **lists,
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from flexclear.masks.blocks import DEFAULT_BLOCK_SIZE, block_pairs
 from flexclear.masks.layout import Layout
-from flexclear.masks.windows import MaskMod, Window, as_window
+from flexclear.masks.scan import count_in_blocks
+from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,6 @@ class Cost:
         return self.dense_pairs / self.executed_pairs
 
 
-def _image_pairs(layout: Layout, window: Window) -> int:
-    """Allowed image pairs, summed over offsets: an offset (dy, dx) has (h - |dy|) * (w - |dx|) pairs."""
-    reach_y, reach_x = min(window.reach(), layout.height - 1), min(window.reach(), layout.width - 1)
-    dy = torch.arange(-reach_y, reach_y + 1)[:, None]
-    dx = torch.arange(-reach_x, reach_x + 1)[None, :]
-    return int((window.allows(dy, dx) * ((layout.height - dy.abs()) * (layout.width - dx.abs()))).sum())
-
-
 def cost(
     layout: Layout,
     window: Window | MaskMod,
@@ -79,19 +70,29 @@ def cost(
 
     Args:
         layout: the sequence.
-        window: a window such as ``Disc(16)``, or the ``mask_mod`` of ``disc(layout, r)``.
+        window: a window such as ``Disc(16)``, or any ``mask_mod`` over the layout's sequence positions (on CPU).
         channels: heads times head dimension (3072 for FLUX.1).
         block_size: tokens per block, or a ``(query, key-value)`` pair.
 
     Raises:
-        TypeError: ``window`` is no window of this package.
-        ValueError: ``block_size`` makes no sense.
+        TypeError: ``window`` is neither.
+        ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
     """
-    window = as_window(window)
     blocks = block_pairs(layout, window, block_size)
     text, image = layout.text_len, layout.image_len
+    image_pairs = None if is_plain(window) else as_window(window).image_pairs(layout)
+    if image_pairs is None:
+        mask_mod = window if is_plain(window) else as_window(window).mask_mod(layout)
+        key_len = layout.seq_len if is_plain(window) else as_window(window).key_len(layout)
+        partial = ~blocks.full
+        pairs = blocks.full_count * blocks.block_size[0] * blocks.block_size[1] + count_in_blocks(
+            mask_mod, blocks.q[partial], blocks.kv[partial], layout.seq_len, key_len, blocks.block_size
+        )
+    else:
+        pooled = as_window(window).key_len(layout) - layout.seq_len
+        pairs = text * (text + image) + image * (text + pooled) + image_pairs
     return Cost(
-        pairs=text * (text + image) + image * text + _image_pairs(layout, window),
+        pairs=pairs,
         dense_pairs=layout.seq_len**2,
         executed_pairs=len(blocks.q) * blocks.block_size[0] * blocks.block_size[1],
         full=blocks.full_count,

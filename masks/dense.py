@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from flexclear.masks.layout import Layout
-from flexclear.masks.windows import MaskMod, Window, as_window
+from flexclear.masks.scan import ask
+from flexclear.masks.windows import POOLED, TEXT, MaskMod, Window, as_window, is_plain
 
 
 def dense_mask(layout: Layout, window: Window | MaskMod, device: torch.device | str = "cpu") -> Tensor:
-    """Which pairs may attend, bool ``[seq_len, seq_len]`` in sequence order, queries along the rows.
+    """Which pairs may attend, bool ``[seq_len, keys]`` in sequence order, queries along the rows.
 
-    Computed from coordinates by the window's inequality, by another road than the ``mask_mod`` and the block lists,
-    which are tested against it. Memory is quadratic: for tests, small sequences and masked SDPA.
+    Built from coordinates, kind by kind of token, by another road than the ``mask_mod`` and the block lists, which are
+    tested against it. Keys are the sequence itself, and pooled keys behind it where the window has them. Memory is
+    quadratic: for tests, small sequences and masked SDPA.
 
     >>> dense_mask(Layout(2, 2, text_len=1, order="raster"), Disc(1)).int()
     tensor([[1, 1, 1, 1, 1],
@@ -22,13 +24,26 @@ def dense_mask(layout: Layout, window: Window | MaskMod, device: torch.device | 
             [1, 0, 0, 1, 0],
             [1, 0, 0, 0, 1]], dtype=torch.int32)
 
+    Args:
+        layout: the sequence.
+        window: a window such as ``Disc(16)``, or any ``mask_mod`` over the layout's sequence positions.
+        device: where the mask is built, and where a ``mask_mod`` of your own has its tensors.
+
     Raises:
-        TypeError: ``window`` is no window of this package.
+        TypeError: ``window`` is neither.
     """
+    if is_plain(window):
+        place = torch.arange(layout.seq_len, device=device)
+        return ask(window, place[:, None], place[None, :]).clone()
     window = as_window(window)
     y, x = (axis.to(device, torch.int32) for axis in layout.coordinates())
-    start = layout.image_start
-    image = slice(start, start + layout.image_len)
-    mask = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool, device=device)
-    mask[image, image] = window.allows(y[:, None] - y[None, :], x[:, None] - x[None, :])
+    inside = window.rule(layout, lambda number: torch.tensor(number, dtype=torch.int32, device=device))
+    keys = window.key_coordinates(layout).to(device)
+    is_text = keys[: layout.seq_len] == TEXT
+    image = torch.nonzero(~is_text)[:, 0]
+    mask = torch.zeros(layout.seq_len, len(keys), dtype=torch.bool, device=device)
+    mask[image[:, None], image[None, :]] = inside(y[:, None], x[:, None], y[None, :], x[None, :])
+    mask[is_text] = keys != POOLED
+    mask[:, keys == TEXT] = True
+    mask[image[:, None], torch.nonzero(keys == POOLED)[:, 0][None, :]] = True
     return mask

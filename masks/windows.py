@@ -1,145 +1,150 @@
-"""Windows: which image keys an image query may see. Text sees and is seen by everything.
+"""What a window is: a rule on the coordinates of an image query and an image key. Text sees and is seen by everything.
 
-A window is a frozen dataclass, hashable, that knows nothing of devices. ``window.mask_mod(layout, device)`` binds it
-to a sequence and returns a plain FlexAttention ``mask_mod``.
+A window is a frozen dataclass, hashable, that knows nothing of devices or token orders. ``window.mask_mod(layout,
+device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``. The windows themselves are in
+``shapes.py`` and ``compose.py``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from flexclear.masks.checks import check_int
-from flexclear.masks.layout import MAX_SIDE, Layout
+from flexclear.masks.layout import Layout
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FlexAttention's signature: ``(batch, head, query position, key position) -> bool``, on 0-d or broadcast tensors."""
 
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``(query row, query column, key row, key column) -> bool`` on broadcast integer tensors."""
 
-class Window(Protocol):
-    """What the block classification and the cost model ask of a window. All tensors are integer and broadcast."""
+Box = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Top, bottom, left and right of many rectangles of tokens, inclusive, int32."""
+
+FAR = 1 << 20
+"""An empty box has top = left = FAR and bottom = right = -FAR."""
+
+TEXT, POOLED, PADDING = -1, -2, -3
+"""What a coordinate table holds in place of ``y << 16 | x`` for tokens that are no image tokens."""
+
+
+class Window(ABC):
+    """What masks, block classification and costs ask of a window.
+
+    ``touches`` and ``covers`` decide blocks from bounding boxes. They must be safe: ``touches`` may be False only if
+    no pair of the boxes is allowed, ``covers`` True only if every pair is. Where both are exact, blocks that are
+    rectangles get exactly the lists that looking at every pair would give.
+    """
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Short label, parameters included, such as ``disc_r16``."""
-        ...
 
-    def allows(self, dy: Tensor, dx: Tensor) -> Tensor:
-        """Whether a query sees the key ``(dy, dx)`` away: bool."""
-        ...
+    @abstractmethod
+    def rule(self, layout: Layout, number: Callable[[int], Tensor]) -> Rule:
+        """The window's inequality over ``layout``.
 
-    def reach(self) -> int:
-        """Greatest distance along either axis at which a key can still be seen."""
-        ...
+        Args:
+            layout: the sequence.
+            number: turns each whole number of the rule into a 0-d tensor. FlexAttention compiles Python numbers in,
+                and every radius and size would be a new graph.
+
+        Raises:
+            ValueError: the window makes no sense on this grid.
+        """
+
+    @abstractmethod
+    def touches(self, layout: Layout, query: Box, key: Box) -> Tensor:
+        """Whether any pair of a query of one box and a key of the other may be allowed: bool, broadcast."""
+
+    @abstractmethod
+    def covers(self, layout: Layout, query: Box, key: Box) -> Tensor:
+        """Whether every such pair is allowed: bool, broadcast. Boxes are not empty."""
+
+    def image_pairs(self, layout: Layout) -> int | None:
+        """Number of allowed image pairs where a formula gives it, else None; they are then counted."""
+        return None
+
+    def pooled_grid(self, layout: Layout) -> tuple[int, int]:
+        """Rows and columns of pooled keys that follow the sequence's own keys; none by default."""
+        return 0, 0
+
+    def key_len(self, layout: Layout) -> int:
+        """Number of keys: the sequence, and pooled keys behind it."""
+        rows, columns = self.pooled_grid(layout)
+        return layout.seq_len + rows * columns
+
+    def key_coordinates(self, layout: Layout) -> Tensor:
+        """``layout.packed_coordinates()`` with POOLED for each pooled key behind it: int32 ``[key_len]``."""
+        packed = layout.packed_coordinates()
+        return torch.cat([packed, packed.new_full((self.key_len(layout) - len(packed),), POOLED)])
 
     def mask_mod(self, layout: Layout, device: torch.device | str = "cpu") -> MaskMod:
-        """The window over ``layout`` as a FlexAttention ``mask_mod``."""
-        ...
+        """The window over ``layout`` as a FlexAttention ``mask_mod``.
+
+        The function carries its window (``mask_mod.window``) and is named after it.
+        """
+        table = coordinate_table(self.key_coordinates(layout), device)
+        inside = self.rule(layout, lambda number: torch.tensor(number, dtype=torch.int32, device=device))
+        has_pooled = self.key_len(layout) > layout.seq_len
+
+        def mask_mod(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            q, kv = table[q_idx], table[kv_idx]
+            allowed = inside(q >> 16, q & 0xFFFF, kv >> 16, kv & 0xFFFF)
+            if has_pooled:
+                # Image queries see all pooled keys; text queries do not, they see every token already.
+                return torch.where(kv == POOLED, q >= 0, allowed | (q < 0) | (kv < 0))
+            return allowed | (q < 0) | (kv < 0)
+
+        mask_mod.__name__ = self.name
+        mask_mod.window = self  # type: ignore[attr-defined]
+        return mask_mod
 
 
-def coordinate_table(layout: Layout, device: torch.device | str = "cpu") -> Tensor:
-    """``layout.packed_coordinates()`` padded with -1 to 2^16, 2^20 or 2^24 entries, int32, for a ``mask_mod`` to capture.
+def coordinate_table(packed: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Packed coordinates padded to 2^16, 2^20 or 2^24 entries, int32, for a ``mask_mod`` to capture.
 
-    Why a table: one gather per query and key is all that a partial block then pays for any token order. Why captured
-    tensors: FlexAttention compiles Python numbers in, so every size would be a new graph. Why the fixed lengths,
-    marked static: everything else about the sequence can be dynamic, so that one graph serves all resolutions of a
-    bucket (65,536 tokens is 4096 x 4096 px); and a *dynamic* table does not even compile on CPU, where Inductor's C++
-    template replaces the name ``ks1`` inside ``ks19`` (torch 2.13).
+    Why a table: one gather per query and key is all that a partial block then pays for any token order. Why the fixed
+    lengths, marked static: everything else about the sequence can be dynamic, so that one graph serves all resolutions
+    of a bucket (65,536 tokens is 4096 x 4096 px); and a *dynamic* table does not even compile on CPU, where Inductor's
+    C++ template replaces the name ``ks1`` inside ``ks19`` (torch 2.13).
     """
-    packed = layout.packed_coordinates()
     bucket = next(1 << bits for bits in (16, 20, 24, 30) if len(packed) <= 1 << bits)
-    table = torch.full((bucket,), -1, dtype=torch.int32, device=device)
+    table = torch.full((bucket,), TEXT, dtype=torch.int32, device=device)
     table[: len(packed)] = packed.to(device)
     torch._dynamo.mark_static(table)
     return table
 
 
-def _labelled(mask_mod: MaskMod, window: Window) -> MaskMod:
-    """Name the function after its window and let it carry it, so that ``block_mask`` can classify it analytically."""
-    mask_mod.__name__ = window.name
-    mask_mod.window = window  # type: ignore[attr-defined]
-    return mask_mod
+def captured_tensors(mask_mod: object) -> list[Tensor]:
+    """Tensors that a ``mask_mod`` captures, those of functions inside it included."""
+    found: list[Tensor] = []
+    for cell in getattr(mask_mod, "__closure__", None) or ():
+        content = cell.cell_contents
+        found += [content] if isinstance(content, Tensor) else captured_tensors(content)
+    return found
+
+
+def is_plain(window: Window | MaskMod) -> TypeGuard[MaskMod]:
+    """Whether ``window`` is a ``mask_mod`` that carries no window: somebody's own function."""
+    return callable(window) and not isinstance(window, Window) and not hasattr(window, "window")
 
 
 def as_window(window: Window | MaskMod) -> Window:
     """The window itself, or the one that a ``mask_mod`` of this package carries.
 
     Raises:
-        TypeError: neither a window nor such a ``mask_mod``.
+        TypeError: neither.
     """
-    found = getattr(window, "window", window)
-    if isinstance(found, Disc):
+    found = window if isinstance(window, Window) else getattr(window, "window", None)
+    if isinstance(found, Window):
         return found
     raise TypeError(
-        f"window must be a window of flexclear.masks such as Disc(16), or the mask_mod that disc(layout, r) returns; "
-        f"got {window!r}"
+        "window must be a window of flexclear.masks such as Disc(16), or a FlexAttention mask_mod (batch, head, q_idx, "
+        f"kv_idx) -> bool; got {window!r}"
     )
-
-
-@dataclass(frozen=True)
-class Disc:
-    r"""CLEAR's circular window, clipped at the image border, never shifted (paper section 3.2).
-
-    .. math:: (y_q - y_k)^2 + (x_q - x_k)^2 < r^2
-
-    Args:
-        radius: window radius r in tokens, 1 or more; the inequality is strict, so r = 1 is the token itself.
-
-    Raises:
-        TypeError: radius is not an int.
-        ValueError: radius < 1.
-    """
-
-    radius: int
-
-    def __post_init__(self) -> None:
-        check_int("window radius r", self.radius, 1, None, "in tokens")
-
-    @property
-    def name(self) -> str:
-        return f"disc_r{self.radius}"
-
-    def _squared_radius(self) -> int:
-        # Beyond the largest diagonal every radius is the same window; clamping keeps the square inside 32 bits.
-        return min(self.radius, 2 * MAX_SIDE) ** 2
-
-    def allows(self, dy: Tensor, dx: Tensor) -> Tensor:
-        return dy * dy + dx * dx < self._squared_radius()
-
-    def reach(self) -> int:
-        return self.radius - 1
-
-    def mask_mod(self, layout: Layout, device: torch.device | str = "cpu") -> MaskMod:
-        packed = coordinate_table(layout, device)
-        squared_radius = torch.tensor(self._squared_radius(), dtype=torch.int32, device=device)
-
-        def disc_mask(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            q, kv = packed[q_idx], packed[kv_idx]
-            dy = (q >> 16) - (kv >> 16)
-            dx = (q & 0xFFFF) - (kv & 0xFFFF)
-            return (dy * dy + dx * dx < squared_radius) | (q < 0) | (kv < 0)
-
-        return _labelled(disc_mask, self)
-
-
-def disc(layout: Layout, r: int, device: torch.device | str = "cpu") -> MaskMod:
-    """CLEAR's window of radius ``r`` over ``layout`` as a FlexAttention ``mask_mod``; see ``Disc``.
-
-    >>> import torch
-    >>> mask_mod = disc(Layout(4, 4, text_len=0, order="raster"), r=2)
-    >>> [bool(mask_mod(None, None, torch.tensor(0), torch.tensor(k))) for k in (1, 2, 4, 5)]
-    [True, False, True, True]
-
-    Args:
-        layout: the sequence.
-        r: window radius in tokens, 1 or more.
-        device: where the lookup table of coordinates is put; FlexAttention wants it beside query and key.
-
-    Raises:
-        TypeError, ValueError: ``r`` is not a positive int.
-    """
-    return Disc(r).mask_mod(layout, device)

@@ -280,3 +280,20 @@ def test_every_attention_layer_is_replaced(model):
     flexclear.transform(model, r=2)
     assert {type(p) for p in model.attn_processors.values()} == {FluxWindowProcessor}
     assert len(model.attn_processors) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_counts_every_byte_it_holds(backend):
+    from flexclear.plan import get_plan
+
+    plans.clear()
+    layout = Layout(12, 20, 16)
+    plan = get_plan(layout, Disc(3), backend, (128, 64), CPU)
+    n, index_bytes = layout.seq_len, 2 * 8 * layout.image_len + 2 * 4 * layout.image_len
+    if backend == "sdpa":
+        mask_bytes = n * n
+    else:
+        rows, columns = -(-n // 128), -(-n // 64)
+        mask_bytes = 2 * 4 * (rows + rows * columns) + 4 * (1 << 16) + 4
+    assert plans.stats().bytes == sum(t.numel() * t.element_size() for t in plan.tensors())
+    assert plans.stats().bytes >= index_bytes + mask_bytes

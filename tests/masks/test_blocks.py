@@ -8,21 +8,43 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexclear.masks import Disc, Layout, block_mask, block_pairs, cost, dense_mask, disc
-from flexclear.masks import blocks as blocks_module
+from flexclear.masks import (
+    Both,
+    Disc,
+    Downsampled,
+    Either,
+    Layout,
+    Neighborhood,
+    Square,
+    Strided,
+    Swin,
+    block_mask,
+    block_pairs,
+    cost,
+    dense_mask,
+    disc,
+    scan,
+)
+from flexclear.masks import boxes as boxes_module
 from flexclear.masks.windows import coordinate_table
 
-from strategies import block_sizes, discs, layouts, radii
+from strategies import block_sizes, layouts, layouts_with_windows, radii, simple_windows
 
 small = st.integers(1, 12)
+
+
+def evaluated(mask_mod, layout, window):
+    """A mask_mod on all pairs, queries along the rows."""
+    queries, keys = torch.arange(layout.seq_len), torch.arange(window.key_len(layout))
+    return mask_mod(None, None, queries[:, None], keys[None, :])
 
 
 def by_block(mask, block_size):
     """A dense mask cut into blocks, padded with False: bool ``[q_blocks, kv_blocks, Q, KV]``."""
     q_size, kv_size = block_size
-    rows, columns = (-(-len(mask) // size) for size in block_size)
+    rows, columns = (-(-length // size) for length, size in zip(mask.shape, block_size, strict=True))
     padded = torch.zeros(rows * q_size, columns * kv_size, dtype=torch.bool)
-    padded[: len(mask), : len(mask)] = mask
+    padded[: mask.shape[0], : mask.shape[1]] = mask
     return padded.view(rows, q_size, columns, kv_size).transpose(1, 2)
 
 
@@ -47,14 +69,15 @@ def test_the_dense_reference_equals_a_double_loop(layout, r):
             assert mask[i][j] == near, (i, j)
 
 
-@given(layouts(), radii)
-def test_the_mask_mod_equals_the_dense_reference(layout, r):
-    place = torch.arange(layout.seq_len)
-    assert torch.equal(disc(layout, r)(None, None, place[:, None], place[None, :]), dense_mask(layout, Disc(r)))
+@given(layouts_with_windows())
+def test_the_mask_mod_equals_the_dense_reference(drawn):
+    layout, window = drawn
+    assert torch.equal(evaluated(window.mask_mod(layout), layout, window), dense_mask(layout, window))
 
 
-@given(layouts(), discs, block_sizes)
-def test_no_needed_block_is_missing_and_no_full_block_is_wrong(layout, window, block_size):
+@given(layouts_with_windows(), block_sizes)
+def test_no_needed_block_is_missing_and_no_full_block_is_wrong(drawn, block_size):
+    layout, window = drawn
     pairs = block_pairs(layout, window, block_size)
     blocks = by_block(dense_mask(layout, window), pairs.block_size)
     listed_blocks = torch.zeros(blocks.shape[:2], dtype=torch.bool)
@@ -63,21 +86,22 @@ def test_no_needed_block_is_missing_and_no_full_block_is_wrong(layout, window, b
     assert blocks[pairs.q[pairs.full], pairs.kv[pairs.full]].all(), "a full block is not full"
 
 
-@given(layouts(side=st.integers(1, 24)), discs, block_sizes)
-def test_the_block_mask_expanded_equals_the_dense_reference(layout, window, block_size):
+@given(layouts_with_windows(side=st.integers(1, 24)), block_sizes)
+def test_the_block_mask_expanded_equals_the_dense_reference(drawn, block_size):
+    layout, window = drawn
     mask = block_mask(layout, window, block_size=block_size)
     shape = mask.kv_indices.shape[-2:]
     partial = listed(mask.kv_num_blocks, mask.kv_indices, shape)
     full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, shape)
     assert not (partial & full).any()
-    place = torch.arange(layout.seq_len)
-    inside = mask.mask_mod(None, None, place[:, None], place[None, :])
+    inside = evaluated(mask.mask_mod, layout, window)
     expanded = by_block(inside, mask.BLOCK_SIZE) & partial[..., None, None] | full[..., None, None]
     assert torch.equal(expanded, by_block(dense_mask(layout, window), mask.BLOCK_SIZE))
 
 
-@given(layouts(side=st.integers(1, 24)), discs, block_sizes)
-def test_the_lists_by_key_block_are_the_transpose_of_those_by_query_block(layout, window, block_size):
+@given(layouts_with_windows(side=st.integers(1, 24)), block_sizes)
+def test_the_lists_by_key_block_are_the_transpose_of_those_by_query_block(drawn, block_size):
+    layout, window = drawn
     mask = block_mask(layout, window, block_size=block_size, backward=True)
     shape = mask.kv_indices.shape[-2:]
     for kv, q in (("kv", "q"), ("full_kv", "full_q")):
@@ -86,28 +110,70 @@ def test_the_lists_by_key_block_are_the_transpose_of_those_by_query_block(layout
         assert torch.equal(by_query, by_key.T)
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([0, 128, 256]), st.booleans(), radii)
-@example(4, 3, 128, True, 9)
-def test_aligned_tiles_give_the_lists_of_create_block_mask(rows, columns, text_len, text_first, r):
-    layout = Layout(8 * rows, 16 * columns, text_len, text_first)
-    ours = block_mask(layout, Disc(r), block_size=(128, 64))
-    theirs = create_block_mask(
-        disc(layout, r), None, None, layout.seq_len, layout.seq_len, device="cpu", BLOCK_SIZE=(128, 64)
-    )
+aligned = st.builds(
+    lambda rows, columns, text_len, text_first: Layout(8 * rows, 16 * columns, text_len, text_first),
+    st.integers(1, 4), st.integers(1, 4), st.sampled_from([0, 128, 256]), st.booleans(),
+)  # fmt: skip
+
+
+@given(aligned.flatmap(lambda layout: st.tuples(st.just(layout), simple_windows(layout))))
+@example((Layout(32, 48, 128), Disc(9)))
+def test_aligned_tiles_give_the_lists_of_create_block_mask(drawn):
+    layout, window = drawn
+    ours = block_mask(layout, window, block_size=(128, 64))
+    mask_mod, length = window.mask_mod(layout), layout.seq_len
+    theirs = create_block_mask(mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=(128, 64))
     shape = ours.kv_indices.shape[-2:]
     for kind in ("kv", "full_kv"):
         lists = [listed(getattr(m, f"{kind}_num_blocks"), getattr(m, f"{kind}_indices"), shape) for m in (ours, theirs)]
         assert torch.equal(*lists), kind
 
 
-@given(layouts(), discs, block_sizes)
-def test_grouped_search_finds_what_the_search_over_all_pairs_finds(layout, window, block_size):
+@given(layouts(side=st.integers(1, 24)), radii, block_sizes)
+def test_a_mask_mod_of_your_own_is_classified_exactly(layout, r, block_size):
+    place = layout.packed_coordinates()
+
+    def own(b, h, q_idx, kv_idx):
+        q, kv = place[q_idx], place[kv_idx]
+        return ((q >> 16) - (kv >> 16)).abs() + ((q & 0xFFFF) - (kv & 0xFFFF)).abs() < r
+
+    pairs = block_pairs(layout, own, block_size)
+    blocks = by_block(dense_mask(layout, own), pairs.block_size)
+    found, full = torch.zeros(2, *blocks.shape[:2], dtype=torch.bool)
+    found[pairs.q, pairs.kv] = True
+    full[pairs.q[pairs.full], pairs.kv[pairs.full]] = True
+    assert torch.equal(found, blocks.any(-1).any(-1))
+    assert torch.equal(full, blocks.all(-1).all(-1))
+    assert cost(layout, own, block_size=block_size).pairs == int(dense_mask(layout, own).sum())
+    assert block_mask(layout, own, block_size=block_size).mask_mod is own
+
+
+def test_a_mask_mod_of_your_own_is_asked_in_bounded_pieces(monkeypatch):
+    layout, largest = Layout(32, 48, 64), []
+
+    def own(b, h, q_idx, kv_idx):
+        largest.append(q_idx.numel() * kv_idx.numel())
+        return (q_idx - kv_idx).abs() < 100
+
+    whole = block_pairs(layout, own, (128, 64))
+    monkeypatch.setattr(scan, "MAX_PAIRS_AT_ONCE", 1 << 18)
+    largest.clear()
+    pieces = block_pairs(layout, own, (128, 64))
+    assert max(largest) <= 1 << 18
+    assert len(largest) > 3
+    for name in ("q", "kv", "full"):
+        assert torch.equal(getattr(whole, name), getattr(pieces, name))
+
+
+@given(layouts_with_windows(), block_sizes)
+def test_grouped_search_finds_what_the_search_over_all_pairs_finds(drawn, block_size):
+    layout, window = drawn
     pairs = block_pairs(layout, window, block_size)
-    few, blocks_module._FEW_PAIRS = blocks_module._FEW_PAIRS, 1
+    few, boxes_module._FEW_PAIRS = boxes_module._FEW_PAIRS, 1
     try:
         grouped = block_pairs(layout, window, block_size)
     finally:
-        blocks_module._FEW_PAIRS = few
+        boxes_module._FEW_PAIRS = few
     for name in ("q", "kv", "full"):
         assert torch.equal(getattr(pairs, name), getattr(grouped, name))
 
@@ -138,8 +204,9 @@ def test_both_orders_allow_the_same_pairs(layout, r):
     assert torch.equal(raster[place][:, place], tiled)
 
 
-@given(layouts(), discs, block_sizes)
-def test_costs_count_what_the_dense_reference_and_the_blocks_hold(layout, window, block_size):
+@given(layouts_with_windows(), block_sizes)
+def test_costs_count_what_the_dense_reference_and_the_blocks_hold(drawn, block_size):
+    layout, window = drawn
     counted = cost(layout, window, channels=7, block_size=block_size)
     pairs = block_pairs(layout, window, block_size)
     mask = dense_mask(layout, window)
@@ -148,7 +215,7 @@ def test_costs_count_what_the_dense_reference_and_the_blocks_hold(layout, window
     assert counted.executed_pairs == len(pairs.q) * pairs.block_size[0] * pairs.block_size[1]
     assert counted.executed_pairs >= counted.pairs
     assert counted.full + counted.partial + counted.skipped == pairs.q_blocks * pairs.kv_blocks
-    assert counted.density == int(mask.sum()) / mask.numel()
+    assert counted.density == int(mask.sum()) / layout.seq_len**2
 
 
 # Table 2 of the paper, GFLOPs per layer at c = 3072 and 512 text tokens; 86.6 is its Table 7 (Table 2 misprints 80.6).
@@ -175,22 +242,38 @@ def test_executed_work_is_near_useful_work_at_published_sizes(side, block_size, 
 
 
 def test_tables_that_a_mask_captures_have_few_fixed_lengths():
-    lengths = {len(coordinate_table(Layout(h, w))) for h, w in ((1, 1), (85, 48), (255, 255), (256, 256), (300, 300))}
+    sizes = ((1, 1), (85, 48), (255, 255), (256, 256), (300, 300))
+    lengths = {len(coordinate_table(Layout(*size).packed_coordinates())) for size in sizes}
     assert lengths == {1 << 16, 1 << 20}
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: Disc(0), ValueError, "window radius r must be an int >= 1 in tokens, got 0"),
-        (lambda: disc(Layout(4, 4), 2.5), TypeError, r"window radius r must be .* got 2.5 \(float\)"),
-        (lambda: block_mask(Layout(4, 4), Disc(2), block_size=100), ValueError, "multiple of 16 from 16 to 256.*100"),
-        (lambda: block_mask(Layout(4, 4), Disc(2), block_size=(64, 512)), ValueError, r"\(64, 512\)"),
-        (lambda: block_mask(Layout(4, 4), Disc(2), block_size=(64,)), ValueError, r"\(64,\)"),
-        (lambda: block_mask(Layout(4, 4), lambda b, h, q, k: q >= k), TypeError, "window must be a window of flexcl"),
-        (lambda: dense_mask(Layout(4, 4), 16), TypeError, r"such as Disc\(16\).* got 16"),
-    ],
-)
+TINY = Layout(4, 4)
+BAD = {
+    "radius zero": (lambda: Disc(0), ValueError, "window radius r must be an int >= 1 in tokens, got 0"),
+    "radius float": (lambda: disc(TINY, 2.5), TypeError, r"window radius r must be .* got 2.5 \(float\)"),
+    "square": (lambda: Square(-1), ValueError, "window radius r must be .* got -1"),
+    "kernel": (lambda: Neighborhood(0), ValueError, "neighborhood kernel must be an int from 1 .* got 0"),
+    "kernel too large": (
+        lambda: block_mask(TINY, Neighborhood(5)), ValueError, "5 x 5 tokens does not fit into a grid of 4 x 4"),
+    "swin": (lambda: Swin(0), ValueError, "swin window must be .* got 0"),
+    "swin shift": (lambda: Swin(8, 8), ValueError, "swin shift must be an int from 0 to 7 in tokens, got 8"),
+    "stride": (lambda: Strided(0), ValueError, "stride must be .* got 0"),
+    "factor": (lambda: Downsampled(Disc(8), 0), ValueError, "down-sampling factor must be .* got 0"),
+    "pooled twice": (lambda: Downsampled(Downsampled(Disc(8), 2), 2), TypeError, "takes a window without pooled keys"),
+    "pooled inside": (lambda: Both(Disc(8), Downsampled(Disc(8), 2)), TypeError, r"Downsampled\(Both\(...\), factor\)"),
+    "one part": (lambda: Either(Disc(8)), ValueError, "Either takes two windows or more, got 1"),
+    "part": (lambda: Both(Disc(8), 16), TypeError, r"Both takes windows .* got 16"),
+    "block size": (lambda: block_mask(TINY, Disc(2), block_size=100), ValueError, "multiple of 16 from 16 to 256.*100"),
+    "block pair": (lambda: block_mask(TINY, Disc(2), block_size=(64, 512)), ValueError, r"\(64, 512\)"),
+    "one block": (lambda: block_mask(TINY, Disc(2), block_size=(64,)), ValueError, r"\(64,\)"),
+    "no window": (lambda: block_mask(TINY, 16), TypeError, "window must be a window of flexclear.masks .* got 16"),
+    "not bool": (
+        lambda: block_mask(TINY, lambda b, h, q, k: q - k), TypeError, "must return a bool tensor, it returned a torch.int64"),
+    "dense": (lambda: dense_mask(TINY, 16), TypeError, r"such as Disc\(16\).* got 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_calls_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
