@@ -52,6 +52,7 @@ lint: $(READY)
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p flexclear
 
 bench: $(READY)
+	$(BIN)/python bench/blockmask.py
 	$(BIN)/python bench/attention.py
 
 clean:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from flexclear.masks import Cost, Disc, Layout, cost
+from flexclear.masks import Cost, Disc, Layout, block_pairs, cost
 from flexclear.masks.blocks import DEFAULT_BLOCK_SIZE, check_block_size
 from flexclear.masks.checks import check_int
+from flexclear.masks.pictures import block_picture, window_picture
+from flexclear.sheet import side_by_side
 
 PX_PER_TOKEN = 16
 """Pixels that one FLUX.1 or SD3 token covers: VAE factor 8, then 2 x 2 packing."""
@@ -58,6 +62,62 @@ class Explanation:
                 "the rate of a fused dense kernel. Use a smaller radius or larger pictures, or keep the model dense."
             )
         return "\n".join(lines)
+
+    def save(self, path: str | Path) -> Path:
+        """Draw one query's window and the block map into a PNG file; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs = block_pairs(self.layout, self.window, self.block_size)
+        window = window_picture(self.layout, self.window)
+        titles = [
+            f"what one query sees of {self.layout.height} x {self.layout.width} tokens: {self.window.name}",
+            f"{pairs.q_blocks} x {pairs.kv_blocks} blocks: {pairs.full_count} full (dark), {pairs.partial_count} partial",
+        ]
+        side_by_side([window, block_picture(pairs)], titles).save(path)
+        return path
+
+
+def resolution_table(
+    r: int = 16,
+    *,
+    text_len: int = 512,
+    px_per_token: int = PX_PER_TOKEN,
+    channels: int = 3072,
+    sides: Sequence[int] = (512, 1024, 2048, 4096, 8192),
+) -> str:
+    """Density, work and predicted gain over square pictures as a Markdown table, and from what size on there is a gain.
+
+    Args:
+        r: window radius in tokens.
+        text_len: text tokens.
+        px_per_token: pixels per token and side.
+        channels: heads times head dimension.
+        sides: picture sides in pixels.
+    """
+
+    def square(tokens: int) -> Cost:
+        return cost(Layout(tokens, tokens, text_len), Disc(r), channels=channels)
+
+    lines = [
+        "| picture, px | density | GFLOPs per layer | executed / useful | work of dense | attention, predicted |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side in sides:
+        spent = square(side // px_per_token)
+        lines.append(
+            f"| {side} x {side} | {spent.density:.2%} | {spent.flops / 1e9:.1f} | {spent.amplification:.2f} | "
+            f"{1 / spent.predicted_speedup:.1%} | {spent.predicted_speedup / BREAK_EVEN:.1f} x |"
+        )
+    low, high = 1, 1024
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if square(middle).predicted_speedup >= BREAK_EVEN else (middle + 1, high)
+    lines.append("")
+    lines.append(
+        f"Below about {low * px_per_token} x {low * px_per_token} px dense attention is as fast or faster at r = {r} "
+        f"({low} x {low} tokens): predicted gains count FlexAttention at 1 / {BREAK_EVEN:.0f} of the dense kernel's rate."
+    )
+    return "\n".join(lines)
 
 
 def explain(

@@ -24,7 +24,7 @@ def _check_parts(verb: str, parts: tuple[Window, ...]) -> None:
             )
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Both(Window):
     """A key is seen if every part allows it: the intersection of windows.
 
@@ -37,6 +37,9 @@ class Both(Window):
     def __init__(self, *parts: Window) -> None:
         _check_parts("Both", parts)
         object.__setattr__(self, "parts", parts)
+
+    def __repr__(self) -> str:
+        return f"Both({', '.join(map(repr, self.parts))})"
 
     @property
     def name(self) -> str:
@@ -61,7 +64,7 @@ class Both(Window):
         return found
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Either(Window):
     """A key is seen if any part allows it: the union of windows.
 
@@ -74,6 +77,9 @@ class Either(Window):
     def __init__(self, *parts: Window) -> None:
         _check_parts("Either", parts)
         object.__setattr__(self, "parts", parts)
+
+    def __repr__(self) -> str:
+        return f"Either({', '.join(map(repr, self.parts))})"
 
     @property
     def name(self) -> str:

@@ -12,8 +12,7 @@ from torch._dynamo.utils import counters
 from flexclear.attention import choose_backend, windowed_attention
 from flexclear.compile import UnfusedAttentionError, compiled_flex_attention, why_not_compiled
 from flexclear.masks import Disc, Layout, block_mask, dense_mask
-
-from strategies import layouts, radii
+from flexclear.testing.strategies import layouts, radii
 
 HEADS, HEAD_DIM = 2, 16
 CPU = torch.device("cpu")

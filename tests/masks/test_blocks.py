@@ -27,8 +27,8 @@ from flexclear.masks import (
 )
 from flexclear.masks import boxes as boxes_module
 from flexclear.masks.windows import coordinate_table
-
-from strategies import block_sizes, layouts, layouts_with_windows, radii, simple_windows
+from flexclear.testing.checks import blocks_of, listed_blocks
+from flexclear.testing.strategies import block_sizes, layouts, layouts_with_windows, radii, simple_windows
 
 small = st.integers(1, 12)
 
@@ -37,23 +37,6 @@ def evaluated(mask_mod, layout, window):
     """A mask_mod on all pairs, queries along the rows."""
     queries, keys = torch.arange(layout.seq_len), torch.arange(window.key_len(layout))
     return mask_mod(None, None, queries[:, None], keys[None, :])
-
-
-def by_block(mask, block_size):
-    """A dense mask cut into blocks, padded with False: bool ``[q_blocks, kv_blocks, Q, KV]``."""
-    q_size, kv_size = block_size
-    rows, columns = (-(-length // size) for length, size in zip(mask.shape, block_size, strict=True))
-    padded = torch.zeros(rows * q_size, columns * kv_size, dtype=torch.bool)
-    padded[: mask.shape[0], : mask.shape[1]] = mask
-    return padded.view(rows, q_size, columns, kv_size).transpose(1, 2)
-
-
-def listed(counts, indices, shape):
-    """The blocks of BlockMask lists as a boolean matrix."""
-    found = torch.zeros(shape, dtype=torch.bool)
-    for row in range(shape[0]):
-        found[row, indices[0, 0, row, : int(counts[0, 0, row])].long()] = True
-    return found
 
 
 @given(layouts(side=small), radii)
@@ -79,10 +62,10 @@ def test_the_mask_mod_equals_the_dense_reference(drawn):
 def test_no_needed_block_is_missing_and_no_full_block_is_wrong(drawn, block_size):
     layout, window = drawn
     pairs = block_pairs(layout, window, block_size)
-    blocks = by_block(dense_mask(layout, window), pairs.block_size)
-    listed_blocks = torch.zeros(blocks.shape[:2], dtype=torch.bool)
-    listed_blocks[pairs.q, pairs.kv] = True
-    assert not (blocks.any(-1).any(-1) & ~listed_blocks).any(), "a needed block is missing"
+    blocks = blocks_of(dense_mask(layout, window), pairs.block_size)
+    found = torch.zeros(blocks.shape[:2], dtype=torch.bool)
+    found[pairs.q, pairs.kv] = True
+    assert not (blocks.any(-1).any(-1) & ~found).any(), "a needed block is missing"
     assert blocks[pairs.q[pairs.full], pairs.kv[pairs.full]].all(), "a full block is not full"
 
 
@@ -91,12 +74,12 @@ def test_the_block_mask_expanded_equals_the_dense_reference(drawn, block_size):
     layout, window = drawn
     mask = block_mask(layout, window, block_size=block_size)
     shape = mask.kv_indices.shape[-2:]
-    partial = listed(mask.kv_num_blocks, mask.kv_indices, shape)
-    full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, shape)
+    partial = listed_blocks(mask.kv_num_blocks, mask.kv_indices, shape[1])
+    full = listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, shape[1])
     assert not (partial & full).any()
     inside = evaluated(mask.mask_mod, layout, window)
-    expanded = by_block(inside, mask.BLOCK_SIZE) & partial[..., None, None] | full[..., None, None]
-    assert torch.equal(expanded, by_block(dense_mask(layout, window), mask.BLOCK_SIZE))
+    expanded = blocks_of(inside, mask.BLOCK_SIZE) & partial[..., None, None] | full[..., None, None]
+    assert torch.equal(expanded, blocks_of(dense_mask(layout, window), mask.BLOCK_SIZE))
 
 
 @given(layouts_with_windows(side=st.integers(1, 24)), block_sizes)
@@ -105,8 +88,8 @@ def test_the_lists_by_key_block_are_the_transpose_of_those_by_query_block(drawn,
     mask = block_mask(layout, window, block_size=block_size, backward=True)
     shape = mask.kv_indices.shape[-2:]
     for kv, q in (("kv", "q"), ("full_kv", "full_q")):
-        by_query = listed(getattr(mask, f"{kv}_num_blocks"), getattr(mask, f"{kv}_indices"), shape)
-        by_key = listed(getattr(mask, f"{q}_num_blocks"), getattr(mask, f"{q}_indices"), shape[::-1])
+        by_query = listed_blocks(getattr(mask, f"{kv}_num_blocks"), getattr(mask, f"{kv}_indices"), shape[1])
+        by_key = listed_blocks(getattr(mask, f"{q}_num_blocks"), getattr(mask, f"{q}_indices"), shape[0])
         assert torch.equal(by_query, by_key.T)
 
 
@@ -125,7 +108,10 @@ def test_aligned_tiles_give_the_lists_of_create_block_mask(drawn):
     theirs = create_block_mask(mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=(128, 64))
     shape = ours.kv_indices.shape[-2:]
     for kind in ("kv", "full_kv"):
-        lists = [listed(getattr(m, f"{kind}_num_blocks"), getattr(m, f"{kind}_indices"), shape) for m in (ours, theirs)]
+        lists = [
+            listed_blocks(getattr(m, f"{kind}_num_blocks"), getattr(m, f"{kind}_indices"), shape[1])
+            for m in (ours, theirs)
+        ]
         assert torch.equal(*lists), kind
 
 
@@ -138,7 +124,7 @@ def test_a_mask_mod_of_your_own_is_classified_exactly(layout, r, block_size):
         return ((q >> 16) - (kv >> 16)).abs() + ((q & 0xFFFF) - (kv & 0xFFFF)).abs() < r
 
     pairs = block_pairs(layout, own, block_size)
-    blocks = by_block(dense_mask(layout, own), pairs.block_size)
+    blocks = blocks_of(dense_mask(layout, own), pairs.block_size)
     found, full = torch.zeros(2, *blocks.shape[:2], dtype=torch.bool)
     found[pairs.q, pairs.kv] = True
     full[pairs.q[pairs.full], pairs.kv[pairs.full]] = True

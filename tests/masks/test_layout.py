@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from flexclear.masks import Layout
 from flexclear.masks.layout import MAX_SIDE, ORDERS, band_edges
-
-from strategies import layouts, sides
+from flexclear.testing.strategies import layouts, sides
 
 
 @given(layouts())

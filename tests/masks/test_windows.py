@@ -20,8 +20,7 @@ from flexclear.masks import (
     cost,
     dense_mask,
 )
-
-from strategies import layouts, simple_windows, windows
+from flexclear.testing.strategies import layouts, simple_windows, windows
 
 small = layouts(side=st.integers(1, 9))
 

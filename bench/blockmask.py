@@ -1,0 +1,102 @@
+"""Time and peak memory of building block masks: from bounding boxes, and by create_block_mask where it can finish.
+
+    python bench/blockmask.py
+
+Each build runs in a process of its own, so that its peak memory is its own. Where both finish, the lists are compared
+in the same run. Writes bench/results/blockmask-cpu.{json,md}.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from flexclear.masks import Disc, Layout, block_mask, disc
+
+from machine import facts, write_results
+
+SIDES = (64, 128, 256, 512, 1024)
+CREATE_UP_TO = 64
+REPEATS = 5
+BLOCK_SIZE = (128, 64)
+
+
+def peak_megabytes() -> float:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def build(kind: str, side: int, r: int) -> dict[str, Any]:
+    """Build one mask in this process; the first build of "ours" is separate, because it also makes the token order."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    layout = Layout(side, side)
+    block_mask(Layout(16, 16), Disc(r))
+    before = peak_megabytes()
+    times = []
+    for _ in range(REPEATS if kind == "boxes" else 1):
+        start = time.perf_counter()
+        if kind == "boxes":
+            mask = block_mask(layout, Disc(r), block_size=BLOCK_SIZE)
+        else:
+            mask = create_block_mask(
+                disc(layout, r), None, None, layout.seq_len, layout.seq_len, device="cpu", BLOCK_SIZE=BLOCK_SIZE
+            )
+        times.append(time.perf_counter() - start)
+    tensors = [t for t in mask.as_tuple(flatten=True) if isinstance(t, torch.Tensor)]
+    found = {
+        "kind": kind,
+        "side": side,
+        "tokens": layout.seq_len,
+        "ms": 1e3 * statistics.median(times),
+        "first_ms": 1e3 * times[0],
+        "peak_mb": peak_megabytes() - before,
+        "mask_mb": sum(t.numel() * t.element_size() for t in tensors) / 2**20,
+    }
+    if side <= CREATE_UP_TO:
+        found["partial"] = int(mask.kv_num_blocks.sum())
+        found["full"] = int(mask.full_kv_num_blocks.sum()) if mask.full_kv_num_blocks is not None else 0
+    return found
+
+
+def main() -> None:
+    """Measure every size in processes of their own."""
+    if len(sys.argv) == 4:
+        print(json.dumps(build(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+        return
+    rows = []
+    for side in SIDES:
+        for kind in ("boxes", "create_block_mask"):
+            if kind == "create_block_mask" and side > CREATE_UP_TO:
+                continue
+            done = subprocess.run(
+                [sys.executable, __file__, kind, str(side), "16"], capture_output=True, text=True, check=True
+            )
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    for ours, theirs in ((a, b) for a in rows for b in rows if a["side"] == b["side"] and a["kind"] < b["kind"]):
+        if (ours["partial"], ours["full"]) != (theirs["partial"], theirs["full"]):
+            raise AssertionError(f"the lists differ: {ours} and {theirs}")
+    lines = [
+        "| image tokens + text | built by | ms, median | ms, first | peak memory, MB | mask, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['side']} x {row['side']} + 512 | {row['kind']} | {row['ms']:.0f} | {row['first_ms']:.0f} | "
+        f"{row['peak_mb']:.0f} | {row['mask_mb']:.0f} |"
+        for row in rows
+    ]
+    table = "\n".join(lines) + "\n"
+    about = facts(torch.device("cpu"), r=16, blocks=f"{BLOCK_SIZE[0]} x {BLOCK_SIZE[1]}", median_of=REPEATS)
+    write_results("blockmask-cpu", about, rows, table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m flexclear``."""
+
+from flexclear.cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""Labelled pictures: contact sheets with one row per prompt and one column per variant, and panels side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN = 12
+LABEL_WIDTH = 180
+HEADER_HEIGHT = 46
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    cell: int = 176,
+) -> Image.Image:
+    """Pictures in a labelled grid on white, each scaled into ``cell`` x ``cell`` pixels, aspect ratio kept.
+
+    Args:
+        rows: pictures by row and column.
+        row_labels: one per row, wrapped to the label column at the left.
+        column_labels: one per column, with line breaks as given.
+        cell: side of a cell in pixels.
+
+    Raises:
+        ValueError: the labels do not match the grid.
+    """
+    columns = len(column_labels)
+    if len(rows) != len(row_labels) or any(len(row) != columns for row in rows):
+        raise ValueError(
+            f"need one label per row and column, got {len(row_labels)} row labels for {len(rows)} rows and {columns} "
+            f"column labels for rows of {sorted({len(row) for row in rows})} pictures"
+        )
+    font = ImageFont.load_default(size=14)
+    width = LABEL_WIDTH + columns * (cell + MARGIN) + MARGIN
+    sheet = Image.new("RGB", (width, HEADER_HEIGHT + len(rows) * (cell + MARGIN)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(column_labels):
+        left = LABEL_WIDTH + column * (cell + MARGIN)
+        draw.multiline_text((left + cell / 2, HEADER_HEIGHT / 2), label, "black", font, anchor="mm", align="center")
+    for index, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+        top = HEADER_HEIGHT + index * (cell + MARGIN)
+        draw.multiline_text((MARGIN, top + cell / 2), textwrap.fill(label, 20), "black", font, anchor="lm")
+        for column, picture in enumerate(row):
+            scale = cell / max(picture.size)
+            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+            fitted = picture.convert("RGB").resize(
+                size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+            )
+            left = LABEL_WIDTH + column * (cell + MARGIN) + (cell - size[0]) // 2
+            sheet.paste(fitted, (left, top + (cell - size[1]) // 2))
+    return sheet
+
+
+def side_by_side(pictures: Sequence[Tensor], titles: Sequence[str], least_side: int = 448) -> Image.Image:
+    """Small uint8 ``[height, width, 3]`` tensors as titled panels, enlarged by whole factors so that pixels stay squares.
+
+    Args:
+        pictures: the panels.
+        titles: one per panel, wrapped above it.
+        least_side: a panel is enlarged while its longer side stays within twice this.
+    """
+    font = ImageFont.load_default(size=14)
+    panels = []
+    for picture in pictures:
+        factor = max(1, round(least_side / max(picture.shape[:2])))
+        panels.append(
+            Image.fromarray(picture.numpy()).resize((picture.shape[1] * factor, picture.shape[0] * factor), 0)
+        )
+    width = sum(panel.width for panel in panels) + MARGIN * (len(panels) + 1)
+    sheet = Image.new("RGB", (width, HEADER_HEIGHT + max(panel.height for panel in panels) + MARGIN), "white")
+    draw, left = ImageDraw.Draw(sheet), MARGIN
+    for panel, title in zip(panels, titles, strict=True):
+        wrapped = textwrap.fill(title, max(10, panel.width // 8))
+        draw.multiline_text((left, HEADER_HEIGHT / 2), wrapped, "black", font, anchor="lm")
+        sheet.paste(panel, (left, HEADER_HEIGHT))
+        left += panel.width + MARGIN
+    return sheet

@@ -1,0 +1,17 @@
+"""Testing masks: Hypothesis strategies, ``assert_matches_dense``, and a fuzzer. Needs the extra ``flexclear[test]``.
+
+>>> from flexclear.masks import Disc, Layout
+>>> from flexclear.testing import assert_matches_dense
+>>> assert_matches_dense(Layout(9, 14, text_len=5), Disc(3), block_size=32, attention=False)
+"""
+
+try:
+    import hypothesis as _hypothesis  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("flexclear.testing needs hypothesis: pip install 'flexclear[test]'") from error
+
+from flexclear.testing import strategies
+from flexclear.testing.checks import assert_matches_dense
+from flexclear.testing.fuzzing import Case, Report, fuzz
+
+__all__ = ["Case", "Report", "assert_matches_dense", "fuzz", "strategies"]
