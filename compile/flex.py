@@ -53,12 +53,24 @@ def _compiled(facts: Hashable) -> Callable[..., Tensor]:
     return torch.compile(copy, fullgraph=True, dynamic=True)
 
 
+def _codes(function: object) -> tuple[Hashable, ...]:
+    """The code objects of a ``mask_mod`` and of the functions that it captures: one family of windows, one answer."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return (type(function),)
+    cells = getattr(function, "__closure__", None) or ()
+    inner = (cell.cell_contents for cell in cells)
+    return (code, *(_codes(content) for content in inner if isinstance(content, types.FunctionType)))
+
+
 def compiled_flex_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None
 ) -> Tensor:
     """FlexAttention, always fused: traced into the caller's graph while compiling, compiled here otherwise.
 
-    One graph serves every sequence length, radius and batch size above 1 of the same types, heads and block size.
+    One graph serves every sequence length, every window of one family and every batch size above 1, for the same types,
+    heads and block size. A ``mask_mod`` of your own should capture its numbers as tensors: FlexAttention compiles
+    Python numbers in, and every new value would be a new graph.
 
     Args:
         query, key, value: ``[B, heads, N, head_dim]``, one dtype and device.
@@ -89,14 +101,16 @@ def compiled_flex_attention(
         scale,
         needs_grad,
         torch.is_inference_mode_enabled(),
+        _codes(mask.mask_mod),
     )
     try:
         return _compiled(facts)(query, key, value, mask, scale)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise UnfusedAttentionError(
-            f"flexclear: Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for attention "
-            f"over {tuple(query.shape)} {query.dtype}. Raise torch._dynamo.config.recompile_limit, or call "
-            "torch.compiler.reset(). " + _ADVICE.format(n=query.shape[2])
+            f"flexclear: Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for attention over "
+            f"{tuple(query.shape)} {query.dtype}. If the mask_mod captures Python values, capture 0-d tensors "
+            "instead; else raise torch._dynamo.config.recompile_limit, or call torch.compiler.reset(). "
+            + _ADVICE.format(n=query.shape[2])
         ) from error
 
 

@@ -26,44 +26,56 @@ MAX_SIDE = 16384
 """Largest height or width in tokens. Keeps a squared distance inside 32 bits."""
 
 BAND = 8
-"""Height in tokens that the tiled order aims at: 64 consecutive tokens then cover about 8 x 8."""
+"""Height in tokens of a band of the tiled order: 64 consecutive tokens then cover 8 x 8."""
 
 
-def band_edges(height: int, band: int = BAND) -> list[int]:
-    """First row of every band, then ``height``: rows split into equal bands (+- 1 row) of about ``band`` rows.
+BLOCK = 128
+"""Largest block that tiles are lined up with when the image does not start at a multiple of it."""
+
+
+def band_edges(side: int) -> list[int]:
+    """First row of every band, then ``side``: bands of 8 rows; the last one has 4 to 11, or all where there are fewer.
 
     >>> band_edges(16)
     [0, 8, 16]
-    >>> band_edges(13)
-    [0, 6, 13]
+    >>> band_edges(19), band_edges(20)
+    ([0, 8, 19], [0, 8, 16, 20])
     """
-    count = max(1, (2 * height + band) // (2 * band))
-    return [i * height // count for i in range(count + 1)]
+    edges = [*range(0, side, BAND), side]
+    if len(edges) > 2 and edges[-1] - edges[-2] < BAND // 2:
+        del edges[-2]
+    return edges
 
 
-def _raster(height: int, width: int) -> Tensor:
+def _raster(height: int, width: int, start: int) -> Tensor:
     return torch.arange(height * width)
 
 
-def _tiled(height: int, width: int) -> Tensor:
-    """Raster index of each token when bands are walked column by column, every other band from right to left.
+def _tiled(height: int, width: int, start: int) -> Tensor:
+    """Raster index of each token when bands are walked across, every other band backwards.
 
-    Where 8 divides the height and the width, each run of 64 tokens is an 8 x 8 tile and each aligned run of 128 an
-    8 x 16 tile (or 16 x 8 at a turn). Elsewhere a run is a parallelogram of the same area: no run is ever a long
-    strip, and because the walk turns round at the border, none reaches across the picture. That is why this order
-    needs no padding for ragged sizes.
+    Where 8 divides the sides, each run of 64 tokens is an 8 x 8 tile and each aligned run of 128 an 8 x 16 tile (or
+    two tiles at a turn). Elsewhere a run is a parallelogram of about the same area: no run is ever a long strip, and
+    because the walk turns round at the border, none reaches across the picture. That is why ragged sizes need no
+    padding. Two rules keep runs on tiles where they can be:
+
+    - bands lie along the side that 8 divides, so that a band is a whole number of tiles;
+    - where text in front shifts the image against the blocks, the end of the walk comes first, as many tokens as fill
+      the block that text has begun; from the next block on, runs are tiles again.
     """
+    turned = width % BAND != 0 and height % BAND == 0
     grid = torch.arange(height * width).view(height, width)
-    edges = band_edges(height)
+    grid = grid.T if turned else grid
     walk = []
-    for index, (top, bottom) in enumerate(itertools.pairwise(edges)):
+    for index, (top, bottom) in enumerate(itertools.pairwise(band_edges(len(grid)))):
         columns = grid[top:bottom].T
         walk.append((columns.flip(0) if index % 2 else columns).reshape(-1))
-    return torch.cat(walk)
+    return torch.cat(walk).roll(-start % BLOCK)
 
 
-ORDERS: dict[str, Callable[[int, int], Tensor]] = {"raster": _raster, "tiled": _tiled}
-"""Image orders by name: ``(height, width) -> int64 [height * width]``, the raster index at each place of the order."""
+ORDERS: dict[str, Callable[[int, int, int], Tensor]] = {"raster": _raster, "tiled": _tiled}
+"""Image orders by name: ``(height, width, sequence position of the first image token) -> int64 [height * width]``, the
+raster index at each place of the order."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class Layout:
 
         ``tokens[:, layout.permutation()]`` brings raster tokens ``[B, image_len, C]`` into image order.
         """
-        return ORDERS[self.order](self.height, self.width)
+        return ORDERS[self.order](self.height, self.width, self.image_start)
 
     def inverse_permutation(self) -> Tensor:
         """Place in the image order of each raster token: int64 ``[image_len]``; undoes ``permutation``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,8 @@ from torch._dynamo.utils import counters
 
 from flexclear.attention import choose_backend, windowed_attention
 from flexclear.compile import UnfusedAttentionError, compiled_flex_attention, why_not_compiled
-from flexclear.masks import Disc, Layout, block_mask, dense_mask
+from flexclear.masks import Disc, Downsampled, Layout, Square, Swin, block_mask, dense_mask
+from flexclear.testing import assert_matches_dense
 from flexclear.testing.strategies import layouts, radii
 
 HEADS, HEAD_DIM = 2, 16
@@ -64,13 +67,24 @@ def test_compiled_attention_is_as_near_to_float32_as_bfloat16_allows(layout, r):
 
 
 @needs_compiler
-def test_ten_resolutions_and_many_radii_share_one_graph():
+def test_fifty_resolutions_and_many_radii_share_one_graph():
     both(Layout(16, 16, text_len=32), 4)
     before = counters["stats"]["unique_graphs"]
-    for step in range(10):
-        ours, reference = both(Layout(12 + 3 * step, 29 - step, text_len=32 + step), 2 + step)
+    for step in range(50):
+        ours, reference = both(Layout(12 + step % 23, 40 - step % 29, text_len=32 + step), 2 + step % 7)
         assert (ours - reference).abs().max() <= 1e-5
     assert counters["stats"]["unique_graphs"] == before
+
+
+@needs_compiler
+def test_families_of_windows_are_graphs_of_their_own_and_their_parameters_are_not():
+    layouts = [Layout(16, 16, text_len=32), Layout(12, 25, text_len=40)]
+    for family in ([Square(3), Square(5)], [Swin(4, 2), Swin(6)], [Downsampled(Disc(3), 4), Downsampled(Disc(6), 3)]):
+        counts = []
+        for layout, window in itertools.product(layouts, family):
+            assert_matches_dense(layout, window)
+            counts.append(counters["stats"]["unique_graphs"])
+        assert len(set(counts)) == 1, (family, counts)
 
 
 @needs_compiler
@@ -90,19 +104,22 @@ def test_attention_that_would_run_unfused_raises(switch):
         )
 
 
+def with_a_python_value(name):
+    return lambda b, h, q, k: q >= k if len(name) % 2 else q <= k
+
+
 @needs_compiler
 def test_the_recompile_limit_raises_and_says_how_to_go_on():
     layout = Layout(16, 16, text_len=32)
     query, key, value = attention_inputs(layout)
-    with torch.no_grad():
-        compiled_flex_attention(query, key, value, block_mask(layout, Disc(4)))
-        stranger = block_mask(layout, Disc(4))
-        stranger.mask_mod = lambda b, h, q, k: q >= k
-        with (
-            torch._dynamo.config.patch(recompile_limit=1),
-            pytest.raises(UnfusedAttentionError, match=r"recompile limit \(1\) is reached.*recompile_limit"),
-        ):
-            compiled_flex_attention(query, key, value, stranger)
+
+    def attend(name):
+        return compiled_flex_attention(query, key, value, block_mask(layout, with_a_python_value(name)))
+
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        attend("one"), attend("four")
+        with pytest.raises(UnfusedAttentionError, match=r"recompile limit \(2\) is reached.*capture 0-d tensors"):
+            attend("three")
 
 
 def test_the_backend_is_chosen_by_device_type_and_gradients():

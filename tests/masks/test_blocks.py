@@ -227,6 +227,23 @@ def test_executed_work_is_near_useful_work_at_published_sizes(side, block_size, 
         assert cost(Layout(side, side), Disc(r), block_size=block_size).amplification <= limit
 
 
+RAGGED = [
+    (85, 48, 512, True),
+    (52, 76, 512, True),
+    (48, 85, 256, True),
+    (91, 91, 333, False),
+    (64, 64, 77, True),
+    (45, 80, 154, True),
+]
+
+
+@pytest.mark.parametrize("shape", RAGGED, ids=str)
+def test_executed_work_is_near_useful_work_at_ragged_sizes(shape):
+    costs = [cost(Layout(*shape), Disc(16), block_size=block_size).amplification for block_size in ((128, 64), 64)]
+    assert costs[0] <= 2.06
+    assert costs[1] <= 1.80
+
+
 def test_tables_that_a_mask_captures_have_few_fixed_lengths():
     sizes = ((1, 1), (85, 48), (255, 255), (256, 256), (300, 300))
     lengths = {len(coordinate_table(Layout(*size).packed_coordinates())) for size in sizes}
