@@ -55,9 +55,10 @@ def _compiled(facts: Hashable) -> Callable[..., Tensor]:
 
 def _codes(function: object) -> tuple[Hashable, ...]:
     """The code objects of a ``mask_mod`` and of the functions that it captures: one family of windows, one answer."""
-    code = getattr(function, "__code__", None)
+    code: Hashable = getattr(function, "__code__", None)
     if code is None:
-        return (type(function),)
+        kind: Hashable = type(function)
+        return (kind,)
     cells = getattr(function, "__closure__", None) or ()
     inner = (cell.cell_contents for cell in cells)
     return (code, *(_codes(content) for content in inner if isinstance(content, types.FunctionType)))

@@ -57,27 +57,36 @@ def contact_sheet(
     return sheet
 
 
-def side_by_side(pictures: Sequence[Tensor], titles: Sequence[str], least_side: int = 448) -> Image.Image:
+def side_by_side(
+    pictures: Sequence[Tensor], titles: Sequence[str], least_side: int = 448, columns: int | None = None
+) -> Image.Image:
     """Small uint8 ``[height, width, 3]`` tensors as titled panels, enlarged by whole factors so that pixels stay squares.
 
     Args:
         pictures: the panels.
         titles: one per panel, wrapped above it.
-        least_side: a panel is enlarged while its longer side stays within twice this.
+        least_side: about how large a panel's longer side becomes, in pixels.
+        columns: panels per row; all in one row by default.
     """
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.load_default(size=13)
+    columns = columns or len(pictures)
     panels = []
     for picture in pictures:
         factor = max(1, round(least_side / max(picture.shape[:2])))
         panels.append(
             Image.fromarray(picture.numpy()).resize((picture.shape[1] * factor, picture.shape[0] * factor), 0)
         )
-    width = sum(panel.width for panel in panels) + MARGIN * (len(panels) + 1)
-    sheet = Image.new("RGB", (width, HEADER_HEIGHT + max(panel.height for panel in panels) + MARGIN), "white")
-    draw, left = ImageDraw.Draw(sheet), MARGIN
-    for panel, title in zip(panels, titles, strict=True):
-        wrapped = textwrap.fill(title, max(10, panel.width // 8))
-        draw.multiline_text((left, HEADER_HEIGHT / 2), wrapped, "black", font, anchor="lm")
-        sheet.paste(panel, (left, HEADER_HEIGHT))
-        left += panel.width + MARGIN
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    width = max(sum(panel.width + MARGIN for panel in row) for row in rows) + MARGIN
+    height = sum(max(panel.height for panel in row) + HEADER_HEIGHT for row in rows) + MARGIN
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, top, names = ImageDraw.Draw(sheet), 0, iter(titles)
+    for row in rows:
+        left = MARGIN
+        for panel in row:
+            wrapped = textwrap.fill(next(names), max(10, panel.width // 8))
+            draw.multiline_text((left, top + HEADER_HEIGHT / 2), wrapped, "black", font, anchor="lm")
+            sheet.paste(panel, (left, top + HEADER_HEIGHT))
+            left += panel.width + MARGIN
+        top += max(panel.height for panel in row) + HEADER_HEIGHT
     return sheet

@@ -9,8 +9,9 @@ from flexclear.masks.blocks import BlockPairs, block_mask, block_pairs
 from flexclear.masks.compose import Both, Downsampled, Either
 from flexclear.masks.cost import Cost, cost
 from flexclear.masks.dense import dense_mask
+from flexclear.masks.factories import disc, full, neighborhood, square, strided, swin, with_downsampled
 from flexclear.masks.layout import Layout
-from flexclear.masks.shapes import Disc, Full, Neighborhood, Square, Strided, Swin, disc
+from flexclear.masks.shapes import Disc, Full, Neighborhood, Square, Strided, Swin
 from flexclear.masks.windows import MaskMod, Window
 
 __all__ = [
@@ -33,4 +34,10 @@ __all__ = [
     "cost",
     "dense_mask",
     "disc",
+    "full",
+    "neighborhood",
+    "square",
+    "strided",
+    "swin",
+    "with_downsampled",
 ]

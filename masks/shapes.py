@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE, Layout
-from flexclear.masks.windows import Box, MaskMod, Rule, Window
+from flexclear.masks.windows import Box, Rule, Window
 
 
 def _gap(low_a: Tensor, high_a: Tensor, low_b: Tensor, high_b: Tensor) -> Tensor:
@@ -301,22 +301,3 @@ class Full(Window):
 
     def image_pairs(self, layout: Layout) -> int:
         return layout.image_len**2
-
-
-def disc(layout: Layout, r: int, device: torch.device | str = "cpu") -> MaskMod:
-    """CLEAR's window of radius ``r`` over ``layout`` as a FlexAttention ``mask_mod``; see ``Disc``.
-
-    >>> import torch
-    >>> mask_mod = disc(Layout(4, 4, text_len=0, order="raster"), r=2)
-    >>> [bool(mask_mod(None, None, torch.tensor(0), torch.tensor(k))) for k in (1, 2, 4, 5)]
-    [True, False, True, True]
-
-    Args:
-        layout: the sequence.
-        r: window radius in tokens, 1 or more.
-        device: where the captured tables are put; FlexAttention wants them beside query and key.
-
-    Raises:
-        TypeError, ValueError: ``r`` is not a positive int.
-    """
-    return Disc(r).mask_mod(layout, device)

@@ -66,6 +66,18 @@ class Window(ABC):
     def covers(self, layout: Layout, query: Box, key: Box) -> Tensor:
         """Whether every such pair is allowed: bool, broadcast. Boxes are not empty."""
 
+    def __and__(self, other: Window) -> Window:
+        """A key is seen if both windows allow it."""
+        from flexclear.masks.compose import Both
+
+        return Both(self, other)
+
+    def __or__(self, other: Window) -> Window:
+        """A key is seen if either window allows it."""
+        from flexclear.masks.compose import Either
+
+        return Either(self, other)
+
     def image_pairs(self, layout: Layout) -> int | None:
         """Number of allowed image pairs where a formula gives it, else None; they are then counted."""
         return None

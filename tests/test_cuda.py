@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from models import flux_call, tiny_flux
 
 import flexclear
 from flexclear.masks import Disc, Downsampled, Layout, dense_mask
 from flexclear.plan import get_plan, plans
 from flexclear.testing import assert_matches_dense
+
+from models import flux_call, tiny_flux
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexclear import masks
 from flexclear.masks import (
     Both,
     Disc,
@@ -122,3 +124,31 @@ def test_windows_are_hashable_facts_that_carry_their_parameters_in_their_name(wi
         len({window, type(window)(*(window.parts if isinstance(window, (Both, Either)) else vars(window).values()))})
         == 1
     )
+
+
+FACTORIES = {
+    "disc": (masks.disc, (3,), Disc(3)),
+    "square": (masks.square, (3,), Square(3)),
+    "neighborhood": (masks.neighborhood, (5,), Neighborhood(5)),
+    "swin": (masks.swin, (4, 2), Swin(4, 2)),
+    "strided": (masks.strided, (3,), Strided(3)),
+    "full": (masks.full, (), Full()),
+}
+
+
+@pytest.mark.parametrize(("factory", "arguments", "window"), FACTORIES.values(), ids=FACTORIES)
+def test_factories_give_the_mask_mod_of_their_window(factory, arguments, window):
+    layout = Layout(7, 9, 5)
+    mask_mod = factory(layout, *arguments)
+    assert mask_mod.window == window
+    place = torch.arange(layout.seq_len)
+    assert torch.equal(mask_mod(None, None, place[:, None], place[None, :]), dense_mask(layout, window))
+
+
+def test_windows_compose_with_and_and_or_and_take_pooled_keys():
+    assert Disc(3) & Strided(2) == Both(Disc(3), Strided(2))
+    assert Disc(3) | Strided(2) == Either(Disc(3), Strided(2))
+    layout = Layout(6, 8)
+    assert masks.with_downsampled(masks.disc(layout, 3), 4) == Downsampled(Disc(3), 4)
+    with pytest.raises(TypeError, match="Both takes windows"):
+        Disc(3) & 4
