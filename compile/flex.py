@@ -57,8 +57,7 @@ def _codes(function: object) -> tuple[Hashable, ...]:
     """The code objects of a ``mask_mod`` and of the functions that it captures: one family of windows, one answer."""
     code: Hashable = getattr(function, "__code__", None)
     if code is None:
-        kind: Hashable = type(function)
-        return (kind,)
+        return (type(function).__qualname__,)
     cells = getattr(function, "__closure__", None) or ()
     inner = (cell.cell_contents for cell in cells)
     return (code, *(_codes(content) for content in inner if isinstance(content, types.FunctionType)))
