@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flexclear.attention import windowed_attention
 from flexclear.masks import Disc, Layout, block_mask, cost
-from flexclear.masks.blocks import DEFAULT_BLOCK_SIZE
+from flexclear.masks.blocks import default_block_size
 
 from machine import RESULTS, facts, write_results
 
@@ -68,7 +68,7 @@ def measure(
     variants: dict[str, tuple[Layout, Disc | None, int | tuple[int, int]]] = {
         "dense SDPA": (layout, None, 128),
         "raster order, 128 x 128": (raster, window, RASTER_BLOCK),
-        f"tiled order, {DEFAULT_BLOCK_SIZE[0]} x {DEFAULT_BLOCK_SIZE[1]}": (layout, window, DEFAULT_BLOCK_SIZE),
+        **{f"tiled order, {q} x {kv}": (layout, window, (q, kv)) for q, kv in (default_block_size(layout), (64, 64))},
     }
     found = []
     for name, (order, seen, block_size) in variants.items():

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from flexclear.masks import Disc, Layout, block_mask, disc
+from flexclear.masks.blocks import default_block_size
 
 from machine import facts, write_results
 
 SIDES = (64, 128, 256, 512, 1024)
 CREATE_UP_TO = 64
 REPEATS = 5
-BLOCK_SIZE = (128, 64)
 
 
 def peak_megabytes() -> float:
@@ -44,10 +44,16 @@ def build(kind: str, side: int, r: int) -> dict[str, Any]:
     for _ in range(REPEATS if kind == "boxes" else 1):
         start = time.perf_counter()
         if kind == "boxes":
-            mask = block_mask(layout, Disc(r), block_size=BLOCK_SIZE)
+            mask = block_mask(layout, Disc(r))
         else:
             mask = create_block_mask(
-                disc(layout, r), None, None, layout.seq_len, layout.seq_len, device="cpu", BLOCK_SIZE=BLOCK_SIZE
+                disc(layout, r),
+                None,
+                None,
+                layout.seq_len,
+                layout.seq_len,
+                device="cpu",
+                BLOCK_SIZE=default_block_size(layout),
             )
         times.append(time.perf_counter() - start)
     tensors = [t for t in mask.as_tuple(flatten=True) if isinstance(t, torch.Tensor)]
@@ -93,7 +99,7 @@ def main() -> None:
         for row in rows
     ]
     table = "\n".join(lines) + "\n"
-    about = facts(torch.device("cpu"), r=16, blocks=f"{BLOCK_SIZE[0]} x {BLOCK_SIZE[1]}", median_of=REPEATS)
+    about = facts(torch.device("cpu"), r=16, median_of=REPEATS)
     write_results("blockmask-cpu", about, rows, table)
     print(table)
 

@@ -9,8 +9,8 @@ from torch import nn
 from flexclear.attention import BACKENDS
 from flexclear.families import FAMILIES, family_of
 from flexclear.hooks import EntryHook, Settings, entry_hook_of, install, uninstall
-from flexclear.masks import Disc
-from flexclear.masks.blocks import DEFAULT_BLOCK_SIZE, check_block_size
+from flexclear.masks import Disc, Layout
+from flexclear.masks.blocks import check_block_size
 from flexclear.masks.layout import ORDERS
 
 Target = TypeVar("Target")
@@ -45,7 +45,7 @@ def transform(
     *,
     backend: str = "auto",
     order: str = "tiled",
-    block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    block_size: int | tuple[int, int] | None = None,
     exact_position_ids: bool = True,
 ) -> Target:
     """Give every attention layer CLEAR's circular window, in place (paper section 3.2).
@@ -64,6 +64,7 @@ def transform(
             ``"flex"`` or ``"sdpa"`` insist.
         order: ``"tiled"`` (fast) or ``"raster"`` token order inside the model; results are the same.
         block_size: tokens per block of the BlockMask, or a (query, key-value) pair; multiples of 16 from 16 to 256.
+            Chosen by ``flexclear.masks.blocks.default_block_size`` for each resolution otherwise.
         exact_position_ids: hand exact float32 position ids to the model. diffusers makes FLUX's ids in the pipeline's
             type, and bfloat16 cannot tell neighbouring rows above 256 apart. False keeps the caller's.
 
@@ -82,7 +83,8 @@ def transform(
         raise ValueError(f"order must be one of {sorted(ORDERS)}, got {order!r}")
     if not isinstance(exact_position_ids, bool):
         raise TypeError(f"exact_position_ids must be True or False, got {exact_position_ids!r}")
-    settings = Settings(Disc(r), backend, order, check_block_size(block_size), exact_position_ids)
+    asked = None if block_size is None else check_block_size(block_size, Layout(1, 1))
+    settings = Settings(Disc(r), backend, order, asked, exact_position_ids)
     modules = dict(family.attention_modules(model))
 
     restore(model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexclear.masks import Cost, Disc, Layout, block_pairs, cost
-from flexclear.masks.blocks import DEFAULT_BLOCK_SIZE, check_block_size
+from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.pictures import block_picture, window_picture
 from flexclear.sheet import side_by_side
@@ -129,7 +129,7 @@ def explain(
     text_first: bool = True,
     px_per_token: int = PX_PER_TOKEN,
     channels: int = 3072,
-    block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    block_size: int | tuple[int, int] | None = None,
 ) -> Explanation:
     """What CLEAR's window of radius ``r`` costs for a picture of ``height`` x ``width`` pixels.
 
@@ -145,7 +145,7 @@ def explain(
         text_first: whether text precedes the image.
         px_per_token: pixels per token and side; 1 if height and width are in tokens.
         channels: heads times head dimension: 3072 for FLUX.1.
-        block_size: tokens per block, or a (query, key-value) pair.
+        block_size: tokens per block, or a (query, key-value) pair; the layout's default otherwise.
 
     Raises:
         TypeError, ValueError: an argument makes no sense; the message names it.
@@ -153,7 +153,7 @@ def explain(
     for name, value in (("height", height), ("width", width)):
         check_int(name, value, px_per_token, None, "in pixels")
     layout = Layout(height // px_per_token, width // px_per_token, text_len, text_first)
-    window, pair = Disc(r), check_block_size(block_size)
+    window, pair = Disc(r), check_block_size(block_size, layout)
     return Explanation(
         layout=layout,
         window=window,

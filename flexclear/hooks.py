@@ -20,6 +20,7 @@ from flexclear.compile import why_not_compiled
 from flexclear.families import Call, Family
 from flexclear.grid import GridReader
 from flexclear.masks import Layout, Window
+from flexclear.masks.blocks import check_block_size
 from flexclear.plan import Plan, get_plan
 
 
@@ -30,7 +31,7 @@ class Settings:
     window: Window
     backend: str
     order: str
-    block_size: tuple[int, int]
+    block_size: tuple[int, int] | None
     exact_position_ids: bool
 
 
@@ -65,7 +66,8 @@ class EntryHook:
         if backend == "sdpa" and settings.backend == "auto" and not needs_grad:
             self._say_why(device)
         layout = Layout(call.height, call.width, call.text_len, self.family.text_first, settings.order)
-        return get_plan(layout, settings.window, backend, settings.block_size, device, needs_grad and backend == "flex")
+        block_size = check_block_size(settings.block_size, layout)
+        return get_plan(layout, settings.window, backend, block_size, device, needs_grad and backend == "flex")
 
     @staticmethod
     def _say_why(device: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexclear.masks.blocks import DEFAULT_BLOCK_SIZE, block_pairs
+from flexclear.masks.blocks import block_pairs
 from flexclear.masks.layout import Layout
 from flexclear.masks.scan import count_in_blocks
 from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
@@ -61,7 +61,7 @@ def cost(
     window: Window | MaskMod,
     *,
     channels: int = 3072,
-    block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    block_size: int | tuple[int, int] | None = None,
 ) -> Cost:
     """Exact cost of attention under ``window`` over ``layout``.
 
@@ -72,7 +72,7 @@ def cost(
         layout: the sequence.
         window: a window such as ``Disc(16)``, or any ``mask_mod`` over the layout's sequence positions (on CPU).
         channels: heads times head dimension (3072 for FLUX.1).
-        block_size: tokens per block, or a ``(query, key-value)`` pair.
+        block_size: tokens per block, or a ``(query, key-value)`` pair; ``default_block_size`` by default.
 
     Raises:
         TypeError: ``window`` is neither.

@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexclear.compile import compiled_flex_attention
 from flexclear.masks import Layout, MaskMod, Window, block_mask, dense_mask
-from flexclear.masks.blocks import DEFAULT_BLOCK_SIZE
 from flexclear.masks.scan import ask
 
 Builder = Callable[..., BlockMask]
@@ -43,7 +42,7 @@ def assert_matches_dense(
     layout: Layout,
     window: Window | MaskMod,
     *,
-    block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+    block_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attention: bool = True,

@@ -26,6 +26,7 @@ from flexclear.masks import (
     scan,
 )
 from flexclear.masks import boxes as boxes_module
+from flexclear.masks.blocks import default_block_size
 from flexclear.masks.windows import coordinate_table
 from flexclear.testing.checks import blocks_of, listed_blocks
 from flexclear.testing.strategies import block_sizes, layouts, layouts_with_windows, radii, simple_windows
@@ -242,6 +243,15 @@ def test_executed_work_is_near_useful_work_at_ragged_sizes(shape):
     costs = [cost(Layout(*shape), Disc(16), block_size=block_size).amplification for block_size in ((128, 64), 64)]
     assert costs[0] <= 2.06
     assert costs[1] <= 1.80
+
+
+def test_the_default_block_size_keeps_the_lists_of_16384_px_under_a_gigabyte():
+    assert default_block_size(Layout(512, 512)) == (128, 64)
+    huge = Layout(1024, 1024)
+    q_size, kv_size = default_block_size(huge)
+    entries = -(-huge.seq_len // q_size) * -(-huge.seq_len // kv_size)
+    assert 2 * 4 * entries < 1e9
+    assert cost(huge, Disc(16)).amplification <= 1.62
 
 
 def test_tables_that_a_mask_captures_have_few_fixed_lengths():
