@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.masks import Layout, Window, block_mask, dense_mask
 from flexclear.masks.cache import ByteBoundedCache
+from flexclear.masks.defaults import independent
 from flexclear.masks.windows import captured_tensors
 
 MAX_DENSE_BYTES = 1 << 32
@@ -53,6 +54,7 @@ class Plan:
         return found + captured_tensors(self.mask.mask_mod)
 
 
+@independent
 def build_plan(
     layout: Layout,
     window: Window,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.masks.boxes import cut, near_pairs
+from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.scan import scan_blocks
 from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
@@ -90,6 +91,7 @@ class BlockPairs:
         return self.q_blocks * self.kv_blocks - len(self.q)
 
 
+@independent
 def block_pairs(
     layout: Layout,
     window: Window | MaskMod,
@@ -146,6 +148,7 @@ def _lists(rows: Tensor, columns: Tensor, row_count: int, width: int) -> tuple[T
     return counts.to(torch.int32)[None, None], indices[None, None]
 
 
+@independent
 def block_mask(
     layout: Layout,
     window: Window | MaskMod,

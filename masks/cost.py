@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexclear.masks.blocks import block_pairs
+from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.scan import count_in_blocks
 from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
@@ -56,6 +57,7 @@ class Cost:
         return self.dense_pairs / self.executed_pairs
 
 
+@independent
 def cost(
     layout: Layout,
     window: Window | MaskMod,

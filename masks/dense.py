@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.scan import ask
 from flexclear.masks.windows import POOLED, TEXT, MaskMod, Window, as_window, is_plain
 
 
+@independent
 def dense_mask(layout: Layout, window: Window | MaskMod, device: torch.device | str = "cpu") -> Tensor:
     """Which pairs may attend, bool ``[seq_len, keys]`` in sequence order, queries along the rows.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flexclear.masks.checks import check_int
+from flexclear.masks.defaults import independent
 
 MAX_SIDE = 16384
 """Largest height or width in tokens. Keeps a squared distance inside 32 bits."""
@@ -132,6 +133,7 @@ class Layout:
         """The same tokens in another order."""
         return replace(self, order=order)
 
+    @independent
     def permutation(self) -> Tensor:
         """Raster index of the image token at each place of the image order: int64 ``[image_len]``.
 
@@ -139,6 +141,7 @@ class Layout:
         """
         return ORDERS[self.order](self.height, self.width, self.image_start)
 
+    @independent
     def inverse_permutation(self) -> Tensor:
         """Place in the image order of each raster token: int64 ``[image_len]``; undoes ``permutation``."""
         forward = self.permutation()
@@ -146,6 +149,7 @@ class Layout:
         inverse[forward] = torch.arange(len(forward))
         return inverse
 
+    @independent
     def coordinates(self) -> tuple[Tensor, Tensor]:
         """Row and column of the token at each place of the image order: two int64 ``[image_len]``."""
         raster = self.permutation()
@@ -157,6 +161,7 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=16)
+@independent
 def _packed_coordinates(layout: Layout) -> Tensor:
     y, x = layout.coordinates()
     packed = torch.full((layout.seq_len,), -1, dtype=torch.int32)

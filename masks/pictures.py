@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flexclear.masks.blocks import BlockPairs
+from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.windows import Window
 
@@ -13,6 +14,7 @@ QUERY, SEEN, UNSEEN = (214, 39, 40), (70, 130, 200), (232, 232, 232)
 FULL, PARTIAL, SKIPPED = (31, 58, 104), (134, 178, 226), (246, 246, 246)
 
 
+@independent
 def window_picture(layout: Layout, window: Window, query: tuple[int, int] | None = None) -> Tensor:
     """What one image query sees on the grid, one pixel per token: red the query, blue its keys.
 
@@ -36,6 +38,7 @@ def window_picture(layout: Layout, window: Window, query: tuple[int, int] | None
     return picture
 
 
+@independent
 def block_picture(pairs: BlockPairs, most: int = 512) -> Tensor:
     """The block map, queries downwards and keys to the right, one pixel per block: dark full, light partial, white skipped.
 

@@ -14,6 +14,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -96,6 +97,7 @@ class Window(ABC):
         packed = layout.packed_coordinates()
         return torch.cat([packed, packed.new_full((self.key_len(layout) - len(packed),), POOLED)])
 
+    @independent
     def mask_mod(self, layout: Layout, device: torch.device | str = "cpu") -> MaskMod:
         """The window over ``layout`` as a FlexAttention ``mask_mod``.
 

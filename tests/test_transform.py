@@ -297,3 +297,30 @@ def test_a_plan_counts_every_byte_it_holds(backend):
         mask_bytes = 2 * 4 * (rows + rows * columns) + 4 * (1 << 16) + 4
     assert plans.stats().bytes == sum(t.numel() * t.element_size() for t in plan.tensors())
     assert plans.stats().bytes >= index_bytes + mask_bytes
+
+
+def test_a_plan_made_in_inference_mode_serves_training_afterwards(model):
+    plans.clear()
+    call = flux_call(12, 10, 16)
+    flexclear.transform(model, r=3, backend="sdpa")
+    with torch.inference_mode():
+        inferred = model(**call).sample
+    trained = model(**call).sample
+    trained.square().mean().backward()
+    assert (plans.stats().hits, plans.stats().misses) == (1, 1)
+    assert torch.allclose(trained, inferred, atol=1e-6)
+
+
+def test_a_default_device_does_not_reach_masks_and_plans():
+    from flexclear.masks import block_mask, cost
+    from flexclear.plan import build_plan
+
+    layout = Layout(9, 13, 7)
+    expected = block_mask(layout, Disc(3))
+    with torch.device("meta"):
+        ours, spent = block_mask(layout, Disc(3)), cost(layout, Disc(3))
+        plan = build_plan(layout, Disc(3), "flex", (128, 64), CPU, backward=True)
+        assert dense_mask(layout, Disc(3)).device == CPU
+    assert torch.equal(ours.kv_indices, expected.kv_indices)
+    assert spent == cost(layout, Disc(3))
+    assert {tensor.device for tensor in plan.tensors()} == {CPU}
