@@ -10,15 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexclear import compile, masks
+    from flexclear import compile, embedded, masks
     from flexclear.convert import restore, transform
+    from flexclear.explanation import explain
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compile", "masks", "restore", "transform"]
+__all__ = ["__version__", "compile", "embedded", "explain", "masks", "restore", "transform"]
 
-_HOME = {"transform": "flexclear.convert", "restore": "flexclear.convert"}
-_PACKAGES = ("compile", "masks")
+_HOME = {
+    "explain": "flexclear.explanation",
+    "restore": "flexclear.convert",
+    "transform": "flexclear.convert",
+}
+_PACKAGES = ("compile", "embedded", "masks")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ def python(code):
 
 def test_importing_flexclear_imports_neither_diffusers_nor_torchao_and_does_not_initialise_cuda():
     heavy = python(
-        "import sys, flexclear, flexclear.masks, flexclear.compile, torch\n"
+        "import sys, flexclear, flexclear.masks, flexclear.compile, flexclear.embedded, torch\n"
         "heavy = {'diffusers', 'torchao', 'transformers', 'torch._inductor', 'rich', 'typer'} & set(sys.modules)\n"
         "print(sorted(heavy), torch.cuda.is_initialized())"
     )

@@ -1,0 +1,1 @@
+"""Training of the embedded model: see ``python -m flexclear.embedded.train --help``."""

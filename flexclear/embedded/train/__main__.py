@@ -1,0 +1,77 @@
+"""Train the embedded model: ``python -m flexclear.embedded.train`` with vae, transformer, then export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Option("--folder", help="Where checkpoints and contact sheets go.")]
+Font = Annotated[Path | None, typer.Option("--font", help="A NotoColorEmoji.ttf with CBDT bitmaps.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
+
+
+@app.callback()
+def main() -> None:
+    """Train the embedded model, one step after the other."""
+
+
+@app.command()
+def vae(folder: Folder = Path(".train"), font: Font = None, threads: Threads = 2, steps: int = 1400) -> None:
+    """Train the autoencoder (about 8 minutes on two CPU cores)."""
+    import torch
+
+    from flexclear.embedded.font import extract_bitmaps
+    from flexclear.embedded.train import corpus
+    from flexclear.embedded.train.pictures import training_pairs
+    from flexclear.embedded.train.vae import VaeRecipe, train_vae
+
+    torch.set_num_threads(threads)
+    colours = list(corpus.BACKGROUNDS.values())
+    pairs = training_pairs(len(corpus.EMOJI_CODE_POINTS), len(colours), corpus.held_out_pairs())
+    bitmaps = extract_bitmaps(corpus.EMOJI_CODE_POINTS, font)
+    train_vae(VaeRecipe(steps=steps), pairs, bitmaps, colours, folder)
+
+
+@app.command()
+def transformer(
+    folder: Folder = Path(".train"),
+    font: Font = None,
+    threads: Threads = 2,
+    steps: Annotated[int | None, typer.Option(help="Total steps; without it the rate stays flat.")] = None,
+    decay_from: Annotated[int | None, typer.Option(help="First step of the decay.")] = None,
+    compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
+    small_pictures: Annotated[int, typer.Option(help="Pictures of 128 pixels to encode.")] = 18_000,
+    large_pictures: Annotated[int, typer.Option(help="Pictures of 256 pixels to encode.")] = 2_000,
+    still: Annotated[bool, typer.Option(help="Pictures without jitter: first, so that names are learned.")] = False,
+) -> None:
+    """Train the transformer and the text encoders (over an hour on two CPU cores); SIGTERM stops it."""
+    import torch
+
+    from flexclear.embedded.train.run import run_transformer
+    from flexclear.embedded.train.transformer import TransformerRecipe
+
+    torch.set_num_threads(threads)
+    run_transformer(
+        TransformerRecipe(compiled=compiled), folder, font, small_pictures, large_pictures, steps, decay_from, still
+    )
+
+
+@app.command()
+def export(
+    folder: Folder = Path(".train"),
+    target: Annotated[Path | None, typer.Option(help="The folder to write; the package's by default.")] = None,
+) -> None:
+    """Write the trained parts as a FluxPipeline folder in bfloat16."""
+    from flexclear.embedded import model_directory
+    from flexclear.embedded.train.export import export_model
+
+    written = export_model(folder, model_directory() if target is None else target)
+    typer.echo(f"wrote {written}")
+
+
+if __name__ == "__main__":
+    app()

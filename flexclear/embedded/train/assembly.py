@@ -1,0 +1,61 @@
+"""Put trained parts together as a diffusers FluxPipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+
+from flexclear.embedded.captions import all_captions
+from flexclear.embedded.train import corpus
+from flexclear.embedded.train.checkpoint import load_checkpoint
+from flexclear.embedded.train.parts import build_clip, build_scheduler, build_t5, build_transformer
+from flexclear.embedded.train.tokenizers import build_clip_tokenizer, build_t5_tokenizer
+from flexclear.embedded.train.transformer import CHECKPOINT_NAME, Learners
+from flexclear.embedded.train.vae import build_vae
+
+
+def corpus_captions() -> list[str]:
+    """Return every caption of the corpus, held-out pairs included: the tokenizers know all their words."""
+    return all_captions([emoji.name for emoji in corpus.emoji()], corpus.BACKGROUNDS)
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """Return the autoencoder trained in ``folder``."""
+    vae = build_vae()
+    vae.load_state_dict(load_checkpoint(folder / "vae.pt")["model"])
+    return vae.eval()
+
+
+def assemble(vae: AutoencoderKL, shift: float, scaling: float, seed: int) -> tuple[FluxPipeline, Learners]:
+    """Return a pipeline of the autoencoder and freshly initialised models, and those models."""
+    torch.manual_seed(seed)
+    captions = corpus_captions()
+    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(captions), build_t5_tokenizer(captions)
+    learners = Learners(build_transformer(), build_clip(clip_tokenizer), build_t5(t5_tokenizer))
+    vae.register_to_config(shift_factor=shift, scaling_factor=scaling)
+    pipeline = FluxPipeline(
+        scheduler=build_scheduler(),
+        vae=vae,
+        text_encoder=learners.clip,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=learners.t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=learners.transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, learners
+
+
+def load_trained(folder: Path) -> FluxPipeline:
+    """Return the pipeline that the checkpoints in ``folder`` hold, in float32.
+
+    Latents are shifted and scaled as in the last stage of training. The checkpoint keeps those values; for one
+    that does not, they come from the jittered latents in ``folder``.
+    """
+    state = load_checkpoint(folder / CHECKPOINT_NAME)
+    values = state if "shift" in state else load_checkpoint(folder / "latents.pt")
+    pipeline, learners = assemble(load_vae(folder), values["shift"], values["scaling"], seed=0)
+    learners.load_state_dict(state["learners"])
+    return pipeline

@@ -1,0 +1,100 @@
+"""Decide what each training step sees: which pictures, which captions, how much padding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import CLIPTokenizer, T5TokenizerFast
+
+from flexclear.embedded.captions import random_caption
+from flexclear.embedded.train.latents import LatentCache
+
+
+@dataclass(frozen=True)
+class BatchKind:
+    """One shape of training batch.
+
+    Attributes:
+        share: how often it is drawn, relative to the others.
+        pictures: pictures in the batch.
+        large: whether the pictures are the 256-pixel ones (1,024 image tokens) or the 128-pixel ones (256).
+        text_length: T5 tokens, padding included.
+    """
+
+    share: float
+    pictures: int
+    large: bool
+    text_length: int
+
+
+BATCH_KINDS = (
+    BatchKind(0.60, 16, False, 24),
+    BatchKind(0.13, 16, False, 64),
+    BatchKind(0.13, 6, False, 512),
+    BatchKind(0.11, 4, True, 40),
+    BatchKind(0.03, 3, True, 512),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch.
+
+    Attributes:
+        latents: shape (pictures, 8, side, side), float32, normalised.
+        noise: the same shape, standard normal.
+        sigmas: shape (pictures,), noise levels strictly between 0 and 1.
+        clip_ids: shape (pictures, longest caption), int64.
+        t5_ids: shape (pictures, text length), int64.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    sigmas: torch.Tensor
+    clip_ids: torch.Tensor
+    t5_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes the batch of any step number, the same one every time."""
+
+    cache: LatentCache
+    emoji_names: Sequence[str]
+    background_names: Sequence[str]
+    clip_tokenizer: CLIPTokenizer
+    t5_tokenizer: T5TokenizerFast
+    seed: int
+
+    def make(self, step: int) -> Batch:
+        """Return the batch of step ``step``."""
+        choice = random.Random(f"{self.seed}/{step}")
+        kind = choice.choices(BATCH_KINDS, [kind.share for kind in BATCH_KINDS])[0]
+        chosen_set = self.cache.large if kind.large else self.cache.small
+        rows = [choice.randrange(len(chosen_set.latents)) for _ in range(kind.pictures)]
+        captions = [
+            random_caption(
+                self.emoji_names[int(chosen_set.emoji[row])],
+                self.background_names[int(chosen_set.backgrounds[row])],
+                choice,
+            )
+            for row in rows
+        ]
+        generator = torch.Generator().manual_seed(choice.getrandbits(62))
+        latents = chosen_set.latents[rows].float()
+        return Batch(
+            latents=latents,
+            noise=torch.randn(latents.shape, generator=generator),
+            sigmas=torch.sigmoid(torch.randn(kind.pictures, generator=generator) + 0.5),
+            clip_ids=self.clip_tokenizer(captions, padding="longest", return_tensors="pt").input_ids,
+            t5_ids=self.t5_tokenizer(
+                captions,
+                padding="max_length",
+                max_length=kind.text_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids,
+        )

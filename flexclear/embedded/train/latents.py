@@ -1,0 +1,99 @@
+"""Encode the training pictures once, and keep their latents in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from rich.progress import track
+
+from flexclear.embedded.scenes import Colour, Pair, Scene, draw
+from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
+from flexclear.embedded.train.pictures import training_scenes
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Normalised latents of jittered scenes, and what each shows.
+
+    Attributes:
+        latents: shape (pictures, 8, side, side), dtype float16, mean about 0 and deviation about 1.
+        emoji: shape (pictures,), int64 emoji indices.
+        backgrounds: shape (pictures,), int64 background indices.
+    """
+
+    latents: torch.Tensor
+    emoji: torch.Tensor
+    backgrounds: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """The training latents at 128 and 256 pixels, with the shift and scaling that normalised them."""
+
+    small: LatentSet
+    large: LatentSet
+    shift: float
+    scaling: float
+
+
+def build_cache(
+    vae: AutoencoderKL,
+    pairs: Sequence[Pair],
+    bitmaps: Sequence[Image.Image],
+    colours: Sequence[Colour],
+    small_count: int,
+    large_count: int,
+    seed: int,
+    path: Path,
+    still: bool = False,
+) -> LatentCache:
+    """Return the cached latents, from ``path`` when they are there, else drawn, encoded and saved to it."""
+    if path.is_file():
+        return _from_state(load_checkpoint(path))
+    vae = vae.eval()
+    raw = [
+        _encode(vae, training_scenes(pairs, count, seed + offset, still), bitmaps, colours, pixels)
+        for offset, (count, pixels) in enumerate(((small_count, 128), (large_count, 256)))
+    ]
+    sample = raw[0].latents[:4096].float()
+    shift, scaling = sample.mean().item(), 1 / sample.std().item()
+    state: dict[str, Any] = {"shift": shift, "scaling": scaling}
+    for name, part in zip(("small", "large"), raw, strict=True):
+        normalised = torch.empty_like(part.latents)
+        for chunk, target in zip(part.latents.split(512), normalised.split(512), strict=True):
+            target.copy_((chunk.float() - shift) * scaling)
+        state[name] = {"latents": normalised, "emoji": part.emoji, "backgrounds": part.backgrounds}
+    save_checkpoint(path, state)
+    return _from_state(state)
+
+
+def _from_state(state: dict[str, Any]) -> LatentCache:
+    return LatentCache(LatentSet(**state["small"]), LatentSet(**state["large"]), state["shift"], state["scaling"])
+
+
+@torch.no_grad()
+def _encode(
+    vae: AutoencoderKL,
+    scenes: Sequence[Scene],
+    bitmaps: Sequence[Image.Image],
+    colours: Sequence[Colour],
+    pixels: int,
+) -> LatentSet:
+    batch = 32 * 128 * 128 // (pixels * pixels)
+    encoded = torch.empty(len(scenes), 8, pixels // 4, pixels // 4, dtype=torch.float16)
+    for start in track(range(0, len(scenes), batch), description=f"encoding {pixels} px"):
+        part = scenes[start : start + batch]
+        drawn = torch.stack([torch.from_numpy(draw(s, bitmaps, colours, pixels).copy()) for s in part])
+        pictures = (drawn.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        encoded[start : start + len(part)] = vae.encode(pictures).latent_dist.mode().to(torch.float16)
+    return LatentSet(
+        encoded,
+        torch.tensor([scene.emoji for scene in scenes]),
+        torch.tensor([scene.background for scene in scenes]),
+    )

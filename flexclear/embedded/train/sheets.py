@@ -1,0 +1,28 @@
+"""Contact sheets: many pictures in one PNG, to look at while training runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+
+def save_sheet(pictures: torch.Tensor, columns: int, path: Path) -> None:
+    """Save pictures as a grid.
+
+    Args:
+        pictures: shape (count, 3, height, width), values -1 to 1.
+        columns: pictures per row.
+        path: the PNG to write.
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    count, _, height, width = pictures.shape
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    values = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    for index, picture in enumerate(values.permute(0, 2, 3, 1).cpu().numpy()):
+        sheet.paste(Image.fromarray(picture), (index % columns * width, index // columns * height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -1,0 +1,209 @@
+"""Train the transformer and both text encoders together, by flow matching on cached latents."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import CLIPTextModel, T5EncoderModel
+
+from flexclear.embedded.train.batches import Batch, BatchMaker
+from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
+from flexclear.embedded.train.optimizer import SplitOptimizer
+from flexclear.embedded.train.schedule import Schedule, decide_end
+from flexclear.embedded.train.sheets import save_sheet
+
+CHECKPOINT_NAME = "transformer.pt"
+
+
+@dataclass(frozen=True)
+class TransformerRecipe:
+    """Settings of the joint training."""
+
+    matrix_rate: float = 7e-3
+    other_rate: float = 1.5e-3
+    warmup: int = 40
+    save_every: int = 200
+    sheet_every: int = 400
+    compiled: bool = True
+    half_precision: bool = True
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class Learners:
+    """The three models that are trained together."""
+
+    transformer: FluxTransformer2DModel
+    clip: CLIPTextModel
+    t5: T5EncoderModel
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the three models' weights by name."""
+        return {
+            "transformer": self.transformer.state_dict(),
+            "clip": self.clip.state_dict(),
+            "t5": self.t5.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.transformer.load_state_dict(state["transformer"])
+        self.clip.load_state_dict(state["clip"])
+        self.t5.load_state_dict(state["t5"])
+
+
+def flow_loss(learners: Learners, batch: Batch, half_precision: bool) -> torch.Tensor:
+    """Return the mean squared error of the predicted velocity, noise minus latents, as a scalar."""
+    pictures, channels, height, width = batch.latents.shape
+    sigmas = batch.sigmas.view(-1, 1, 1, 1)
+    noisy = (1 - sigmas) * batch.latents + sigmas * batch.noise
+    target = batch.noise - batch.latents
+
+    def pack(latents: torch.Tensor) -> torch.Tensor:
+        return FluxPipeline._pack_latents(latents, pictures, channels, height, width)
+
+    image_ids = FluxPipeline._prepare_latent_image_ids(
+        pictures, height // 2, width // 2, torch.device("cpu"), torch.float32
+    )
+    pooled = learners.clip(batch.clip_ids).pooler_output
+    text = learners.t5(batch.t5_ids)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_precision):
+        predicted = learners.transformer(
+            hidden_states=pack(noisy),
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=batch.sigmas,
+            img_ids=image_ids,
+            txt_ids=torch.zeros(text.shape[1], 3),
+            return_dict=False,
+        )[0]
+    return F.mse_loss(predicted.float(), pack(target))
+
+
+def train_transformer(
+    recipe: TransformerRecipe,
+    learners: Learners,
+    maker: BatchMaker,
+    pipeline: FluxPipeline,
+    sheet_prompts: list[str],
+    folder: Path,
+    total: int | None,
+    decay_from: int | None,
+) -> int:
+    """Train, or go on from ``folder/transformer.pt``, and return the number of steps done so far.
+
+    Without ``total`` the learning rate stays flat and training runs until SIGTERM or SIGINT, which save a
+    checkpoint first; a later call with ``total`` goes on from there and decays the rate to zero.
+    """
+    optimizer = SplitOptimizer(
+        learners.transformer, [learners.clip, learners.t5], recipe.matrix_rate, recipe.other_rate
+    )
+    path = folder / CHECKPOINT_NAME
+    done = 0
+    schedule: Schedule | None = None
+    if path.is_file():
+        state = load_checkpoint(path)
+        learners.load_state_dict(state["learners"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+        if state["schedule"]["total"] is not None and total in (None, state["schedule"]["total"]):
+            schedule = Schedule(**state["schedule"])
+    if schedule is None:
+        schedule = decide_end(recipe.warmup, done, total, decay_from)
+    if recipe.compiled:
+        torch._dynamo.config.recompile_limit = 64
+        for block in [
+            *learners.transformer.transformer_blocks,
+            *learners.transformer.single_transformer_blocks,
+        ]:
+            block.compile(dynamic=False)
+    _run(recipe, learners, maker, pipeline, sheet_prompts, folder, optimizer, schedule, done)
+    return int(load_checkpoint(path)["step"])
+
+
+class _StopFlag:
+    """Becomes true on SIGTERM or SIGINT."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._raise)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+
+
+def _run(
+    recipe: TransformerRecipe,
+    learners: Learners,
+    maker: BatchMaker,
+    pipeline: FluxPipeline,
+    sheet_prompts: list[str],
+    folder: Path,
+    optimizer: SplitOptimizer,
+    schedule: Schedule,
+    done: int,
+) -> None:
+    stop = _StopFlag()
+    started = time.monotonic()
+    losses: list[float] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress, (folder / "transformer.jsonl").open("a") as log:
+        task = progress.add_task("transformer", total=schedule.total, completed=done)
+        step = done
+        while not (schedule.finished(step) or stop.raised):
+            loss = flow_loss(learners, maker.make(step), recipe.half_precision)
+            loss.backward()
+            optimizer.step(schedule.factor(step))
+            losses.append(loss.item())
+            step += 1
+            progress.update(task, advance=1, description=f"transformer loss {losses[-1]:.4f}")
+            last = schedule.finished(step) or stop.raised
+            if step % 50 == 0 or last:
+                entry = {
+                    "step": step,
+                    "loss": sum(losses) / len(losses),
+                    "rate_factor": schedule.factor(step - 1),
+                    "seconds": round(time.monotonic() - started, 1),
+                }
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                progress.console.print(entry, highlight=False)
+                losses.clear()
+            if step % recipe.save_every == 0 or last:
+                state = {
+                    "learners": learners.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "schedule": asdict(schedule),
+                    "shift": pipeline.vae.config.shift_factor,
+                    "scaling": pipeline.vae.config.scaling_factor,
+                }
+                save_checkpoint(folder / CHECKPOINT_NAME, state)
+            if step % recipe.sheet_every == 0 or last:
+                save_sheet(sample(pipeline, sheet_prompts, steps=12), 8, folder / "sheets" / f"step{step:05d}.png")
+
+
+def sample(pipeline: FluxPipeline, prompts: list[str], steps: int, pixels: int = 128) -> torch.Tensor:
+    """Return pictures of the prompts, shape (prompts, 3, pixels, pixels), values -1 to 1, uncompiled."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.compiler.set_stance("force_eager"):
+        pictures = pipeline(
+            prompts,
+            height=pixels,
+            width=pixels,
+            num_inference_steps=steps,
+            max_sequence_length=32,
+            generator=generator,
+            output_type="pt",
+        ).images
+    return pictures * 2 - 1
