@@ -51,8 +51,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window:
     if window is not None:
         packed = layout.packed_coordinates().to(device)
         q, kv = packed[rows][:, None], packed[None, :]
-        near = window.allows((q >> 16) - (kv >> 16), (q & 0xFFFF) - (kv & 0xFFFF))
-        allowed = near | (q < 0) | (kv < 0)
+        dy, dx = (q >> 16) - (kv >> 16), (q & 0xFFFF) - (kv & 0xFFFF)
+        allowed = (dy.double() ** 2 + dx.double() ** 2 < window.radius**2) | (q < 0) | (kv < 0)
     return F.scaled_dot_product_attention(query[:, :, rows].float(), key.float(), value.float(), attn_mask=allowed)
 
 

@@ -90,8 +90,7 @@ def demo(
             on_step=lambda label: progress.update(task, advance=1, description=label),
         )
     picture, table = write(variants, prompts, out)
-    console.print(markdown_table(variants), markup=False, highlight=False)
-    console.print(f"pictures: {picture}\ntable:    {table}", markup=False, highlight=False, soft_wrap=True)
+    print(f"{markdown_table(variants)}\npictures: {picture}\ntable:    {table}")
 
 
 @app.command()
