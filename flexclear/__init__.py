@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from flexclear import compile, embedded, masks
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
+    from flexclear.switches import override
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compile", "embedded", "explain", "masks", "restore", "transform"]
+__all__ = ["__version__", "compile", "embedded", "explain", "masks", "override", "restore", "transform"]
 
 _HOME = {
     "explain": "flexclear.explanation",
+    "override": "flexclear.switches",
     "restore": "flexclear.convert",
     "transform": "flexclear.convert",
 }

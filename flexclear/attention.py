@@ -17,13 +17,15 @@ FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def windowed_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | Tensor, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | Tensor | None, scale: float | None = None
 ) -> Tensor:
     """Softmax attention over the pairs that ``mask`` allows (paper Eq. 3).
 
     Args:
-        query, key, value: ``[B, heads, N, head_dim]`` in the mask's sequence order.
-        mask: a BlockMask (compiled FlexAttention) or a bool ``[N, N]`` (masked SDPA).
+        query, key, value: ``[B, heads, N, head_dim]`` in the mask's sequence order; more keys than queries where the
+            mask has them.
+        mask: a BlockMask (compiled FlexAttention), a bool mask that broadcasts to ``[B, heads, N, keys]`` (masked SDPA),
+            or None: every pair (SDPA).
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
 
     Returns:

@@ -7,11 +7,16 @@ from typing import Any, TypeVar
 from torch import nn
 
 from flexclear.attention import BACKENDS
-from flexclear.families import FAMILIES, family_of
+from flexclear.families import FAMILIES, Layer, family_of
+from flexclear.families.processors import WindowProcessor
 from flexclear.hooks import EntryHook, Settings, entry_hook_of, install, uninstall
-from flexclear.masks import Disc, Layout
+from flexclear.masks import Downsampled, Layout
 from flexclear.masks.blocks import check_block_size
-from flexclear.masks.layout import ORDERS
+from flexclear.masks.checks import check_int
+from flexclear.masks.layout import MAX_SIDE, ORDERS
+from flexclear.schedule import Radii, resolve, slots
+from flexclear.steps import StepCounter
+from flexclear.switches import Switches
 
 Target = TypeVar("Target")
 
@@ -41,8 +46,12 @@ def model_of(model_or_pipe: Any) -> nn.Module:
 
 def transform(
     model_or_pipe: Target,
-    r: int = 16,
+    r: Radii = 16,
     *,
+    down_factor: int | None = None,
+    dense_steps: tuple[int, int] = (0, 0),
+    ntk_factor: float = 1.0,
+    proportional_attention: bool = False,
     backend: str = "auto",
     order: str = "tiled",
     block_size: int | tuple[int, int] | None = None,
@@ -52,14 +61,25 @@ def transform(
 
     Image queries then see image keys closer than ``r`` tokens, and all text; text sees everything. Weights, softmax,
     scaling and projections stay. The grid is read from each call, so one transformed model serves every resolution
-    and aspect ratio. Callers only ever see raster token order.
+    and aspect ratio. Callers only ever see raster token order. Reference pictures (FLUX.1 Kontext and the like) are
+    further grids: their tokens see and are seen by the disc around the same row and column in every grid.
 
     >>> pipe = flexclear.transform(pipe, r=16)                              # doctest: +SKIP
     >>> pipe("a small blue plane", height=2048, width=1024).images[0]       # doctest: +SKIP
+    >>> flexclear.transform(pipe, r={"transformer_blocks": 16, "single_transformer_blocks": 8})    # doctest: +SKIP
 
     Args:
-        model_or_pipe: a ``FluxTransformer2DModel``, or any diffusers pipeline that holds one as ``transformer``.
-        r: window radius in tokens (16 px each in FLUX.1), 1 or more. Published radii: 8, 16, 32.
+        model_or_pipe: a model of a supported class (``flexclear.families``), or a diffusers pipeline that holds one as
+            ``transformer``.
+        r: window radius in tokens (16 px each in FLUX.1), 1 or more; published radii: 8, 16, 32. Or one per attention
+            layer: a sequence, a mapping from layer numbers or module names (or their beginnings, or ``"default"``), or a
+            function of (number, name). None leaves a layer dense; a window of ``flexclear.masks`` is taken as it is.
+        down_factor: side d in tokens of cells whose pooled keys image queries see as well (method, section 4). Adds one
+            parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only.
+        dense_steps: (first, last): that many denoising steps at either end run dense attention. Needs the pipeline.
+        ntk_factor: factor on the base of the rotary frequencies, for sizes beyond training; released setting: 10.
+        proportional_attention: scale scores by sqrt(log_n0(n) / d) in place of sqrt(1 / d), n keys, n0 = 4608.
+            These three can be changed for some calls: ``flexclear.override``.
         backend: ``"auto"``: compiled FlexAttention where it can run (CUDA; CPU without gradients), else masked SDPA.
             ``"flex"`` or ``"sdpa"`` insist.
         order: ``"tiled"`` (fast) or ``"raster"`` token order inside the model; results are the same.
@@ -83,22 +103,72 @@ def transform(
         raise ValueError(f"order must be one of {sorted(ORDERS)}, got {order!r}")
     if not isinstance(exact_position_ids, bool):
         raise TypeError(f"exact_position_ids must be True or False, got {exact_position_ids!r}")
+    if down_factor is not None:
+        check_int("down_factor", down_factor, 1, MAX_SIDE, "in tokens")
+        if not family.pools:
+            able = ", ".join(known.model_class for known in FAMILIES if known.pools)
+            raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
+    switches = Switches(
+        float(ntk_factor) if isinstance(ntk_factor, int) else ntk_factor, proportional_attention, dense_steps
+    )
+    if switches.ntk_factor != 1 and not family.rope:
+        raise ValueError(f"ntk_factor={ntk_factor}: {type(model).__name__} has no rotary positions")
+    steps = StepCounter(None if model_or_pipe is model else model_or_pipe)
+    if switches.dense_steps != (0, 0):
+        steps.current()
     asked = None if block_size is None else check_block_size(block_size, Layout(1, 1))
-    settings = Settings(Disc(r), backend, order, asked, exact_position_ids)
-    modules = dict(family.attention_modules(model))
 
-    restore(model)
-    entry = EntryHook(family, settings, {name: attn.processor for name, attn in modules.items()})
-    for attn in modules.values():
-        attn.set_processor(family.processor())
-    install(model, entry)
+    layers = list(family.layers(model))
+    windows = resolve(r, layers, down_factor)
+    distinct = slots(layers, windows)
+    before = entry_hook_of(model)
+    originals = {layer.name: _original(layer, before) for layer in layers}
+    processors = [
+        family.processor(
+            layer,
+            originals[layer.name],
+            distinct.index((layer.scope, window)),
+            down_factor if isinstance(window, Downsampled) else None,
+        )
+        for layer, window in zip(layers, windows, strict=True)
+    ]
+    settings = Settings(
+        windows={layer.name: window for layer, window in zip(layers, windows, strict=True)},
+        slots=distinct,
+        backend=backend,
+        order=order,
+        block_size=asked,
+        exact_position_ids=exact_position_ids,
+        switches=switches,
+        steps=steps,
+    )
+    # Everything is known to fit; from here on the model changes.
+    uninstall(model)
+    for layer, processor in zip(layers, processors, strict=True):
+        _keep_trained_pooling(layer.module.processor, processor)
+        layer.module.set_processor(processor)
+    install(model, EntryHook(family, settings, originals), family.inner_hooks(model))
     return model_or_pipe
+
+
+def _original(layer: Layer, before: EntryHook | None) -> Any:
+    """The processor to give back: the one from before an earlier transform, or what a plugin has put there since."""
+    present = layer.module.processor
+    return before.processors[layer.name] if before is not None and isinstance(present, WindowProcessor) else present
+
+
+def _keep_trained_pooling(old: Any, new: Any) -> None:
+    """Pooling weights survive another transform with the same down-sampling factor."""
+    trained, fresh = getattr(old, "spatial_weight", None), getattr(new, "spatial_weight", None)
+    if trained is not None and fresh is not None and trained.shape == fresh.shape:
+        new.spatial_weight = trained
 
 
 def restore(model_or_pipe: Target) -> Target:
     """Undo ``transform``: the processors that were there before, no hook left, outputs bit-identical to the original's.
 
-    A model that was not transformed is left as it is.
+    A model that was not transformed is left as it is. Pooling weights (``down_factor``) go with the processors that hold
+    them: save them first.
 
     Returns:
         What was given.
@@ -109,8 +179,7 @@ def restore(model_or_pipe: Target) -> Target:
     model = model_of(model_or_pipe)
     entry = entry_hook_of(model)
     if entry is not None:
-        for name, processor in entry.processors.items():
-            attn: Any = model.get_submodule(name)
-            attn.set_processor(processor)
+        for layer in entry.family.layers(model):
+            layer.module.set_processor(_original(layer, entry))
         uninstall(model)
     return model_or_pipe

@@ -8,66 +8,124 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.attention import choose_backend
+from flexclear.call_plan import CallPlan
 from flexclear.compile import why_not_compiled
-from flexclear.families import Call, Family
+from flexclear.families.base import JOINT, Call, Family
+from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
-from flexclear.masks import Layout, Window
+from flexclear.masks import Downsampled, Layout, Window, with_text_mask
 from flexclear.masks.blocks import check_block_size
 from flexclear.plan import Plan, get_plan
+from flexclear.schedule import Slot
+from flexclear.steps import StepCounter
+from flexclear.switches import Switches, in_force, proportional_gain
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model was transformed; see ``flexclear.transform`` for the meaning of each field."""
+    """How a model was transformed; see ``flexclear.transform`` for the meaning of each field.
 
-    window: Window
+    ``windows`` is by layer name, ``slots`` what a plan holds one mask each for.
+    """
+
+    windows: Mapping[str, Window | None]
+    slots: tuple[Slot, ...]
     backend: str
     order: str
     block_size: tuple[int, int] | None
     exact_position_ids: bool
+    switches: Switches
+    steps: StepCounter
 
 
-class EntryHook:
-    """Forward pre-hook: reads the grid off the call, gets the plan, permutes what has a token axis."""
+class Hook:
+    """Base of every hook that flexclear installs; ``uninstall`` finds them by it."""
+
+
+class EntryHook(Hook):
+    """Forward pre-hook: reads the grids off the call, gets the plan, permutes what has a token axis."""
 
     def __init__(self, family: Family, settings: Settings, processors: Mapping[str, Any]) -> None:
         self.family = family
         self.settings = settings
         self.processors = dict(processors)
         """The processors that were there before, by module name, for ``restore``."""
-        self._grid = GridReader()
+        self._reader = GridReader()
 
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         if len(args) > len(names):
             raise TypeError(f"{type(model).__name__} takes {len(names)} arguments, got {len(args)} positional ones")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        call = self.family.read(kwargs, self._grid)
-        return (), self.family.enter(kwargs, self.plan(model, call), self.settings.exact_position_ids)
+        self._check_processors(model)
+        call = self.family.read(model, kwargs, self._reader)
+        switches = in_force(self.settings.switches)
+        plan = self.plan(model, call, switches)
+        return (), self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)
 
-    def plan(self, model: nn.Module, call: Call) -> Plan:
+    def plan(self, model: nn.Module, call: Call, switches: Switches) -> CallPlan:
         """The plan of one call."""
+        settings = self.settings
         device, dtype = call.tokens.device, call.tokens.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         needs_grad = torch.is_grad_enabled() and (
             call.tokens.requires_grad or any(p.requires_grad for p in model.parameters())
         )
-        settings = self.settings
         backend = choose_backend(settings.backend, device, dtype, needs_grad)
         if backend == "sdpa" and settings.backend == "auto" and not needs_grad:
             self._say_why(device)
-        layout = Layout(call.height, call.width, call.text_len, self.family.text_first, settings.order)
-        block_size = check_block_size(settings.block_size, layout)
-        return get_plan(layout, settings.window, backend, block_size, device, needs_grad and backend == "flex")
+        dense = settings.steps.is_dense(switches.dense_steps)
+
+        def plan_of(scope: str, window: Window | None) -> Plan:
+            text_len = call.text_lens[scope]
+            (height, width), *references = call.grids
+            layout = Layout(height, width, text_len, self.family.text_first, settings.order, tuple(references))
+            block_size = check_block_size(settings.block_size, layout)
+            backward = needs_grad and backend == "flex"
+            return get_plan(layout, window, backend, block_size, device, backward, scope in call.keep)
+
+        def mask_of(scope: str, plan: Plan) -> BlockMask | Tensor | None:
+            keep = call.keep.get(scope)
+            return plan.mask if keep is None else with_text_mask(plan.mask, plan.layout, keep)
+
+        plans = [plan_of(scope, None if dense else window) for scope, window in settings.slots]
+        base = next((p for p, (scope, _) in zip(plans, settings.slots, strict=True) if scope == JOINT), plans[0])
+        gain = None
+        if switches.proportional_attention:
+            pooled = any(isinstance(window, Downsampled) for _, window in settings.slots)
+            gain = proportional_gain(base.layout.seq_len, pooled and not dense, device)
+        return CallPlan(
+            base=base,
+            masks=tuple(mask_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True)),
+            poolings=tuple(plan.pooling for plan in plans),
+            gain=gain,
+        )
+
+    def _check_processors(self, model: nn.Module) -> None:
+        """Raise if something has replaced a processor since: it would attend densely, in tile order.
+
+        Raises:
+            RuntimeError: it has; the message names the layer and says what to do.
+        """
+        for name in self.processors:
+            processor = model.get_submodule(name).processor
+            if not isinstance(processor, WindowProcessor) or processor.slot is None:
+                raise RuntimeError(
+                    f"{name} of this transformed {type(model).__name__} was given a {type(processor).__name__} after "
+                    "flexclear.transform (by load_ip_adapter, fuse_qkv_projections, set_attn_processor or the like). Call "
+                    "flexclear.transform(model, ...) again: it takes over what is there now"
+                )
 
     @staticmethod
     def _say_why(device: torch.device) -> None:
@@ -80,14 +138,15 @@ class EntryHook:
             )
 
 
-class ExitHook:
+class ExitHook(Hook):
     """Forward hook: the model's output back in raster order."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
 
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self.family.leave(output, self.family.plan_of(kwargs))
+        return self.family.leave(model, output, self.family.plan_of(kwargs))
 
 
 def entry_hook_of(model: nn.Module) -> EntryHook | None:
@@ -95,18 +154,21 @@ def entry_hook_of(model: nn.Module) -> EntryHook | None:
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, EntryHook)), None)
 
 
-def install(model: nn.Module, entry: EntryHook) -> None:
-    """Add both hooks. The entry runs first of all hooks and the exit last, so that others see raster order."""
+def install(model: nn.Module, entry: EntryHook, inner: Sequence[tuple[nn.Module, Any]] = ()) -> None:
+    """Add both hooks, and the family's forward pre-hooks on modules inside the model."""
     model.register_forward_pre_hook(entry, with_kwargs=True)
     model.register_forward_hook(ExitHook(entry.family), with_kwargs=True)
+    for module, hook in inner:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def uninstall(model: nn.Module) -> None:
-    """Remove both hooks; found by type, because a deep copy of a model has no handles of its own."""
-    for hooks, flags, kind in (
-        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, EntryHook),
-        (model._forward_hooks, model._forward_hooks_with_kwargs, ExitHook),
-    ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-            del hooks[key]
-            flags.pop(key, None)
+    """Remove every hook of ours; found by type, because a deep copy of a model has no handles of its own."""
+    for module in model.modules():
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+                del hooks[key]
+                flags.pop(key, None)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexclear.masks import Layout, Window, block_mask, dense_mask
+from flexclear.masks import Downsampled, Layout, Window, block_mask, dense_mask
 from flexclear.masks.cache import ByteBoundedCache
 from flexclear.masks.defaults import independent
 from flexclear.masks.windows import captured_tensors
+from flexclear.pooling import Pooling, make_pooling
 
 MAX_DENSE_BYTES = 1 << 32
 """Largest dense boolean mask that masked SDPA may ask for."""
@@ -23,18 +24,20 @@ class Plan:
 
     Attributes:
         layout: the sequence.
-        mask: BlockMask, or bool ``[N, N]`` for masked SDPA.
+        mask: BlockMask, bool ``[N, keys]`` for masked SDPA, or None for dense attention.
         order: raster index at each place of the image order, int64 ``[image_len]``; None where that is raster itself.
         inverse: its inverse, or None.
         rows, columns: coordinates in image order, float32 ``[image_len]``.
+        pooling: where the pooled keys of a window that has them come from, else None.
     """
 
     layout: Layout
-    mask: BlockMask | Tensor
+    mask: BlockMask | Tensor | None
     order: Tensor | None
     inverse: Tensor | None
     rows: Tensor
     columns: Tensor
+    pooling: Pooling | None = None
 
     def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Raster tokens into the layout's order along ``dim``."""
@@ -47,7 +50,11 @@ class Plan:
     def tensors(self) -> list[Tensor]:
         """Every tensor that the plan holds."""
         found = [self.rows, self.columns]
+        if self.pooling is not None:
+            found += [self.pooling.members, self.pooling.share]
         found += [t for t in (self.order, self.inverse) if t is not None]
+        if self.mask is None:
+            return found
         if isinstance(self.mask, Tensor):
             return [*found, self.mask]
         found += [t for t in self.mask.as_tuple(flatten=True) if isinstance(t, Tensor)]
@@ -57,20 +64,26 @@ class Plan:
 @independent
 def build_plan(
     layout: Layout,
-    window: Window,
+    window: Window | None,
     backend: str,
     block_size: tuple[int, int],
     device: torch.device,
     backward: bool,
+    text_padded: bool = False,
 ) -> Plan:
-    """Build a plan; see ``Plan``. ``backend`` is ``"flex"`` or ``"sdpa"``.
+    """Build a plan; see ``Plan``. ``window`` None is dense attention, ``backend`` is ``"flex"`` or ``"sdpa"``;
+    the others as ``block_mask`` takes them.
 
     Raises:
         ValueError: the dense mask of masked SDPA would be larger than ``MAX_DENSE_BYTES``.
     """
-    mask: BlockMask | Tensor
-    if backend == "flex":
-        mask = block_mask(layout, window, block_size=block_size, device=device, backward=backward)
+    mask: BlockMask | Tensor | None
+    if window is None:
+        mask = torch.ones(1, layout.seq_len, dtype=torch.bool, device=device) if text_padded else None
+    elif backend == "flex":
+        mask = block_mask(
+            layout, window, block_size=block_size, device=device, backward=backward, text_padded=text_padded
+        )
     elif layout.seq_len**2 > MAX_DENSE_BYTES:
         raise ValueError(
             f"masked SDPA over {layout.seq_len} tokens ({layout.height} x {layout.width} image tokens and "
@@ -89,6 +102,7 @@ def build_plan(
         inverse=None if raster else layout.inverse_permutation().to(device),
         rows=y.to(device, torch.float32),
         columns=x.to(device, torch.float32),
+        pooling=make_pooling(layout, window.factor, device) if isinstance(window, Downsampled) else None,
     )
 
 
@@ -102,12 +116,13 @@ plans: ByteBoundedCache[Plan] = ByteBoundedCache(max_bytes=1 << 30, size_of=_siz
 
 def get_plan(
     layout: Layout,
-    window: Window,
+    window: Window | None,
     backend: str,
     block_size: tuple[int, int],
     device: torch.device,
     backward: bool = False,
+    text_padded: bool = False,
 ) -> Plan:
     """The cached plan of these facts, built if it is not there; see ``build_plan``."""
-    key = (layout, window, backend, block_size, device, backward)
+    key = (layout, window, backend, block_size, device, backward, text_padded)
     return plans.get(key, lambda: build_plan(*key))

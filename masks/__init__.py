@@ -11,6 +11,7 @@ from flexclear.masks.cost import Cost, cost
 from flexclear.masks.dense import dense_mask
 from flexclear.masks.factories import disc, full, neighborhood, square, strided, swin, with_downsampled
 from flexclear.masks.layout import Layout
+from flexclear.masks.padding import with_text_mask
 from flexclear.masks.shapes import Disc, Full, Neighborhood, Square, Strided, Swin
 from flexclear.masks.windows import MaskMod, Window
 
@@ -40,4 +41,5 @@ __all__ = [
     "strided",
     "swin",
     "with_downsampled",
+    "with_text_mask",
 ]

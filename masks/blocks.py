@@ -97,11 +97,14 @@ def block_pairs(
     window: Window | MaskMod,
     block_size: int | tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
+    text_padded: bool = False,
 ) -> BlockPairs:
     """Classify all block pairs of ``layout`` under ``window``: the needed ones, each full or partial.
 
     A window of this package is classified from bounding boxes. A ``mask_mod`` of your own is asked about every pair,
     in bounded memory, which is exact and takes time quadratic in the sequence.
+
+    ``text_padded``: some text may be padding (``with_text_mask``), so that no block of text keys is called full.
 
     Raises:
         TypeError: ``window`` is neither.
@@ -111,6 +114,8 @@ def block_pairs(
     if is_plain(window):
         found, whole = scan_blocks(window, layout.seq_len, layout.seq_len, (q_size, kv_size), device)
         q, kv = torch.nonzero(found, as_tuple=True)
+        if text_padded:
+            whole = whole & ~cut(layout.packed_coordinates(), kv_size).text
         return BlockPairs(q, kv, whole[q, kv], found.shape[0], found.shape[1], (q_size, kv_size))
     window = as_window(window)
     queries, keys = cut(layout.packed_coordinates(), q_size), cut(window.key_coordinates(layout), kv_size)
@@ -135,6 +140,7 @@ def block_pairs(
         (~both_image | window.covers(layout, *boxes))
         & ~(queries.text[q] & keys.pooled[kv])
         & (queries.whole[q] & keys.whole[kv])
+        & ~(keys.text[kv] & text_padded)
     )
     return BlockPairs(q[needed], kv[needed], full[needed], len(queries), len(keys), (q_size, kv_size))
 
@@ -156,6 +162,7 @@ def block_mask(
     block_size: int | tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     backward: bool = False,
+    text_padded: bool = False,
 ) -> BlockMask:
     """The window over the layout as FlexAttention's ``BlockMask``, batch and head broadcast.
 
@@ -170,12 +177,13 @@ def block_mask(
             ``default_block_size`` by default.
         device: where the lists and the captured tables are put, and where a ``mask_mod`` of your own has its tensors.
         backward: also build the lists by key-value block, which the backward kernels walk.
+        text_padded: prepare for ``with_text_mask``: every block of text keys asks the ``mask_mod``.
 
     Raises:
         TypeError: ``window`` is neither.
         ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
     """
-    pairs = block_pairs(layout, window, block_size, device)
+    pairs = block_pairs(layout, window, block_size, device, text_padded)
     full, part = pairs.full, ~pairs.full
     # The CPU kernel needs lists as wide as there are blocks, CUDA's does not; text rows need all of it on both.
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")

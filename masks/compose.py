@@ -150,4 +150,8 @@ class Downsampled(Window):
         return self.window.image_pairs(layout)
 
     def pooled_grid(self, layout: Layout) -> tuple[int, int]:
+        if layout.references:
+            raise ValueError(
+                f"pooled keys are defined for one grid, and this layout has {len(layout.grids)}: {layout.grids}"
+            )
         return -(-layout.height // self.factor), -(-layout.width // self.factor)

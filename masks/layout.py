@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,6 +93,12 @@ class Layout:
         text_len: text tokens, 0 or more.
         text_first: whether the text precedes the image (FLUX.1) or follows it (SD3).
         order: ``"tiled"`` (compact runs, see the essay in ``_tiled``) or ``"raster"`` (row by row).
+        references: (height, width) of further grids whose tokens follow the image's, such as the pictures that an
+            editing model is given. Tokens of all grids lie in one plane by their own row and column, so a window
+            around a place is the same window in each grid.
+
+    >>> Layout(64, 64, references=((48, 85),)).grids
+    ((64, 64), (48, 85))
 
     Raises:
         TypeError: a size is not an int.
@@ -104,10 +110,17 @@ class Layout:
     text_len: int = 512
     text_first: bool = True
     order: str = "tiled"
+    references: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            check_int(f"Layout {name}", getattr(self, name), 1, MAX_SIDE, "in tokens")
+        if not isinstance(self.references, tuple) or any(
+            not isinstance(grid, tuple) or len(grid) != 2 for grid in self.references
+        ):
+            raise TypeError(f"Layout references must be a tuple of (height, width) tuples, got {self.references!r}")
+        for number, (height, width) in enumerate(self.grids):
+            which = f"Layout reference {number} " if number else "Layout "
+            check_int(f"{which}height", height, 1, MAX_SIDE, "in tokens")
+            check_int(f"{which}width", width, 1, MAX_SIDE, "in tokens")
         check_int("Layout text_len", self.text_len, 0, None, "in tokens")
         if not isinstance(self.text_first, bool):
             raise TypeError(f"Layout text_first must be True or False, got {self.text_first!r}")
@@ -115,9 +128,14 @@ class Layout:
             raise ValueError(f"Layout order must be one of {sorted(ORDERS)}, got {self.order!r}")
 
     @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of every grid, the image's own first."""
+        return ((self.height, self.width), *self.references)
+
+    @property
     def image_len(self) -> int:
-        """Number of image tokens."""
-        return self.height * self.width
+        """Number of image tokens, those of all grids."""
+        return sum(height * width for height, width in self.grids)
 
     @property
     def seq_len(self) -> int:
@@ -137,9 +155,17 @@ class Layout:
     def permutation(self) -> Tensor:
         """Raster index of the image token at each place of the image order: int64 ``[image_len]``.
 
-        ``tokens[:, layout.permutation()]`` brings raster tokens ``[B, image_len, C]`` into image order.
+        ``tokens[:, layout.permutation()]`` brings raster tokens ``[B, image_len, C]`` into image order. Grids stay one
+        after the other; each is walked by itself.
         """
-        return ORDERS[self.order](self.height, self.width, self.image_start)
+        return torch.cat([walk + start for walk, start in self._walks()])
+
+    def _walks(self) -> Iterator[tuple[Tensor, int]]:
+        """Of each grid: its own raster indices in image order, and where it starts among the image tokens."""
+        start = 0
+        for height, width in self.grids:
+            yield ORDERS[self.order](height, width, self.image_start + start), start
+            start += height * width
 
     @independent
     def inverse_permutation(self) -> Tensor:
@@ -151,9 +177,9 @@ class Layout:
 
     @independent
     def coordinates(self) -> tuple[Tensor, Tensor]:
-        """Row and column of the token at each place of the image order: two int64 ``[image_len]``."""
-        raster = self.permutation()
-        return raster // self.width, raster % self.width
+        """Row and column, in its own grid, of the token at each place of the image order: two int64 ``[image_len]``."""
+        walks = [(walk, width) for (walk, _), (_, width) in zip(self._walks(), self.grids, strict=True)]
+        return torch.cat([walk // width for walk, width in walks]), torch.cat([walk % width for walk, width in walks])
 
     def packed_coordinates(self) -> Tensor:
         """Row and column at each sequence position in one int32, ``y << 16 | x``; -1 marks text. ``[seq_len]``."""

@@ -5,6 +5,7 @@ Each class states its inequality for a query (y_q, x_q) and a key (y_k, x_k) on 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,11 +27,20 @@ def _span(low_a: Tensor, high_a: Tensor, low_b: Tensor, high_b: Tensor) -> Tenso
     return torch.maximum(high_a - low_b, high_b - low_a).clamp_(0, MAX_SIDE)
 
 
+def _at_offset(side_a: int, side_b: int, offsets: Tensor) -> Tensor:
+    """How many pairs of a place on one axis and a place on another lie each offset apart."""
+    return (torch.minimum(torch.tensor(side_a), side_b - offsets) - (-offsets).clamp(min=0)).clamp(min=0)
+
+
 def _offset_pairs(layout: Layout, radius: int, inside: Callable[[Tensor, Tensor], Tensor]) -> int:
-    """Pairs of a rule on offsets below ``radius``: an offset (dy, dx) has (h - |dy|) * (w - |dx|) pairs."""
-    dy, dx = torch.arange(min(layout.height, radius))[:, None], torch.arange(min(layout.width, radius))[None, :]
-    twice = torch.where(dy > 0, 2, 1) * torch.where(dx > 0, 2, 1)
-    return int((inside(dy, dx) * twice * (layout.height - dy) * (layout.width - dx)).sum())
+    """Pairs of a rule on offsets below ``radius``, over every pair of grids: an offset (dy, dx) inside one grid has
+    (h - |dy|) * (w - |dx|) pairs."""
+    total = 0
+    for (h_q, w_q), (h_k, w_k) in itertools.product(layout.grids, repeat=2):
+        dy = torch.arange(1 - min(h_q, radius), min(h_k, radius))[:, None]
+        dx = torch.arange(1 - min(w_q, radius), min(w_k, radius))[None, :]
+        total += int((inside(dy.abs(), dx.abs()) * _at_offset(h_q, h_k, dy) * _at_offset(w_q, w_k, dx)).sum())
+    return total
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,11 @@ class Neighborhood(Window):
         return f"neighborhood_k{self.kernel}"
 
     def _check(self, layout: Layout) -> None:
+        if layout.references:
+            raise ValueError(
+                f"a neighborhood window is shifted inwards at the border of one grid, and this layout has "
+                f"{len(layout.grids)}: {layout.grids}. Use Disc or Square"
+            )
         if self.kernel > min(layout.height, layout.width):
             raise ValueError(
                 f"a neighborhood of {self.kernel} x {self.kernel} tokens does not fit into a grid of {layout.height} x "
@@ -226,7 +241,9 @@ class Swin(Window):
         (qt, qb, ql, qr), (kt, kb, kl, kr) = ([self._cell(edge) for edge in box] for box in (query, key))
         return (qt == qb) & (kt == kb) & (qt == kt) & (ql == qr) & (kl == kr) & (ql == kl)
 
-    def image_pairs(self, layout: Layout) -> int:
+    def image_pairs(self, layout: Layout) -> int | None:
+        if layout.references:
+            return None
         total = 1
         for side in (layout.height, layout.width):
             total *= int(self._cell(torch.arange(side)).bincount().square().sum())
@@ -275,7 +292,9 @@ class Strided(Window):
         points = (query[0] == query[1]) & (query[2] == query[3]) & (key[0] == key[1]) & (key[2] == key[3])
         return points & self.touches(layout, query, key)
 
-    def image_pairs(self, layout: Layout) -> int:
+    def image_pairs(self, layout: Layout) -> int | None:
+        if layout.references:
+            return None
         total = 1
         for side in (layout.height, layout.width):
             total *= int((torch.arange(side) % self.stride).bincount().square().sum())

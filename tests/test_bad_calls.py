@@ -12,12 +12,12 @@ import flexclear
 from models import flux_call, tiny_flux
 
 
-def sd3():
-    from diffusers import SD3Transformer2DModel
+def unsupported():
+    from diffusers import PixArtTransformer2DModel
 
-    return SD3Transformer2DModel(
-        sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
-        caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8,
+    return PixArtTransformer2DModel(
+        num_layers=1, attention_head_dim=8, num_attention_heads=2, cross_attention_dim=16, caption_channels=8,
+        sample_size=8,
     )  # fmt: skip
 
 
@@ -31,11 +31,14 @@ def with_foreign_block():
     return model
 
 
-def with_plugin_processor():
-    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+class PluginProcessor:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None):
+        return hidden_states
 
+
+def with_plugin_processor():
     model = tiny_flux()
-    model.transformer_blocks[1].attn.set_processor(FluxIPAdapterAttnProcessor(32, 32))
+    model.transformer_blocks[1].attn.set_processor(PluginProcessor())
     return model
 
 
@@ -50,15 +53,15 @@ TRANSFORM = {
     "block size": (tiny_flux, {"block_size": 100}, ValueError, "block_size must be a multiple of 16 .* got 100"),
     "exact ids": (tiny_flux, {"exact_position_ids": 1}, TypeError, "exact_position_ids must be True or False, got 1"),
     "unsupported model": (
-        sd3,
+        unsupported,
         {},
         TypeError,
-        "SD3Transformer2DModel is not a model.*Supported: FluxTransformer2DModel",
+        "PixArtTransformer2DModel is not a model.*Supported: FluxTransformer2DModel",
     ),
     "not a model": (lambda: "flux", {}, TypeError, "got str.*Supported models: FluxTransformer2DModel"),
     "no blocks": (without_blocks, {}, ValueError, "has no blocks"),
     "foreign block": (with_foreign_block, {}, ValueError, r"transformer_blocks\[1\] .* has no FluxAttention"),
-    "plugin": (with_plugin_processor, {}, TypeError, r"transformer_blocks\[1\].attn has a FluxIPAdapterAttnProcessor"),
+    "plugin": (with_plugin_processor, {}, TypeError, r"transformer_blocks\[1\].attn has a PluginProcessor"),
     "compiled": (
         lambda: torch.compile(tiny_flux()),
         {},
@@ -113,10 +116,10 @@ CALL = {
         {"joint_attention_kwargs": {"attention_mask": torch.ones(52, 52, dtype=torch.bool)}},
         r"joint_attention_kwargs holds an attention_mask \(Tensor of shape \(52, 52\)\)",
     ),
-    "missing row": ({"img_ids": ids_with(lambda ids: ids[:-3])}, r"image ids of shape \(45, 3\).* not one full grid"),
-    "shuffled ids": ({"img_ids": ids_with(shuffled)}, "not one full grid of height x width"),
-    "other index": ({"img_ids": ids_with(second_picture)}, "not one full grid"),
-    "shifted ids": ({"img_ids": ids_with(shifted)}, "not one full grid"),
+    "missing row": ({"img_ids": ids_with(lambda ids: ids[:-3])}, r"image ids of shape \(45, 3\).* not full grids"),
+    "shuffled ids": ({"img_ids": ids_with(shuffled)}, "not full grids of height x width"),
+    "other index": ({"img_ids": ids_with(second_picture)}, "begin with a picture of index 1; the image itself has index 0"),
+    "shifted ids": ({"img_ids": ids_with(shifted)}, "not full grids"),
     "two columns": (
         {"img_ids": ids_with(lambda ids: ids[:, :2])},
         r"shape \[tokens, 3\].*got image ids of shape \(48, 2\)",

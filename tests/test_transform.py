@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import flexclear
 from flexclear.compile import why_not_compiled
-from flexclear.families.flux import FluxWindowProcessor
+from flexclear.families.flux_attention import FluxWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
 from flexclear.plan import plans
 
@@ -157,12 +158,12 @@ def test_a_saved_model_loads_as_the_original(model, tmp_path):
 
 @pytest.mark.parametrize(("height", "width"), [(300, 20), (20, 300), (512, 512)])
 def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(height, width):
-    from flexclear.grid import read_grid
+    from flexclear.grid import read_grids
 
     ids = raster_ids(height, width, torch.bfloat16)
     exact = raster_ids(height, width, torch.float32)
     assert len(ids.unique(dim=0)) < len(exact), "these ids are not rounded"
-    assert read_grid(ids) == read_grid(exact) == (height, width)
+    assert read_grids(ids) == read_grids(exact) == ((height, width),)
     seen = {}
     model = tiny_flux(num_layers=0, num_single_layers=1)
     flexclear.transform(model, r=1, order="raster", backend="sdpa")
@@ -174,7 +175,7 @@ def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(height,
     }
     plan = PlanWithoutMask(height, width)
     for exact_ids in (True, False):
-        seen[exact_ids] = entry.family.enter(call, plan, exact_ids)["img_ids"]
+        seen[exact_ids] = entry.family.enter(model, call, plan, exact_ids, 1.0)["img_ids"]
     assert torch.equal(seen[True], exact)
     assert torch.equal(seen[False], ids)
 
@@ -184,7 +185,7 @@ class PlanWithoutMask:
 
     def __init__(self, height, width):
         y, x = Layout(height, width, order="raster").coordinates()
-        self.rows, self.columns = y.float(), x.float()
+        self.base = SimpleNamespace(rows=y.float(), columns=x.float())
 
     def to_image_order(self, tokens, dim=1):
         return tokens

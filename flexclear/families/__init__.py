@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from flexclear.families.base import Call, Family
+from flexclear.families.base import Call, Family, Layer
 from flexclear.families.flux import FluxFamily
 
 FAMILIES: tuple[Family, ...] = (FluxFamily(),)
@@ -23,4 +23,4 @@ def family_of(model: nn.Module) -> Family:
     raise TypeError(f"{type(model).__name__} is not a model that flexclear can transform. Supported: {supported}")
 
 
-__all__ = ["FAMILIES", "Call", "Family", "family_of"]
+__all__ = ["FAMILIES", "Call", "Family", "Layer", "family_of"]

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
-from flexclear.plan import Plan
+from flexclear.call_plan import CallPlan
+
+JOINT = "joint"
+"""Scope of attention over text and image together; every family has it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer whose processor is replaced.
+
+    Attributes:
+        name: path of the module in the model.
+        module: the attention module; has ``processor`` and ``set_processor``.
+        scope: which tokens it attends over, ``JOINT`` or a name of the family's own.
+    """
+
+    name: str
+    module: Any
+    scope: str = JOINT
 
 
 @dataclass(frozen=True)
@@ -16,18 +35,19 @@ class Call:
     """One call of a model as the entry hook sees it, read before any work.
 
     Attributes:
-        height, width: image grid in tokens.
-        text_len: text tokens.
-        tokens: the image tokens, ``[B, height * width, C]``, for their device and type.
+        tokens: a floating-point input, for its device, type and need of gradients.
+        grids: (height, width) in tokens of the image, then of each reference picture.
+        text_lens: number of text tokens by scope.
+        keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent where nothing is.
     """
 
-    height: int
-    width: int
-    text_len: int
     tokens: Tensor
+    grids: tuple[tuple[int, int], ...]
+    text_lens: dict[str, int]
+    keep: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Family(Protocol):
+class Family(ABC):
     """Where tokens enter and leave, where the grid comes from, which attention modules count, where text sits.
 
     Implementations hold no state: all that varies travels in the arguments of the model's call.
@@ -39,39 +59,103 @@ class Family(Protocol):
     text_first: bool
     """Whether text precedes the image in the attention's sequence."""
 
-    def matches(self, model: nn.Module) -> bool:
-        """Whether ``model`` is of this family."""
-        ...
+    px_per_token: int = 16
+    """Pixels per token and side."""
 
-    def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
-        """Name and module of each attention layer whose processor is to be replaced.
+    pools: bool = False
+    """Whether down-sampled keys (``down_factor``) are known for it."""
+
+    rope: bool = True
+    """Whether positions are rotary, so that an NTK factor has a meaning."""
+
+    pipelines: tuple[str, ...] = ()
+    """diffusers pipelines that its tests run end to end, for the support table."""
+
+    notes: str = ""
+    """What the support table says about it."""
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family, or of a subclass; does not import diffusers."""
+        return any(
+            base.__name__ == self.model_class and base.__module__.startswith("diffusers.")
+            for base in type(model).__mro__
+        )
+
+    @abstractmethod
+    def layers(self, model: nn.Module) -> Iterator[Layer]:
+        """Each attention layer whose processor is to be replaced, in the order of the forward pass.
 
         Raises:
             ValueError: the model lacks the blocks of its class.
             TypeError: an attention layer has a processor that the family cannot replace.
         """
-        ...
 
-    def processor(self) -> Any:
-        """A new windowed processor."""
-        ...
+    @abstractmethod
+    def processor(self, layer: Layer, original: Any, slot: int, down_factor: int | None) -> Any:
+        """A ``WindowProcessor`` for ``layer`` in place of ``original``, the processor that it has when not transformed.
 
-    def read(self, kwargs: dict[str, Any], grid: Any) -> Call:
-        """The facts of one call. ``grid`` reads height and width off position ids.
+        Raises:
+            ValueError: that one cannot be replaced under these settings.
+        """
+
+    @abstractmethod
+    def read(self, model: nn.Module, kwargs: dict[str, Any], grids: Any) -> Call:
+        """The facts of one call. ``grids`` is the model's ``GridReader``.
 
         Raises:
             ValueError: the call cannot be windowed; the message names what was given.
         """
-        ...
 
-    def enter(self, kwargs: dict[str, Any], plan: Plan, exact_ids: bool) -> dict[str, Any]:
-        """The call's arguments in the plan's token order, the plan among them."""
-        ...
+    @abstractmethod
+    def enter(
+        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, ntk_factor: float
+    ) -> dict[str, Any]:
+        """The call's arguments in the plan's token order, the plan among them; the caller's own stay as they are.
 
-    def plan_of(self, kwargs: dict[str, Any]) -> Plan:
+        ``ntk_factor`` multiplies the base of the rotary frequencies. A family whose model computes its rotary embedding
+        where no argument reaches it, or in raster order, puts its own into the plan (``CallPlan.rotary``).
+
+        Raises:
+            ValueError: an ``ntk_factor`` other than 1 on a model without rotary positions.
+        """
+
+    @abstractmethod
+    def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
         """The plan that ``enter`` put into the arguments."""
-        ...
 
-    def leave(self, output: Any, plan: Plan) -> Any:
-        """The model's output back in raster order."""
-        ...
+    def leave(self, model: nn.Module, output: Any, plan: CallPlan) -> Any:
+        """The model's output back in raster order; by default its first element or ``sample`` is ``[B, tokens, C]``."""
+        if isinstance(output, tuple):
+            return (plan.to_raster(output[0]), *output[1:])
+        output.sample = plan.to_raster(output.sample)
+        return output
+
+    def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
+        """Forward pre-hooks, with keyword arguments, on modules inside the model; none by default."""
+        return []
+
+
+def required_tensor(kwargs: dict[str, Any], name: str, model: nn.Module) -> Tensor:
+    """The tensor argument ``name``.
+
+    Raises:
+        ValueError: it is missing or no tensor.
+    """
+    value = kwargs.get(name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"a transformed {type(model).__name__} needs {name} as a tensor, got {value!r}")
+    return value
+
+
+def refuse_mask(attention_kwargs: dict[str, Any], where: str) -> None:
+    """Raise if the caller hands an attention mask to the processors.
+
+    Raises:
+        ValueError: it does.
+    """
+    given = attention_kwargs.get("attention_mask")
+    if given is not None:
+        raise ValueError(
+            f"{where} holds an attention_mask ({type(given).__name__} of shape {tuple(getattr(given, 'shape', ()))}), but "
+            "flexclear makes the mask of a transformed model. Leave it out, or flexclear.restore(model) first"
+        )

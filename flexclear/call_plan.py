@@ -1,0 +1,55 @@
+"""What one call of a transformed model hands to its attention layers: one mask per kind of layer, and the token order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexclear.attention import windowed_attention
+from flexclear.plan import Plan
+from flexclear.pooling import Pooling
+
+
+@dataclass(frozen=True, eq=False)
+class CallPlan:
+    """Travels in the call's own arguments to every attention layer; the model itself holds nothing of a call.
+
+    Attributes:
+        base: token order, coordinates and layout of the joint sequence.
+        masks: mask of each slot (``flexclear.schedule.Slot``): a BlockMask, a dense bool mask, or None: dense attention.
+        poolings: where each slot's pooled keys come from, or None.
+        rotary: rotary embedding in sequence order that replaces the model's own; None keeps the model's.
+        gain: 0-d factor on the queries (proportional attention), or None.
+    """
+
+    base: Plan
+    masks: tuple[BlockMask | Tensor | None, ...]
+    poolings: tuple[Pooling | None, ...]
+    rotary: Any = None
+    gain: Tensor | None = None
+
+    def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
+        """Raster tokens into the layout's order along ``dim``."""
+        return self.base.to_image_order(tokens, dim)
+
+    def to_raster(self, tokens: Tensor, dim: int = 1) -> Tensor:
+        """Tokens in the layout's order back into raster order along ``dim``."""
+        return self.base.to_raster(tokens, dim)
+
+    def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Attention of one layer, ``[B, heads, N, head_dim]`` in sequence order.
+
+        Args:
+            slot: which mask is the layer's.
+            query, key, value: after norms and rotary embedding.
+            weight: pooling weights of a layer with down-sampled keys (method, section 4), else None.
+        """
+        if self.gain is not None:
+            query = (query.float() * self.gain).to(query.dtype)
+        pooling = self.poolings[slot]
+        if pooling is not None and weight is not None:
+            key, value = pooling.append(key, weight), pooling.append(value, weight)
+        return windowed_attention(query, key, value, self.masks[slot])

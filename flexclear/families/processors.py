@@ -1,0 +1,68 @@
+"""What the windowed attention processors of all families share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from flexclear.call_plan import CallPlan
+
+PLAN = "flexclear_plan"
+"""Name under which the plan reaches every processor."""
+
+
+class WindowProcessor:
+    """An attention processor that attends under the call's plan.
+
+    Attributes:
+        slot: which of the plan's masks is this layer's. Layers with the same window share a slot, so that equal blocks
+            share one compiled graph. None: diffusers made the processor anew, and the model must be transformed again.
+    """
+
+    slot: int | None = None
+    spatial_weight: Any = None
+
+    def attend(self, plan: CallPlan | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Windowed attention, ``[B, N, heads, head_dim]`` in sequence order, as diffusers lays them out.
+
+        Returns:
+            ``[B, N, heads * head_dim]``.
+
+        Raises:
+            ValueError: no plan: the block was called without the model's entry, where windows are made.
+        """
+        if plan is None or self.slot is None:
+            raise ValueError(
+                "a transformed block was called without its window. Call the transformer or the pipeline, whose entry "
+                "makes it; flexclear.restore(model) gives the plain block back"
+            )
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        out = plan.attend(self.slot, query, key, value, self.spatial_weight)
+        return out.transpose(1, 2).flatten(2, 3).to(query.dtype)
+
+    # diffusers assigns these two on every processor (set_attention_backend, enable_parallelism). Taking the value and
+    # ignoring it would break silently.
+    @property
+    def _attention_backend(self) -> None:
+        return None
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        if backend is not None:
+            raise ValueError(
+                f"attention backend {backend!r} cannot be set on a transformed model: its attention is windowed. Choose "
+                "backend='auto', 'flex' or 'sdpa' in flexclear.transform, or flexclear.restore(model) first"
+            )
+
+    @property
+    def _parallel_config(self) -> None:
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        if config is not None:
+            raise ValueError(
+                "context parallelism cannot be enabled on a transformed model: its windows are made for whole pictures. "
+                "flexclear.restore(model) first"
+            )

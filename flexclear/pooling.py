@@ -1,0 +1,63 @@
+"""Down-sampled keys and values: one pooled token per cell of the image grid (method, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexclear.masks import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Pooling:
+    """Which tokens each cell pools. Cells are in raster order, as in ``Downsampled``.
+
+    Attributes:
+        members: place in image order of each cell's tokens, row by row inside the cell, int64 ``[cells * d * d]``;
+            places that a cut-off cell lacks repeat one that it has.
+        image_start, image_len: where the image tokens are in the sequence.
+        share: factor on each of them, float32 ``[cells, d * d]``: 1 in whole cells. In a cut-off cell 0 for what is
+            missing and ``d * d / present`` for the rest, so that equal weights stay a mean.
+    """
+
+    members: Tensor
+    share: Tensor
+    image_start: int
+    image_len: int
+
+    def append(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Keys or values ``[B, heads, N, head_dim]`` in sequence order with their pooled ones behind; see ``pool``."""
+        image = tokens[:, :, self.image_start : self.image_start + self.image_len]
+        return torch.cat([tokens, self.pool(image, weight)], dim=2)
+
+    def pool(self, image: Tensor, weight: Tensor) -> Tensor:
+        """Weighted sum over each cell.
+
+        Args:
+            image: keys or values in image order, ``[B, heads, image_len, head_dim]``.
+            weight: one number per place in a cell, shared by heads and channels, ``d * d`` elements in raster order
+                (the released ``spatial_weight``, ``[1, 1, 1, d, 1, d, 1]``).
+
+        Returns:
+            ``[B, heads, cells, head_dim]``.
+        """
+        cells, places = self.share.shape
+        gathered = image.index_select(2, self.members).unflatten(2, (cells, places))
+        factors = (weight.reshape(1, places) * self.share).to(image.dtype)
+        return torch.einsum("bhcpd,cp->bhcd", gathered, factors)
+
+
+def make_pooling(layout: Layout, factor: int, device: torch.device) -> Pooling:
+    """The cells of ``factor`` x ``factor`` tokens over the layout's grid, cut off where it does not divide a side."""
+    height, width = layout.height, layout.width
+    place = layout.inverse_permutation().view(height, width)
+    inner = torch.arange(factor)
+    y = (torch.arange(-(-height // factor)) * factor)[:, None, None, None] + inner[:, None]
+    x = (torch.arange(-(-width // factor)) * factor)[None, :, None, None] + inner
+    y, x = torch.broadcast_tensors(y, x)
+    present = ((y < height) & (x < width)).flatten(0, 1).flatten(1).float()
+    members = place[y.clamp(max=height - 1), x.clamp(max=width - 1)].flatten()
+    share = present * (factor * factor) / present.sum(1, keepdim=True)
+    return Pooling(members.to(device), share.to(device), layout.image_start, layout.image_len)

@@ -1,0 +1,52 @@
+"""Which denoising step a call belongs to, read off the pipeline's scheduler."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+
+class StepCounter:
+    """Knows the step of a pipeline's current call; knows nothing where there is no pipeline.
+
+    The scheduler is looked up in each call, because users replace it (``pipe.scheduler = ...``). The pipeline is held
+    weakly, is shared by deep copies of the model, and is not pickled.
+    """
+
+    def __init__(self, pipeline: Any = None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> StepCounter:
+        return self
+
+    def __reduce__(self) -> tuple[type[StepCounter], tuple[()]]:
+        return StepCounter, ()
+
+    def current(self) -> tuple[int, int]:
+        """Number of the current step, from 0, and of all steps of the run.
+
+        Raises:
+            ValueError: there is no pipeline (any more), or its scheduler does not count steps.
+        """
+        pipeline = None if self._pipeline is None else self._pipeline()
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is None:
+            raise ValueError(
+                "dense_steps counts denoising steps, so flexclear.transform must be given the pipeline, whose scheduler "
+                "counts them, and the pipeline must still exist; the bare model does not know its step"
+            )
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None or not hasattr(scheduler, "step_index"):
+            raise ValueError(
+                f"dense_steps needs a scheduler that counts steps (step_index); {type(scheduler).__name__} does not"
+            )
+        begin = getattr(scheduler, "begin_index", None) or 0
+        at = scheduler.step_index
+        return (begin if at is None else at) - begin, len(timesteps) - begin
+
+    def is_dense(self, dense_steps: tuple[int, int]) -> bool:
+        """Whether the current step is among the (first, last) dense ones."""
+        if dense_steps == (0, 0):
+            return False
+        step, total = self.current()
+        return step < dense_steps[0] or step >= total - dense_steps[1]

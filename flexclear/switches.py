@@ -1,0 +1,117 @@
+"""What may differ from one call to the next: options of ``transform``, or overridden for the calls inside a block."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+TRAINING_TOKENS = 4096 + 512
+"""n0 of proportional attention: tokens of FLUX.1 at 1024 x 1024 px, text included (method, section 7)."""
+
+DENSE_STEPS_NEED = (
+    "dense_steps counts denoising steps, so transform needs the pipeline, whose scheduler knows them: "
+    "flexclear.transform(pipe, ...)"
+)
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Per-call settings.
+
+    Attributes:
+        ntk_factor: factor on the base of the rotary frequencies; 1 leaves them.
+        proportional_attention: attention scale sqrt(log_n0(n) / d) in place of sqrt(1 / d).
+        dense_steps: how many first and last denoising steps run dense attention.
+    """
+
+    ntk_factor: float = 1.0
+    proportional_attention: bool = False
+    dense_steps: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        factor = self.ntk_factor
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise TypeError(f"ntk_factor must be a number, got {factor!r}")
+        if not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"ntk_factor must be positive and finite, got {factor!r}")
+        if not isinstance(self.proportional_attention, bool):
+            raise TypeError(f"proportional_attention must be True or False, got {self.proportional_attention!r}")
+        steps = self.dense_steps
+        if (
+            not isinstance(steps, tuple)
+            or len(steps) != 2
+            or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in steps)
+        ):
+            raise ValueError(f"dense_steps must be (first, last), two numbers of steps from 0 on, got {steps!r}")
+
+
+_overrides: ContextVar[dict[str, object] | None] = ContextVar("flexclear_overrides", default=None)
+
+
+@contextlib.contextmanager
+def override(
+    *,
+    ntk_factor: float | None = None,
+    proportional_attention: bool | None = None,
+    dense_steps: tuple[int, int] | None = None,
+) -> Iterator[None]:
+    """Change per-call settings of every transformed model for the calls inside a ``with`` block of this thread.
+
+    >>> with flexclear.override(ntk_factor=10.0, proportional_attention=True):      # doctest: +SKIP
+    ...     pipe(prompt, height=4096, width=4096)
+
+    Args:
+        ntk_factor: factor on the base of the rotary frequencies, 10 in the released high-resolution settings; 1 is none.
+        proportional_attention: scale the scores by sqrt(log_n0(n) / d), n0 = 4608 and n the number of keys (10 n with
+            down-sampled keys), in place of sqrt(1 / d).
+        dense_steps: (first, last): that many denoising steps at either end run dense attention.
+
+    Blocks nest: what an inner one leaves out stays as the outer one has it.
+
+    Raises:
+        TypeError, ValueError: a setting makes no sense.
+    """
+    asked = {
+        "ntk_factor": ntk_factor,
+        "proportional_attention": proportional_attention,
+        "dense_steps": dense_steps,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    Switches(**given)  # type: ignore[arg-type]
+    token = _overrides.set({**(_overrides.get() or {}), **given})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def in_force(own: Switches) -> Switches:
+    """A model's own switches with this thread's overrides."""
+    overrides = _overrides.get()
+    return replace(own, **overrides) if overrides else own  # type: ignore[arg-type]
+
+
+def proportional_gain(keys: int, pooled: bool, device: torch.device) -> Tensor:
+    """Factor on the queries that turns sqrt(1 / d) into sqrt(log_n0(n) / d): 0-d float32 on ``device``.
+
+    Args:
+        keys: number of keys n, text included; with pooled keys behind, those are not counted, and log_n0(10 n) is
+            taken as in the released code (method, section 7).
+        pooled: whether there are pooled keys.
+        device: where.
+    """
+    return _gain(math.sqrt(math.log(10 * keys if pooled else keys, TRAINING_TOKENS)), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _gain(value: float, device: torch.device) -> Tensor:
+    # A tensor, not a number: compiled blocks would otherwise be compiled anew for every size.
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32, device=device)
