@@ -106,8 +106,7 @@ def explain(
     ] = False,
 ) -> None:
     """Print density, full, partial and skipped blocks and the predicted work of one attention layer."""
-    from flexclear.explanation import explain as explain_window
-    from flexclear.explanation import resolution_table
+    from flexclear.window_explanation import explain_window, resolution_table
 
     told = explain_window(height, width, r, text_len=text_len, px_per_token=px_per_token)
     print(told)

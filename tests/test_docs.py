@@ -9,6 +9,7 @@ import pytest
 
 MODULES = [
     "flexclear.explanation",
+    "flexclear.window_explanation",
     "flexclear.masks",
     "flexclear.masks.blocks",
     "flexclear.masks.cost",

@@ -1,0 +1,161 @@
+"""What a model's attention layers will do, layer by layer, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flexclear.families.base import JOINT
+from flexclear.hooks import EntryHook
+from flexclear.masks import Cost, Full, Layout, Window, cost
+from flexclear.masks.blocks import check_block_size
+from flexclear.masks.checks import check_int
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One attention layer.
+
+    Attributes:
+        name: path of the attention module.
+        scope: which tokens it attends over (``"joint"``: text and image).
+        window: its window; None: dense.
+        processor: class of its attention processor.
+        cost: at the size that was asked for, or None without one.
+    """
+
+    name: str
+    scope: str
+    window: Window | None
+    processor: str
+    cost: Cost | None
+
+    def _key(self) -> tuple[object, ...]:
+        stack, _, rest = self.name.partition(".")
+        return stack, rest.partition(".")[2], self.scope, self.window, self.processor
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """What every attention layer of a model does. ``print`` it.
+
+    Attributes:
+        model: class of the model.
+        settings: lines on what holds for all layers; empty for a model that is not transformed.
+        layers: in the order of the forward pass.
+        size: the picture that costs are for, as text; empty without one.
+    """
+
+    model: str
+    settings: tuple[str, ...]
+    layers: tuple[LayerExplanation, ...]
+    size: str
+
+    @property
+    def flops(self) -> int:
+        """Attention FLOPs of one forward pass of one sample; 0 without a size."""
+        return sum(layer.cost.flops for layer in self.layers if layer.cost is not None)
+
+    @property
+    def dense_flops(self) -> int:
+        """The same if every layer were dense."""
+        return sum(layer.cost.dense_flops for layer in self.layers if layer.cost is not None)
+
+    def __str__(self) -> str:
+        head = f"{self.model}, {len(self.layers)} attention layers"
+        lines = [head + ("" if self.settings else ", not transformed: dense attention everywhere"), *self.settings]
+        if self.size:
+            lines.append(self.size)
+        runs: list[list[LayerExplanation]] = []
+        for layer in self.layers:
+            if runs and runs[-1][-1]._key() == layer._key():
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        titles = [_title(run) for run in runs]
+        wide = max(map(len, titles))
+        for title, run in zip(titles, runs, strict=True):
+            layer, spent = run[0], run[0].cost
+            window = "dense" if layer.window is None else layer.window.name
+            work = "" if spent is None else f"  {spent.density:7.2%} of pairs, {spent.flops / 1e9:8.1f} GFLOPs each"
+            scope = "" if layer.scope == JOINT else f" ({layer.scope} only)"
+            lines.append(f"  {title:{wide}}  {len(run):3d} x {window}{scope}{work}")
+        if self.flops:
+            lines.append(
+                f"attention of one step: {self.flops / 1e12:.2f} TFLOPs, {self.flops / self.dense_flops:.1%} of dense "
+                f"attention's {self.dense_flops / 1e12:.2f}"
+            )
+        return "\n".join(lines)
+
+
+def _title(run: list[LayerExplanation]) -> str:
+    if len(run) == 1:
+        return run[0].name
+    stack, first, rest = run[0].name.split(".", 2)
+    last = run[-1].name.split(".", 2)[1]
+    return f"{stack}.{first}-{last}.{rest}"
+
+
+def explain_model(
+    model: Any,
+    family: Any,
+    entry: EntryHook | None,
+    height: int | None,
+    width: int | None,
+    text_len: int,
+) -> ModelExplanation:
+    """The explanation of ``model``; ``height`` and ``width`` in pixels, both or neither.
+
+    Raises:
+        TypeError, ValueError: a size makes no sense, or only one is given.
+    """
+    if (height is None) != (width is None):
+        raise ValueError(f"give height and width in pixels, or neither; got height={height!r} and width={width!r}")
+    px = family.px_per_token
+    check_int("text_len", text_len, 0, None, "in tokens")
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            check_int(name, side, px, None, "in pixels")
+    grid = None if height is None or width is None else (height // px, width // px)
+    windows = {} if entry is None else entry.settings.windows
+    order = "tiled" if entry is None else entry.settings.order
+    costs: dict[tuple[str, Window | None, int], Cost] = {}
+    layers = []
+    for layer in family.layers(model):
+        window, spent = windows.get(layer.name), None
+        channels = layer.module.inner_dim
+        if grid is not None:
+            key = (layer.scope, window, channels)
+            if key not in costs:
+                layout = Layout(*grid, text_len if layer.scope == JOINT else 0, family.text_first, order)
+                size = check_block_size(None if entry is None else entry.settings.block_size, layout)
+                costs[key] = cost(layout, Full() if window is None else window, channels=channels, block_size=size)
+            spent = costs[key]
+        layers.append(LayerExplanation(layer.name, layer.scope, window, type(layer.module.processor).__name__, spent))
+    return ModelExplanation(
+        model=type(model).__name__,
+        settings=() if entry is None else _settings(entry),
+        layers=tuple(layers),
+        size=""
+        if grid is None
+        else f"at {height} x {width} px: {grid[0]} x {grid[1]} image tokens, {text_len} of text",
+    )
+
+
+def _settings(entry: EntryHook) -> tuple[str, ...]:
+    own = entry.settings
+    lines = [
+        f"backend {own.backend}, {own.order} token order, blocks "
+        + ("by size" if own.block_size is None else f"{own.block_size[0]} x {own.block_size[1]}")
+        + (", exact position ids" if own.exact_position_ids else ", the caller's position ids")
+    ]
+    switches = own.switches
+    if switches.dense_steps != (0, 0):
+        lines.append(
+            f"dense in the first {switches.dense_steps[0]} and the last {switches.dense_steps[1]} denoising steps"
+        )
+    if switches.ntk_factor != 1:
+        lines.append(f"rotary base times {switches.ntk_factor:g}")
+    if switches.proportional_attention:
+        lines.append("attention scale sqrt(log_4608(keys) / head_dim)")
+    return tuple(lines)
