@@ -21,7 +21,6 @@ class WindowProcessor:
     """
 
     slot: int | None = None
-    spatial_weight: Any = None
 
     def attend(self, plan: CallPlan | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Windowed attention, ``[B, N, heads, head_dim]`` in sequence order, as diffusers lays them out.
@@ -38,7 +37,7 @@ class WindowProcessor:
                 "makes it; flexclear.restore(model) gives the plain block back"
             )
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        out = plan.attend(self.slot, query, key, value, self.spatial_weight)
+        out = plan.attend(self.slot, query, key, value, getattr(self, "spatial_weight", None))
         return out.transpose(1, 2).flatten(2, 3).to(query.dtype)
 
     # diffusers assigns these two on every processor (set_attention_backend, enable_parallelism). Taking the value and
