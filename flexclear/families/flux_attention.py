@@ -139,8 +139,10 @@ class FluxIPWindowProcessor(FluxWindowProcessor, FluxIPAdapterAttnProcessor):
         share = torch.zeros_like(image_out)
         adapters = zip(ip_hidden_states, self.scale, self.to_k_ip, self.to_v_ip, strict=False)
         for picture, scale, to_key, to_value in adapters:
+            # [B, pictures, tokens, C]: an adapter may be given several pictures.
             key, value = (
-                layer(picture).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for layer in (to_key, to_value)
+                layer(picture).unflatten(-1, (-1, attn.head_dim)).flatten(1, -3).transpose(1, 2)
+                for layer in (to_key, to_value)
             )
             seen = windowed_attention(query.transpose(1, 2), key, value, None)
             share = share + scale * seen.transpose(1, 2).flatten(2, 3).to(query.dtype)
