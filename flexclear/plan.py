@@ -13,6 +13,7 @@ from flexclear.masks.cache import ByteBoundedCache
 from flexclear.masks.defaults import independent
 from flexclear.masks.windows import captured_tensors
 from flexclear.pooling import Pooling, make_pooling
+from flexclear.reach import warn_of_unreached
 
 MAX_DENSE_BYTES = 1 << 32
 """Largest dense boolean mask that masked SDPA may ask for."""
@@ -76,8 +77,13 @@ def build_plan(
 
     Raises:
         ValueError: the dense mask of masked SDPA would be larger than ``MAX_DENSE_BYTES``.
+
+    Warns:
+        UserWarning: the window keeps part of the image from a reference picture.
     """
     mask: BlockMask | Tensor | None
+    if window is not None:
+        warn_of_unreached(layout, window)
     if window is None:
         mask = torch.ones(1, layout.seq_len, dtype=torch.bool, device=device) if text_padded else None
     elif backend == "flex":

@@ -1,0 +1,35 @@
+"""A warning where a window keeps part of the image from a reference picture altogether."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from flexclear.masks import Layout, Window
+
+
+def warn_of_unreached(layout: Layout, window: Window) -> None:
+    """Warn of each reference grid that the image's far corner does not see.
+
+    Windows go by row and column, and every grid begins at row 0 and column 0. Where the image is larger than a
+    reference by the window's radius or more, its far side has no token of that reference in its window: what the
+    reference shows gets there only from token to token, layer by layer.
+
+    Warns:
+        UserWarning: for each such reference, naming both grids and the window.
+    """
+
+    def box(*edges: int) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.tensor(edge, dtype=torch.int32) for edge in edges)
+
+    height, width = layout.height, layout.width
+    corner = box(height - 1, height - 1, width - 1, width - 1)
+    for rows, columns in layout.references:
+        if not bool(window.touches(layout, corner, box(0, rows - 1, 0, columns - 1))):  # type: ignore[arg-type]
+            warnings.warn(
+                f"flexclear: a reference picture of {rows} x {columns} tokens ends so far before the image's {height} x "
+                f"{width} that the window {window.name} (radius or side in tokens) hides it from the image's far side. "
+                "Give the reference the image's size, or a larger r",
+                stacklevel=2,
+            )
