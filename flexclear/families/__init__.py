@@ -6,8 +6,14 @@ from torch import nn
 
 from flexclear.families.base import Call, Family, Layer
 from flexclear.families.flux import FluxFamily
+from flexclear.families.flux2 import Flux2Family
+from flexclear.families.qwen import QwenFamily
 
-FAMILIES: tuple[Family, ...] = (FluxFamily(),)
+FAMILIES: tuple[Family, ...] = (
+    FluxFamily(),
+    Flux2Family(),
+    QwenFamily(),
+)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -48,8 +48,13 @@ def flux_layers(model: nn.Module) -> Iterator[Layer]:
         )
 
 
-def check_tokens(model: nn.Module, kwargs: dict[str, Any], grids: tuple[tuple[int, int], ...]) -> None:
-    """Raise unless ``hidden_states`` hold as many tokens as the grids have.
+def check_tokens(
+    model: nn.Module,
+    kwargs: dict[str, Any],
+    grids: tuple[tuple[int, int], ...],
+    source: str = "the position ids describe",
+) -> None:
+    """Raise unless ``hidden_states`` hold as many tokens as the grids have; ``source`` says where those come from.
 
     Raises:
         ValueError: they do not.
@@ -59,8 +64,8 @@ def check_tokens(model: nn.Module, kwargs: dict[str, Any], grids: tuple[tuple[in
     if tokens.ndim != 3 or tokens.shape[1] != expected:
         sizes = " + ".join(f"{height} x {width}" for height, width in grids)
         raise ValueError(
-            f"hidden_states of shape {tuple(tokens.shape)} do not hold the {sizes} = {expected} image tokens that the "
-            "position ids describe; [batch, tokens, channels] is expected"
+            f"hidden_states of shape {tuple(tokens.shape)} do not hold the {sizes} = {expected} image tokens that "
+            f"{source}; [batch, tokens, channels] is expected"
         )
 
 

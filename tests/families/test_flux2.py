@@ -1,0 +1,335 @@
+"""A transformed FLUX.2 equals the unmodified one given the dense boolean mask; its pipelines run end to end."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from PIL import Image
+
+import flexclear
+from flexclear.compile import why_not_compiled
+from flexclear.families.flux2_attention import Flux2ParallelWindowProcessor, Flux2WindowProcessor
+from flexclear.masks import Disc, Layout, dense_mask
+
+pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
+CPU = torch.device("cpu")
+SHAPES = [((16, 16), (), 12), ((9, 13), (), 20), ((24, 7), (), 5), ((8, 12), ((8, 12), (5, 9)), 7)]
+R = 3
+
+
+def tiny_flux2(seed=0, **config):
+    """A Flux2Transformer2DModel of 2 + 2 blocks, 2 heads x 16, random weights, in eval mode."""
+    from diffusers import Flux2Transformer2DModel
+
+    torch.manual_seed(seed)
+    sizes = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (4, 4, 4, 4),
+    }
+    return Flux2Transformer2DModel(**{**sizes, **config}).eval()
+
+
+def flux2_call(grid, references, text_len, batch=1, seed=0):
+    """Keyword arguments of a FLUX.2 call with random inputs and the ids that its pipelines make."""
+    from diffusers import Flux2Pipeline
+
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(height * width for height, width in (grid, *references))
+    text = torch.randn(batch, text_len, 12, generator=generator)
+    ids = Flux2Pipeline._prepare_latent_ids(torch.empty(batch, 1, *grid))
+    if references:
+        pictures = Flux2Pipeline._prepare_image_ids([torch.empty(1, 1, *size) for size in references])
+        ids = torch.cat([ids, pictures.repeat(batch, 1, 1)], dim=1)
+    return {
+        "hidden_states": torch.randn(batch, count, 16, generator=generator),
+        "encoder_hidden_states": text,
+        "timestep": torch.full((batch,), 0.5),
+        "guidance": torch.full((batch,), 4.0),
+        "img_ids": ids,
+        "txt_ids": Flux2Pipeline._prepare_text_ids(text),
+    }
+
+
+def run(model, call, **extra):
+    with torch.no_grad():
+        return model(**call, **extra).sample
+
+
+def mask_of(grid, references, text_len, r=R):
+    return dense_mask(Layout(*grid, text_len, order="raster", references=references), Disc(r))
+
+
+def masked(model, call, grid, references=(), r=R):
+    """The stock model under the dense boolean mask, in raster order."""
+    mask = mask_of(grid, references, call["encoder_hidden_states"].shape[1], r)
+    return run(model, call, joint_attention_kwargs={"attention_mask": mask})
+
+
+@pytest.fixture
+def model():
+    return tiny_flux2()
+
+
+@pytest.mark.parametrize("order", ["tiled", "raster"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("grid", "references", "text_len"), SHAPES)
+def test_a_transformed_model_equals_the_original_under_the_dense_mask(model, order, batch, grid, references, text_len):
+    call = flux2_call(grid, references, text_len, batch)
+    reference = masked(model, call, grid, references)
+    assert (run(model, call) - reference).abs().max() > 1e-3, "the window makes no difference here"
+    flexclear.transform(model, r=R, backend="sdpa", order=order)
+    assert (run(model, call) - reference).abs().max() <= 1e-4
+
+
+@pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
+def test_compiled_flex_attention_gives_the_same(model):
+    grid, references, text_len = SHAPES[-1]
+    call = flux2_call(grid, references, text_len, 2)
+    reference = masked(model, call, grid, references)
+    flexclear.transform(model, r=R, backend="flex")
+    assert (run(model, call) - reference).abs().max() <= 1e-4
+
+
+def test_both_kinds_of_block_are_windowed_and_given_back(model):
+    from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+
+    for block in model.transformer_blocks:
+        block.attn.set_processor(Flux2KVAttnProcessor())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    call, before = flux2_call((8, 9), (), 6), model.attn_processors
+    dense = run(model, call)
+    flexclear.transform(model, r=R, backend="sdpa")
+    kinds = [type(processor) for processor in model.attn_processors.values()]
+    assert kinds == [Flux2WindowProcessor] * 2 + [Flux2ParallelWindowProcessor] * 2
+    assert (run(model, call) - dense).abs().max() > 1e-3
+    flexclear.restore(model)
+    assert model.attn_processors == before
+    assert torch.equal(run(model, call), dense)
+
+
+def test_ids_without_a_batch_axis_give_the_same(model):
+    call = flux2_call((9, 7), ((4, 5),), 6, batch=2)
+    flexclear.transform(model, r=R, backend="sdpa")
+    batched = run(model, call)
+    plain = {**call, "img_ids": call["img_ids"][0], "txt_ids": call["txt_ids"][0]}
+    assert torch.equal(run(model, plain), batched)
+
+
+def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(model):
+    call = flux2_call((270, 6), (), 4)
+    reference = masked(model, call, (270, 6), r=2)
+    call["img_ids"] = call["img_ids"].to(torch.bfloat16)
+    flexclear.transform(model, r=2, backend="sdpa")
+    assert (run(model, call) - reference).abs().max() <= 1e-4
+    flexclear.transform(model, r=2, backend="sdpa", exact_position_ids=False)
+    assert (run(model, call) - reference).abs().max() > 1e-3
+
+
+def test_an_ntk_factor_is_a_larger_base_of_the_rotary_frequencies(model):
+    grid, references = (8, 12), ((5, 9),)
+    call = flux2_call(grid, references, 7)
+    larger = tiny_flux2(rope_theta=20000)
+    reference = masked(larger, call, grid, references)
+    assert (masked(model, call, grid, references) - reference).abs().max() > 1e-3
+    flexclear.transform(model, r=R, backend="sdpa", ntk_factor=10)
+    assert (run(model, call) - reference).abs().max() <= 1e-4
+
+
+def test_fused_projections_give_the_same_result(model):
+    call = flux2_call((9, 7), (), 6)
+    plain = run(flexclear.transform(model, r=R, backend="sdpa"), call)
+    model.fuse_qkv_projections()
+    assert all(block.attn.fused_projections for block in model.transformer_blocks)
+    assert (run(model, call) - plain).abs().max() <= 1e-5
+
+
+def test_gradients_under_checkpointing_are_those_of_the_dense_mask(model):
+    call, original = flux2_call((8, 6), (), 5), copy.deepcopy(model)
+    flexclear.transform(model, r=R, backend="sdpa").train()
+    model.enable_gradient_checkpointing()
+    model(**call).sample.square().mean().backward()
+    mask = mask_of((8, 6), (), 5)
+    original(**call, joint_attention_kwargs={"attention_mask": mask}).sample.square().mean().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"kv_cache_mode": "extract", "num_ref_tokens": 20}, "kv_cache_mode='extract' asks FLUX.2 to cache"),
+        ({"num_ref_tokens": 20}, "num_ref_tokens=20 asks"),
+        ({"joint_attention_kwargs": {"kv_cache_mode": "cached"}}, "kv_cache_mode='cached' asks"),
+        (
+            {"joint_attention_kwargs": {"attention_mask": torch.ones(1)}},
+            "joint_attention_kwargs holds an attention_mask",
+        ),
+    ],
+)
+def test_a_call_whose_attention_is_no_window_is_refused(model, extra, message):
+    call = flux2_call((8, 6), ((4, 5),), 5)
+    flexclear.transform(model, r=R, backend="sdpa")
+    with pytest.raises(ValueError, match=message):
+        run(model, call, **extra)
+    run(model, call, kv_cache=None, kv_cache_mode=None, num_ref_tokens=0)
+
+
+def test_a_cache_of_keys_and_values_is_refused_by_its_type(model):
+    from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
+
+    flexclear.transform(model, r=R, backend="sdpa")
+    with pytest.raises(ValueError, match="kv_cache=a Flux2KVCache asks"):
+        run(model, flux2_call((8, 6), (), 5), kv_cache=Flux2KVCache(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda call: call.pop("txt_ids"), "needs txt_ids as a tensor"),
+        (lambda call: call.pop("img_ids"), "needs img_ids as a tensor"),
+        (lambda call: call.update(img_ids=call["img_ids"][:, :-1]), "not full grids"),
+        (lambda call: call.update(hidden_states=call["hidden_states"][:, :-1]), r"8 x 6 = 48 image tokens"),
+    ],
+)
+def test_a_bad_call_is_named(model, change, message):
+    call = flux2_call((8, 6), (), 5)
+    change(call)
+    flexclear.transform(model, r=R, backend="sdpa")
+    with pytest.raises(ValueError, match=message):
+        run(model, call)
+
+
+def test_a_plugin_s_processor_and_foreign_blocks_are_refused(model):
+    with pytest.raises(ValueError, match="Flux2Transformer2DModel has no blocks"):
+        flexclear.transform(tiny_flux2(num_layers=0, num_single_layers=0))
+    with pytest.raises(ValueError, match="down-sampled keys are defined for"):
+        flexclear.transform(model, down_factor=2)
+    broken = tiny_flux2()
+    broken.transformer_blocks[1].attn = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"transformer_blocks\[1\].*has no Flux2Attention named attn \(found Linear"):
+        flexclear.transform(broken)
+    model.single_transformer_blocks[0].attn.set_processor(lambda *args, **kwargs: None)
+    with pytest.raises(TypeError, match=r"single_transformer_blocks\[0\].attn has a function"):
+        flexclear.transform(model)
+
+
+@functools.cache
+def parts():
+    """Small scheduler, transformer and autoencoder; one token covers 4 x 4 px."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(1)
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    ).eval()
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "vae": vae,
+        "text_encoder": None,
+        "tokenizer": None,
+        "transformer": tiny_flux2(),
+    }
+
+
+PIPELINES = {
+    "Flux2Pipeline": {},
+    "Flux2KleinPipeline": {"negative_prompt_embeds": torch.linspace(-1, 1, 60).view(1, 5, 12), "guidance_scale": 3.0},
+}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_a_pipeline_draws_what_the_original_draws_under_the_dense_mask(kind, pictures):
+    import diffusers
+
+    pipe = getattr(diffusers, kind)(**{**parts(), "transformer": tiny_flux2()})
+    pipe.set_progress_bar_config(disable=True)
+    gradient = Image.radial_gradient("L").convert("RGB")
+    images = [gradient.resize((72, 64)), gradient.resize((64, 80))][:pictures]
+    grid, references = (10, 14), ((16, 18), (20, 16))[:pictures]
+
+    def draw(**extra):
+        return pipe(
+            image=images or None,
+            prompt_embeds=torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(1)),
+            height=4 * grid[0],
+            width=4 * grid[1],
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(2),
+            output_type="pt",
+            **PIPELINES[kind],
+            **extra,
+        ).images
+
+    dense = draw()
+    expected = draw(attention_kwargs={"attention_mask": mask_of(grid, references, 5)})
+    assert (dense - expected).abs().max() > 1e-3
+    assert flexclear.transform(pipe, r=R, backend="sdpa") is pipe
+    assert (draw() - expected).abs().max() <= 1e-4
+    assert torch.equal(flexclear.restore(pipe) and draw(), dense)
+
+
+def test_a_klein_pipeline_fills_a_masked_part_with_the_windowed_transformer():
+    from diffusers import Flux2KleinInpaintPipeline
+
+    pipe = Flux2KleinInpaintPipeline(**{**parts(), "transformer": tiny_flux2()}, is_distilled=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(**extra):
+        return pipe(
+            image=Image.radial_gradient("L").convert("RGB").resize((64, 72)),
+            mask_image=Image.linear_gradient("L").resize((64, 72)),
+            prompt_embeds=torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(1)),
+            height=72,
+            width=64,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(2),
+            output_type="pt",
+            **extra,
+        ).images
+
+    dense, seen = draw(), []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["img_ids"]), with_kwargs=True
+    )
+    draw()
+    hook.remove()
+    grid, *references = flexclear.grid.read_grids(seen[0])
+    expected = draw(attention_kwargs={"attention_mask": mask_of(grid, tuple(references), 5)})
+    assert (dense - expected).abs().max() > 1e-3
+    flexclear.transform(pipe, r=R, backend="sdpa")
+    assert (draw() - expected).abs().max() <= 1e-4
+
+
+def test_a_pipeline_that_caches_its_pictures_raises_and_works_without_any():
+    from diffusers import Flux2KleinKVPipeline
+
+    pipe = Flux2KleinKVPipeline(**{**parts(), "transformer": tiny_flux2()})
+    pipe.set_progress_bar_config(disable=True)
+    flexclear.transform(pipe, r=R, backend="sdpa")
+    settings = {
+        "prompt_embeds": torch.ones(1, 5, 12),
+        "height": 40,
+        "width": 56,
+        "num_inference_steps": 2,
+        "output_type": "pt",
+    }
+    assert pipe(**settings).images.shape == (1, 3, 40, 56)
+    with pytest.raises(ValueError, match="Flux2KleinPipeline in place of Flux2KleinKVPipeline"):
+        pipe(image=Image.radial_gradient("L").convert("RGB").resize((72, 64)), **settings)
