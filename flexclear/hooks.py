@@ -90,7 +90,8 @@ class EntryHook(Hook):
         def plan_of(scope: str, window: Window | None) -> Plan:
             text_len = call.text_lens[scope]
             (height, width), *references = call.grids
-            layout = Layout(height, width, text_len, self.family.text_first, settings.order, tuple(references))
+            order = call.order or settings.order
+            layout = Layout(height, width, text_len, self.family.text_first, order, tuple(references))
             block_size = check_block_size(settings.block_size, layout)
             backward = needs_grad and backend == "flex"
             return get_plan(layout, window, backend, block_size, device, backward, scope in call.keep)

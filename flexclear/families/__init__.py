@@ -8,11 +8,13 @@ from flexclear.families.base import Call, Family, Layer
 from flexclear.families.flux import FluxFamily
 from flexclear.families.flux2 import Flux2Family
 from flexclear.families.qwen import QwenFamily
+from flexclear.families.sd3 import SD3Family
 
 FAMILIES: tuple[Family, ...] = (
     FluxFamily(),
     Flux2Family(),
     QwenFamily(),
+    SD3Family(),
 )
 
 

@@ -39,12 +39,14 @@ class Call:
         grids: (height, width) in tokens of the image, then of each reference picture.
         text_lens: number of text tokens by scope.
         keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent where nothing is.
+        order: token order of a call that cannot have the one that ``transform`` was given, else None.
     """
 
     tokens: Tensor
     grids: tuple[tuple[int, int], ...]
     text_lens: dict[str, int]
     keep: dict[str, Tensor] = field(default_factory=dict)
+    order: str | None = None
 
 
 class Family(ABC):

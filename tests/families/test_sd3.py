@@ -1,0 +1,473 @@
+"""A transformed SD3 or SD3.5 equals the unmodified one whose attention is given the dense boolean mask."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import (
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    PAGJointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
+from PIL import Image
+
+import flexclear
+from flexclear.compile import why_not_compiled
+from flexclear.families.sd3_attention import OrderHook, SD3WindowProcessor
+from flexclear.hooks import Hook
+from flexclear.masks import Disc, Layout, dense_mask
+from flexclear.plan import plans
+
+CPU = torch.device("cpu")
+SHAPES = [(16, 16, 32), (9, 13, 20), (24, 7, 77)]
+SD3 = {}
+SD35 = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
+
+
+def tiny_sd3(seed=0, **config):
+    """A SD3Transformer2DModel of 3 blocks, 2 heads x 16, random weights, in eval mode."""
+    torch.manual_seed(seed)
+    sizes = {
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 10,
+        "pos_embed_max_size": 24,
+    }
+    model = SD3Transformer2DModel(**{**sizes, **config}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".norm" in name and name.endswith("weight") and parameter.ndim == 1:
+                parameter.uniform_(0.5, 2)  # norms of query and key that differ from none
+    return model
+
+
+def sd3_call(height, width, text_len, batch=1, seed=0):
+    """Keyword arguments of a call over height x width tokens with random inputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "hidden_states": noise(batch, 4, 2 * height, 2 * width),
+        "encoder_hidden_states": noise(batch, text_len, 12),
+        "pooled_projections": noise(batch, 10),
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+class MaskedJointAttnProcessor(JointAttnProcessor2_0):
+    """diffusers' own processor, whose call of masked SDPA is given a mask."""
+
+    def __init__(self, height, width, text_len, r):
+        super().__init__()
+        self.masks = {
+            length: dense_mask(Layout(height, width, length, text_first=False, order="raster"), Disc(r))
+            for length in (text_len, 0)
+        }
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        mask = self.masks[0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]]
+        masked = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
+        with mock.patch.object(F, "scaled_dot_product_attention", masked):
+            return super().__call__(attn, hidden_states, encoder_hidden_states)
+
+
+def run(model, call):
+    with torch.no_grad():
+        return model(**call).sample
+
+
+def masked(model, call, height, width, r):
+    """The stock model under the dense boolean mask, in raster order."""
+    stock = model.attn_processors
+    text_len = call["encoder_hidden_states"].shape[1]
+    model.set_attn_processor(MaskedJointAttnProcessor(height, width, text_len, r))
+    try:
+        return run(model, call)
+    finally:
+        model.set_attn_processor(stock)
+
+
+@pytest.mark.parametrize("config", [SD3, SD35], ids=["sd3", "sd35"])
+@pytest.mark.parametrize("order", ["tiled", "raster"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_transformed_model_equals_the_original_under_the_dense_mask(config, order, batch):
+    model = tiny_sd3(**config)
+    original = copy.deepcopy(model)
+    flexclear.transform(model, r=3, backend="sdpa", order=order)
+    for height, width, text_len in SHAPES:
+        call = sd3_call(height, width, text_len, batch)
+        reference = masked(original, call, height, width, 3)
+        assert (run(model, call) - reference).abs().max() <= 1e-4
+        assert (run(original, call) - reference).abs().max() > 1e-3, "the window makes no difference here"
+
+
+@pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
+def test_compiled_flex_attention_equals_the_original_under_the_dense_mask():
+    model = tiny_sd3(**SD35)
+    original = copy.deepcopy(model)
+    flexclear.transform(model, r=3, backend="flex")
+    call = sd3_call(9, 13, 20)
+    assert (run(model, call) - masked(original, call, 9, 13, 3)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "config", [{"patch_size": 1, "sample_size": 16}, {"patch_size": 4, "pos_embed_max_size": None}]
+)
+def test_other_patch_sizes_and_interpolated_positions_are_windowed_too(config):
+    model = tiny_sd3(**config)
+    call = sd3_call(8, 12, 5)
+    height, width = (side // config["patch_size"] for side in (16, 24))
+    reference = masked(model, call, height, width, 2)
+    dense = run(model, call)
+    flexclear.transform(model, r=2, backend="sdpa")
+    assert (run(model, call) - reference).abs().max() <= 1e-4
+    assert (dense - reference).abs().max() > 1e-3
+
+
+def test_joint_and_image_only_attention_may_have_their_own_radii():
+    model = tiny_sd3(**SD35)
+    call = sd3_call(10, 12, 7)
+    flexclear.transform(model, r=3, backend="sdpa")
+    both = run(model, call)
+    names = [f"transformer_blocks.{block}.attn2" for block in (0, 1)]
+    flexclear.transform(model, r={"default": 3, **dict.fromkeys(names)}, backend="sdpa")
+    assert (run(model, call) - both).abs().max() > 1e-3
+    flexclear.transform(model, r={"default": None, **dict.fromkeys(names)}, backend="sdpa")
+    assert (run(model, call) - run(flexclear.restore(model), call)).abs().max() <= 1e-5
+
+
+def test_the_output_is_the_same_picture_as_object_and_as_tuple():
+    model = flexclear.transform(tiny_sd3(), r=2, backend="sdpa")
+    call = sd3_call(8, 9, 4)
+    with torch.no_grad():
+        as_object, as_tuple = model(**call), model(**call, return_dict=False)
+        positional = model(call["hidden_states"], **{k: v for k, v in call.items() if k != "hidden_states"})
+    assert isinstance(as_tuple, tuple)
+    assert as_object.sample.shape == call["hidden_states"].shape
+    assert torch.equal(as_object.sample, as_tuple[0])
+    assert torch.equal(as_object.sample, positional.sample)
+
+
+def test_restore_is_bit_identical_and_leaves_nothing_behind():
+    model = tiny_sd3(**SD35)
+    call = sd3_call(9, 13, 8)
+    before, processors, keys = run(model, call), model.attn_processors, list(model.state_dict())
+    flexclear.transform(model, r=3, backend="sdpa")
+    assert {type(p) for p in model.attn_processors.values()} == {SD3WindowProcessor}
+    assert len(model.attn_processors) == 5
+    assert any(isinstance(hook, OrderHook) for hook in model.transformer_blocks[0]._forward_pre_hooks.values())
+    assert list(model.state_dict()) == keys
+    run(model, call)
+    flexclear.restore(model)
+    assert torch.equal(run(model, call), before)
+    assert all(model.attn_processors[name] is processor for name, processor in processors.items())
+    for module in model.modules():
+        assert not any(
+            isinstance(hook, Hook) for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        )
+
+
+def test_transforming_twice_replaces_the_first():
+    model = tiny_sd3()
+    original = copy.deepcopy(model)
+    call = sd3_call(10, 12, 6)
+    flexclear.transform(flexclear.transform(model, r=2, backend="sdpa"), r=5, backend="sdpa")
+    assert len(model.transformer_blocks[0]._forward_pre_hooks) == 1
+    assert (run(model, call) - masked(original, call, 10, 12, 5)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("skipped", [[1], [0], [0, 1], [2], [0, 1, 2]])
+@pytest.mark.parametrize("residuals", [0, 1, 3])
+def test_skipped_layers_and_controlnet_residuals_keep_their_places(skipped, residuals):
+    model = tiny_sd3(**SD35)
+    height, width = 9, 12
+    call = sd3_call(height, width, 6) | {"skip_layers": skipped}
+    if residuals:
+        call["block_controlnet_hidden_states"] = [torch.randn(1, height * width, 32) for _ in range(residuals)]
+    reference = masked(model, call, height, width, 3)
+    dense = run(model, call)
+    flexclear.transform(model, r=3, backend="sdpa")
+    assert (run(model, call) - reference).abs().max() <= 1e-4
+    assert len(skipped) == 3 or (dense - reference).abs().max() > 1e-3
+
+
+def test_controlnet_residuals_follow_the_token_order():
+    model = tiny_sd3()
+    height, width = 12, 10
+    call = sd3_call(height, width, 16, batch=2)
+    call["block_controlnet_hidden_states"] = [torch.randn(2, height * width, 32) for _ in range(2)]
+    kept = [residual.clone() for residual in call["block_controlnet_hidden_states"]]
+    reference = masked(model, call, height, width, 3)
+    assert (run(flexclear.transform(model, r=3, backend="sdpa"), call) - reference).abs().max() <= 1e-4
+    assert all(torch.equal(a, b) for a, b in zip(kept, call["block_controlnet_hidden_states"], strict=True))
+
+
+def test_projections_fused_before_the_transform_equal_the_fused_original_under_the_mask():
+    model = tiny_sd3()
+    call = sd3_call(12, 10, 16)
+    reference = masked(model, call, 12, 10, 3)
+    model.fuse_qkv_projections()
+    for name in ("to_q", "add_k_proj"):  # what the fused matrices replace
+        getattr(model.transformer_blocks[0].attn, name).weight.data.zero_()
+    flexclear.transform(model, r=3, backend="sdpa")
+    assert (run(model, call) - reference).abs().max() <= 1e-4
+    flexclear.restore(model)
+    assert {type(p) for p in model.attn_processors.values()} == {FusedJointAttnProcessor2_0}
+
+
+@pytest.mark.parametrize("config", [SD3, SD35], ids=["sd3", "sd35"])
+def test_projections_fused_after_the_transform_are_asked_for_again_and_give_the_same_result(config):
+    model = flexclear.transform(tiny_sd3(**config), r=3, backend="sdpa")
+    call = sd3_call(12, 10, 16)
+    plain = run(model, call)
+    model.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match=r"was given a FusedJointAttnProcessor2_0 after .*transform\(model"):
+        run(model, call)
+    flexclear.transform(model, r=3, backend="sdpa")
+    assert (run(model, call) - plain).abs().max() <= 1e-5
+
+
+def test_training_has_the_gradients_of_the_dense_mask_with_and_without_checkpointing():
+    model = tiny_sd3(**SD35)
+    original = copy.deepcopy(model)
+    call = sd3_call(9, 12, 8)
+    flexclear.transform(model.train(), r=3)
+    model(**call).sample.square().mean().backward()
+    ours = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    model(**call).sample.square().mean().backward()
+    again = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    original.set_attn_processor(MaskedJointAttnProcessor(9, 12, 8, 3))
+    original(**call).sample.square().mean().backward()
+    theirs = [p.grad for p in original.parameters() if p.grad is not None]
+    assert len(ours) > 50
+    for a, b, c in zip(ours, again, theirs, strict=True):
+        assert torch.allclose(a, c, atol=1e-6)
+        assert torch.allclose(b, c, atol=1e-6)
+
+
+BAD_CALLS = {
+    "too large": (
+        lambda call: call | {"hidden_states": torch.randn(1, 4, 20, 50)},
+        r"10 x 25 tokens \(160 x 400 px\).* ends at 24 x 24 tokens \(384 x 384 px; pos_embed_max_size=24\)",
+    ),
+    "tokens in place of latents": (
+        lambda call: call | {"hidden_states": torch.randn(1, 64, 16)},
+        r"takes latents of shape \[batch, channels, height, width\] .* got \(1, 64, 16\)",
+    ),
+    "a side of nothing": (
+        lambda call: call | {"hidden_states": torch.randn(1, 4, 1, 8)},
+        r"sides of 2 or more, got \(1, 4, 1, 8\)",
+    ),
+    "no text": (
+        lambda call: call | {"encoder_hidden_states": None},
+        "needs encoder_hidden_states as a tensor, got None",
+    ),
+    "a mask": (
+        lambda call: call | {"joint_attention_kwargs": {"attention_mask": torch.ones(1, 8)}},
+        r"joint_attention_kwargs holds an attention_mask \(Tensor of shape \(1, 8\)\)",
+    ),
+    "residuals of another size": (
+        lambda call: call | {"block_controlnet_hidden_states": [torch.randn(1, 60, 32)]},
+        r"block_controlnet_hidden_states of shape \(1, 60, 32\) do not fit latents of 8 x 8 = 64 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_bad_call_is_named_before_any_work(change, message):
+    model = flexclear.transform(tiny_sd3(), r=2, backend="sdpa")
+    plans.clear()
+    with pytest.raises(ValueError, match=message):
+        run(model, change(sd3_call(8, 8, 4)))
+    assert plans.stats().misses == 0
+
+
+def test_rotary_factors_are_refused():
+    with pytest.raises(ValueError, match=r"ntk_factor=10.* has no rotary positions"):
+        flexclear.transform(tiny_sd3(), r=2, ntk_factor=10)
+    model = flexclear.transform(tiny_sd3(), r=2, backend="sdpa")
+    with (
+        flexclear.override(ntk_factor=2.0),
+        pytest.raises(ValueError, match=r"ntk_factor=2.0: SD3Transformer2DModel has"),
+    ):
+        run(model, sd3_call(8, 8, 4))
+    with pytest.raises(ValueError, match="down_factor: down-sampled keys are defined for FluxTransformer2DModel"):
+        flexclear.transform(tiny_sd3(), r=2, down_factor=4)
+
+
+def with_processor(processor):
+    model = tiny_sd3()
+    model.transformer_blocks[1].attn.set_processor(processor)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: with_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, 8)),
+            TypeError,
+            r"transformer_blocks\[1\].attn has SD3's IP-Adapter.*there is no window yet",
+        ),
+        (
+            lambda: with_processor(PAGJointAttnProcessor2_0()),
+            TypeError,
+            "has a PAGJointAttnProcessor2_0; flexclear replaces",
+        ),
+        (lambda: tiny_sd3(num_layers=0), ValueError, "has no blocks in transformer_blocks"),
+    ],
+    ids=["ip-adapter", "pag", "no blocks"],
+)
+def test_a_model_that_cannot_be_windowed_is_refused_unchanged(make, error, message):
+    model = make()
+    before = model.attn_processors
+    with pytest.raises(error, match=message):
+        flexclear.transform(model, r=2)
+    assert all(model.attn_processors[name] is processor for name, processor in before.items())
+    assert not model._forward_pre_hooks
+
+
+def test_a_block_of_another_class_is_refused():
+    model = tiny_sd3()
+    model.transformer_blocks[1] = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"transformer_blocks\[1\].attn of this SD3Transformer2DModel is no Attention"):
+        flexclear.transform(model, r=2)
+
+
+TEXT_LEN = 77 + 16
+VAE = {
+    "latent_channels": 16,
+    "block_out_channels": (8, 8, 8),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "shift_factor": 0.0,
+    "scaling_factor": 1.5,
+    "mid_block_add_attention": False,
+}
+"""4 px per latent, 16 channels: those that the inpainting pipeline insists on."""
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A StableDiffusion3Pipeline of small parts with random weights, and the embedded model's tokenizers."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    embedded = flexclear.embedded.pipeline()
+    torch.manual_seed(0)
+
+    def clip(width):
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(embedded.tokenizer), hidden_size=width, projection_dim=width, intermediate_size=32,
+                num_hidden_layers=2, num_attention_heads=2, bos_token_id=832, eos_token_id=833,
+            )
+        ).eval()  # fmt: skip
+
+    t5 = T5Config(vocab_size=len(embedded.tokenizer_2), d_model=48, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = tiny_sd3(
+        in_channels=16, out_channels=16, joint_attention_dim=48, pooled_projection_dim=40, **SD35
+    )  # fmt: skip
+    made = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(**VAE).eval(),
+        text_encoder=clip(16),
+        tokenizer=embedded.tokenizer,
+        text_encoder_2=clip(24),
+        tokenizer_2=embedded.tokenizer,
+        text_encoder_3=T5EncoderModel(t5).eval(),
+        tokenizer_3=embedded.tokenizer_2,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def picture(pipe, size=(), **kwargs):
+    torch.manual_seed(0)  # the ControlNet pipeline encodes its picture without the generator
+    return pipe(
+        "a red apple on a blue background",
+        **dict(zip(("height", "width"), size, strict=False)),
+        **{"num_inference_steps": 2, "guidance_scale": 4.0, **kwargs},
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+
+
+def compare(pipe, height, width, size, **kwargs):
+    """The pipeline's picture against its own under the dense mask, and against the one of the dense model."""
+    model = pipe.transformer
+    dense = picture(pipe, size, **kwargs)
+    stock = model.attn_processors
+    model.set_attn_processor(MaskedJointAttnProcessor(height, width, TEXT_LEN, 3))
+    expected = picture(pipe, size, **kwargs)
+    model.set_attn_processor(stock)
+    try:
+        ours = picture(flexclear.transform(pipe, r=3, backend="sdpa"), size, **kwargs)
+    finally:
+        flexclear.restore(pipe)
+    assert (ours - expected).abs().max() <= 1e-3
+    assert (dense - expected).abs().max() > 1e-2, "the window makes no difference here"
+    assert torch.equal(picture(pipe, size, **kwargs), dense)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (9, 14)])
+def test_the_pipeline_draws_what_the_original_draws_under_the_dense_mask(pipe, height, width):
+    compare(pipe, height, width, (8 * height, 8 * width))
+
+
+def test_guidance_with_skipped_layers_draws_what_the_original_draws_under_the_dense_mask(pipe):
+    extra = {"num_inference_steps": 3, "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+    plain = picture(pipe, (72, 96), num_inference_steps=3)
+    for layers in ([1], [0]):
+        assert (picture(pipe, (72, 96), skip_guidance_layers=layers, **extra) - plain).abs().max() > 1e-2
+        compare(pipe, 9, 12, (72, 96), skip_guidance_layers=layers, **extra)
+
+
+def test_image_to_image_and_inpainting_share_the_windowed_transformer(pipe):
+    from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
+
+    start = Image.radial_gradient("L").resize((96, 72)).convert("RGB")
+    extra = {"image": start, "strength": 0.9}
+    for kind in (StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline):
+        guided = kind(**{name: part for name, part in pipe.components.items() if part is not None})
+        guided.set_progress_bar_config(disable=True)
+        if kind is StableDiffusion3InpaintPipeline:
+            extra["mask_image"] = Image.linear_gradient("L").resize((96, 72))
+        compare(guided, 9, 12, (72, 96), **extra)
+
+
+def test_a_controlnet_pipeline_draws_what_the_original_draws_under_the_dense_mask(pipe):
+    from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+
+    torch.manual_seed(0)
+    control = SD3ControlNetModel.from_transformer(
+        copy.deepcopy(pipe.transformer), num_layers=2, num_extra_conditioning_channels=0
+    )
+    for parameter in [*control.controlnet_blocks.parameters(), *control.pos_embed_input.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.1)
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    guided = StableDiffusion3ControlNetPipeline(**parts, controlnet=control.eval())
+    guided.set_progress_bar_config(disable=True)
+    compare(
+        guided, 9, 12, (72, 96), control_image=Image.radial_gradient("L").resize((96, 72)).convert("RGB")
+    )  # fmt: skip
