@@ -27,9 +27,23 @@ KINDS = ("disc", "square", "neighborhood", "swin", "strided", "full", "both", "e
 
 
 @st.composite
-def layouts(draw: st.DrawFn, side: st.SearchStrategy[int] = sides) -> Layout:
-    """Layouts with sides drawn from ``side``."""
-    return Layout(draw(side), draw(side), draw(text_lens), draw(st.booleans()), draw(orders))
+def layouts(draw: st.DrawFn, side: st.SearchStrategy[int] = sides, most_references: int = 0) -> Layout:
+    """Layouts with sides drawn from ``side`` and up to ``most_references`` reference grids."""
+    references = tuple(draw(st.lists(st.tuples(side, side), max_size=most_references)))
+    return Layout(draw(side), draw(side), draw(text_lens), draw(st.booleans()), draw(orders), references)
+
+
+def windows_on_several_grids() -> st.SearchStrategy[Window]:
+    """Windows that have a meaning on layouts with reference grids."""
+    sizes = st.integers(1, 12)
+    simple: st.SearchStrategy[Window] = st.one_of(
+        discs,
+        st.builds(Square, radii),
+        sizes.flatmap(lambda size: st.builds(Swin, st.just(size), st.integers(0, size - 1))),
+        st.builds(Strided, st.integers(1, 6)),
+        st.just(Full()),
+    )
+    return st.one_of(simple, st.builds(Both, simple, simple), st.builds(Either, simple, simple))
 
 
 discs = st.builds(Disc, radii)
