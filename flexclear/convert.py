@@ -105,9 +105,6 @@ def transform(
         raise TypeError(f"exact_position_ids must be True or False, got {exact_position_ids!r}")
     if down_factor is not None:
         check_int("down_factor", down_factor, 1, MAX_SIDE, "in tokens")
-        if not family.pools:
-            able = ", ".join(known.model_class for known in FAMILIES if known.pools)
-            raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
     switches = Switches(
         float(ntk_factor) if isinstance(ntk_factor, int) else ntk_factor, proportional_attention, dense_steps
     )
@@ -120,6 +117,9 @@ def transform(
 
     layers = list(family.layers(model))
     windows = resolve(r, layers, down_factor)
+    if not family.pools and (down_factor is not None or any(isinstance(window, Downsampled) for window in windows)):
+        able = ", ".join(known.model_class for known in FAMILIES if known.pools)
+        raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
     distinct = slots(layers, windows)
     before = entry_hook_of(model)
     originals = {layer.name: _original(layer, before) for layer in layers}
@@ -128,7 +128,7 @@ def transform(
             layer,
             originals[layer.name],
             distinct.index((layer.scope, window)),
-            down_factor if isinstance(window, Downsampled) else None,
+            window.factor if isinstance(window, Downsampled) else None,
         )
         for layer, window in zip(layers, windows, strict=True)
     ]
