@@ -14,15 +14,29 @@ if TYPE_CHECKING:
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
     from flexclear.switches import override
+    from flexclear.weights import load_weights, save_weights
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compile", "embedded", "explain", "masks", "override", "restore", "transform"]
+__all__ = [
+    "__version__",
+    "compile",
+    "embedded",
+    "explain",
+    "load_weights",
+    "masks",
+    "override",
+    "restore",
+    "save_weights",
+    "transform",
+]
 
 _HOME = {
     "explain": "flexclear.explanation",
+    "load_weights": "flexclear.weights",
     "override": "flexclear.switches",
     "restore": "flexclear.convert",
+    "save_weights": "flexclear.weights",
     "transform": "flexclear.convert",
 }
 _PACKAGES = ("compile", "embedded", "masks")

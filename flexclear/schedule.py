@@ -68,13 +68,14 @@ def _per_layer(r: Radii, layers: Sequence[Layer]) -> list[Radius]:
         if len(r) != len(layers):
             raise ValueError(f"r as a sequence needs one radius per attention layer: {len(layers)}, got {len(r)}")
         return list(r)
-    return [r(index, layer.name) for index, layer in enumerate(layers)]  # type: ignore[operator]
+    return [r(index, layer.name) for index, layer in enumerate(layers)]  # type: ignore[operator, misc]
 
 
 def _from_mapping(r: Mapping[int | str, Radius], layers: Sequence[Layer]) -> list[Radius]:
     names = [layer.name for layer in layers]
     for key in r:
-        known = key in range(len(names)) if isinstance(key, int) else any(_begins(name, str(key)) for name in names)
+        is_index = isinstance(key, int) and not isinstance(key, bool)
+        known = key in range(len(names)) if is_index else any(_begins(name, str(key)) for name in names)
         if not known and key != REST:
             raise ValueError(
                 f"r as a mapping has the key {key!r}, which names no attention layer. Keys are indices 0 to "

@@ -1,0 +1,9 @@
+"""Weights that were trained for local attention: the released files of FLUX.1-dev, and files of our own.
+
+>>> flexclear.load_weights(pipe, "clear_local_16.safetensors")      # doctest: +SKIP
+"""
+
+from flexclear.weights.load import LoadedWeights, load_weights
+from flexclear.weights.save import save_weights
+
+__all__ = ["LoadedWeights", "load_weights", "save_weights"]

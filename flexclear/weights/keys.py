@@ -1,0 +1,168 @@
+"""Names and shapes: which parameters of a model are the trained ones, and whether a file has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexclear.families import Layer
+from flexclear.masks import Downsampled, Window
+from flexclear.weights.files import FLOATS, Header
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Trained modules of an attention layer; single-stream blocks have no ``to_out``."""
+
+POOLING = "processor.spatial_weight"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SHOWN = 4
+
+
+def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Parameter]:
+    """The trained parameters of the attention layers by their released names, looked up below LoRA layers.
+
+    Raises:
+        ValueError: they are fused, quantised, offloaded, or the layers have none; the message says what to do.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for layer in layers:
+        if getattr(layer.module, "fused_projections", False):
+            raise ValueError(
+                f"{layer.name} has fused projections (fuse_qkv_projections), which hide the to_q, to_k and to_v that weights "
+                "files hold. model.unfuse_qkv_projections() first; fuse again afterwards"
+            )
+        for part in PROJECTIONS:
+            linear = _part(layer.module, part)
+            if linear is None:
+                if part == "to_out.0":
+                    continue
+                raise ValueError(
+                    f"{layer.name} of this {type(model).__name__} has no {part}; weights files hold the to_q, to_k and "
+                    "to_v of every attention layer"
+                )
+            name = f"{layer.name}.{part}"
+            linear = _below_lora(linear, name)
+            for kind in ("weight", "bias"):
+                parameter = getattr(linear, kind, None)
+                if parameter is not None:
+                    found[f"{name}.{kind}"] = _plain(parameter, f"{name}.{kind}")
+    return found
+
+
+def _part(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        if isinstance(module, nn.ModuleList):
+            module = module[int(name)] if int(name) < len(module) else None
+        else:
+            module = getattr(module, name, None)
+    return module
+
+
+def _below_lora(linear: Any, name: str) -> Any:
+    while hasattr(linear, "base_layer"):
+        if getattr(linear, "merged", False):
+            raise ValueError(
+                f"a LoRA is fused into {name}, and could not be taken out again. pipe.unfuse_lora() first; fuse afterwards"
+            )
+        linear = linear.base_layer
+    return linear
+
+
+def _plain(parameter: Any, name: str) -> nn.Parameter:
+    if isinstance(parameter, Tensor) and parameter.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device: the model is offloaded in parts, or not loaded. Load or save weights before "
+            "enable_sequential_cpu_offload"
+        )
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor or parameter.dtype not in DTYPES:
+        kind = type(getattr(parameter, "data", parameter)).__name__
+        raise ValueError(
+            f"{name} is quantised ({kind}, {getattr(parameter, 'dtype', None)}). Load or save weights first, then quantise"
+        )
+    return parameter
+
+
+def pooling_shapes(windows: Mapping[str, Window | None]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the pooling weights that layers with these windows have, by released name."""
+    return {
+        f"{name}.{POOLING}": (1, 1, 1, window.factor, 1, window.factor, 1)
+        for name, window in windows.items()
+        if isinstance(window, Downsampled)
+    }
+
+
+def factor_of(shape: tuple[int, ...] | None) -> int | None:
+    """The down factor that pooling weights of ``shape`` have, None where it is no such shape."""
+    if shape is None or len(shape) != 7 or shape[3] < 1 or shape != (1, 1, 1, shape[3], 1, shape[3], 1):
+        return None
+    return shape[3]
+
+
+def check_base(header: Header, base: str | None, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if the file is of a model with another number of blocks or another width.
+
+    Raises:
+        ValueError: it is.
+    """
+    theirs, ours = _anatomy(header.shapes), _anatomy(shapes)
+    if theirs != ours and theirs is not None:
+        named = f" (base model {base})" if base else ""
+        given = getattr(getattr(model, "config", None), "_name_or_path", None)
+        raise ValueError(
+            f"{header.path} holds weights for {theirs}{named}, and this {type(model).__name__}"
+            f"{f' ({given})' if given else ''} has {ours}: another base model. "
+            f"{_differences(header, shapes, ignore_pooling=True)}. Nothing was changed"
+        )
+
+
+def _anatomy(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Blocks of each stack and their width in words, None where no key is of the released layout."""
+    blocks: dict[str, set[str]] = {}
+    widths = set()
+    for key, shape in shapes.items():
+        parts = re.fullmatch(r"([\w.]+?)\.(\d+)\.(?:\w+\.)*to_[qkv]\.weight", key)
+        if parts is not None:
+            blocks.setdefault(parts[1], set()).add(parts[2])
+            widths.add(shape[-1] if shape else 0)
+    if not blocks:
+        return None
+    stacks = " + ".join(f"{len(blocks[stack])} {stack}" for stack in sorted(blocks, reverse=True))
+    return f"{stacks} of width {' or '.join(map(str, sorted(widths)))}"
+
+
+def check_keys(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless the file holds exactly these tensors, as floating-point numbers.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or shapes or types are wrong; the message lists the first few of each.
+    """
+    differences = _differences(header, shapes)
+    if differences:
+        raise ValueError(f"{header.path} does not fit the model: {differences}. Nothing was changed")
+
+
+def _differences(header: Header, shapes: Mapping[str, tuple[int, ...]], ignore_pooling: bool = False) -> str:
+    missing = [key for key in shapes if key not in header.shapes]
+    unexpected = [
+        key for key in header.shapes if key not in shapes and not (ignore_pooling and key.endswith("." + POOLING))
+    ]
+    wrong = [
+        f"{key} is {tuple(header.shapes[key])} in the file, {tuple(shape)} in the model"
+        for key, shape in shapes.items()
+        if key in header.shapes and tuple(header.shapes[key]) != tuple(shape)
+    ]
+    types = [f"{key} is {header.dtypes[key]}" for key in shapes if header.dtypes.get(key, "F32") not in FLOATS]
+    said = [
+        f"{len(found)} {what}: {', '.join(found[:SHOWN])}{', ...' if len(found) > SHOWN else ''}"
+        for what, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", wrong),
+            (f"of another type than {', '.join(FLOATS)}", types),
+        )
+        if found
+    ]
+    return "; ".join(said)

@@ -1,0 +1,214 @@
+"""``load_weights``: everything is checked before anything is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from flexclear.convert import model_of, transform
+from flexclear.families import Family, Layer, family_of
+from flexclear.hooks import EntryHook, entry_hook_of, install, uninstall
+from flexclear.masks import Disc, Downsampled, Window
+from flexclear.schedule import resolve
+from flexclear.weights import files, keys, metadata
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What ``load_weights`` did.
+
+    Attributes:
+        path: the file.
+        radius: of the window, in tokens; None where layers differ or the window is no disc.
+        down_factor: side of the pooled cells, None where there are none or layers differ.
+        base: base model that the file names, or None.
+        tensors: how many tensors were loaded.
+    """
+
+    path: Path
+    radius: int | None
+    down_factor: int | None
+    base: str | None
+    tensors: int
+
+
+def load_weights(
+    model_or_pipe: Any,
+    path: str | Path,
+    *,
+    filename: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> LoadedWeights:
+    """Load attention projections (and pooling weights) that were trained for local attention, in place.
+
+    The released files of FLUX.1-dev and those of ``save_weights`` fit any model with the same blocks: schnell too. The
+    window that the file was trained for comes from its metadata, or else from a released name such as
+    ``clear_local_16.safetensors`` or ``clear_local_8_down_4.safetensors``. A model that is not transformed is
+    transformed with it; one that is transformed with another window is transformed anew with the file's, with a
+    warning, and keeps backend, order, block size and switches. To run weights under a window of your own, load first
+    and ``transform`` then. Where the file says nothing, the model's own window holds, and pooling weights in the file
+    tell the down factor.
+
+    >>> flexclear.load_weights(pipe, "clear_local_16.safetensors")                                  # doctest: +SKIP
+    >>> flexclear.load_weights(pipe, "owner/name", filename="clear_local_8_down_4.safetensors")     # doctest: +SKIP
+
+    Args:
+        model_or_pipe: a model of a supported class, or a pipeline with one as ``transformer``.
+        path: a local safetensors file; or a folder or hub id, with the file in it as ``filename``.
+        filename: see ``path``.
+        revision, cache_dir, token, local_files_only: for the hub, as ``huggingface_hub.hf_hub_download`` takes them.
+
+    Numbers are cast to the type and device of the model's parameters and written into them, so that LoRA layers around
+    them, compiled graphs and optimizers stay valid. An error leaves the model as it was.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        TypeError: an unsupported model.
+        FileNotFoundError, IsADirectoryError: no such file; the message names what is nearby.
+        ValueError: a pickle, a damaged file, keys or shapes that do not fit, another base model, fused or quantised
+            projections, or a file that does not say its radius and a model that is not transformed.
+    """
+    model, compiled = _below_compile(model_or_pipe)
+    family = family_of(model)
+    layers = list(family.layers(model))
+    parameters = keys.projections(model, layers)
+    file = files.locate(path, filename, revision, cache_dir, token, local_files_only)
+    header = files.read_header(file, Path(filename or file).name)
+    stated = metadata.read(header)
+    entry = entry_hook_of(model)
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    keys.check_base(header, stated.base, model, shapes)
+    windows = _windows(header, stated, layers, entry)
+    keys.check_keys(header, {**shapes, **keys.pooling_shapes(windows)})
+    anew = entry is None or dict(entry.settings.windows) != windows
+    if anew and compiled:
+        raise ValueError(
+            f"{header.path} is for another window than the compiled model has, or it has none. Load weights first, then "
+            "torch.compile"
+        )
+
+    with _unchanged_on_error(model, family, layers, entry) as write:
+        if anew:
+            _transform(model_or_pipe, model, windows, entry)
+        for name in keys.pooling_shapes(windows):
+            parameters[name] = model.get_submodule(name.rpartition(".")[0]).spatial_weight  # type: ignore[assignment]
+        with safe_open(file, framework="pt") as tensors:
+            for name, parameter in parameters.items():
+                write(name, parameter, tensors.get_tensor(name))
+    if anew and entry is not None:
+        warnings.warn(
+            f"flexclear: {header.name} was trained for another window than the model had, and the model was transformed "
+            "with the file's. flexclear.transform again to run these weights under a window of your own",
+            stacklevel=2,
+        )
+    distinct = set(windows.values())
+    window = distinct.pop() if len(distinct) == 1 else None
+    inner = window.window if isinstance(window, Downsampled) else window
+    return LoadedWeights(
+        path=file,
+        radius=inner.radius if isinstance(inner, Disc) else None,
+        down_factor=window.factor if isinstance(window, Downsampled) else None,
+        base=stated.base,
+        tensors=len(parameters),
+    )
+
+
+def _below_compile(model_or_pipe: Any) -> tuple[nn.Module, bool]:
+    """The model, below ``torch.compile`` too: weights may change in place there, windows may not."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    given = model_or_pipe if isinstance(model_or_pipe, nn.Module) else getattr(model_or_pipe, "transformer", None)
+    if isinstance(given, OptimizedModule):
+        return model_of(given._orig_mod), True
+    return model_of(model_or_pipe), False
+
+
+def _windows(
+    header: files.Header, stated: metadata.Stated, layers: Sequence[Layer], entry: EntryHook | None
+) -> dict[str, Window | None]:
+    """The window of each layer by name: what the file says, else the model's with the down factor of the file.
+
+    Raises:
+        ValueError: neither says one.
+    """
+    if stated.windows is not None:
+        found = resolve(stated.windows, layers)
+        return {layer.name: window for layer, window in zip(layers, found, strict=True)}
+    if entry is None:
+        raise ValueError(
+            f"neither the metadata nor the name of {header.path} says for which radius these weights were trained, and the "
+            "model is not transformed. flexclear.transform(model, r=...) first, or give the file its released name, such "
+            "as clear_local_16.safetensors or clear_local_8_down_4.safetensors"
+        )
+    windows: dict[str, Window | None] = {}
+    for layer in layers:
+        window = entry.settings.windows[layer.name]
+        window = window.window if isinstance(window, Downsampled) else window
+        factor = keys.factor_of(header.shapes.get(f"{layer.name}.{keys.POOLING}"))
+        windows[layer.name] = window if window is None or factor is None else Downsampled(window, factor)
+    return windows
+
+
+def _transform(
+    model_or_pipe: Any, model: nn.Module, windows: Mapping[str, Window | None], entry: EntryHook | None
+) -> None:
+    if entry is None:
+        transform(model_or_pipe, windows)  # type: ignore[arg-type]
+        return
+    old = entry.settings
+    transform(
+        model_or_pipe,
+        windows,  # type: ignore[arg-type]
+        backend=old.backend,
+        order=old.order,
+        block_size=old.block_size,
+        exact_position_ids=old.exact_position_ids,
+    )
+    new = entry_hook_of(model)
+    assert new is not None
+    # The bare model may be given here and the pipeline, which counts steps, have been given to transform.
+    new.settings = replace(new.settings, switches=old.switches, steps=old.steps)
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(
+    model: nn.Module, family: Family, layers: Sequence[Layer], entry: EntryHook | None
+) -> Iterator[Any]:
+    """Gives a function that writes one tensor; whatever goes wrong, processors, hooks and numbers are put back."""
+    processors = [layer.module.processor for layer in layers]
+    written: list[tuple[nn.Parameter, Tensor]] = []
+
+    def write(name: str, parameter: nn.Parameter, value: Tensor) -> None:
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} in the file holds numbers that are not finite. Nothing was changed")
+        with torch.no_grad():
+            written.append((parameter, parameter.detach().to("cpu", copy=True)))
+            parameter.copy_(value)
+
+    try:
+        yield write
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in written:
+                parameter.copy_(value)
+        if entry_hook_of(model) is not entry:
+            uninstall(model)
+            for layer, processor in zip(layers, processors, strict=True):
+                layer.module.set_processor(processor)
+            if entry is not None:
+                install(model, entry, family.inner_hooks(model))
+        raise

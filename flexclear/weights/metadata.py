@@ -1,0 +1,148 @@
+"""What a weights file says of itself: base model and windows, in its metadata or its released name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexclear.masks import (
+    Both,
+    Disc,
+    Downsampled,
+    Either,
+    Full,
+    Neighborhood,
+    Square,
+    Strided,
+    Swin,
+    Window,
+)
+from flexclear.schedule import Radii
+from flexclear.weights.files import Header
+
+FORMAT = "1"
+"""Version of the metadata."""
+
+RELEASED = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?\.safetensors")
+"""Names of the released files: radius, and down factor where there are pooled keys."""
+
+PLAIN = {kind.__name__: kind for kind in (Disc, Square, Neighborhood, Swin, Strided, Full)}
+COMPOSED = {kind.__name__: kind for kind in (Both, Either)}
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a file says of itself.
+
+    Attributes:
+        base: base model, or None.
+        windows: a window for all layers, a window (or None: dense) by layer name, or None: nothing is said.
+    """
+
+    base: str | None
+    windows: Radii | None
+
+
+def write(windows: Mapping[str, Window | None], base: str | None, versions: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a file, from the windows by layer name.
+
+    A window that all layers share is described by ``r`` and ``down_factor`` where it is a disc; everything else by
+    ``windows``, in JSON. ``window`` is for people.
+
+    Raises:
+        ValueError: a window is of a class that is none of ``flexclear.masks``.
+    """
+    distinct = set(windows.values())
+    one = distinct.pop() if len(distinct) == 1 else None
+    inner = one.window if isinstance(one, Downsampled) else one
+    found = {"format": "pt", "flexclear_format": FORMAT, "window": repr(one) if one is not None else "per layer"}
+    if base:
+        found["base"] = base
+    if type(inner) is Disc:
+        found["r"] = str(inner.radius)
+        if isinstance(one, Downsampled):
+            found["down_factor"] = str(one.factor)
+    else:
+        found["windows"] = json.dumps({name: encode(window, name) for name, window in windows.items()})
+    return {**found, **versions}
+
+
+def read(header: Header) -> Stated:
+    """What metadata says, or else a released name.
+
+    Raises:
+        ValueError: the metadata cannot be read.
+    """
+    metadata = header.metadata
+    base = metadata.get("base") or None
+    version = metadata.get("flexclear_format", FORMAT)
+    if version != FORMAT:
+        raise ValueError(
+            f"{header.path} has metadata of format {version!r}; this flexclear reads {FORMAT!r}. Update it"
+        )
+    if "windows" in metadata:
+        try:
+            return Stated(base, {name: decode(window) for name, window in json.loads(metadata["windows"]).items()})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{header.path} has metadata 'windows' that cannot be read: {error}") from error
+    if "r" in metadata:
+        return Stated(base, _disc(_number(header, "r"), _number(header, "down_factor")))
+    name = RELEASED.fullmatch(header.name)
+    if name is not None:
+        return Stated(base, _disc(int(name[1]), None if name[2] is None else int(name[2])))
+    return Stated(base, None)
+
+
+def _disc(r: int | None, down_factor: int | None) -> Window:
+    disc = Disc(r)  # type: ignore[arg-type]
+    return disc if down_factor is None else Downsampled(disc, down_factor)
+
+
+def _number(header: Header, key: str) -> int | None:
+    given = header.metadata.get(key)
+    if given is None:
+        return None
+    if not given.isascii() or not given.isdigit() or int(given) < 1:
+        raise ValueError(f"{header.path} has metadata {key}={given!r}; a whole number of tokens from 1 on is expected")
+    return int(given)
+
+
+def encode(window: Window | None, where: str) -> Any:
+    """A window as JSON can hold it; ``where`` is for the message.
+
+    Raises:
+        ValueError: its class is none of ``flexclear.masks``.
+    """
+    if window is None:
+        return None
+    kind = type(window).__name__
+    if type(window) is Downsampled:
+        return {"kind": kind, "window": encode(window.window, where), "factor": window.factor}
+    if isinstance(window, Both | Either) and type(window) is COMPOSED.get(kind):
+        return {"kind": kind, "parts": [encode(part, where) for part in window.parts]}
+    if type(window) is PLAIN.get(kind):
+        return {"kind": kind, **dataclasses.asdict(window)}
+    raise ValueError(f"{where} has the window {window!r}, which metadata cannot hold: it is none of flexclear.masks")
+
+
+def decode(found: Any) -> Window | None:
+    """The window that ``encode`` was given.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it describes none.
+    """
+    if found is None:
+        return None
+    kind, fields = found["kind"], {name: value for name, value in found.items() if name != "kind"}
+    if kind == "Downsampled":
+        inner = decode(fields["window"])
+        return Downsampled(inner, fields["factor"])  # type: ignore[arg-type]
+    if kind in COMPOSED:
+        return COMPOSED[kind](*(decode(part) for part in fields["parts"]))  # type: ignore[arg-type]
+    if kind not in PLAIN:
+        raise ValueError(f"{kind!r} is no window that this flexclear knows")
+    return PLAIN[kind](**fields)
