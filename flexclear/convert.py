@@ -14,6 +14,7 @@ from flexclear.masks import Downsampled, Layout
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE, ORDERS
+from flexclear.modes import forget_cached_tokens, refuse_context_parallelism
 from flexclear.schedule import Radii, resolve, slots
 from flexclear.steps import StepCounter
 from flexclear.switches import Switches
@@ -97,6 +98,7 @@ def transform(
     """
     model = model_of(model_or_pipe)
     family = family_of(model)
+    refuse_context_parallelism(model)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
     if order not in ORDERS:
@@ -148,6 +150,8 @@ def transform(
         _keep_trained_pooling(layer.module.processor, processor)
         layer.module.set_processor(processor)
     install(model, EntryHook(family, settings, originals), family.inner_hooks(model))
+    if before is None or before.settings.order != order:
+        forget_cached_tokens(model)
     return model_or_pipe
 
 
@@ -182,4 +186,5 @@ def restore(model_or_pipe: Target) -> Target:
         for layer in entry.family.layers(model):
             layer.module.set_processor(_original(layer, entry))
         uninstall(model)
+        forget_cached_tokens(model)
     return model_or_pipe

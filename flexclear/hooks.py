@@ -24,6 +24,7 @@ from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
 from flexclear.masks import Downsampled, Layout, Window, with_text_mask
 from flexclear.masks.blocks import check_block_size
+from flexclear.modes import refuse_frequency_caches
 from flexclear.plan import Plan, get_plan
 from flexclear.schedule import Slot
 from flexclear.steps import StepCounter
@@ -69,6 +70,7 @@ class EntryHook(Hook):
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         self._check_processors(model)
         call = self.family.read(model, kwargs, self._reader)
+        refuse_frequency_caches(model, call.order or self.settings.order)
         switches = in_force(self.settings.switches)
         plan = self.plan(model, call, switches)
         return (), self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)

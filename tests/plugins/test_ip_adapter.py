@@ -128,7 +128,7 @@ def test_an_unloaded_adapter_asks_for_another_transform_and_is_gone(twins, load)
     load(1)
     twins.transform().agree(extra=pictures())
     twins.both(lambda pipe: pipe.unload_ip_adapter())
-    with pytest.raises(RuntimeError, match="Call flexclear.transform"):
+    with pytest.raises(RuntimeError, match=r"Call flexclear\.transform"):
         dense(twins.ours, {})
     assert torch.equal(twins.transform().agree(), plain)
     assert {type(p) for p in twins.ours.transformer.attn_processors.values()} == {FluxWindowProcessor}
