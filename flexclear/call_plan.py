@@ -22,14 +22,14 @@ class CallPlan:
         masks: mask of each slot (``flexclear.schedule.Slot``): a BlockMask, a dense bool mask, or None: dense attention.
         poolings: where each slot's pooled keys come from, or None.
         rotary: rotary embedding in sequence order that replaces the model's own; None keeps the model's.
-        gain: 0-d factor on the queries (proportional attention), or None.
+        gains: 0-d factor on the queries of each slot (proportional attention), or None.
     """
 
     base: Plan
     masks: tuple[BlockMask | Tensor | None, ...]
     poolings: tuple[Pooling | None, ...]
     rotary: Any = None
-    gain: Tensor | None = None
+    gains: tuple[Tensor, ...] | None = None
 
     def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Raster tokens into the layout's order along ``dim``."""
@@ -47,8 +47,8 @@ class CallPlan:
             query, key, value: after norms and rotary embedding.
             weight: pooling weights of a layer with down-sampled keys (method, section 4), else None.
         """
-        if self.gain is not None:
-            query = (query.float() * self.gain).to(query.dtype)
+        if self.gains is not None:
+            query = (query.float() * self.gains[slot]).to(query.dtype)
         pooling = self.poolings[slot]
         if pooling is not None and weight is not None:
             key, value = pooling.append(key, weight), pooling.append(value, weight)

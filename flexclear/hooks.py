@@ -22,7 +22,7 @@ from flexclear.compile import why_not_compiled
 from flexclear.families.base import JOINT, Call, Family
 from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
-from flexclear.masks import Downsampled, Layout, Window, with_text_mask
+from flexclear.masks import Layout, Window, with_text_mask
 from flexclear.masks.blocks import check_block_size
 from flexclear.modes import refuse_frequency_caches
 from flexclear.plan import Plan, get_plan
@@ -104,15 +104,14 @@ class EntryHook(Hook):
 
         plans = [plan_of(scope, None if dense else window) for scope, window in settings.slots]
         base = next((p for p, (scope, _) in zip(plans, settings.slots, strict=True) if scope == JOINT), plans[0])
-        gain = None
+        gains = None
         if switches.proportional_attention:
-            pooled = any(isinstance(window, Downsampled) for _, window in settings.slots)
-            gain = proportional_gain(base.layout.seq_len, pooled and not dense, device)
+            gains = tuple(proportional_gain(p.layout.seq_len, p.pooling is not None, device) for p in plans)
         return CallPlan(
             base=base,
             masks=tuple(mask_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True)),
             poolings=tuple(plan.pooling for plan in plans),
-            gain=gain,
+            gains=gains,
         )
 
     def _check_processors(self, model: nn.Module) -> None:
