@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Grids = tuple[tuple[int, int], ...]
 """(height, width) in tokens of the image, then of each reference picture."""
+
+Fact = TypeVar("Fact")
 
 
 def exact_ids(ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -69,6 +73,10 @@ def _read_one(ids: Tensor, given: str) -> tuple[int, int]:
     )
 
 
+def _all(mask: Tensor) -> bool:
+    return bool(mask.all())
+
+
 class GridReader:
     """``read_grids`` once per tensor: on a GPU each reading is a synchronisation, and ids live for a whole generation."""
 
@@ -77,20 +85,21 @@ class GridReader:
 
     def __call__(self, ids: Tensor) -> Grids:
         """The grids of ``ids``; read again where the tensor was written to since."""
-        return self._once(ids, read_grids)
+        return self.once(ids, read_grids)
 
     def all_true(self, mask: Tensor) -> bool:
         """Whether every element of a bool tensor is True, read once per tensor likewise."""
-        return self._once(mask, lambda m: bool(m.all()))
+        return self.once(mask, _all)
 
-    def _once(self, tensor, read):  # type: ignore[no-untyped-def]
+    def once(self, tensor: Tensor, read: Callable[[Tensor], Fact]) -> Fact:
+        """``read(tensor)``, from memory where the tensor was not written to since; ``read`` is a function of a module."""
         # Inference tensors keep no version and cannot be changed outside inference mode.
         version = None if tensor.is_inference() else tensor._version
         known = self._seen.get(tensor)
-        if known is not None and known[0] == version and version is not None:
-            return known[1]
+        if known is not None and known[:2] == (version, read) and version is not None:
+            return known[2]
         found = read(tensor)
-        self._seen[tensor] = (version, found)
+        self._seen[tensor] = (version, read, found)
         return found
 
     def __deepcopy__(self, memo: dict[int, object]) -> GridReader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flexclear.families.base import Call, Family, Layer
+from flexclear.families.chroma import ChromaFamily
 from flexclear.families.flux import FluxFamily
 from flexclear.families.flux2 import Flux2Family
 from flexclear.families.qwen import QwenFamily
@@ -15,6 +16,7 @@ FAMILIES: tuple[Family, ...] = (
     Flux2Family(),
     QwenFamily(),
     SD3Family(),
+    ChromaFamily(),
 )
 
 
