@@ -112,8 +112,12 @@ class FluxFamily(Family):
         "FluxInpaintPipeline",
         "FluxFillPipeline",
         "FluxControlPipeline",
+        "FluxControlImg2ImgPipeline",
+        "FluxControlInpaintPipeline",
         "FluxControlNetPipeline",
         "FluxKontextPipeline",
+        "FluxKontextInpaintPipeline",
+        "FluxPriorReduxPipeline",
     )
     notes = "dev, schnell, Fill, Control, Kontext (its reference pictures are further grids), Redux, true CFG"
 
