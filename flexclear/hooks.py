@@ -49,7 +49,13 @@ class Settings:
 
 
 class Hook:
-    """Base of every hook that flexclear installs; ``uninstall`` finds them by it."""
+    """Base of every hook that flexclear installs; ``uninstall`` finds them by it.
+
+    Attributes:
+        after: of a hook on a module inside the model: whether it runs after the module's forward, not before.
+    """
+
+    after = False
 
 
 class EntryHook(Hook):
@@ -157,11 +163,14 @@ def entry_hook_of(model: nn.Module) -> EntryHook | None:
 
 
 def install(model: nn.Module, entry: EntryHook, inner: Sequence[tuple[nn.Module, Any]] = ()) -> None:
-    """Add both hooks, and the family's forward pre-hooks on modules inside the model."""
+    """Add both hooks, and the family's on modules inside the model."""
     model.register_forward_pre_hook(entry, with_kwargs=True)
     model.register_forward_hook(ExitHook(entry.family), with_kwargs=True)
     for module, hook in inner:
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+        if hook.after:
+            module.register_forward_hook(hook, with_kwargs=True)
+        else:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def uninstall(model: nn.Module) -> None:

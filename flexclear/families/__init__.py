@@ -10,6 +10,7 @@ from flexclear.families.flux import FluxFamily
 from flexclear.families.flux2 import Flux2Family
 from flexclear.families.qwen import QwenFamily
 from flexclear.families.sd3 import SD3Family
+from flexclear.families.zimage import ZImageFamily
 
 FAMILIES: tuple[Family, ...] = (
     FluxFamily(),
@@ -17,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     QwenFamily(),
     SD3Family(),
     ChromaFamily(),
+    ZImageFamily(),
 )
 
 

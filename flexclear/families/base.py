@@ -133,7 +133,7 @@ class Family(ABC):
         return output
 
     def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
-        """Forward pre-hooks, with keyword arguments, on modules inside the model; none by default."""
+        """``flexclear.hooks.Hook``s, with keyword arguments, on modules inside the model; none by default."""
         return []
 
 
