@@ -84,6 +84,10 @@ def compiled_flex_attention(
         UnfusedAttentionError: it cannot be compiled here or now; the message says why and what to do.
     """
     if torch.compiler.is_compiling():
+        if query.device.type == "cpu":
+            # Inductor's C++ kernel (torch 2.13) forgets where a view begins that the same graph has made: values that
+            # are the last third of a fused projection would be read from its first.
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         return flex_attention(query, key, value, block_mask=mask, scale=scale)
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.

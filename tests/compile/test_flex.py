@@ -140,3 +140,24 @@ def test_masked_sdpa_has_gradients_that_float64_confirms():
     mask = dense_mask(layout, Disc(2))
     inputs = [t.double().requires_grad_() for t in attention_inputs(layout)]
     assert torch.autograd.gradcheck(lambda q, k, v: windowed_attention(q, k, v, mask), inputs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 2])
+def test_slices_of_a_fused_projection_are_read_where_they_begin_in_a_compiled_block(batch):
+    layout = Layout(9, 13, 20)
+    mask = block_mask(layout, Disc(3))
+    tokens = torch.randn(batch, layout.seq_len, HEADS * HEAD_DIM)
+    fused = torch.nn.Linear(HEADS * HEAD_DIM, 3 * HEADS * HEAD_DIM)
+
+    def projected():
+        query, key, value = (t.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for t in fused(tokens).chunk(3, dim=-1))
+        return query * 1.1, key * 0.9, value
+
+    def block():
+        return compiled_flex_attention(*projected(), mask)
+
+    with torch.no_grad():
+        ours = torch.compile(block, fullgraph=True)()
+        reference = F.scaled_dot_product_attention(*projected(), attn_mask=dense_mask(layout, Disc(3)))
+    assert (ours - reference).abs().max() <= 1e-5
