@@ -140,7 +140,9 @@ class FluxFamily(Family):
             return flux_attention.FluxWindowProcessor(slot)
         weight = next(layer.module.parameters())
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-        return flux_attention.FluxPooledWindowProcessor(slot, down_factor, weight.device, dtype)
+        # Offloaded layers are empty between calls; these few numbers stay and follow the keys.
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        return flux_attention.FluxPooledWindowProcessor(slot, down_factor, device, dtype)
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         tokens, text, ids = (

@@ -98,6 +98,16 @@ class FluxPooledWindowProcessor(FluxWindowProcessor, nn.Module):
         d = down_factor
         self.spatial_weight = nn.Parameter(torch.full((1, 1, 1, d, 1, d, 1), 1 / d**2, device=device, dtype=dtype))
 
+    def pooling_weight(self, device: torch.device) -> Tensor:
+        # accelerate takes the weights of every module away and brings them back for its forward; a processor's never runs.
+        hook = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self)
+        weight = self.spatial_weight.to(device)
+        if hook is not None:
+            hook.post_forward(self, None)
+        return weight
+
 
 class FluxIPWindowProcessor(FluxWindowProcessor, FluxIPAdapterAttnProcessor):
     """The same beside an IP-Adapter, whose layers and scales it shares: the image's queries also attend to the adapter's

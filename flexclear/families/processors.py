@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexclear.call_plan import CallPlan
@@ -37,8 +38,12 @@ class WindowProcessor:
                 "makes it; flexclear.restore(model) gives the plain block back"
             )
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        out = plan.attend(self.slot, query, key, value, getattr(self, "spatial_weight", None))
+        out = plan.attend(self.slot, query, key, value, self.pooling_weight(query.device))
         return out.transpose(1, 2).flatten(2, 3).to(query.dtype)
+
+    def pooling_weight(self, device: torch.device) -> Tensor | None:
+        """Pooling weights of a layer with down-sampled keys, on ``device``; None: it has none."""
+        return None
 
     # diffusers assigns these two on every processor (set_attention_backend, enable_parallelism). Taking the value and
     # ignoring it would break silently.
