@@ -33,8 +33,11 @@ class QwenFamily(Family):
         "QwenImageImg2ImgPipeline",
         "QwenImageInpaintPipeline",
         "QwenImageControlNetPipeline",
+        "QwenImageControlNetInpaintPipeline",
         "QwenImageEditPipeline",
+        "QwenImageEditInpaintPipeline",
         "QwenImageEditPlusPipeline",
+        "QwenImageLayeredPipeline",
     )
     notes = (
         "padded text is masked; reference pictures (Edit, Edit Plus) and layers (Layered) are further grids, met by row "
@@ -88,7 +91,8 @@ class QwenFamily(Family):
         tokens, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         embed: Any = model.pos_embed
         if ntk_factor != 1:
-            embed = _rope(type(embed), embed.theta * ntk_factor, tuple(embed.axes_dim), embed.scale_rope)
+            kind: Any = type(embed)
+            embed = _rope(kind, embed.theta * ntk_factor, tuple(embed.axes_dim), embed.scale_rope)
         image, words = _frequencies(embed, kwargs["img_shapes"], text.shape[1], tokens.device)
         plan = replace(plan, rotary=(plan.to_image_order(image, dim=0), words))
         changed = {**kwargs, "hidden_states": plan.to_image_order(tokens)}
