@@ -76,7 +76,8 @@ def transform(
             layer: a sequence, a mapping from layer numbers or module names (or their beginnings, or ``"default"``), or a
             function of (number, name). None leaves a layer dense; a window of ``flexclear.masks`` is taken as it is.
         down_factor: side d in tokens of cells whose pooled keys image queries see as well (method, section 4). Adds one
-            parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only.
+            parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only. ``save_pretrained`` writes them
+            too, but diffusers' ``from_pretrained`` leaves them out, with a warning: keep them by ``flexclear.save_weights``.
         dense_steps: (first, last): that many denoising steps at either end run dense attention. Needs the pipeline.
         ntk_factor: factor on the base of the rotary frequencies, for sizes beyond training; released setting: 10.
         proportional_attention: scale scores by sqrt(log_n0(n) / d) in place of sqrt(1 / d), n keys, n0 = 4608.
@@ -107,9 +108,7 @@ def transform(
         raise TypeError(f"exact_position_ids must be True or False, got {exact_position_ids!r}")
     if down_factor is not None:
         check_int("down_factor", down_factor, 1, MAX_SIDE, "in tokens")
-    switches = Switches(
-        float(ntk_factor) if isinstance(ntk_factor, int) else ntk_factor, proportional_attention, dense_steps
-    )
+    switches = Switches(ntk_factor, proportional_attention, dense_steps)
     if switches.ntk_factor != 1 and not family.rope:
         raise ValueError(f"ntk_factor={ntk_factor}: {type(model).__name__} has no rotary positions")
     steps = StepCounter(None if model_or_pipe is model else model_or_pipe)
