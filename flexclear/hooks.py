@@ -128,12 +128,17 @@ class EntryHook(Hook):
         """
         for name in self.processors:
             processor = model.get_submodule(name).processor
-            if not isinstance(processor, WindowProcessor) or processor.slot is None:
+            if not isinstance(processor, WindowProcessor) or not self._fits(name, processor.slot):
                 raise RuntimeError(
                     f"{name} of this transformed {type(model).__name__} was given a {type(processor).__name__} after "
                     "flexclear.transform (by load_ip_adapter, fuse_qkv_projections, set_attn_processor or the like). Call "
                     "flexclear.transform(model, ...) again: it takes over what is there now"
                 )
+
+    def _fits(self, name: str, slot: int | None) -> bool:
+        """Whether a slot has the layer's window; one of an earlier transform, which a plugin has put back, may not."""
+        slots = self.settings.slots
+        return slot is not None and slot < len(slots) and slots[slot][1] == self.settings.windows[name]
 
     @staticmethod
     def _say_why(device: torch.device) -> None:

@@ -93,6 +93,12 @@ class ChromaFamily(Family):
             changed["img_ids"] = carrying(self.plan_of(changed), changed["img_ids"])
         return changed
 
+    def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
+        from flexclear.families.chroma_attention import RotaryHook
+
+        embed: Any = model.pos_embed
+        return [(embed, RotaryHook())]
+
     def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
         return kwargs["joint_attention_kwargs"][PLAN]
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
 from flexclear.families.flux_attention import FluxIPWindowProcessor, FluxWindowProcessor
+from flexclear.hooks import Hook
 
 
 class Carrier(Tensor):
     """A tensor that hands a plan on to everything that is computed from it.
 
     Under gradient checkpointing diffusers' Chroma keeps ``joint_attention_kwargs``, in which plans travel, from its blocks.
-    The rotary embedding still reaches them, and it is computed from the position ids: so those carry the plan.
+    The rotary embedding still reaches them, and it is computed from the position ids: so those carry the plan there.
     """
 
     plan: CallPlan
@@ -43,23 +44,33 @@ def _plan_in(argument: Any) -> CallPlan | None:
     return getattr(argument, "plan", None) if isinstance(argument, Carrier) else None
 
 
+class RotaryHook(Hook):
+    """Forward hook of the module that makes the rotary embedding (cos, sin): a plan that it carries becomes its third part."""
+
+    after = True
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        plan = _plan_in(output)
+        return output if plan is None else (*(part.as_subclass(torch.Tensor) for part in output), plan)
+
+
 class ChromaWindowProcessor(FluxWindowProcessor):
-    """FLUX's, which takes the plan from the rotary embedding where there is no other."""
+    """FLUX's, which takes the plan from the rotary embedding where that brings one."""
 
     def joint(
         self,
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None,
+        image_rotary_emb: tuple[Any, ...] | None,
         plan: CallPlan | None,
     ) -> tuple[Tensor, int, Tensor]:
         """See ``FluxWindowProcessor.joint``."""
-        if image_rotary_emb is not None and isinstance(image_rotary_emb[0], Carrier):
-            plan = image_rotary_emb[0].plan
-            cos, sin = (part.as_subclass(torch.Tensor) for part in image_rotary_emb)
-            image_rotary_emb = (cos, sin)
-        return super().joint(attn, hidden_states, encoder_hidden_states, image_rotary_emb, plan)
+        rotary = None
+        if image_rotary_emb is not None:
+            cos, sin, *carried = image_rotary_emb
+            rotary, plan = (cos, sin), carried[0] if carried else plan
+        return super().joint(attn, hidden_states, encoder_hidden_states, rotary, plan)
 
 
 class ChromaIPWindowProcessor(ChromaWindowProcessor, FluxIPWindowProcessor):

@@ -244,8 +244,7 @@ def test_restore_is_bit_identical_and_leaves_nothing_behind():
     flexclear.restore(model)
     assert torch.equal(run(model, call), before)
     assert all(model.attn_processors[name] is processor for name, processor in processors.items())
-    assert not model._forward_pre_hooks
-    assert not model._forward_hooks
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_controlnet_residuals_follow_the_token_order():
@@ -324,6 +323,15 @@ def test_checkpointing_with_another_rotary_base_has_the_same_gradients():
     plain = gradients(model, call)
     model.enable_gradient_checkpointing()
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, gradients(model, call), strict=True))
+
+
+def test_checkpointed_blocks_compile_into_whole_graphs():
+    model = flexclear.transform(tiny_chroma(num_layers=1, num_single_layers=1).train(), r=3, backend="sdpa")
+    model.enable_gradient_checkpointing()
+    call = chroma_call(5, 6, 4, kind="bool")
+    plain = gradients(model, call)
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, gradients(model, call), strict=True))
 
 
 def test_a_checkpointed_block_that_is_called_alone_is_refused():

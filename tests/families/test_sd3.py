@@ -242,6 +242,18 @@ def test_projections_fused_after_the_transform_are_asked_for_again_and_give_the_
     assert (run(model, call) - plain).abs().max() <= 1e-5
 
 
+def test_processors_of_an_earlier_transform_that_unfusing_puts_back_are_not_taken_for_this_one_s():
+    model = flexclear.transform(tiny_sd3(), r=3, backend="sdpa")
+    call = sd3_call(12, 10, 16)
+    model.fuse_qkv_projections()
+    radii = {"default": 3, "transformer_blocks.1": 5}
+    fused = run(flexclear.transform(model, r=radii, backend="sdpa"), call)
+    model.unfuse_qkv_projections()
+    with pytest.raises(RuntimeError, match=r"transformer_blocks.1.attn of .* was given a SD3WindowProcessor after"):
+        run(model, call)
+    assert (run(flexclear.transform(model, r=radii, backend="sdpa"), call) - fused).abs().max() <= 1e-5
+
+
 def test_training_has_the_gradients_of_the_dense_mask_with_and_without_checkpointing():
     model = tiny_sd3(**SD35)
     original = copy.deepcopy(model)
