@@ -47,6 +47,7 @@ class ZImageFamily(Family):
         "ZImageImg2ImgPipeline",
         "ZImageInpaintPipeline",
         "ZImageControlNetPipeline",
+        "ZImageControlNetInpaintPipeline",
     )
     notes = (
         "Z-Image and Turbo, captions of different lengths in a batch, noise refiner included (dense where the ControlNet, "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
@@ -145,7 +146,7 @@ def rotary(embed: Any, base: Plan, lengths: list[int], ntk_factor: float) -> Rot
         ntk_factor: factor on the base of the frequencies.
     """
     if ntk_factor != 1:
-        embed = _embedder(type(embed), embed.theta * ntk_factor, tuple(embed.axes_dims), tuple(embed.axes_lens))
+        embed = _embedder(embed.theta * ntk_factor, tuple(embed.axes_dims), tuple(embed.axes_lens))
     layout = base.layout
     image = torch.stack([torch.zeros_like(base.rows), base.rows, base.columns], dim=1).long()
     ids = image.new_zeros(layout.seq_len, 3)
@@ -162,5 +163,5 @@ def rotary(embed: Any, base: Plan, lengths: list[int], ntk_factor: float) -> Rot
 
 
 @functools.lru_cache(maxsize=8)
-def _embedder(kind: type, theta: float, dims: tuple[int, ...], lens: tuple[int, ...]) -> Any:
-    return kind(theta=theta, axes_dims=dims, axes_lens=lens)
+def _embedder(theta: float, dims: tuple[int, ...], lens: tuple[int, ...]) -> Any:
+    return RopeEmbedder(theta=theta, axes_dims=dims, axes_lens=lens)

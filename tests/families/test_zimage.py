@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
+from PIL import Image
 
 import flexclear
 from flexclear.compile import why_not_compiled
@@ -272,6 +273,19 @@ def test_a_block_s_embedding_may_have_another_type_than_the_latents(model):
     assert (ours - reference).norm() / reference.norm() <= 2e-2
 
 
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_hooks_that_move_a_call_s_arguments_move_the_timestep_with_its_plan(model, offload_first):
+    accelerate = pytest.importorskip("accelerate")
+    call = call_of(9, 13, (33, 7))
+    expected = run(flexclear.transform(copy.deepcopy(model), r=R, backend="sdpa"), call)
+    if offload_first:
+        accelerate.cpu_offload(model, execution_device=CPU)
+    flexclear.transform(model, r=R, backend="sdpa")
+    if not offload_first:
+        accelerate.cpu_offload(model, execution_device=CPU)
+    assert torch.equal(run(model, call), expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -311,3 +325,121 @@ def test_a_plugin_s_processor_is_refused(model):
     model.layers[1].attention.set_processor(lambda attn, hidden_states, **kwargs: hidden_states)
     with pytest.raises(TypeError, match=r"layers\[1\].attention has a function; flexclear replaces"):
         flexclear.transform(model, r=R)
+
+
+PX = 8  # pixels per token with the embedded VAE
+WORDS = "a red apple on a blue background "
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The embedded pipeline's VAE, scheduler and tokenizer, and a random Qwen3 as text encoder."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    base = flexclear.embedded.pipeline()
+    base.tokenizer_2.chat_template = "{{ messages[0]['content'] }}"
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(base.tokenizer_2),
+        hidden_size=TEXT,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return {
+        "vae": base.vae,
+        "scheduler": base.scheduler,
+        "tokenizer": base.tokenizer_2,
+        "text_encoder": Qwen3Model(config).eval(),
+    }
+
+
+def pipeline(parts, kind, transformer, **more):
+    import diffusers
+
+    pipe = getattr(diffusers, kind)(**parts, transformer=transformer, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, height, width, **kwargs):
+    return pipe(
+        5 * WORDS,  # longer than 32 tokens, so that the empty negative prompt is padded to another length
+        height=height,
+        width=width,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        max_sequence_length=64,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+        **kwargs,
+    ).images
+
+
+def assert_draws_the_same(parts, kind, height=9 * PX, width=13 * PX, *, more=None, **kwargs):
+    """The transformed pipeline draws what a pipeline of the stock model under the dense mask draws."""
+    model = tiny_zimage(in_channels=8)
+    pipe = pipeline(parts, kind, model, **(more or {}))
+    captions = [len(embeds[0]) for embeds in pipe.encode_prompt(5 * WORDS, "cpu", max_sequence_length=64)]
+    assert [padded(length) for length in captions] == [64, 32]
+    dense = draw(pipe, height, width, **kwargs)
+    stock = pipeline(parts, kind, masked(model, height // PX, width // PX, captions), **copy.deepcopy(more or {}))
+    expected = draw(stock, height, width, **kwargs)
+    assert flexclear.transform(pipe, r=R, backend="sdpa") is pipe
+    if more:
+        pipe = pipeline(parts, kind, model, **more)
+    assert (draw(pipe, height, width, **kwargs) - expected).abs().max() <= 1e-3
+    assert (dense - expected).abs().max() > 1e-2
+    assert torch.equal(draw(flexclear.restore(pipe), height, width, **kwargs), dense)
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 128), (72, 104)])
+def test_the_pipeline_draws_what_the_original_draws_under_the_dense_mask(parts, height, width):
+    assert_draws_the_same(parts, "ZImagePipeline", height, width)
+
+
+@pytest.mark.parametrize("kind", ["ZImageImg2ImgPipeline", "ZImageInpaintPipeline"])
+def test_image_guided_pipelines_are_windowed(parts, kind):
+    extra = {"image": Image.radial_gradient("L").resize((104, 72)).convert("RGB"), "strength": 1.0}
+    if kind == "ZImageInpaintPipeline":
+        extra["mask_image"] = Image.linear_gradient("L").resize((104, 72))
+    assert_draws_the_same(parts, kind, **extra)
+
+
+@pytest.mark.parametrize("refiner", [None, "control_noise_refiner"])
+@pytest.mark.parametrize("kind", ["ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline"])
+def test_the_controlnet_shares_the_refiner_and_stays_what_it_was(parts, kind, refiner):
+    from diffusers import ZImageControlNetModel
+
+    torch.manual_seed(0)
+    control = ZImageControlNetModel(
+        control_layers_places=[0, 1],
+        control_refiner_layers_places=[0],
+        control_in_dim=8 if kind == "ZImageControlNetPipeline" else 17,
+        add_control_noise_refiner=refiner,
+        dim=32,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+    ).eval()
+    for name, parameter in control.named_parameters():
+        if "before_proj" in name or "after_proj" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    extra = {"control_image": Image.radial_gradient("L").resize((104, 72)).convert("RGB")}
+    if kind == "ZImageControlNetInpaintPipeline":
+        extra |= {
+            "image": extra["control_image"].rotate(90),
+            "mask_image": Image.linear_gradient("L").resize((104, 72)),
+        }
+    assert_draws_the_same(parts, kind, more={"controlnet": control}, **extra)
+
+
+def test_all_steps_and_both_guidance_calls_share_one_plan(parts):
+    from flexclear.plan import plans
+
+    pipe = flexclear.transform(pipeline(parts, "ZImagePipeline", tiny_zimage(in_channels=8)), r=R, backend="sdpa")
+    plans.clear()
+    draw(pipe, 72, 104)
+    assert (plans.stats().misses, plans.stats().hits) == (2, 2)  # of the refiner and of the layers, in two steps
