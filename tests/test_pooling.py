@@ -7,13 +7,13 @@ import logging
 
 import pytest
 import torch
-from flux_reference import ReferenceProcessor, double, reference_model
 
 import flexclear
 from flexclear.compile import why_not_compiled
 from flexclear.masks import Disc, Downsampled
 from flexclear.pooling import make_pooling
 
+from flux_reference import ReferenceProcessor, double, reference_model
 from models import flux_call, raster_ids, tiny_flux
 
 CPU = torch.device("cpu")

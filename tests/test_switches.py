@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from flux_reference import ReferenceProcessor, double, reference_model
 
 import flexclear
 from flexclear.hooks import entry_hook_of
 
+from flux_reference import ReferenceProcessor, double, reference_model
 from models import flux_call, tiny_flux
 
 GRIDS = [((9, 13), 7), ((16, 8), 20)]

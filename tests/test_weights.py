@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import struct
+import tempfile
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from flexclear.masks import Disc, Downsampled, Full, Square, Swin, Window
 
 from models import flux_call, tiny_flux
 
+CPU = torch.device("cpu")
 WIDTH = 16
 DOUBLE = [f"transformer_blocks.{index}" for index in range(19)]
 SINGLE = [f"single_transformer_blocks.{index}" for index in range(38)]
@@ -466,7 +468,21 @@ def quantised(model):
     quantize_(model, Int8WeightOnlyConfig(), lambda module, name: name.endswith("to_q"))
 
 
+def grouped(model, **options):
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        model, onload_device=CPU, offload_device=CPU, offload_type="block_level", num_blocks_per_group=1, **options
+    )
+
+
+def on_disk(model):
+    with tempfile.TemporaryDirectory() as folder:
+        grouped(model, offload_to_disk_path=folder)
+
+
 OBSTACLES = {
+    "on disk": (on_disk, r"is offloaded to disk in groups .* before enable_group_offload"),
     "fused": (lambda model: model.fuse_qkv_projections(), r"fused projections .*unfuse_qkv_projections\(\) first"),
     "lora": (lambda model: with_lora(model).fuse_lora(), r"a LoRA is fused into .*unfuse_lora\(\) first"),
     "quantised": (quantised, "to_q.weight is quantised .* then quantise"),
@@ -494,6 +510,18 @@ def test_models_whose_projections_cannot_be_written_are_refused(model, tmp_path,
         flexclear.save_weights(model, tmp_path / "saved.safetensors")
     assert {name: id(p) for name, p in model.named_parameters()} == before
     assert not (tmp_path / "saved.safetensors").exists()
+
+
+def test_weights_reach_a_model_that_is_offloaded_in_groups(model, tmp_path):
+    path, call = tiny_file(tmp_path / "clear_local_8.safetensors"), flux_call(8, 6, 5)
+    plain = copy.deepcopy(model)
+    flexclear.load_weights(plain, path)
+    expected = run(plain, call)
+    flexclear.transform(model, r=8, backend="sdpa")
+    grouped(model)
+    run(model, call)
+    flexclear.load_weights(model, path)
+    assert torch.equal(run(model, call), expected)
 
 
 def test_a_compiled_model_takes_weights_for_its_own_window_only(model, tmp_path):
@@ -576,3 +604,26 @@ def test_every_window_of_the_package_survives_json():
     public = [getattr(masks, name) for name in masks.__all__]
     assert {kind for kind in public if isinstance(kind, type) and issubclass(kind, Window)} - {Window} <= exported
     assert [decode(json.loads(json.dumps(encode(window, "here")))) for window in windows] == windows
+
+
+def test_other_families_keep_their_projections_under_the_same_names(tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    def tiny_sd3(seed):
+        torch.manual_seed(seed)
+        return SD3Transformer2DModel(
+            sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
+            caption_projection_dim=16, pooled_projection_dim=10, in_channels=4, out_channels=4, pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+        ).eval()  # fmt: skip
+
+    trained, other = tiny_sd3(0), tiny_sd3(1)
+    path = flexclear.save_weights(flexclear.transform(trained, r=2), tmp_path / "sd3.safetensors")
+    loaded = flexclear.load_weights(other, path)
+    assert (loaded.radius, loaded.tensors) == (2, 3 * 8)
+    state, theirs = other.state_dict(), trained.state_dict()
+    assert {key.split(".attn")[0] for key in load_file(path)} == {"transformer_blocks.0", "transformer_blocks.1"}
+    for key in state:
+        assert torch.equal(state[key], theirs[key]) or key not in load_file(path), key
+    with pytest.raises(ValueError, match=r"2 transformer_blocks of width 16, and this FluxTransformer2DModel has"):
+        flexclear.load_weights(tiny_flux(), path)

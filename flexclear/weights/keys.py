@@ -27,6 +27,7 @@ def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Param
     Raises:
         ValueError: they are fused, quantised, offloaded, or the layers have none; the message says what to do.
     """
+    _check_not_on_disk(model)
     found: dict[str, nn.Parameter] = {}
     for layer in layers:
         if getattr(layer.module, "fused_projections", False):
@@ -50,6 +51,17 @@ def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Param
                 if parameter is not None:
                     found[f"{name}.{kind}"] = _plain(parameter, f"{name}.{kind}")
     return found
+
+
+def _check_not_on_disk(model: nn.Module) -> None:
+    """Raise if groups of the model's parameters live on disk: those in memory are empty, and are read anew in each call."""
+    for name, module in model.named_modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
+                raise ValueError(
+                    f"{name or 'the model'} is offloaded to disk in groups (offload_to_disk_path). Load or save weights "
+                    "before enable_group_offload"
+                )
 
 
 def _part(module: Any, path: str) -> Any:
