@@ -1,5 +1,27 @@
-"""Compilation: attention that is always fused. Knows torch only (and torchao, once it quantises)."""
+"""Compilation and low precision: attention that is always fused, blocks compiled once, eight-bit linears.
 
+Knows torch and torchao. The passes have one order: transform, weights, LoRA, quantise, compile.
+"""
+
+from flexclear.compile.blocks import repeated_blocks
+from flexclear.compile.checkpoint import load_quantized, save_quantized
 from flexclear.compile.flex import UnfusedAttentionError, compiled_flex_attention, why_not_compiled
+from flexclear.compile.quantize import QuantizationReport, quantize, sqnr, weight_bytes, why_kept
+from flexclear.compile.recipes import RECIPES, runnable_recipes, why_not_recipe
 
-__all__ = ["UnfusedAttentionError", "compiled_flex_attention", "why_not_compiled"]
+__all__ = [
+    "RECIPES",
+    "QuantizationReport",
+    "UnfusedAttentionError",
+    "compiled_flex_attention",
+    "load_quantized",
+    "quantize",
+    "repeated_blocks",
+    "runnable_recipes",
+    "save_quantized",
+    "sqnr",
+    "weight_bytes",
+    "why_kept",
+    "why_not_compiled",
+    "why_not_recipe",
+]

@@ -1,0 +1,99 @@
+"""Quantised weights on disk: safetensors, bit-equal after the round trip."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexclear.compile.quantize import is_quantized
+
+FORMAT = "flexclear-quantized-1"
+
+
+def save_quantized(model: nn.Module, path: str | Path) -> Path:
+    """Write all of a quantised model's weights to a safetensors file, through torchao's own flattening.
+
+    Args:
+        model: what ``quantize`` was called on.
+        path: the file; written under another name first, so that a crash leaves no half of it.
+
+    Raises:
+        ValueError: the model is not quantised.
+    """
+    from safetensors.torch import save_file
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    if not is_quantized(model):
+        raise ValueError(f"this {type(model).__name__} is not quantised: use save_pretrained, or quantize it first")
+    path = Path(path)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors, metadata = flatten_tensor_state_dict(state)
+    metadata["flexclear"] = json.dumps({"format": FORMAT, "model": type(model).__name__})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
+    """Put the weights of ``save_quantized`` into a model of the same configuration, in place.
+
+    Args:
+        model: not quantised, of any values; its parameters are replaced by those of the file, on the model's device.
+        path: the file.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file of quantised weights, is damaged, or is of another model. Nothing is changed then.
+    """
+    from safetensors import SafetensorError, safe_open
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    device = next(model.parameters()).device
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            own = json.loads(metadata.pop("flexclear", "{}"))
+            if own.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} holds no quantised weights of flexclear ({FORMAT}); format: {own.get('format')!r}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    state, left = unflatten_tensor_state_dict(tensors, metadata)
+    present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing, unexpected = sorted(present.keys() - state.keys()), sorted([*(state.keys() - present.keys()), *left])
+    wrong = [n for n in state.keys() & present.keys() if state[n].shape != present[n].shape]
+    if missing or unexpected or wrong:
+        raise ValueError(
+            f"{path} is of another model than this {type(model).__name__} (it was saved from a {own.get('model')}): "
+            f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, "
+            f"{len(wrong)} of another shape {sorted(wrong)[:3]}"
+        )
+    grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.load_state_dict(state, strict=True, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(grads[name] and type(parameter.data) is torch.Tensor)
+    return model

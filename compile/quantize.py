@@ -1,0 +1,170 @@
+"""Linear layers in eight bits through torchao: which ones, how, and what it saves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flexclear.compile.blocks import repeated_blocks
+from flexclear.compile.recipes import RECIPES, runnable_recipes, why_not_recipe
+
+MIN_FEATURES = 256
+"""Linears with fewer input or output features gain nothing: their time is that of launching them."""
+
+_MODULATION = ("norm", "mod", "modulation", "adaln_modulation", "img_mod", "txt_mod")
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What ``quantize`` did. ``print`` it.
+
+    Attributes:
+        recipe: its name.
+        quantized: names of the linears in low precision.
+        kept: why each of the others stays in high precision, by name.
+        bytes_before, bytes_after: bytes of all the model's weights.
+    """
+
+    recipe: str
+    quantized: tuple[str, ...]
+    kept: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        reasons = Counter(self.kept.values())
+        lines = [
+            f"{len(self.quantized)} linears in {self.recipe}: {RECIPES[self.recipe].summary}",
+            f"weights {self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB",
+            *(f"{count} linears kept: {reason}" for reason, count in reasons.most_common()),
+        ]
+        return "\n".join(lines)
+
+
+def why_kept(name: str, linear: nn.Linear, in_block: bool, min_features: int = MIN_FEATURES) -> str | None:
+    """Why a linear stays in high precision, or None if it is to be quantised.
+
+    Args:
+        name: path of the module in the model.
+        linear: the layer.
+        in_block: whether it lies inside one of the repeated transformer blocks.
+        min_features: least number of input and of output features.
+    """
+    parts = name.lower().split(".")
+    if not in_block:
+        return "outside the transformer blocks: an embedder or the final layer, run once per step and sensitive"
+    if any(part in _MODULATION or part.startswith("norm") or part.endswith("_mod") for part in parts):
+        return "modulation: scales and shifts every token, runs on one token"
+    if "processor" in parts or any(part.startswith("lora_") for part in parts):
+        return "an adapter's layer: small, and swapped at run time"
+    if linear.in_features % 16 or linear.out_features % 16:
+        return "odd shape: eight-bit products need multiples of 16"
+    if min(linear.in_features, linear.out_features) < min_features:
+        return f"tiny: fewer than {min_features} features"
+    return None
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any weight of ``model`` is one of torchao's tensors."""
+    return any(_is_torchao(parameter) for parameter in model.parameters())
+
+
+def _is_torchao(tensor: Tensor) -> bool:
+    return type(tensor.data).__module__.startswith("torchao.")
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that the model's parameters and buffers take, scales of quantised weights included."""
+    return sum(_bytes_of(tensor) for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    inner = tensor.data
+    if _is_torchao(tensor):
+        names = [*inner.tensor_data_names, *getattr(inner, "optional_tensor_data_names", [])]
+        parts = [getattr(inner, name) for name in names]
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+    return tensor.numel() * tensor.element_size()
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, bool]]:
+    """Name, module and whether it lies in a repeated block, of every linear of ``model``."""
+    inside = {id(module) for block in repeated_blocks(model) for module in block.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module, id(module) in inside
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str = "rowwise",
+    *,
+    min_features: int = MIN_FEATURES,
+    keep: Callable[[str, nn.Linear], bool] | None = None,
+) -> QuantizationReport:
+    """Store the big linears of ``model``'s transformer blocks in eight bits, in place.
+
+    The order of passes is: transform, weights, LoRA (fused ones), quantise, compile.
+
+    Args:
+        model: a transformer; its weights on the device that it will run on.
+        recipe: a name of ``flexclear.compile.RECIPES``: ``"rowwise"`` and ``"tensorwise"`` (FP8 products; compute
+            capability 8.9 or later), ``"weight_only"`` (anywhere), ``"int8"`` (older GPUs, CPU).
+        min_features: linears with fewer input or output features are kept.
+        keep: called with (name, linear); True keeps a linear that the rules would quantise.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: an unknown recipe, one that this device cannot run (the message names the device and the recipes it
+            can run), weights of a type that it does not take, a model that is quantised already, or nothing to quantise.
+            Nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, got {type(model).__name__}; of a pipeline give pipe.transformer")
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError(f"this {type(model).__name__} has no weights")
+    obstacle = why_not_recipe(recipe, parameter.device)
+    if obstacle is not None:
+        raise ValueError(
+            f"recipe {recipe!r} cannot run here: {obstacle}. This device can run {runnable_recipes(parameter.device)}"
+        )
+    if is_quantized(model):
+        raise ValueError(
+            f"this {type(model).__name__} is quantised already; load the original weights to change the recipe"
+        )
+    kept, chosen = {}, {}
+    for name, linear, in_block in linears(model):
+        reason = why_kept(name, linear, in_block, min_features)
+        if reason is None and keep is not None and keep(name, linear):
+            reason = "kept on request"
+        if reason is None:
+            chosen[name] = linear
+        else:
+            kept[name] = reason
+    if not chosen:
+        reasons = "; ".join(sorted(set(kept.values())))
+        raise ValueError(f"this {type(model).__name__} has no linear to quantise: {reasons or 'it has none at all'}")
+    wrong = {linear.weight.dtype for linear in chosen.values()} - set(RECIPES[recipe].dtypes)
+    if wrong:
+        wanted = ", ".join(str(dtype) for dtype in RECIPES[recipe].dtypes)
+        raise ValueError(
+            f"recipe {recipe!r} takes weights of {wanted}, got {', '.join(map(str, wrong))}: model.to(torch.bfloat16)"
+        )
+
+    from torchao.quantization import quantize_
+
+    before = weight_bytes(model)
+    marked = {id(linear) for linear in chosen.values()}
+    quantize_(model, RECIPES[recipe].config(), filter_fn=lambda module, name: id(module) in marked)
+    return QuantizationReport(recipe, tuple(chosen), kept, before, weight_bytes(model))
+
+
+def sqnr(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantisation noise, 20 log10(|reference| / |reference - approximation|), in dB."""
+    reference, noise = reference.float(), reference.float() - approximation.float()
+    return float(20 * torch.log10(reference.norm() / noise.norm().clamp_min(1e-30)))
