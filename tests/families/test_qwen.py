@@ -220,9 +220,6 @@ def test_controlnet_residuals_follow_the_token_order(model):
 
 def test_gradients_under_checkpointing_are_those_of_the_dense_mask(model):
     call, original = qwen_call((8, 6), (), 9, 2, mask=PADDING), copy.deepcopy(model)
-    flexclear.transform(model, r=R, backend="sdpa", ntk_factor=2)
-    with torch.inference_mode():
-        model(**call)
     flexclear.transform(model, r=R, backend="sdpa").train()
     model.enable_gradient_checkpointing()
     model(**call).sample.square().mean().backward()
