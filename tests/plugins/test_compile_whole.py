@@ -43,10 +43,10 @@ def pair():
     torch.compiler.reset()
 
 
-def differences(original, compiled):
+def differences(original, compiled, sizes=SIZES):
     """Greatest difference from the dense mask per size."""
     found = []
-    for height, width in SIZES:
+    for height, width in sizes:
         call = flux_call(height, width, 20)
         mask = dense_mask(Layout(height, width, 20, order="raster"), Disc(3))
         with torch.no_grad():
@@ -70,18 +70,21 @@ def test_a_compiled_transformed_model_gives_the_same_from_two_graphs_per_part(pa
 
 
 @pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
-def test_attention_stays_fused_in_a_compiled_model(pair, monkeypatch):
+def test_attention_stays_fused_in_a_compiled_model(monkeypatch):
+    torch.compiler.reset()
     operator = importlib.import_module("torch._higher_order_ops.flex_attention")
     unfused, math_attention = [], operator.math_attention
     monkeypatch.setattr(operator, "math_attention", lambda *args: (unfused.append(args), math_attention(*args))[1])
     flex_attention(*torch.randn(3, 1, 1, 16, 16))
     assert len(unfused) == 1, "this does not notice unfused attention"
-    original, model = pair
-    compiled = by_method(flexclear.transform(model, r=3, backend="flex"), fullgraph=True, dynamic=True)
+    original = tiny_flux(num_layers=0, num_single_layers=1, num_attention_heads=1)
+    model = flexclear.transform(copy.deepcopy(original), r=3, backend="flex")
+    compiled = by_method(model, fullgraph=True, dynamic=True)
     before = counters["stats"]["unique_graphs"]
-    assert max(differences(original, compiled)) <= 1e-4
+    assert max(differences(original, compiled, [(16, 16), (12, 22), (15, 17)])) <= 1e-4
     assert len(unfused) == 1
-    assert counters["stats"]["unique_graphs"] - before <= 2
+    assert counters["stats"]["unique_graphs"] - before == 1
+    torch.compiler.reset()
 
 
 def test_a_pipeline_s_compiled_transformer_draws_the_same(embedded):
