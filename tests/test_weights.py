@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -207,6 +208,12 @@ def test_without_a_word_in_the_file_the_model_s_radius_and_the_weights_shape_hol
         flexclear.load_weights(model, path)
     assert_unchanged(model, before)
     flexclear.transform(model, r=3, order="raster", backend="sdpa")
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="another window"):
+            flexclear.load_weights(model, path)
+    assert_unchanged(model, before)
     with pytest.warns(UserWarning, match="another window"):
         loaded = flexclear.load_weights(model, path)
     assert (loaded.radius, loaded.down_factor) == (3, 2)
@@ -627,3 +634,15 @@ def test_other_families_keep_their_projections_under_the_same_names(tmp_path):
         assert torch.equal(state[key], theirs[key]) or key not in load_file(path), key
     with pytest.raises(ValueError, match=r"2 transformer_blocks of width 16, and this FluxTransformer2DModel has"):
         flexclear.load_weights(tiny_flux(), path)
+
+
+def test_the_base_model_is_what_the_model_was_loaded_from_unless_named(model, tmp_path):
+    target = tmp_path / "w.safetensors"
+    flexclear.transform(model, r=3)
+    assert "base" not in raw_header(flexclear.save_weights(model, target))[0]
+    model.save_pretrained(tmp_path / "somewhere")
+    loaded = flexclear.transform(type(model).from_pretrained(tmp_path / "somewhere"), r=3)
+    assert raw_header(flexclear.save_weights(loaded, target))[0]["base"] == str(tmp_path / "somewhere")
+    assert raw_header(flexclear.save_weights(loaded, target, base="owner/name"))[0]["base"] == "owner/name"
+    # Weights of dev run on schnell: the same blocks under another name are no obstacle.
+    assert flexclear.load_weights(model, target).base == "owner/name"

@@ -101,6 +101,13 @@ def load_weights(
             "torch.compile"
         )
 
+    if anew and entry is not None:
+        # Before any change: where warnings are errors, this one leaves the model as it was too.
+        warnings.warn(
+            f"flexclear: {header.name} was trained for another window than the model has, and the model is transformed "
+            "anew with the file's. flexclear.transform again to run these weights under a window of your own",
+            stacklevel=2,
+        )
     with _unchanged_on_error(model, family, layers, entry) as write:
         if anew:
             _transform(model_or_pipe, model, windows, entry)
@@ -109,12 +116,6 @@ def load_weights(
         with safe_open(file, framework="pt") as tensors:
             for name, parameter in parameters.items():
                 write(name, parameter, tensors.get_tensor(name))
-    if anew and entry is not None:
-        warnings.warn(
-            f"flexclear: {header.name} was trained for another window than the model had, and the model was transformed "
-            "with the file's. flexclear.transform again to run these weights under a window of your own",
-            stacklevel=2,
-        )
     distinct = set(windows.values())
     window = distinct.pop() if len(distinct) == 1 else None
     inner = window.window if isinstance(window, Downsampled) else window
