@@ -47,7 +47,7 @@ class Stated:
     windows: Radii | None
 
 
-def write(windows: Mapping[str, Window | None], base: str | None, versions: Mapping[str, str]) -> dict[str, str]:
+def write(windows: Mapping[str, Window | None], base: object, versions: Mapping[str, str]) -> dict[str, str]:
     """Metadata of a file, from the windows by layer name.
 
     A window that all layers share is described by ``r`` and ``down_factor`` where it is a disc; everything else by
@@ -61,7 +61,7 @@ def write(windows: Mapping[str, Window | None], base: str | None, versions: Mapp
     inner = one.window if isinstance(one, Downsampled) else one
     found = {"format": "pt", "flexclear_format": FORMAT, "window": repr(one) if one is not None else "per layer"}
     if base:
-        found["base"] = base
+        found["base"] = str(base)  # from_pretrained notes the Path that it was given
     if type(inner) is Disc:
         found["r"] = str(inner.radius)
         if isinstance(one, Downsampled):
