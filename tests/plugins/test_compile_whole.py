@@ -56,12 +56,10 @@ def differences(original, compiled, sizes=SIZES):
 
 
 # The eager backend runs what Dynamo traced as it is: graphs and guards are the real ones, and no kernel is built.
-@pytest.mark.parametrize(
-    ("how", "fullgraph"), [(by_function, False), (by_function, True), (by_method, True), (by_blocks, True)]
-)
-def test_a_compiled_transformed_model_gives_the_same_from_two_graphs_per_part(pair, how, fullgraph):
+@pytest.mark.parametrize("how", [by_function, by_method, by_blocks])
+def test_a_compiled_transformed_model_gives_the_same_from_two_graphs_per_part(pair, how):
     original, model = pair
-    compiled = how(flexclear.transform(model, r=3, backend="sdpa"), fullgraph=fullgraph, backend="eager")
+    compiled = how(flexclear.transform(model, r=3, backend="sdpa"), fullgraph=True, backend="eager")
     before, broken = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     assert max(differences(original, compiled)) <= 1e-4
     # One for the first size, one for all others; whole models are one part, the two kinds of blocks are two.
@@ -124,6 +122,6 @@ def test_transforming_and_restoring_a_model_compiled_in_place_reach_its_graphs(p
         dense = original(**call).sample
         assert (model(**call).sample - dense).abs().max() <= 1e-5
         flexclear.transform(model, r=3, backend="sdpa")
-        assert max(differences(original, model)) <= 1e-4
+        assert max(differences(original, model, SIZES[:1])) <= 1e-4
         flexclear.restore(model)
         assert (model(**call).sample - dense).abs().max() <= 1e-5
