@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flexclear.compile.blocks import repeated_blocks
-from flexclear.compile.recipes import RECIPES, runnable_recipes, why_not_recipe
+from flexclear.compile.recipes import RECIPES, check_recipe
 
 MIN_FEATURES = 256
 """Linears with fewer input or output features gain nothing: their time is that of launching them."""
@@ -83,7 +84,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _bytes_of(tensor: Tensor) -> int:
-    inner = tensor.data
+    inner: Any = tensor.data
     if _is_torchao(tensor):
         names = [*inner.tensor_data_names, *getattr(inner, "optional_tensor_data_names", [])]
         parts = [getattr(inner, name) for name in names]
@@ -128,11 +129,7 @@ def quantize(
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError(f"this {type(model).__name__} has no weights")
-    obstacle = why_not_recipe(recipe, parameter.device)
-    if obstacle is not None:
-        raise ValueError(
-            f"recipe {recipe!r} cannot run here: {obstacle}. This device can run {runnable_recipes(parameter.device)}"
-        )
+    check_recipe(recipe, parameter.device)
     if is_quantized(model):
         raise ValueError(
             f"this {type(model).__name__} is quantised already; load the original weights to change the recipe"

@@ -102,3 +102,15 @@ def why_not_recipe(name: str, device: torch.device) -> str | None:
 def runnable_recipes(device: torch.device) -> list[str]:
     """Names of the recipes that ``device`` can run."""
     return [name for name in RECIPES if why_not_recipe(name, device) is None]
+
+
+def check_recipe(name: str, device: torch.device) -> str:
+    """``name`` if ``device`` can run that recipe.
+
+    Raises:
+        ValueError: it is unknown, or cannot run; the message names the device and what it can run.
+    """
+    obstacle = why_not_recipe(name, device)
+    if obstacle is not None:
+        raise ValueError(f"recipe {name!r} cannot run here: {obstacle}. This device can run {runnable_recipes(device)}")
+    return name

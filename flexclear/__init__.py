@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flexclear import compile, embedded, masks
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
+    from flexclear.optimization import optimize
     from flexclear.switches import override
     from flexclear.weights import load_weights, save_weights
 
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "load_weights",
     "masks",
+    "optimize",
     "override",
     "restore",
     "save_weights",
@@ -34,6 +36,7 @@ __all__ = [
 _HOME = {
     "explain": "flexclear.explanation",
     "load_weights": "flexclear.weights",
+    "optimize": "flexclear.optimization",
     "override": "flexclear.switches",
     "restore": "flexclear.convert",
     "save_weights": "flexclear.weights",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,7 +12,7 @@ from flexclear.attention import BACKENDS
 from flexclear.families import FAMILIES, Layer, family_of
 from flexclear.families.processors import WindowProcessor
 from flexclear.hooks import EntryHook, Settings, entry_hook_of, install, uninstall
-from flexclear.masks import Downsampled, Layout
+from flexclear.masks import Downsampled, Layout, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE, ORDERS
@@ -151,6 +153,36 @@ def transform(
     install(model, EntryHook(family, settings, originals), family.inner_hooks(model))
     if before is None or before.settings.order != order:
         forget_cached_tokens(model)
+    return model_or_pipe
+
+
+def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] | None = None) -> Target:
+    """Transform a transformed model anew with the settings that it has, taking over what plugins have put there since.
+
+    Args:
+        model_or_pipe: a transformed model, or a pipeline with one.
+        windows: other windows by layer name; the model's own otherwise.
+
+    Raises:
+        ValueError: the model is not transformed.
+    """
+    model = model_of(model_or_pipe)
+    before = entry_hook_of(model)
+    if before is None:
+        raise ValueError(f"this {type(model).__name__} is not transformed; flexclear.transform(model, r=...) first")
+    old = before.settings
+    transform(
+        model_or_pipe,
+        dict(old.windows if windows is None else windows),
+        backend=old.backend,
+        order=old.order,
+        block_size=old.block_size,
+        exact_position_ids=old.exact_position_ids,
+    )
+    after = entry_hook_of(model)
+    assert after is not None
+    # The bare model may be given here and the pipeline, which counts steps, have been given to transform.
+    after.settings = replace(after.settings, switches=old.switches, steps=old.steps)
     return model_or_pipe
 
 

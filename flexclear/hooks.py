@@ -106,7 +106,7 @@ class EntryHook(Hook):
 
         def mask_of(scope: str, plan: Plan) -> BlockMask | Tensor | None:
             keep = call.keep.get(scope)
-            return plan.mask if keep is None else with_text_mask(plan.mask, plan.layout, keep)
+            return plan.mask if keep is None or plan.mask is None else with_text_mask(plan.mask, plan.layout, keep)
 
         plans = [plan_of(scope, None if dense else window) for scope, window in settings.slots]
         base = next((p for p, (scope, _) in zip(plans, settings.slots, strict=True) if scope == JOINT), plans[0])

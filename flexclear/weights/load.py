@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from flexclear.convert import model_of, transform
+from flexclear.convert import model_of, transform, transform_again
 from flexclear.families import Family, Layer, family_of
 from flexclear.hooks import EntryHook, entry_hook_of, install, uninstall
 from flexclear.masks import Disc, Downsampled, Window
@@ -170,19 +170,7 @@ def _transform(
     if entry is None:
         transform(model_or_pipe, windows)  # type: ignore[arg-type]
         return
-    old = entry.settings
-    transform(
-        model_or_pipe,
-        windows,  # type: ignore[arg-type]
-        backend=old.backend,
-        order=old.order,
-        block_size=old.block_size,
-        exact_position_ids=old.exact_position_ids,
-    )
-    new = entry_hook_of(model)
-    assert new is not None
-    # The bare model may be given here and the pipeline, which counts steps, have been given to transform.
-    new.settings = replace(new.settings, switches=old.switches, steps=old.steps)
+    transform_again(model_or_pipe, windows)
 
 
 @contextlib.contextmanager

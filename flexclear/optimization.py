@@ -1,0 +1,219 @@
+"""``optimize``: FP8 and compilation for a pipeline that is to serve, in the one order that works."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from flexclear.compile import (
+    WarmStart,
+    compile_blocks,
+    compile_whole,
+    load_artifacts,
+    quantize,
+    report,
+    runnable_recipes,
+    uncompile,
+)
+from flexclear.compile.quantize import MIN_FEATURES
+from flexclear.compile.recipes import RECIPES, check_recipe
+from flexclear.compile.regional import check_mode
+from flexclear.convert import model_of, transform_again
+from flexclear.hooks import entry_hook_of
+
+Target = TypeVar("Target")
+Size = tuple[int, int]
+
+logger = logging.getLogger("flexclear")
+
+REGIONS = ("blocks", "whole")
+"""What ``compile=`` may name: every repeated block by itself, or the model as one graph."""
+
+
+def optimize(
+    model_or_pipe: Target,
+    *,
+    fp8: bool | str = False,
+    compile: bool | str = True,
+    mode: str = "default",
+    dynamic: bool = False,
+    fuse_qkv: bool = False,
+    vae: bool = False,
+    sizes: Sequence[Size] = (),
+    warm_up: Callable[[int, int], Any] | None = None,
+    warm_start: str | Path | None = None,
+    min_features: int = MIN_FEATURES,
+    progress: bool = True,
+    backend: str = "inductor",
+) -> Target:
+    """Make a pipeline as fast as the machine allows, and keep it so while it serves many sizes. In place.
+
+    The passes have one order: transform, weights, LoRA, then this: fuse, quantise, compile, warm. Sizes that were not
+    warmed compile in their first call, which is logged with its cost; attention is never run unfused.
+
+    >>> flexclear.optimize(pipe, fp8=True, sizes=[(1024, 1024), (2048, 2048)])      # doctest: +SKIP
+
+    Args:
+        model_or_pipe: a pipeline, or its transformer.
+        fp8: True: FP8 products with one scale per row. Or a name of ``flexclear.compile.RECIPES``. False: none.
+        compile: True or ``"blocks"``: every repeated block, equal ones share their graphs. ``"whole"``: the model as one
+            graph, minutes instead of seconds to compile. False: not at all.
+        mode: ``torch.compile``'s mode, one of ``flexclear.compile.MODES``.
+        dynamic: one set of graphs for all sizes instead of one per size.
+        fuse_qkv: fuse the query, key and value projections first (``fuse_qkv_projections``). LoRA must be fused before.
+        vae: compile the pipeline's VAE decoder as well.
+        sizes: (height, width) in pixels that are compiled now, with a progress bar.
+        warm_up: makes one picture of a (height, width); by default the pipeline is called with an empty prompt and one
+            step. Give one for pipelines that need more than a prompt.
+        warm_start: a file of ``flexclear.compile.save_artifacts`` to load first; a stale or damaged one is logged and
+            not used.
+        min_features: linears with fewer input or output features are not quantised.
+        progress: whether to show a bar.
+        backend: ``torch.compile``'s; others than ``"inductor"`` are for debugging.
+
+    Returns:
+        What was given.
+
+    Raises:
+        TypeError: neither a model nor a pipeline.
+        ValueError: FP8 that this device does not have (the message names the device and the recipes it can run), an
+            unknown mode or recipe, sizes without a pipeline. Nothing is changed then.
+    """
+    model = model_of(model_or_pipe)
+    if compile not in (True, False, *REGIONS):
+        raise ValueError(f"compile must be True, False or one of {list(REGIONS)}, got {compile!r}")
+    check_mode(mode)
+    recipe = _recipe(fp8, next(model.parameters()).device)
+    checked = [_size(size) for size in sizes]
+    if (checked or vae) and model_or_pipe is model:
+        raise ValueError("sizes and vae need the pipeline, got its transformer alone: flexclear.optimize(pipe, ...)")
+    if fuse_qkv and not hasattr(model, "fuse_qkv_projections"):
+        raise ValueError(f"{type(model).__name__} has no fuse_qkv_projections; leave fuse_qkv out")
+
+    if warm_start is not None:
+        _say(load_artifacts(warm_start, artifact_configuration(model, recipe, mode, dynamic)), warm_start)
+    if fuse_qkv:
+        _fuse(model)
+    if recipe is not None:
+        logger.info("flexclear: %s", quantize(model, recipe, min_features=min_features))
+    if compile:
+        uncompile(model)
+        region = compile_whole if compile == "whole" else compile_blocks
+        region(model, mode=mode, dynamic=dynamic, backend=backend)
+        _watch(model)
+    if vae:
+        model_or_pipe.vae.decoder.compile(dynamic=dynamic, backend=backend)  # type: ignore[attr-defined]
+    if checked:
+        _warm(model_or_pipe, checked, warm_up, progress)
+    return model_or_pipe
+
+
+def artifact_configuration(model: nn.Module, recipe: str | None, mode: str, dynamic: bool) -> dict[str, Any]:
+    """What compile artefacts of a model depend on beside versions and device: for ``flexclear.compile.save_artifacts``."""
+    config = {key: value for key, value in dict(getattr(model, "config", {})).items() if not key.startswith("_")}
+    dtype = str(next(model.parameters()).dtype)
+    return {
+        "model": type(model).__name__,
+        "config": config,
+        "dtype": dtype,
+        "recipe": recipe,
+        "mode": mode,
+        "dynamic": dynamic,
+    }
+
+
+def _recipe(fp8: bool | str, device: torch.device) -> str | None:
+    if fp8 is False:
+        return None
+    if fp8 is True:
+        able = [name for name in runnable_recipes(device) if RECIPES[name].multiplies_fp8]
+        return check_recipe(able[0] if able else "rowwise", device)
+    if not isinstance(fp8, str):
+        raise ValueError(f"fp8 must be True, False or one of {list(RECIPES)}, got {fp8!r}")
+    return check_recipe(fp8, device)
+
+
+def _size(size: Any) -> Size:
+    if (
+        not isinstance(size, tuple | list)
+        or len(size) != 2
+        or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in size)
+    ):
+        raise ValueError(f"sizes must be (height, width) pairs in pixels, got {size!r}")
+    return size[0], size[1]
+
+
+def _fuse(model: Any) -> None:
+    model.fuse_qkv_projections()
+    if entry_hook_of(model) is not None:
+        transform_again(model)
+
+
+def _say(result: WarmStart, path: str | Path) -> None:
+    if result.loaded:
+        logger.info("flexclear: warm start from %s (%d libraries)", path, result.binaries)
+    else:
+        logger.warning("flexclear: no warm start, everything is compiled anew: %s", result.reason)
+
+
+def _warm(pipe: Any, sizes: Sequence[Size], warm_up: Callable[[int, int], Any] | None, progress: bool) -> None:
+    from rich.progress import Progress
+
+    def by_default(height: int, width: int) -> None:
+        shown = dict(getattr(pipe, "_progress_bar_config", {}))
+        pipe.set_progress_bar_config(**{**shown, "disable": True})
+        try:
+            pipe(prompt="", height=height, width=width, num_inference_steps=1)
+        finally:
+            pipe.set_progress_bar_config(**shown)
+
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("compiling", total=len(sizes))
+        for height, width in sizes:
+            bar.update(task, description=f"compiling {height} x {width}")
+            (warm_up or by_default)(height, width)
+            bar.advance(task)
+
+
+class CompileWatch:
+    """Forward hook: logs what a call has compiled, with its cost and why."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen = len(report().graphs)
+        self._since = time.monotonic()
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        with self._lock:
+            graphs = report().graphs
+            new, self._seen = graphs[self._seen :], len(graphs)
+        if new:
+            tokens = kwargs.get("hidden_states", args[0] if args else None)
+            shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else "a new size"
+            logger.info(
+                "flexclear: %s compiled %d graphs in %.1f s for tokens %s: %s",
+                type(model).__name__,
+                len(new),
+                sum(graph.seconds for graph in new),
+                shape,
+                "; ".join(dict.fromkeys(graph.cause or f"first call of {graph.function}" for graph in new)),
+            )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> CompileWatch:
+        return CompileWatch()
+
+    def __reduce__(self) -> tuple[type[CompileWatch], tuple[()]]:
+        return CompileWatch, ()
+
+
+def _watch(model: nn.Module) -> None:
+    if not any(isinstance(hook, CompileWatch) for hook in model._forward_hooks.values()):
+        model.register_forward_hook(CompileWatch(), with_kwargs=True)

@@ -1,0 +1,167 @@
+"""Blocks are compiled once for all; sizes, recompiles and their causes are counted; nothing falls back.
+
+Graphs are traced by Dynamo and run eagerly here (``backend="eager"``): what is counted is the same, in seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+import flexclear
+from flexclear.compile import compile_blocks, compile_whole, repeated_blocks, report, uncompile
+
+from models import flux_call, tiny_flux
+
+SIZES = [(16, 24), (20, 18), (33, 17)]
+
+
+@pytest.fixture
+def model():
+    torch.compiler.reset()
+    model = tiny_flux()
+    yield flexclear.transform(model, r=3, backend="flex")
+    torch.compiler.reset()
+
+
+def run(model, height, width, text_len=20):
+    with torch.no_grad():
+        return model(**flux_call(height, width, text_len)).sample
+
+
+def run_all(model, sizes):
+    for height, width in sizes:
+        run(model, height, width)
+
+
+def expected(height, width, text_len=20):
+    return run(flexclear.transform(tiny_flux(), r=3, backend="sdpa"), height, width, text_len)
+
+
+def test_equal_blocks_share_their_graphs_and_a_size_seen_before_costs_none(model):
+    compile_blocks(model, backend="eager")
+    counts = []
+    for height, width in [*SIZES, SIZES[0]]:
+        before = report()
+        assert (run(model, height, width) - expected(height, width)).abs().max() <= 1e-5
+        counts.append(len(report().since(before).graphs))
+    # Two kinds of blocks, two of each: the second of a stack gets a view of the first's output, which is one more graph.
+    assert max(counts[:3]) <= 4
+    assert counts[3] == 0
+
+
+def test_dynamic_graphs_serve_every_size(model):
+    compile_blocks(model, dynamic=True, backend="eager")
+    run(model, *SIZES[0])
+    before = report()
+    for height, width in SIZES[1:]:
+        assert (run(model, height, width) - expected(height, width)).abs().max() <= 1e-5
+    assert report().since(before).graphs == ()
+
+
+def test_beyond_the_room_for_sizes_a_call_raises_instead_of_running_uncompiled(model):
+    compile_blocks(model, backend="eager", max_sizes=1)
+    run(model, *SIZES[0])
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        run_all(model, SIZES[1:])
+
+
+def test_the_report_names_functions_times_and_causes(model):
+    compile_blocks(model, backend="eager")
+    before = report()
+    run(model, *SIZES[0])
+    run(model, *SIZES[1])
+    new = report().since(before)
+    assert {graph.function.split(" ")[0] for graph in new.graphs} == {"forward"}
+    assert all(graph.seconds > 0 and not graph.failure for graph in new.graphs)
+    assert any("size mismatch" in graph.cause for graph in new.recompiles)
+    text = str(new)
+    assert f"{len(new.graphs)} graphs in" in text
+    assert "again: " in text
+
+
+def test_uncompiled_blocks_run_as_python_again(model):
+    compile_blocks(model, backend="eager")
+    assert all(block._compiled_call_impl is not None for block in repeated_blocks(model))
+    uncompile(model)
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_a_model_without_a_list_of_block_classes_is_compiled_by_its_stacks():
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=8, num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+        caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8, in_channels=4, out_channels=4,
+    ).eval()  # fmt: skip
+    assert not getattr(model, "_repeated_blocks", None)
+    assert repeated_blocks(model) == list(model.transformer_blocks)
+    plain = copy.deepcopy(model)
+    call = {
+        "hidden_states": torch.randn(1, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 5, 8),
+        "pooled_projections": torch.randn(1, 8),
+        "timestep": torch.tensor([0.5]),
+    }
+    compile_blocks(model, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(model(**call).sample, plain(**call).sample, atol=1e-6)
+
+
+def test_a_whole_model_is_one_region(model):
+    compile_whole(model, backend="eager")
+    before = report()
+    assert (run(model, *SIZES[0]) - expected(*SIZES[0])).abs().max() <= 1e-5
+    assert len(report().since(before).graphs) == 1
+
+
+def test_optimize_compiles_and_logs_what_an_unseen_size_costs(model, caplog):
+    assert flexclear.optimize(model, backend="eager") is model
+    with caplog.at_level(logging.INFO, "flexclear"):
+        run(model, *SIZES[0])
+        assert "FluxTransformer2DModel compiled" in caplog.text
+        assert "first call of forward" in caplog.text
+        caplog.clear()
+        run(model, *SIZES[1])
+        assert "size mismatch" in caplog.text
+        caplog.clear()
+        run(model, *SIZES[0])
+        assert "compiled" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"mode": "fast"}, ValueError, r"mode must be one of \['default'.*got 'fast'"),
+        ({"compile": "all"}, ValueError, r"compile must be True, False or one of \['blocks', 'whole'\], got 'all'"),
+        ({"fp8": "fp4"}, ValueError, r"recipe must be one of .*got 'fp4'"),
+        ({"fp8": True}, ValueError, r"FP8 products need a CUDA device.*can run \['weight_only', 'int8'\]"),
+        ({"fp8": 8}, ValueError, "fp8 must be True, False or one of"),
+        ({"sizes": [(64, 64)]}, ValueError, "sizes and vae need the pipeline, got its transformer alone"),
+        ({"sizes": [64]}, ValueError, r"sizes must be \(height, width\) pairs in pixels, got 64"),
+        ({"sizes": [(64.0, 64)]}, ValueError, r"got \(64.0, 64\)"),
+    ],
+)
+def test_a_bad_option_is_named_and_changes_nothing(model, kwargs, error, message):
+    if torch.cuda.is_available() and kwargs == {"fp8": True}:
+        pytest.skip("this machine may have FP8")
+    with pytest.raises(error, match=message):
+        flexclear.optimize(model, **kwargs)
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    assert not model._forward_hooks or all(
+        "CompileWatch" not in type(h).__name__ for h in model._forward_hooks.values()
+    )
+
+
+@pytest.mark.parametrize(("call", "message"), [({"max_sizes": 0}, "max_sizes must be an int >= 1, got 0")])
+def test_bad_room_is_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        compile_blocks(model, **call)
+
+
+def test_a_model_without_blocks_is_named():
+    with pytest.raises(ValueError, match="Linear has no repeated transformer blocks"):
+        compile_blocks(torch.nn.Linear(2, 2))
