@@ -1,0 +1,83 @@
+"""``flexclear demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEMO_PROMPTS = (
+    "a red apple on a blue background",
+    "a sunflower on a white background",
+    "a rocket on a yellow background",
+    "an octopus on a green background",
+)
+
+
+def demo(
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; repeat for more. Default: four prompts.")
+    ] = None,
+    r: Annotated[
+        list[int] | None, typer.Option("--r", help="Window radius in tokens; repeat. Default: 3, 4, 6, 8.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the contact sheet and the table.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 0,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 16,
+    size: Annotated[int, typer.Option(min=64, help="Picture side in pixels, a multiple of 8.")] = 128,
+) -> None:
+    """Draw prompts with the embedded pipeline, dense and under several windows, side by side."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from flexclear import embedded
+    from flexclear.masks import Disc
+
+    prompts, radii = list(prompt or DEMO_PROMPTS), list(r or (3, 4, 6, 8))
+    for radius in radii:
+        Disc(radius)
+    if size % 8:
+        raise ValueError(f"--size must be a multiple of 8 pixels, got {size}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file")
+    console = Console()
+    for text in prompts:
+        strangers = embedded.unknown_words(text)
+        if strangers:
+            console.print(
+                f"The embedded model was not trained on: {', '.join(strangers)} (in {text!r}). It draws all the same.",
+                markup=False,
+                highlight=False,
+            )
+    from flexclear.demo import markdown_table, run_variants, write
+
+    columns = (
+        TextColumn("{task.description:>7}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("loading", total=(1 + len(radii)) * len(prompts) * steps)
+        pipe = embedded.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        variants = run_variants(
+            pipe,
+            prompts,
+            radii,
+            seed=seed,
+            steps=steps,
+            side=size,
+            on_step=lambda label: progress.update(task, advance=1, description=label),
+        )
+    picture, table = write(variants, prompts, out)
+    print(f"{markdown_table(variants)}\npictures: {picture}\ntable:    {table}")

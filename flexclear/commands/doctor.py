@@ -1,0 +1,30 @@
+"""``flexclear doctor``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    device: Annotated[str, typer.Option(help="Device to look at; auto: CUDA where there is one.")] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Ask only, run nothing: saves the half minute of compiling.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what runs here: versions, device, attention, quantisation. Exit status 1 if transform cannot run compiled."""
+    from flexclear.doctor import diagnose
+
+    found = diagnose(device, quick=quick)
+    if json:
+        from json import dumps
+
+        typer.echo(dumps(found.as_dict(), indent=2))
+    else:
+        typer.echo(str(found))
+    if found.problem is not None:
+        if json:
+            typer.echo(f"flexclear: transform does not run compiled here: {found.problem}", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,65 @@
+"""``flexclear fuzz``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def fuzz(
+    seconds: Annotated[float, typer.Option(help="How long to try.")] = 60,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: log-sum-exp and gradients too.")] = "cpu",
+    window: Annotated[list[str] | None, typer.Option(help="Kind of window; repeat. Default: all.")] = None,
+    own: Annotated[
+        str | None, typer.Option(help="A mask_mod factory of your own, MODULE:NAME, layout -> mask_mod.")
+    ] = None,
+    masks_only: Annotated[
+        bool, typer.Option(help="Check masks without running attention: a hundred times as many.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the random choices. Default: another one each time.")] = None,
+) -> None:
+    """Try random masks against the dense reference; shrink a failure and print it as Python. Exit status 1 on failure."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from flexclear import testing
+
+    kinds = window or list(testing.strategies.KINDS)
+    factory = _load(own) if own else None
+    console = Console()
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("starting")
+        report = testing.fuzz(
+            seconds,
+            kinds=kinds,
+            device=device,
+            attention=not masks_only,
+            own=factory,
+            seed=seed,
+            on_example=lambda count: progress.update(task, description=f"{count} examples"),
+        )
+    print(
+        f"{report.examples} examples in {report.seconds:.0f} s: {'no failure' if report.failure is None else 'FAILURE'}"
+    )
+    if report.failure is not None:
+        print(f"\n{report.error}\n\n{report.failure.as_python(device)}")
+        raise typer.Exit(1)
+
+
+def _load(path: str) -> Callable[[Any], Any]:
+    """The function that ``MODULE:NAME`` names; the working folder is searched too."""
+    import importlib
+
+    module, _, name = path.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--own must name a function as MODULE:NAME, {path!r} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise TypeError(f"--own must name a function layout -> mask_mod, {path!r} is a {type(found).__name__}")
+    return found

@@ -1,0 +1,171 @@
+"""``flexclear generate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Pipeline folder, hub id, or 'embedded': the small one in the package.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeat for more.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with one prompt per line; blank lines and # comments are skipped.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="HEIGHTxWIDTH in pixels; repeat. Default: the model's.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels, with --width, for one size.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels, with --height.")] = None,
+    r: Annotated[
+        str | None,
+        typer.Option("--r", help="Window radius in tokens, or 'dense': the plain model. Default: the weights', or 16."),
+    ] = None,
+    down_factor: Annotated[
+        int | None, typer.Option(min=1, help="Side in tokens of cells that are pooled into further keys.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights for local attention: a file, or FOLDER_OR_HUB_ID:FILE.")
+    ] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Quantise with the best FP8 recipe that runs here.")] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="Quantise with this one: rowwise, tensorwise, weight_only, int8.")
+    ] = None,
+    min_features: Annotated[int, typer.Option(min=16, help="Linears smaller than this are not quantised.")] = 256,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed of the noise; repeat. Default: 0.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    text_len: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Attention: auto, flex or sdpa.")] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks; pays off from some dozens of steps on.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder, or a .png file for one picture.")] = Path("pictures"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Number from 1 and replace. Else a folder's numbers go on.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One line of JSON per picture on standard output.")] = False,
+) -> None:
+    """Draw every prompt at every size with every seed. Each PNG carries its settings; same seed, same picture.
+
+    A file that exists is never replaced unless --overwrite says so: in a folder numbers go on after the highest one,
+    a single file is an error. Ctrl-C keeps what is finished.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from flexclear import generate as job
+
+    settings = job.GenerateSettings(
+        model=model,
+        prompts=_prompts(prompt, prompts),
+        out=out,
+        sizes=_sizes(size, height, width),
+        seeds=tuple(seed or (0,)),
+        r=None if r is None else job.parse_radius(r),
+        down_factor=down_factor,
+        weights=weights,
+        recipe=_recipe(fp8, recipe),
+        min_features=min_features,
+        steps=steps,
+        guidance=guidance,
+        text_len=text_len,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        compile=compile,
+        overwrite=overwrite,
+    )
+    setup = job.check(settings)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    if model == job.EMBEDDED:
+        from flexclear.embedded import unknown_words
+
+        for text in dict.fromkeys(settings.prompts):
+            if strangers := unknown_words(text):
+                console.print(
+                    f"The embedded model was not trained on: {', '.join(strangers)} (in {text!r}). It draws all the same."
+                )
+    if setup.recipe is not None:
+        console.print(f"quantising with recipe {setup.recipe}")
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    done = 0
+    try:
+        # On a terminal the bar must know of printed lines; elsewhere they must not follow it to standard error.
+        with Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as progress:
+            pictures = progress.add_task("loading", total=settings.pictures)
+            inner = progress.add_task("steps", total=steps)
+            pipe = job.load(settings, setup, console.print)
+            progress.update(pictures, description="pictures")
+
+            def on_step(picture: int, step: int, total: int) -> None:
+                progress.update(inner, completed=step, total=total)
+
+            for drawn in job.draw(pipe, settings, setup, on_step):
+                done += 1
+                progress.update(pictures, completed=done)
+                if json:
+                    typer.echo(drawn.as_json())
+                pace = drawn.median_step_seconds
+                typer.echo(
+                    f"{drawn.path}: {drawn.height} x {drawn.width}, seed {drawn.seed}, {drawn.steps} steps in "
+                    f"{drawn.seconds:.2f} s" + ("" if pace is None else f", {pace:.3f} s each (median)"),
+                    err=json,
+                )
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {done} of {settings.pictures} pictures are finished and kept in {out}")
+        raise typer.Exit(130) from None
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    from flexclear.generate import read_prompts
+
+    if given and file is not None:
+        raise ValueError(f"give --prompt or --prompts, not both; got {len(given)} x --prompt and --prompts {file}")
+    if file is not None:
+        return read_prompts(file)
+    if not given:
+        raise ValueError("no prompt: give --prompt TEXT, which may be repeated, or --prompts FILE")
+    return tuple(given)
+
+
+def _sizes(given: list[str] | None, height: int | None, width: int | None) -> tuple[tuple[int, int], ...]:
+    from flexclear.generate import parse_size
+
+    if (height is None) != (width is None):
+        raise ValueError(f"--height and --width go together; got --height {height} and --width {width}")
+    if height is not None and width is not None:
+        if given:
+            raise ValueError(f"give --size or --height and --width, not both; got --size {' --size '.join(given)}")
+        return ((height, width),)
+    return tuple(parse_size(text) for text in given or ())
+
+
+def _recipe(fp8: bool, recipe: str | None) -> str | None:
+    from flexclear.generate import BEST
+
+    if fp8 and recipe is not None:
+        raise ValueError(f"give --fp8 or --recipe, not both; got --recipe {recipe}")
+    if recipe == BEST:
+        raise ValueError("--recipe insists on one recipe; --fp8 chooses the best")
+    return BEST if fp8 else recipe

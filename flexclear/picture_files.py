@@ -1,0 +1,147 @@
+"""Pictures on disk that carry their settings: PNG text chunks, file names, and no file overwritten by accident."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+CHUNK = "flexclear"
+"""Name of the text chunk that holds settings and versions in JSON."""
+
+READABLE_CHUNK = "parameters"
+"""Name of the text chunk that holds the same for people; other programs write and show one of this name."""
+
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl")
+
+SLUG_LENGTH = 48
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name: lower-case letters and digits of any script, joined by hyphens, cut at words."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
+    text = ""
+    for word in words:
+        if len(text) + len(word) >= SLUG_LENGTH:
+            break
+        text += f"-{word}" if text else word
+    return text or "".join(words)[: SLUG_LENGTH // 2] or "picture"
+
+
+def png_bytes(picture: Image.Image, settings: Mapping[str, Any], versions: Mapping[str, str]) -> bytes:
+    """A picture as PNG with its settings, among them ``prompt``, in text chunks. Equal arguments give equal bytes."""
+    info = PngInfo()
+    info.add_text(CHUNK, json.dumps({"settings": dict(settings), "versions": dict(versions)}))
+    rest = {name: value for name, value in settings.items() if name != "prompt" and value is not None}
+    lines = [
+        str(settings["prompt"]),
+        ", ".join(f"{name}: {value}" for name, value in rest.items()),
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+    ]
+    info.add_text(READABLE_CHUNK, "\n".join(lines))
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """``{"settings": ..., "versions": ...}`` of a PNG that flexclear wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it carries no settings of flexclear.
+    """
+    with Image.open(path) as picture:
+        text = getattr(picture, "text", {}).get(CHUNK)
+    if text is None:
+        raise ValueError(f"{path} has no text chunk {CHUNK!r}: it was not written by flexclear generate")
+    return json.loads(text)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where pictures go.
+
+    Attributes:
+        path: a folder, or a file for one picture.
+        is_file: which of the two.
+        overwrite: replace files that are there. Without it a folder's pictures are numbered on from the highest number
+            in it, and a file that exists is an error.
+    """
+
+    path: Path
+    is_file: bool
+    overwrite: bool
+
+    @classmethod
+    def of(cls, out: Path, pictures: int, overwrite: bool) -> Target:
+        """The target that ``out`` names: a file if it ends in ``.png`` and is no folder, else a folder, made if missing.
+
+        Raises:
+            ValueError: ``out`` cannot be written, is a file of another kind, exists, or is a file for several pictures.
+        """
+        out = out.expanduser()
+        kind = out.suffix.lower()
+        is_file = not out.is_dir() and kind == ".png"
+        if not out.is_dir() and kind in OTHER_FORMATS:
+            raise ValueError(f"--out must end in .png, the format that carries the settings, or be a folder; got {out}")
+        if is_file and pictures > 1:
+            raise ValueError(f"--out names one file, {out}, for {pictures} pictures; name a folder")
+        if is_file and out.exists() and not overwrite:
+            raise ValueError(f"--out {out} exists already; --overwrite replaces it")
+        folder = out.parent if is_file else out
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
+        return cls(out, is_file, overwrite)
+
+    def write(self, number: int, prompt: str, content: bytes) -> Path:
+        """Write picture ``number`` of a run, from 1; the file appears whole or not at all. Returns its path.
+
+        Raises:
+            FileExistsError: someone else has written the file ``path`` since.
+        """
+        if self.is_file:
+            return _write(self.path, content, self.overwrite)
+        if self.overwrite:
+            return _write(self.path / f"{number:04d}_{slug(prompt)}.png", content, True)
+        while True:
+            try:
+                return _write(self.path / f"{_highest(self.path) + 1:04d}_{slug(prompt)}.png", content, False)
+            except FileExistsError:
+                continue  # Another process has taken the number since; it counts now.
+
+
+def _highest(folder: Path) -> int:
+    found = (re.match(r"(\d+)_.*\.png$", entry.name) for entry in folder.iterdir())
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def _write(path: Path, content: bytes, overwrite: bool) -> Path:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)
+        if not overwrite:
+            path.open("xb").close()  # Takes the name, or raises FileExistsError.
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
