@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from flexclear.compile.files import whole_file
 from flexclear.compile.quantize import is_quantized
 
 FORMAT = "flexclear-quantized-1"
@@ -35,18 +34,8 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     tensors, metadata = flatten_tensor_state_dict(state)
     metadata["flexclear"] = json.dumps({"format": FORMAT, "model": type(model).__name__})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as beside:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
     return path
 
 

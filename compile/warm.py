@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from flexclear.compile.files import whole_file
+
 FORMAT = 1
 _KEY, _PORTABLE, _BINARIES = "key.json", "portable.bin", "inductor"
 
@@ -67,22 +69,12 @@ def save_artifacts(path: str | Path, configuration: Mapping[str, Any] | None = N
     if saved is None and not libraries:
         raise ValueError("nothing has been compiled in this process yet: run the model once, then save")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with (
-            os.fdopen(handle, "wb") as stream,
-            zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
-        ):
-            file.writestr(_KEY, json.dumps(artifact_key(configuration)))
-            if saved is not None:
-                file.writestr(_PORTABLE, saved[0])
-            for library in libraries:
-                file.write(library, str(PurePosixPath(_BINARIES) / library.relative_to(_cache_folder()).as_posix()))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        file.writestr(_KEY, json.dumps(artifact_key(configuration)))
+        if saved is not None:
+            file.writestr(_PORTABLE, saved[0])
+        for library in libraries:
+            file.write(library, str(PurePosixPath(_BINARIES) / library.relative_to(_cache_folder()).as_posix()))
     return path
 
 

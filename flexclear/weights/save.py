@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import flexclear
+from flexclear.compile.files import whole_file
 from flexclear.convert import model_of
 from flexclear.families import family_of
 from flexclear.hooks import entry_hook_of
@@ -61,15 +60,6 @@ def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = Non
         {"flexclear": flexclear.__version__, "torch": torch.__version__, "diffusers": version("diffusers")},
     )
     tensors = {name: parameter.detach().to("cpu").contiguous() for name, parameter in parameters.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        # Made empty first: the file gets the mode that the user's umask says; safetensors would make it 0600.
-        with beside.open("xb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode & 0o777
+    with whole_file(path) as beside:
         save_file(tensors, beside, metadata=said)
-        beside.chmod(mode)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
