@@ -94,7 +94,7 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
         ValueError: there is no such device.
     """
     from flexclear.compile import RECIPES, why_not_compiled, why_not_recipe
-    from flexclear.generate import choose_device
+    from flexclear.generate_check import choose_device
 
     place = choose_device(device)
     torch_range, too_old = _torch_range(torch.__version__)

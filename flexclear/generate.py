@@ -6,11 +6,9 @@ Everything that can be wrong is looked for before a weight is read: ``check``. T
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import json
-import re
 import statistics
 import time
 import warnings
@@ -21,83 +19,30 @@ from typing import Any
 
 import torch
 
-from flexclear.attention import BACKENDS
-from flexclear.compile.quantize import MIN_FEATURES
-from flexclear.families import FAMILIES
+from flexclear.generate_check import Setup, check, check_sizes, loading
+from flexclear.generate_settings import DENSE, EMBEDDED, GenerateSettings, parse_radius, parse_size, read_prompts
 from flexclear.masks import Disc, Downsampled
-from flexclear.picture_files import Target, png_bytes
+from flexclear.picture_files import png_bytes
 from flexclear.versions import versions
 
-EMBEDDED = "embedded"
-DENSE = "dense"
-BEST = "best"
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = [
+    "Drawn",
+    "GenerateSettings",
+    "Setup",
+    "check",
+    "draw",
+    "generate",
+    "load",
+    "parse_radius",
+    "parse_size",
+    "read_prompts",
+]
 
 EMBEDDED_DEFAULTS = {"num_inference_steps": 16, "max_sequence_length": 64}
 """Of the embedded pipeline, where FLUX.1's own defaults take longer and draw nothing better."""
 
 Say = Callable[[str], None]
 OnStep = Callable[[int, int, int], None]
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """What to draw and how. Pictures are all combinations of prompts, sizes and seeds, in this order.
-
-    Attributes:
-        model: a local pipeline folder, a hub id, or ``"embedded"``.
-        prompts: one or more.
-        out: a folder, or a ``.png`` file for one picture.
-        sizes: (height, width) in pixels; empty: the pipeline's own size.
-        seeds: of the noise, which is made on the CPU: the same on every device.
-        r: window radius in tokens; ``"dense"``: the plain model; None: what the weights say, or else 16.
-        down_factor: side of the pooled cells in tokens, or None.
-        weights: for ``flexclear.load_weights``: a file, or ``PLACE:FILE`` in a folder or hub repository.
-        recipe: a name of ``flexclear.compile.RECIPES``, ``"best"`` for the best FP8 one here, or None.
-        min_features: linears smaller than this are not quantised.
-        steps, guidance, text_len: None: the pipeline's own.
-        dtype: a name of ``DTYPES``, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
-        device: as torch names it, or ``"auto"``: CUDA where there is one.
-        backend: of ``flexclear.transform``.
-        compile: compile the blocks (``flexclear.optimize``); the first picture of each size takes longer.
-        overwrite: see ``flexclear.picture_files.Target``.
-    """
-
-    model: str
-    prompts: tuple[str, ...]
-    out: Path
-    sizes: tuple[tuple[int, int], ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    r: int | str | None = None
-    down_factor: int | None = None
-    weights: str | None = None
-    recipe: str | None = None
-    min_features: int = MIN_FEATURES
-    steps: int | None = None
-    guidance: float | None = None
-    text_len: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    backend: str = "auto"
-    compile: bool = False
-    overwrite: bool = False
-
-    @property
-    def pictures(self) -> int:
-        return len(self.prompts) * max(1, len(self.sizes)) * len(self.seeds)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What ``check`` has found out: settings with nothing left to choose."""
-
-    folder: str
-    device: torch.device
-    dtype: torch.dtype
-    recipe: str | None
-    weights: Path | None
-    target: Target
 
 
 @dataclass(frozen=True)
@@ -138,239 +83,6 @@ class Drawn:
         return json.dumps(told)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of ``"HxW"``.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    match = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)", text.strip())  # noqa: RUF001
-    if match is None or 0 in (size := (int(match[1]), int(match[2]))):
-        raise ValueError(f"a size is HEIGHTxWIDTH in pixels, such as 1024x768; got {text!r}")
-    return size
-
-
-def parse_radius(text: str) -> int | str:
-    """The radius, or ``"dense"``.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if text == DENSE:
-        return text
-    try:
-        Disc(radius := int(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"--r is a window radius of 1 or more tokens, or {DENSE!r} for the plain model; got {text!r}"
-        ) from error
-    return radius
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt per line of a UTF-8 file; blank lines and lines that begin with ``#`` are left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a folder, no UTF-8 text, or holds no prompt.
-    """
-    path = path.expanduser()
-    if path.is_dir():
-        raise ValueError(f"--prompts must be a text file, {path} is a folder")
-    if not path.exists():
-        raise FileNotFoundError(f"--prompts: no file {path}")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts must be a UTF-8 text file, {path} is not: {error}") from error
-    prompts = tuple(line for line in lines if line and not line.startswith("#"))
-    if not prompts:
-        raise ValueError(f"--prompts {path} holds no prompt, only blank lines and # comments")
-    return prompts
-
-
-def check(settings: GenerateSettings) -> Setup:
-    """Everything that can be known before weights are read; makes the folder for the pictures.
-
-    Raises:
-        FileNotFoundError: there is no such model or weights file.
-        TypeError, ValueError: a setting makes no sense, or does not go with another, the model or the device.
-    """
-    if not settings.prompts or not all(prompt.strip() for prompt in settings.prompts):
-        raise ValueError(f"a prompt is needed for every picture, got {list(settings.prompts)}")
-    if settings.backend not in BACKENDS:
-        raise ValueError(f"--backend must be one of {list(BACKENDS)}, got {settings.backend!r}")
-    dense = settings.r == DENSE
-    for name, value in (("weights", settings.weights), ("down-factor", settings.down_factor)):
-        if dense and value is not None:
-            raise ValueError(f"--{name} {value} is for windowed attention, --r dense is the plain model; leave one out")
-    if settings.weights is not None and settings.down_factor is not None and settings.r is None:
-        raise ValueError("--weights brings its own window; give --r as well to choose --down-factor yourself")
-    if settings.down_factor is not None:
-        Downsampled(Disc(1), settings.down_factor)
-    device = choose_device(settings.device)
-    dtype = _dtype(settings.dtype, device)
-    recipe = _recipe(settings.recipe, device, dtype)
-    folder = _folder(settings.model)
-    _check_model(folder, settings, dense)
-    weights = None if settings.weights is None else _weights(settings.weights)
-    target = Target.of(settings.out, settings.pictures, settings.overwrite)
-    return Setup(folder, device, dtype, recipe, weights, target)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that ``--device`` names.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise ValueError("--device 'meta' holds no numbers, so nothing can be drawn on it")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"--dtype must be one of {['auto', *DTYPES]}, got {name!r}")
-    return DTYPES[name]
-
-
-def _recipe(name: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The recipe's name. ``"best"``: the first FP8 one that runs; ``RECIPES`` has the fastest first."""
-    if name is None:
-        return None
-    from flexclear.compile import RECIPES, runnable_recipes, why_not_recipe
-
-    able = [runs for runs in runnable_recipes(device) if dtype in RECIPES[runs].dtypes]
-    if name == BEST:
-        eight_bit_floats = [runs for runs in able if runs != "int8"]
-        if not eight_bit_floats:
-            raise ValueError(f"--fp8: no recipe runs here: {why_not_recipe('weight_only', device)}")
-        return eight_bit_floats[0]
-    obstacle = why_not_recipe(name, device)
-    if obstacle is None and dtype not in RECIPES[name].dtypes:
-        wanted = " or ".join(key for key, value in DTYPES.items() if value in RECIPES[name].dtypes)
-        obstacle = f"it takes weights of {wanted}, --dtype is {str(dtype).removeprefix('torch.')}"
-    if obstacle is not None:
-        raise ValueError(f"--recipe {name!r} cannot run here: {obstacle}. With these settings run: {able}")
-    return name
-
-
-def _folder(model: str) -> str:
-    """What diffusers loads from: a folder or a hub id."""
-    from flexclear.weights.files import HUB_ID
-
-    if model == EMBEDDED:
-        from flexclear.embedded import model_directory
-
-        return str(model_directory())
-    place = Path(model).expanduser()
-    if place.is_dir():
-        if not (place / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"{place} is no pipeline folder: it has no model_index.json (what pipe.save_pretrained writes)"
-            )
-        return str(place)
-    if place.exists():
-        raise ValueError(f"MODEL must be a pipeline folder, a hub id or {EMBEDDED!r}; {place} is a file")
-    if HUB_ID.fullmatch(model) is None or model.startswith("."):
-        raise FileNotFoundError(
-            f"no folder {model}, and it is no hub id such as 'owner/name'; {EMBEDDED!r} is the model inside the package"
-        )
-    return model
-
-
-def _check_model(folder: str, settings: GenerateSettings, dense: bool) -> None:
-    """What the configuration files say, before the weights are read: a few kilobytes, on the hub too."""
-    from diffusers import DiffusionPipeline
-
-    with _loading(settings.model):
-        config = DiffusionPipeline.load_config(folder)
-    if not dense:
-        library, name = (config.get("transformer") or (None, None))[:2]
-        known = [family.model_class for family in FAMILIES]
-        if name not in known and (library == "diffusers" or name is None):
-            has = "has no transformer" if name is None else f"has a {name}"
-            raise TypeError(
-                f"{settings.model} {has}, which flexclear cannot transform; --r dense draws with the plain model. "
-                f"Supported: {', '.join(known)}"
-            )
-    if settings.sizes:
-        with _loading(settings.model):
-            skeleton = _skeleton(folder, config)
-        if skeleton is not None:
-            _check_sizes(skeleton, settings)
-
-
-def _skeleton(folder: str, config: dict[str, Any]) -> Any:
-    """The pipeline without weights, which knows which sizes it draws; None for one that needs more to be made."""
-    import diffusers
-
-    kind, (library, vae_kind) = getattr(diffusers, config["_class_name"], None), config.get("vae", (None, None))[:2]
-    if kind is None or library != "diffusers":
-        return None
-    vae_class = getattr(diffusers, vae_kind)
-    with torch.device("meta"):
-        vae = vae_class.from_config(vae_class.load_config(folder, subfolder="vae"))
-    needed = [
-        name
-        for name, parameter in inspect.signature(kind.__init__).parameters.items()
-        if name != "self" and parameter.default is inspect.Parameter.empty
-    ]
-    try:
-        return kind(**{**dict.fromkeys(needed), "vae": vae})
-    except (AttributeError, TypeError, ValueError):
-        return None  # It looks into a part that is not there yet; sizes are checked again after loading.
-
-
-def _check_sizes(pipe: Any, settings: GenerateSettings) -> None:
-    factor = getattr(pipe, "vae_scale_factor", None)
-    if factor is None:
-        return
-    multiple = factor * getattr(pipe, "patch_size", 2)
-    for height, width in settings.sizes:
-        if height % multiple or width % multiple:
-            near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            raise ValueError(
-                f"{type(pipe).__name__} draws sizes that are multiples of {multiple} pixels, got {height}x{width}; "
-                f"near it: {near[0]}x{near[1]}"
-            )
-
-
-def _weights(text: str) -> Path:
-    """The weights file; from the hub it is downloaded. Raises for what is no whole safetensors file."""
-    from flexclear.weights.files import locate, read_header
-
-    place, _, name = text.rpartition(":")
-    is_file = Path(text).expanduser().exists() or not place
-    try:
-        path = locate(text, None) if is_file else locate(place, name)
-    except IsADirectoryError as error:
-        raise ValueError(f"--weights: {error} (here: {text}:FILE)") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"--weights {text}: {error}".replace("filename=...", "OWNER/NAME:FILE")) from error
-    read_header(path, path.name)
-    return path
-
-
-@contextlib.contextmanager
-def _loading(model: str) -> Iterator[None]:
-    """What goes wrong with files or the network names the model."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot load {model}: {error}") from error
-
-
 def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None) -> Any:
     """The pipeline, ready to draw: loaded, moved, transformed, with its weights, quantised, compiled.
 
@@ -378,7 +90,7 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
         OSError: it cannot be loaded.
         TypeError, ValueError: the parts do not fit each other.
     """
-    with _loading(settings.model):
+    with loading(settings.model):
         if settings.model == EMBEDDED:
             from flexclear.embedded import pipeline
 
@@ -387,7 +99,7 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
             from diffusers import DiffusionPipeline
 
             pipe = DiffusionPipeline.from_pretrained(setup.folder, torch_dtype=setup.dtype)
-    _check_sizes(pipe, settings)
+    check_sizes(pipe, settings)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(setup.device)
     if settings.r != DENSE:

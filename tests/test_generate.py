@@ -419,7 +419,7 @@ def test_every_family_s_pipeline_takes_the_arguments(kind, expected, tmp_path):
 def test_sizes_are_checked_by_the_rule_of_each_family_s_pipeline(tmp_path):
     import diffusers
 
-    from flexclear.generate import _check_sizes, _skeleton
+    from flexclear.generate_check import _skeleton, check_sizes
 
     for kind, vae_kind in (
         ("FluxPipeline", "AutoencoderKL"),
@@ -438,10 +438,10 @@ def test_sizes_are_checked_by_the_rule_of_each_family_s_pipeline(tmp_path):
         pipe = _skeleton(str(folder), {"_class_name": kind, "vae": ["diffusers", vae_kind]})
         assert type(pipe).__name__ == kind
         settings = GenerateSettings(model="x", prompts=(APPLE,), out=tmp_path, sizes=((1024, 1040),))
-        _check_sizes(pipe, settings)
+        check_sizes(pipe, settings)
         settings = GenerateSettings(model="x", prompts=(APPLE,), out=tmp_path, sizes=((1024, 1032),))
         with pytest.raises(ValueError, match=f"{kind} draws sizes that are multiples of 16 pixels, got 1024x1032"):
-            _check_sizes(pipe, settings)
+            check_sizes(pipe, settings)
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_exits_with_130(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def generate(
     )
 
     from flexclear import generate as job
+    from flexclear.generate_settings import EMBEDDED
 
     settings = job.GenerateSettings(
         model=model,
@@ -92,7 +93,7 @@ def generate(
     )
     setup = job.check(settings)
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if model == job.EMBEDDED:
+    if model == EMBEDDED:
         from flexclear.embedded import unknown_words
 
         for text in dict.fromkeys(settings.prompts):
@@ -138,7 +139,7 @@ def generate(
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    from flexclear.generate import read_prompts
+    from flexclear.generate_settings import read_prompts
 
     if given and file is not None:
         raise ValueError(f"give --prompt or --prompts, not both; got {len(given)} x --prompt and --prompts {file}")
@@ -150,7 +151,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
 
 
 def _sizes(given: list[str] | None, height: int | None, width: int | None) -> tuple[tuple[int, int], ...]:
-    from flexclear.generate import parse_size
+    from flexclear.generate_settings import parse_size
 
     if (height is None) != (width is None):
         raise ValueError(f"--height and --width go together; got --height {height} and --width {width}")
@@ -162,7 +163,7 @@ def _sizes(given: list[str] | None, height: int | None, width: int | None) -> tu
 
 
 def _recipe(fp8: bool, recipe: str | None) -> str | None:
-    from flexclear.generate import BEST
+    from flexclear.generate_settings import BEST
 
     if fp8 and recipe is not None:
         raise ValueError(f"give --fp8 or --recipe, not both; got --recipe {recipe}")

@@ -1,0 +1,217 @@
+"""What can be wrong with a ``flexclear generate``, looked for before a weight is read."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexclear.attention import BACKENDS
+from flexclear.families import FAMILIES
+from flexclear.generate_settings import BEST, DENSE, DTYPES, EMBEDDED, GenerateSettings
+from flexclear.masks import Disc, Downsampled
+from flexclear.picture_files import Target
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What ``check`` has found out: settings with nothing left to choose."""
+
+    folder: str
+    device: torch.device
+    dtype: torch.dtype
+    recipe: str | None
+    weights: Path | None
+    target: Target
+
+
+def check(settings: GenerateSettings) -> Setup:
+    """Everything that can be known before weights are read; makes the folder for the pictures.
+
+    Raises:
+        FileNotFoundError: there is no such model or weights file.
+        TypeError, ValueError: a setting makes no sense, or does not go with another, the model or the device.
+    """
+    if not settings.prompts or not all(prompt.strip() for prompt in settings.prompts):
+        raise ValueError(f"a prompt is needed for every picture, got {list(settings.prompts)}")
+    if settings.backend not in BACKENDS:
+        raise ValueError(f"--backend must be one of {list(BACKENDS)}, got {settings.backend!r}")
+    dense = settings.r == DENSE
+    for name, value in (("weights", settings.weights), ("down-factor", settings.down_factor)):
+        if dense and value is not None:
+            raise ValueError(f"--{name} {value} is for windowed attention, --r dense is the plain model; leave one out")
+    if settings.weights is not None and settings.down_factor is not None and settings.r is None:
+        raise ValueError("--weights brings its own window; give --r as well to choose --down-factor yourself")
+    if settings.down_factor is not None:
+        Downsampled(Disc(1), settings.down_factor)
+    device = choose_device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    recipe = _recipe(settings.recipe, device, dtype)
+    folder = _folder(settings.model)
+    _check_model(folder, settings, dense)
+    weights = None if settings.weights is None else _weights(settings.weights)
+    target = Target.of(settings.out, settings.pictures, settings.overwrite)
+    return Setup(folder, device, dtype, recipe, weights, target)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError("--device 'meta' holds no numbers, so nothing can be drawn on it")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {['auto', *DTYPES]}, got {name!r}")
+    return DTYPES[name]
+
+
+def _recipe(name: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The recipe's name. ``"best"``: the first FP8 one that runs; ``RECIPES`` has the fastest first."""
+    if name is None:
+        return None
+    from flexclear.compile import RECIPES, runnable_recipes, why_not_recipe
+
+    able = [runs for runs in runnable_recipes(device) if dtype in RECIPES[runs].dtypes]
+    if name == BEST:
+        eight_bit_floats = [runs for runs in able if runs != "int8"]
+        if not eight_bit_floats:
+            raise ValueError(f"--fp8: no recipe runs here: {why_not_recipe('weight_only', device)}")
+        return eight_bit_floats[0]
+    obstacle = why_not_recipe(name, device)
+    if obstacle is None and dtype not in RECIPES[name].dtypes:
+        wanted = " or ".join(key for key, value in DTYPES.items() if value in RECIPES[name].dtypes)
+        obstacle = f"it takes weights of {wanted}, --dtype is {str(dtype).removeprefix('torch.')}"
+    if obstacle is not None:
+        raise ValueError(f"--recipe {name!r} cannot run here: {obstacle}. With these settings run: {able}")
+    return name
+
+
+def _folder(model: str) -> str:
+    """What diffusers loads from: a folder or a hub id."""
+    from flexclear.weights.files import HUB_ID
+
+    if model == EMBEDDED:
+        from flexclear.embedded import model_directory
+
+        return str(model_directory())
+    place = Path(model).expanduser()
+    if place.is_dir():
+        if not (place / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"{place} is no pipeline folder: it has no model_index.json (what pipe.save_pretrained writes)"
+            )
+        return str(place)
+    if place.exists():
+        raise ValueError(f"MODEL must be a pipeline folder, a hub id or {EMBEDDED!r}; {place} is a file")
+    if HUB_ID.fullmatch(model) is None or model.startswith("."):
+        raise FileNotFoundError(
+            f"no folder {model}, and it is no hub id such as 'owner/name'; {EMBEDDED!r} is the model inside the package"
+        )
+    return model
+
+
+def _check_model(folder: str, settings: GenerateSettings, dense: bool) -> None:
+    """What the configuration files say, before the weights are read: a few kilobytes, on the hub too."""
+    from diffusers import DiffusionPipeline
+
+    with loading(settings.model):
+        config = DiffusionPipeline.load_config(folder)
+    if not dense:
+        library, name = (config.get("transformer") or (None, None))[:2]
+        known = [family.model_class for family in FAMILIES]
+        if name not in known and (library == "diffusers" or name is None):
+            has = "has no transformer" if name is None else f"has a {name}"
+            raise TypeError(
+                f"{settings.model} {has}, which flexclear cannot transform; --r dense draws with the plain model. "
+                f"Supported: {', '.join(known)}"
+            )
+    if settings.sizes:
+        with loading(settings.model):
+            skeleton = _skeleton(folder, config)
+        if skeleton is not None:
+            check_sizes(skeleton, settings)
+
+
+def _skeleton(folder: str, config: dict[str, Any]) -> Any:
+    """The pipeline without weights, which knows which sizes it draws; None for one that needs more to be made."""
+    import diffusers
+
+    kind, (library, vae_kind) = getattr(diffusers, config["_class_name"], None), config.get("vae", (None, None))[:2]
+    if kind is None or library != "diffusers":
+        return None
+    vae_class = getattr(diffusers, vae_kind)
+    with torch.device("meta"):
+        vae = vae_class.from_config(vae_class.load_config(folder, subfolder="vae"))
+    needed = [
+        name
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        if name != "self" and parameter.default is inspect.Parameter.empty
+    ]
+    try:
+        return kind(**{**dict.fromkeys(needed), "vae": vae})
+    except (AttributeError, TypeError, ValueError):
+        return None  # It looks into a part that is not there yet; sizes are checked again after loading.
+
+
+def check_sizes(pipe: Any, settings: GenerateSettings) -> None:
+    """Raise for a size that the pipeline would refuse or round.
+
+    Raises:
+        ValueError: there is one.
+    """
+    factor = getattr(pipe, "vae_scale_factor", None)
+    if factor is None:
+        return
+    multiple = factor * getattr(pipe, "patch_size", 2)
+    for height, width in settings.sizes:
+        if height % multiple or width % multiple:
+            near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+            raise ValueError(
+                f"{type(pipe).__name__} draws sizes that are multiples of {multiple} pixels, got {height}x{width}; "
+                f"near it: {near[0]}x{near[1]}"
+            )
+
+
+def _weights(text: str) -> Path:
+    """The weights file; from the hub it is downloaded. Raises for what is no whole safetensors file."""
+    from flexclear.weights.files import locate, read_header
+
+    place, _, name = text.rpartition(":")
+    is_file = Path(text).expanduser().exists() or not place
+    try:
+        path = locate(text, None) if is_file else locate(place, name)
+    except IsADirectoryError as error:
+        raise ValueError(f"--weights: {error} (here: {text}:FILE)") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--weights {text}: {error}".replace("filename=...", "OWNER/NAME:FILE")) from error
+    read_header(path, path.name)
+    return path
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """What goes wrong with files or the network names the model."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot load {model}: {error}") from error
