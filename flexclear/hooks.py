@@ -7,6 +7,7 @@ again, so calls of several sizes, threads and exceptions cannot mix.
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
 from flexclear.masks import Layout, Window, with_text_mask
 from flexclear.masks.blocks import check_block_size
+from flexclear.memory import is_out_of_memory, note, what_takes_less
 from flexclear.modes import refuse_frequency_caches
 from flexclear.plan import Plan, get_plan
 from flexclear.schedule import Slot
@@ -152,14 +154,29 @@ class EntryHook(Hook):
 
 
 class ExitHook(Hook):
-    """Forward hook: the model's output back in raster order."""
+    """Forward hook: the model's output back in raster order. Called when the model has raised, too, for what it can
+    add to an error."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if output is None:
+            self._explain(model, kwargs, sys.exc_info()[1])
+            return None
         return self.family.leave(model, output, self.family.plan_of(kwargs))
+
+    def _explain(self, model: nn.Module, kwargs: dict[str, Any], error: BaseException | None) -> None:
+        """Say of an error of the model what would have fitted into memory."""
+        if error is None or not is_out_of_memory(error):
+            return
+        try:
+            plan = self.family.plan_of(kwargs)
+        except (KeyError, TypeError):
+            return  # raised before there was a plan
+        batch = next((len(value) for value in kwargs.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
+        note(error, what_takes_less(model, plan, batch))
 
 
 def entry_hook_of(model: nn.Module) -> EntryHook | None:
@@ -170,7 +187,7 @@ def entry_hook_of(model: nn.Module) -> EntryHook | None:
 def install(model: nn.Module, entry: EntryHook, inner: Sequence[tuple[nn.Module, Any]] = ()) -> None:
     """Add both hooks, and the family's on modules inside the model."""
     model.register_forward_pre_hook(entry, with_kwargs=True)
-    model.register_forward_hook(ExitHook(entry.family), with_kwargs=True)
+    model.register_forward_hook(ExitHook(entry.family), with_kwargs=True, always_call=True)
     for module, hook in inner:
         if hook.after:
             module.register_forward_hook(hook, with_kwargs=True)
@@ -181,10 +198,11 @@ def install(model: nn.Module, entry: EntryHook, inner: Sequence[tuple[nn.Module,
 def uninstall(model: nn.Module) -> None:
     """Remove every hook of ours; found by type, because a deep copy of a model has no handles of its own."""
     for module in model.modules():
-        for hooks, flags in (
+        for hooks, *flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
         ):
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]
-                flags.pop(key, None)
+                for flag in flags:
+                    flag.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,8 @@ def build_plan(
             f"masked SDPA over {layout.seq_len} tokens ({layout.height} x {layout.width} image tokens and "
             f"{layout.text_len} of text) needs a dense mask of {layout.seq_len**2 / 2**30:.1f} GiB, more than "
             f"{MAX_DENSE_BYTES / 2**30:.0f} GiB. Compiled FlexAttention needs none: backend='flex', on CUDA, or on CPU "
-            "under torch.no_grad() with a C++ compiler"
+            f"under torch.no_grad() with a C++ compiler. With masked SDPA {_largest_side(layout.text_len)} x "
+            f"{_largest_side(layout.text_len)} image tokens fit"
         )
     else:
         mask = dense_mask(layout, window, device=device)
@@ -110,6 +112,11 @@ def build_plan(
         columns=x.to(device, torch.float32),
         pooling=make_pooling(layout, window.factor, device) if isinstance(window, Downsampled) else None,
     )
+
+
+def _largest_side(text_len: int) -> int:
+    """Side in tokens of the largest square picture whose dense mask is allowed."""
+    return math.isqrt(max(math.isqrt(MAX_DENSE_BYTES) - text_len, 0))
 
 
 def _size_of(plan: Plan) -> int:

@@ -1,0 +1,75 @@
+"""Out of memory in a call of a transformed model: the error says how large the call was, and what takes less."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flexclear.call_plan import CallPlan
+from flexclear.compile.quantize import MIN_FEATURES, is_quantized, linears, weight_bytes, why_kept
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether ``error`` says that a device, or the host, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def note(error: BaseException, text: str) -> None:
+    """Add a line to what a traceback shows of ``error``; below Python 3.11, to its message."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    else:
+        error.args = (f"{error}\n{text}",)
+
+
+def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
+    """The size of a call in tokens, what the weights take, and what would reduce memory.
+
+    Args:
+        model: the transformed model.
+        plan: the call's.
+        batch: sequences in the call.
+    """
+    layout = plan.base.layout
+    grids = " + ".join(f"{height} x {width}" for height, width in layout.grids)
+    size = f"{grids} image tokens and {layout.text_len} of text" + (f", batch {batch}" if batch > 1 else "")
+    advice = [
+        "a smaller picture (what is needed beside the weights grows with the number of tokens: half of both sides, a "
+        "quarter)"
+    ]
+    if batch > 1:
+        advice.append("fewer pictures at a time")
+    dense = next((mask for mask in plan.masks if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) > 1), None)
+    if dense is not None:
+        advice.append(
+            "flexclear.transform(..., backend='flex'), which needs no dense mask (here "
+            f"{_gib(dense.numel() * dense.element_size())}, and as many scores)"
+        )
+    saved = _saved_by_eight_bits(model)
+    if saved:
+        advice.append(f"eight-bit weights: flexclear.optimize(pipe, fp8=True or 'weight_only') saves {_gib(saved)}")
+    advice += [
+        "pipe.enable_model_cpu_offload(), which leaves the device to one part at a time",
+        "pipe.vae.enable_tiling(), for decoding",
+    ]
+    return (
+        f"flexclear: {type(model).__name__} ran out of memory over {size} ({layout.seq_len} tokens); its weights take "
+        f"{_gib(weight_bytes(model))}. What takes less: {'; '.join(advice)}"
+    )
+
+
+def _saved_by_eight_bits(model: nn.Module) -> int:
+    """Bytes that quantising the big linears would save; 0 where they are quantised already."""
+    if is_quantized(model):
+        return 0
+    return sum(
+        linear.weight.numel() * (linear.weight.element_size() - 1)
+        for name, linear, in_block in linears(model)
+        if why_kept(name, linear, in_block, MIN_FEATURES) is None
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
