@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import flexclear
 from flexclear import cli
-from flexclear.generate import GenerateSettings, check, parse_radius, parse_size, read_prompts
+from flexclear.generate import GenerateSettings, check, load, parse_radius, parse_size, read_prompts
 from flexclear.picture_files import png_bytes, read_settings, slug
 
 APPLE = "a red apple on a blue background"
@@ -498,6 +498,15 @@ def test_a_name_that_another_process_takes_first_is_left_to_it(tmp_path, monkeyp
     assert target.write(1, "p", b"ours") == tmp_path / "0002_p.png"
     assert (tmp_path / "0001_p.png").read_bytes() == b"theirs"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0001_p.png", "0002_p.png"]
+
+
+def test_blocks_are_compiled_on_request(tmp_path):
+    settings = {"model": "embedded", "prompts": (APPLE,), "out": tmp_path, "device": "cpu"}
+    for asked in (True, False):
+        wanted = GenerateSettings(**settings, compile=asked)
+        pipe = load(wanted, check(wanted))
+        blocks = flexclear.compile.repeated_blocks(pipe.transformer)
+        assert [block._compiled_call_impl is not None for block in blocks] == [asked] * len(blocks)
 
 
 def test_checking_chooses_device_type_and_recipe(tmp_path):

@@ -125,14 +125,14 @@ def generate(
             for drawn in job.draw(pipe, settings, setup, on_step):
                 done += 1
                 progress.update(pictures, completed=done)
-                if json:
-                    typer.echo(drawn.as_json())
                 pace = drawn.median_step_seconds
-                typer.echo(
+                line = (
                     f"{drawn.path}: {drawn.height} x {drawn.width}, seed {drawn.seed}, {drawn.steps} steps in "
-                    f"{drawn.seconds:.2f} s" + ("" if pace is None else f", {pace:.3f} s each (median)"),
-                    err=json,
+                    f"{drawn.seconds:.2f} s" + ("" if pace is None else f", {pace:.3f} s each (median)")
                 )
+                if json:
+                    console.print(line)
+                print(drawn.as_json() if json else line, flush=True)
     except KeyboardInterrupt:
         console.print(f"interrupted: {done} of {settings.pictures} pictures are finished and kept in {out}")
         raise typer.Exit(130) from None
