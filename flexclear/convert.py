@@ -17,7 +17,7 @@ from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE, ORDERS
 from flexclear.modes import forget_cached_tokens, refuse_context_parallelism
-from flexclear.schedule import Radii, resolve, slots
+from flexclear.schedule import Radii, Radius, resolve, slots
 from flexclear.steps import StepCounter
 from flexclear.switches import Switches
 
@@ -171,9 +171,10 @@ def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] 
     if before is None:
         raise ValueError(f"this {type(model).__name__} is not transformed; flexclear.transform(model, r=...) first")
     old = before.settings
+    radii: dict[int | str, Radius] = {**(old.windows if windows is None else windows)}
     transform(
         model_or_pipe,
-        dict(old.windows if windows is None else windows),
+        radii,
         backend=old.backend,
         order=old.order,
         block_size=old.block_size,
