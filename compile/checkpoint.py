@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flexclear.compile.files import whole_file
-from flexclear.compile.quantize import is_quantized
+from flexclear.compile.quantize import check_not_offloaded, is_quantized, lora_layers
 
 FORMAT = "flexclear-quantized-1"
 
@@ -18,18 +18,23 @@ FORMAT = "flexclear-quantized-1"
 def save_quantized(model: nn.Module, path: str | Path) -> Path:
     """Write all of a quantised model's weights to a safetensors file, through torchao's own flattening.
 
+    Pooling weights (``down_factor``) are among them. LoRA layers are not: they have files of their own.
+
     Args:
         model: what ``quantize`` was called on.
         path: the file; written under another name first, so that a crash leaves no half of it.
 
     Raises:
-        ValueError: the model is not quantised.
+        ValueError: the model is not quantised, is offloaded in parts, or has a LoRA loaded.
     """
     from safetensors.torch import save_file
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     if not is_quantized(model):
         raise ValueError(f"this {type(model).__name__} is not quantised: use save_pretrained, or quantize it first")
+    _check_no_lora(model, "Save")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        check_not_offloaded(model, "Save first, then offload")
     path = Path(path)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     tensors, metadata = flatten_tensor_state_dict(state)
@@ -43,7 +48,8 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
     """Put the weights of ``save_quantized`` into a model of the same configuration, in place.
 
     Args:
-        model: not quantised, of any values; its parameters are replaced by those of the file, on the model's device.
+        model: of any values, transformed as the saved one was where that had pooling weights (``down_factor``); its
+            parameters are replaced by those of the file, on the model's device.
         path: the file.
 
     Returns:
@@ -51,7 +57,8 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file of quantised weights, is damaged, or is of another model. Nothing is changed then.
+        ValueError: it is no file of quantised weights, is damaged, or is of another model; or the model is offloaded or
+            has a LoRA loaded. Nothing is changed then.
     """
     from safetensors import SafetensorError, safe_open
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
@@ -59,6 +66,8 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    _check_no_lora(model, "Load")
+    check_not_offloaded(model, "Load first, then offload")
     device = next(model.parameters()).device
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -79,10 +88,27 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(
             f"{path} is of another model than this {type(model).__name__} (it was saved from a {own.get('model')}): "
             f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, "
-            f"{len(wrong)} of another shape {sorted(wrong)[:3]}"
+            f"{len(wrong)} of another shape {sorted(wrong)[:3]}{_hint([*missing, *unexpected, *wrong])}"
         )
     grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict(state, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(grads[name] and type(parameter.data) is torch.Tensor)
     return model
+
+
+def _check_no_lora(model: nn.Module, action: str) -> None:
+    wrapped = next(iter(lora_layers(model)), None)
+    if wrapped is not None:
+        raise ValueError(
+            f"{wrapped} of this {type(model).__name__} has a LoRA loaded, which files of quantised weights do not hold. "
+            f"{action} without it: pipe.unload_lora_weights(), and load the LoRA from its own file afterwards"
+        )
+
+
+def _hint(names: list[str]) -> str:
+    if any(name.endswith(".processor.spatial_weight") for name in names):
+        return ". Pooling weights differ: flexclear.transform the model with the down_factor of the saved one first"
+    if any(".to_qkv." in name or ".to_added_qkv." in name for name in names):
+        return ". One of them has fused projections: model.fuse_qkv_projections() on both, or on neither"
+    return ""

@@ -109,7 +109,15 @@ def quantize(
 ) -> QuantizationReport:
     """Store the big linears of ``model``'s transformer blocks in eight bits, in place.
 
-    The order of passes is: transform, weights, LoRA (fused ones), quantise, compile.
+    The order of passes is: transform, weights, LoRA, quantise, compile; then offload. Of these, transforming and
+    compiling may also come first. A LoRA that is to be fused must be, and be unloaded (``pipe.unload_lora_weights()``
+    leaves fused weights in place), before: eight-bit weights cannot be changed, so peft's ``fuse_lora`` raises
+    afterwards (``pipe.unfuse_lora()`` then undoes it in the linears that were kept). Adapters that stay apart may be
+    loaded before or after, scaled, mixed and hot-swapped: they run in the model's own type beside eight-bit weights.
+
+    Give the model its type before: ``model.to(dtype)`` changes no eight-bit weight, and the next call of ``weight_only``
+    raises. ``save_quantized`` writes it to safetensors; diffusers' ``save_pretrained`` does so only as a pickle
+    (``safe_serialization=False``). It can be offloaded to memory, not to disk.
 
     Args:
         model: a transformer; its weights on the device that it will run on.
@@ -121,9 +129,26 @@ def quantize(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: an unknown recipe, one that this device cannot run (the message names the device and the recipes it
-            can run), weights of a type that it does not take, a model that is quantised already, or nothing to quantise.
-            Nothing is changed then.
+            can run), weights of a type that it does not take, a model that is quantised already, is offloaded or has a
+            fused LoRA that is still loaded, or nothing to quantise. Nothing is changed then.
     """
+    chosen, kept = choose_linears(model, recipe, min_features, keep)
+
+    from torchao.quantization import quantize_
+
+    before = weight_bytes(model)
+    marked = {id(linear) for linear in chosen.values()}
+    quantize_(model, RECIPES[recipe].config(), filter_fn=lambda module, name: id(module) in marked)
+    for linear in chosen.values():
+        # torchao gives each linear a method of its own for its repr, which cannot be pickled.
+        linear.__dict__.pop("extra_repr", None)
+    return QuantizationReport(recipe, tuple(chosen), kept, before, weight_bytes(model))
+
+
+def choose_linears(
+    model: nn.Module, recipe: str, min_features: int, keep: Callable[[str, nn.Linear], bool] | None = None
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """What ``quantize`` would do, with all of its checks: the linears to quantise, and why each other one is kept."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got {type(model).__name__}; of a pipeline give pipe.transformer")
     parameter = next(model.parameters(), None)
@@ -132,8 +157,11 @@ def quantize(
     check_recipe(recipe, parameter.device)
     if is_quantized(model):
         raise ValueError(
-            f"this {type(model).__name__} is quantised already; load the original weights to change the recipe"
+            f"this {type(model).__name__} is quantised already: leave this pass out (fp8=False), or load the original "
+            "weights to change the recipe"
         )
+    check_not_offloaded(model, "Quantise first, then offload")
+    _check_no_fused_lora(model)
     kept, chosen = {}, {}
     for name, linear, in_block in linears(model):
         reason = why_kept(name, linear, in_block, min_features)
@@ -152,13 +180,38 @@ def quantize(
         raise ValueError(
             f"recipe {recipe!r} takes weights of {wanted}, got {', '.join(map(str, wrong))}: model.to(torch.bfloat16)"
         )
+    return chosen, kept
 
-    from torchao.quantization import quantize_
 
-    before = weight_bytes(model)
-    marked = {id(linear) for linear in chosen.values()}
-    quantize_(model, RECIPES[recipe].config(), filter_fn=lambda module, name: id(module) in marked)
-    return QuantizationReport(recipe, tuple(chosen), kept, before, weight_bytes(model))
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of ``model`` that peft has wrapped, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+
+
+def check_not_offloaded(model: nn.Module, advice: str) -> None:
+    """Raise if weights of ``model`` are elsewhere between calls: hooks would put others in the place of changed ones.
+
+    Raises:
+        ValueError: they are; the message ends with ``advice``.
+    """
+    for name, module in model.named_modules():
+        if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            raise ValueError(f"{name or 'the model'} is offloaded in groups (enable_group_offload). {advice}")
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"{away} is on the meta device: the model is offloaded in parts (enable_sequential_cpu_offload), or not "
+            f"loaded. {advice}"
+        )
+
+
+def _check_no_fused_lora(model: nn.Module) -> None:
+    fused = next((name for name, layer in lora_layers(model).items() if getattr(layer, "merged", False)), None)
+    if fused is not None:
+        raise ValueError(
+            f"a LoRA is fused into {fused} and still loaded, and could not be taken out of eight-bit weights again. "
+            "pipe.unload_lora_weights() keeps the fused weights and lets go of it; pipe.unfuse_lora() keeps it apart"
+        )
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:

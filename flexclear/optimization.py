@@ -22,7 +22,7 @@ from flexclear.compile import (
     runnable_recipes,
     uncompile,
 )
-from flexclear.compile.quantize import MIN_FEATURES
+from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantized, lora_layers
 from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.regional import check_mode
 from flexclear.convert import model_of, transform_again
@@ -32,6 +32,9 @@ Target = TypeVar("Target")
 Size = tuple[int, int]
 
 logger = logging.getLogger("flexclear")
+
+FUSED_PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""Projections of an attention layer that are not run any more once ``fuse_qkv_projections`` was called."""
 
 REGIONS = ("blocks", "whole")
 """What ``compile=`` may name: every repeated block by itself, or the model as one graph."""
@@ -56,7 +59,9 @@ def optimize(
     """Make a pipeline as fast as the machine allows, and keep it so while it serves many sizes. In place.
 
     The passes have one order: transform, weights, LoRA, then this: fuse, quantise, compile, warm. Sizes that were not
-    warmed compile in their first call, which is logged with its cost; attention is never run unfused.
+    warmed compile in their first call, which is logged with its cost; attention is never run unfused. What comes late
+    works where it can, at the price of compiling again: another transform, a LoRA that is not to be fused, quantising.
+    Weights (``flexclear.load_weights``) and fused LoRA cannot come after FP8, and raise.
 
     >>> flexclear.optimize(pipe, fp8=True, sizes=[(1024, 1024), (2048, 2048)])      # doctest: +SKIP
 
@@ -67,7 +72,9 @@ def optimize(
             graph, minutes instead of seconds to compile. False: not at all.
         mode: ``torch.compile``'s mode, one of ``flexclear.compile.MODES``.
         dynamic: one set of graphs for all sizes instead of one per size.
-        fuse_qkv: fuse the query, key and value projections first (``fuse_qkv_projections``). LoRA must be fused before.
+        fuse_qkv: fuse the query, key and value projections first (``fuse_qkv_projections``); diffusers keeps the
+            originals in memory beside them. LoRA must be fused and unloaded before; one that is loaded on these
+            projections later makes calls raise, since it would have no effect.
         vae: compile the pipeline's VAE decoder as well.
         sizes: (height, width) in pixels that are compiled now, with a progress bar.
         warm_up: makes one picture of a (height, width); by default the pipeline is called with an empty prompt and one
@@ -84,7 +91,8 @@ def optimize(
     Raises:
         TypeError: neither a model nor a pipeline.
         ValueError: FP8 that this device does not have (the message names the device and the recipes it can run), an
-            unknown mode or recipe, sizes without a pipeline. Nothing is changed then.
+            unknown mode or recipe, sizes without a pipeline, FP8 on a model that has it, ``fuse_qkv`` with a LoRA or
+            eight-bit weights. Nothing is changed then.
     """
     model = model_of(model_or_pipe)
     if compile not in (True, False, *REGIONS):
@@ -96,6 +104,10 @@ def optimize(
         raise ValueError("sizes and vae need the pipeline, got its transformer alone: flexclear.optimize(pipe, ...)")
     if fuse_qkv and not hasattr(model, "fuse_qkv_projections"):
         raise ValueError(f"{type(model).__name__} has no fuse_qkv_projections; leave fuse_qkv out")
+    if fuse_qkv:
+        _check_fusable(model)
+    if recipe is not None:
+        choose_linears(model, recipe, min_features)
 
     if warm_start is not None:
         _say(load_artifacts(warm_start, artifact_configuration(model, recipe, mode, dynamic)), warm_start)
@@ -150,10 +162,39 @@ def _size(size: Any) -> Size:
     return size[0], size[1]
 
 
+def _check_fusable(model: nn.Module) -> None:
+    wrapped = next(iter(lora_layers(model)), None)
+    if wrapped is not None:
+        raise ValueError(
+            f"fuse_qkv with a LoRA on {wrapped}: fused projections would leave it out. pipe.fuse_lora() and "
+            "pipe.unload_lora_weights() first, or leave fuse_qkv out"
+        )
+    if is_quantized(model):
+        raise ValueError("fuse_qkv comes before FP8: eight-bit weights cannot be fused. Leave fuse_qkv out")
+
+
 def _fuse(model: Any) -> None:
     model.fuse_qkv_projections()
     if entry_hook_of(model) is not None:
         transform_again(model)
+    if not any(isinstance(hook, FusedProjectionsCheck) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(FusedProjectionsCheck())
+
+
+class FusedProjectionsCheck:
+    """Forward pre-hook: a LoRA on projections that have been fused would be left out of every call without a word."""
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if not getattr(model, "peft_config", None):
+            return
+        for name in lora_layers(model):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if getattr(parent, "fused_projections", False) and name.rpartition(".")[2] in FUSED_PARTS:
+                raise RuntimeError(
+                    f"a LoRA was loaded on {name} after its projections were fused, and would have no effect. "
+                    "pipe.unload_lora_weights(); then load and fuse LoRA first, or optimize without fuse_qkv"
+                )
 
 
 def _say(result: WarmStart, path: str | Path) -> None:
