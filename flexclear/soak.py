@@ -1,0 +1,358 @@
+"""The soak test: hundreds of calls as a service gets them; memory, graphs and caches stay bounded, pictures stay right.
+
+    python -m flexclear.soak --seconds 600
+
+Random sizes, radii, prompts, LoRA swaps and interrupted calls on one pipeline. Some pictures are made again by a fresh
+process and must be the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from flexclear.compile import repeated_blocks, report
+from flexclear.compile.regional import GRAPHS_PER_SIZE
+from flexclear.compile.report import remember_all_graphs
+from flexclear.convert import model_of
+from flexclear.hooks import Hook
+from flexclear.plan import plans
+from flexclear.soak_calls import (
+    Call,
+    Settings,
+    Swapper,
+    calls,
+    can_swap_lora,
+    load,
+    perform,
+    pixels_per_token,
+    set_up,
+)
+
+MEASURE_EVERY = 4
+LEAST_MEASUREMENTS = 6
+ATTENTION_GRAPHS = 16
+"""Graphs of attention by itself, outside compiled blocks: batch, block and grid shapes of one or more."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What must hold.
+
+    Attributes:
+        growth_mib: growth of memory (resident on CPU, allocated on CUDA; plans that are cached not counted) between the
+            first and the last third of the calls after warm-up, medians.
+        plans_mib: bound of the plan cache during the test.
+        difference: largest difference of a picture, values in 0 to 1, to that of a fresh process. None: 0 on CPU where
+            nothing is compiled, 1e-3 elsewhere.
+        warm_up: calls before memory counts; None: 4 for each size.
+        samples: number of pictures that a fresh process makes again.
+    """
+
+    growth_mib: float = 16
+    plans_mib: int = 2
+    difference: float | None = None
+    warm_up: int | None = None
+    samples: int = 6
+
+
+@dataclass
+class SoakReport:
+    """What was seen. ``failures`` is empty where all bounds held.
+
+    Attributes:
+        settings, bounds: of the run.
+        calls, stopped, swaps: how many calls, interrupted ones, changes of adapter.
+        seconds: all in all.
+        growth_mib: see ``Bounds``; None: too few calls to tell.
+        graphs, graphs_bound: compiled during the run, and how many that may be.
+        plan_entries, plan_mib: most that the plan cache held.
+        compared, difference: pictures compared with a fresh process, largest difference.
+        failures: what went wrong, each with what is needed to see it again.
+    """
+
+    settings: Settings
+    bounds: Bounds
+    calls: int = 0
+    stopped: int = 0
+    swaps: int = 0
+    seconds: float = 0.0
+    growth_mib: float | None = None
+    graphs: int = 0
+    graphs_bound: int = 0
+    plan_entries: int = 0
+    plan_mib: float = 0.0
+    compared: int = 0
+    difference: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        growth = "not known" if self.growth_mib is None else f"{self.growth_mib:.1f} MiB"
+        lines = [
+            f"{self.calls} calls in {self.seconds:.0f} s, {self.stopped} of them interrupted, {self.swaps} LoRA swaps",
+            f"memory growth after warm-up: {growth} (bound {self.bounds.growth_mib:g} MiB)",
+            f"graphs: {self.graphs} (bound {self.graphs_bound})",
+            f"plans cached: at most {self.plan_entries}, {self.plan_mib:.1f} MiB (bound {self.bounds.plans_mib} MiB)",
+            f"pictures compared with a fresh process: {self.compared}, largest difference {self.difference:.1e} "
+            f"(bound {self.allowed:g})",
+        ]
+        if self.failures:
+            again = f"python -m flexclear.soak --seed {self.settings.seed} --calls {self.calls} ..."
+            lines += [f"FAILURE: {failure}" for failure in self.failures]
+            lines.append(f"The same calls again: {again}, other options as before")
+        return "\n".join(lines)
+
+    @property
+    def allowed(self) -> float:
+        """Largest difference of a picture to a fresh process's."""
+        if self.bounds.difference is not None:
+            return self.bounds.difference
+        return 0.0 if self.settings.device == "cpu" and not self.settings.compile else 1e-3
+
+
+def soak_test(
+    settings: Settings,
+    bounds: Bounds | None = None,
+    *,
+    seconds: float = 60,
+    max_calls: int | None = None,
+    on_call: Callable[[int], None] = lambda count: None,
+) -> SoakReport:
+    """Run random calls and check that the bounds hold.
+
+    Args:
+        settings: which pipeline, and what it is asked for.
+        bounds: what must hold.
+        seconds: how long to go on; the fresh process comes on top.
+        max_calls: or how many calls.
+        on_call: told how many calls are done.
+
+    Returns:
+        What was seen; an exception inside a call ends the run and is one of the failures.
+    """
+    bounds = bounds or Bounds()
+    begun = time.monotonic()
+    pipe = load(settings)
+    settings = replace(settings, lora=settings.lora and can_swap_lora(pipe), threads=torch.get_num_threads())
+    found = SoakReport(settings, bounds)
+    held, plans.max_bytes = plans.max_bytes, bounds.plans_mib << 20
+    plans.clear()
+    remember_all_graphs()
+    try:
+        samples = _run(pipe, found, begun + seconds, max_calls, on_call)
+    finally:
+        plans.max_bytes = held
+        plans.clear()
+    if samples:
+        _compare(found, samples)
+    found.seconds = time.monotonic() - begun
+    return found
+
+
+def _run(
+    pipe: Any, found: SoakReport, until: float, max_calls: int | None, on_call: Callable[[int], None]
+) -> list[tuple[Call, Tensor]]:
+    """The calls; returns some of them with their pictures, chosen at random."""
+    settings, bounds = found.settings, found.bounds
+    model, before = model_of(pipe), report()
+    set_up(pipe, settings)
+    hooks, swap, chooser = _hooks(model), Swapper(pipe, settings), random.Random(settings.seed)
+    samples: list[tuple[Call, Tensor]] = []
+    memory: list[tuple[int, float]] = []
+    shapes: set[tuple[int, int, int]] = set()
+    lora = None
+    for call in calls(settings, pixels_per_token(pipe)):
+        if time.monotonic() > until or call.number == max_calls:
+            break
+        found.swaps += call.lora != lora
+        lora = call.lora
+        shapes.add((call.height, call.width, call.text_len))
+        try:
+            picture = perform(pipe, swap, call, settings)
+        except Exception as error:
+            found.failures.append(f"{type(error).__name__} in {call}: {error}")
+            break
+        finally:
+            found.calls += 1
+        found.stopped += picture is None
+        if picture is not None:
+            if not picture.isfinite().all():
+                found.failures.append(f"a picture that is not finite, in {call}")
+            _sample(samples, (call, picture), found.calls - found.stopped, bounds.samples, chooser)
+        stats = plans.stats()
+        found.plan_entries = max(found.plan_entries, stats.entries)
+        found.plan_mib = max(found.plan_mib, stats.bytes / 2**20)
+        if stats.bytes > stats.max_bytes and stats.entries > 1:
+            found.failures.append(
+                f"the plan cache holds {stats.bytes} bytes, more than {stats.max_bytes}, after {call}"
+            )
+            break
+        if call.number % MEASURE_EVERY == 0:
+            memory.append((call.number, _memory_mib(settings.device)))
+        on_call(found.calls)
+    if not found.failures and _hooks(model) != hooks:
+        found.failures.append(f"the model had {hooks} hooks, now it has {_hooks(model)}")
+    kinds = len({type(block) for block in repeated_blocks(model)})
+    found.graphs = len(report().since(before).graphs)
+    if settings.compile:
+        found.graphs_bound = kinds * GRAPHS_PER_SIZE * len(shapes)
+    else:
+        found.graphs_bound = 0 if settings.backend == "sdpa" else ATTENTION_GRAPHS
+    if found.graphs > found.graphs_bound:
+        causes = "; ".join(sorted({graph.cause for graph in report().since(before).recompiles}))
+        found.failures.append(f"{found.graphs} graphs, more than {found.graphs_bound}: {causes}")
+    _judge_memory(found, memory)
+    return samples
+
+
+def _sample(samples: list[Any], item: Any, count: int, size: int, chooser: random.Random) -> None:
+    """Keep ``size`` of all items so far, each as likely as the others; ``item`` is number ``count``, from 1."""
+    if len(samples) < size:
+        samples.append(item)
+    elif (place := chooser.randrange(count)) < size:
+        samples[place] = item
+
+
+def _hooks(model: Any) -> int:
+    """Number of flexclear's hooks."""
+    return sum(
+        isinstance(hook, Hook)
+        for module in model.modules()
+        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    )
+
+
+def _memory_mib(device: str) -> float:
+    """What this process holds beside cached plans, garbage collected."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+    else:
+        # What glibc has kept of freed memory is no growth.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        held = pages * 4096
+    return (held - plans.stats().bytes) / 2**20
+
+
+def _judge_memory(found: SoakReport, memory: Sequence[tuple[int, float]]) -> None:
+    warm_up = 4 * found.settings.sizes if found.bounds.warm_up is None else found.bounds.warm_up
+    warm = [mib for number, mib in memory if number >= warm_up]
+    if len(warm) < LEAST_MEASUREMENTS:
+        if not found.failures:
+            needed = warm_up + MEASURE_EVERY * LEAST_MEASUREMENTS
+            found.failures.append(f"only {found.calls} calls: {needed} are needed to judge memory; give it longer")
+        return
+    third = len(warm) // 3
+    found.growth_mib = statistics.median(warm[-third:]) - statistics.median(warm[:third])
+    if found.growth_mib > found.bounds.growth_mib:
+        curve = ", ".join(f"{mib:.0f}" for mib in warm[:: max(1, len(warm) // 12)])
+        found.failures.append(
+            f"memory grew by {found.growth_mib:.1f} MiB after warm-up, more than {found.bounds.growth_mib:g} (MiB: {curve})"
+        )
+
+
+def _compare(found: SoakReport, samples: list[tuple[Call, Tensor]]) -> None:
+    """Make the sampled pictures again in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, made = Path(folder) / "calls.json", Path(folder) / "pictures.pt"
+        asked.write_text(json.dumps({"settings": asdict(found.settings), "calls": [asdict(c) for c, _ in samples]}))
+        command = [sys.executable, "-m", "flexclear.soak", "--replay", str(asked), "--pictures", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not made.is_file():
+            found.failures.append(f"the fresh process failed: {done.stderr.strip()[-500:]}")
+            return
+        again = torch.load(made)
+    for (call, picture), other in zip(samples, again, strict=True):
+        same = picture.shape == other.shape
+        difference = float((picture - other).abs().max()) if same else float("inf")
+        found.compared += 1
+        found.difference = max(found.difference, difference)
+        if not difference <= found.allowed:
+            found.failures.append(f"a fresh process draws another picture, by {difference:.1e}, for {call}")
+
+
+def replay(asked: Path, pictures: Path) -> None:
+    """Make the pictures of a file of calls, each with a newly loaded pipeline and an empty plan cache."""
+    content = json.loads(asked.read_text())
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in content["settings"].items()}
+    settings = Settings(**fields)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    made = []
+    for call in content["calls"]:
+        plans.clear()
+        pipe = load(settings)
+        set_up(pipe, settings)
+        made.append(perform(pipe, Swapper(pipe, settings), Call(**call), settings))
+    torch.save(made, pictures)
+
+
+def soak(
+    model: Annotated[
+        str, typer.Option(help="embedded, a pipeline's folder, or MODULE:NAME that makes one.")
+    ] = "embedded",
+    seconds: Annotated[float, typer.Option(help="How long to go on.")] = 60,
+    calls: Annotated[int | None, typer.Option(min=1, help="Stop after that many calls.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, flex or sdpa.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
+    sizes: Annotated[int, typer.Option(min=1, help="Number of different sizes.")] = 8,
+    largest: Annotated[int, typer.Option(min=1, help="Largest side in pixels.")] = 192,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    growth: Annotated[float, typer.Option(help="MiB that memory may grow after warm-up.")] = Bounds.growth_mib,
+    samples: Annotated[int, typer.Option(min=0, help="Pictures to compare with a fresh process.")] = Bounds.samples,
+    replay_file: Annotated[Path | None, typer.Option("--replay", hidden=True)] = None,
+    pictures: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Ask one pipeline for hundreds of random pictures; exit status 1 if memory, graphs or caches grow or a picture is
+    not what a fresh process draws."""
+    if replay_file is not None and pictures is not None:
+        replay(replay_file, pictures)
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    settings = Settings(
+        model=model,
+        seed=seed,
+        backend=backend,
+        compile=compile,
+        sizes=sizes,
+        largest=largest,
+        device=device,
+    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting")
+        found = soak_test(
+            settings,
+            Bounds(growth_mib=growth, samples=samples),
+            seconds=seconds if calls is None else float("inf"),
+            max_calls=calls,
+            on_call=lambda count: progress.update(task, description=f"{count} calls"),
+        )
+    print(found)
+    if found.failures:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(soak)

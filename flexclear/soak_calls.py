@@ -1,0 +1,230 @@
+"""The random calls of the soak test: what a service is asked for over days, from a seed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import flexclear
+from flexclear.compile import compile_blocks, repeated_blocks
+from flexclear.convert import model_of
+
+EMBEDDED = "embedded"
+PROMPTS = (
+    "a red apple on a blue background",
+    "a sunflower on a white background",
+    "a rocket on a gray background",
+    "a mushroom",
+    "",
+)
+RANK = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a soak test runs.
+
+    Attributes:
+        model: ``"embedded"``, a folder of a diffusers pipeline, or ``MODULE:NAME``, a function that returns one.
+        seed: of sizes, radii, prompts, adapters and noise.
+        backend: of ``flexclear.transform``.
+        compile: compile the blocks; adapters are then swapped in place (hot swap).
+        compile_backend: ``torch.compile``'s.
+        sizes: number of different (height, width).
+        largest: largest side in pixels.
+        radii: window radii in tokens.
+        text_lens: values of ``max_sequence_length``.
+        lora: swap LoRA adapters (needs peft).
+        device: where.
+        threads: CPU threads of this process, for the fresh one to have as many; None: as they are.
+    """
+
+    model: str = EMBEDDED
+    seed: int = 0
+    backend: str = "auto"
+    compile: bool = False
+    compile_backend: str = "inductor"
+    sizes: int = 8
+    largest: int = 192
+    radii: tuple[int, ...] = (2, 3, 5, 8)
+    text_lens: tuple[int, ...] = (16, 32)
+    lora: bool = True
+    device: str = "cpu"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: a picture with these settings, or the attempt at one that ``stop`` ends after its first step."""
+
+    number: int
+    height: int
+    width: int
+    r: int
+    prompt: str
+    text_len: int
+    steps: int
+    lora: int | None
+    seed: int
+    stop: bool
+
+
+class Stopped(Exception):
+    """Raised in a step callback to interrupt a call."""
+
+
+def load(settings: Settings) -> Any:
+    """The pipeline, not transformed yet, without its progress bar.
+
+    Raises:
+        ValueError: ``settings.model`` is neither a folder nor a function that can be imported.
+    """
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # every LoRA without weights for a text encoder is a warning
+    if settings.model == EMBEDDED:
+        from flexclear import embedded
+
+        pipe: Any = embedded.pipeline()
+    elif Path(settings.model).is_dir():
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(settings.model, local_files_only=True)
+    else:
+        module, _, name = settings.model.partition(":")
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            pipe = getattr(importlib.import_module(module), name)()
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"the model must be {EMBEDDED!r}, a folder or MODULE:NAME, {settings.model!r} cannot be loaded: {error}"
+            ) from error
+        finally:
+            sys.path.pop(0)
+    pipe = pipe.to(settings.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def can_swap_lora(pipe: Any) -> bool:
+    """Whether adapters can be loaded into the pipeline here."""
+    return hasattr(pipe, "load_lora_weights") and importlib.util.find_spec("peft") is not None
+
+
+def set_up(pipe: Any, settings: Settings) -> None:
+    """What a service does once: transform, make room for adapters, compile."""
+    flexclear.transform(pipe, r=settings.radii[0], backend=settings.backend)
+    if settings.compile:
+        if settings.lora:
+            pipe.load_lora_weights(adapter(pipe, None), adapter_name="soak")
+        compile_blocks(model_of(pipe), backend=settings.compile_backend)
+
+
+def calls(settings: Settings, px: int) -> Iterator[Call]:
+    """Random calls without end, the same ones for the same settings.
+
+    Args:
+        settings: sizes, radii, text lengths, seed.
+        px: what height and width must be multiples of.
+    """
+    rng = random.Random(settings.seed)
+    sides = range(4, max(settings.largest // px, 5) + 1)
+    sizes = [(px * rng.choice(sides), px * rng.choice(sides)) for _ in range(settings.sizes)]
+    number, lora = 0, None
+    while True:
+        height, width = rng.choice(sizes)
+        if settings.lora and rng.random() < 0.3:
+            lora = rng.choice([None, rng.randrange(1000)])
+        yield Call(
+            number=number,
+            height=height,
+            width=width,
+            r=rng.choice(settings.radii),
+            prompt=rng.choice(PROMPTS),
+            text_len=rng.choice(settings.text_lens),
+            steps=rng.choice((1, 2)),
+            lora=lora,
+            seed=rng.randrange(1 << 30),
+            stop=rng.random() < 0.1,
+        )
+        number += 1
+
+
+def pixels_per_token(pipe: Any) -> int:
+    """What height and width of the pipeline's pictures must be multiples of."""
+    return 2 * int(getattr(pipe, "vae_scale_factor", 8))
+
+
+def adapter(pipe: Any, seed: int | None) -> dict[str, Tensor]:
+    """A LoRA of random weights for the projections of every block; None: one that changes nothing."""
+    model = model_of(pipe)
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(seed or 0)
+    inside = {id(module) for block in repeated_blocks(model) for module in block.modules()}
+    weights: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        linear = getattr(module, "base_layer", module)
+        if id(module) not in inside or not isinstance(linear, nn.Linear) or not name.endswith(("to_q", "to_k", "to_v")):
+            continue
+        down = torch.randn(RANK, linear.in_features, generator=generator) / linear.in_features**0.5
+        up = torch.randn(linear.out_features, RANK, generator=generator) * (0.0 if seed is None else 0.5)
+        for part, value in (("lora_A", down), ("lora_B", up)):
+            weights[f"transformer.{name}.{part}.weight"] = value.to(parameter.device, parameter.dtype)
+    return weights
+
+
+class Swapper:
+    """Brings the adapter of each call into the pipeline, and takes it out again."""
+
+    def __init__(self, pipe: Any, settings: Settings) -> None:
+        self._pipe, self._settings = pipe, settings
+        self._present: int | None = None
+
+    def __call__(self, wanted: int | None) -> None:
+        """Swap unless it is there already."""
+        if wanted == self._present or not self._settings.lora:
+            return
+        if self._settings.compile:
+            self._pipe.load_lora_weights(adapter(self._pipe, wanted), adapter_name="soak", hotswap=True)
+        else:
+            if self._present is not None:
+                self._pipe.unload_lora_weights()
+            if wanted is not None:
+                self._pipe.load_lora_weights(adapter(self._pipe, wanted), adapter_name="soak")
+        self._present = wanted
+
+
+def perform(pipe: Any, swap: Swapper, call: Call, settings: Settings) -> Tensor | None:
+    """One call; the picture ``[1, 3, height, width]`` on the CPU, None where it was stopped."""
+    flexclear.transform(pipe, r=call.r, backend=settings.backend)
+    swap(call.lora)
+    known = inspect.signature(type(pipe).__call__).parameters
+    options: dict[str, Any] = {"max_sequence_length": call.text_len} if "max_sequence_length" in known else {}
+    if call.stop and "callback_on_step_end" in known:
+
+        def stop(*_: Any) -> dict[str, Any]:
+            raise Stopped
+
+        options["callback_on_step_end"] = stop
+    try:
+        return pipe(
+            prompt=call.prompt,
+            height=call.height,
+            width=call.width,
+            num_inference_steps=call.steps,
+            generator=torch.Generator().manual_seed(call.seed),
+            output_type="pt",
+            **options,
+        ).images.cpu()
+    except Stopped:
+        return None
