@@ -292,7 +292,9 @@ def _compare(found: SoakReport, samples: list[tuple[Call, Tensor]]) -> None:
 def replay(asked: Path, pictures: Path) -> None:
     """Make the pictures of a file of calls, each with a newly loaded pipeline and an empty plan cache."""
     content = json.loads(asked.read_text())
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in content["settings"].items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content["settings"].items()
+    }
     settings = Settings(**fields)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
