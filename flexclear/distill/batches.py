@@ -1,0 +1,155 @@
+"""Decide what each training step sees. Everything follows from the seed and the batch's number, so a run goes on exactly."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexclear.distill.config import TimestepConfig
+from flexclear.distill.samples import Samples, stack
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What teacher and student are given, on the CPU in float32 until ``to``.
+
+    Attributes:
+        latents: clean, normalised, ``[B, C, h, w]``.
+        noise: standard normal, the same shape.
+        sigmas: noise levels from 0 to 1, ``[B]``.
+        prompt_embeds: ``[B, T, D]``.
+        pooled: ``[B, P]``.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    sigmas: Tensor
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """On a device; what the model reads only is cast, latents and noise are kept for the losses."""
+        return Batch(
+            self.latents.to(device),
+            self.noise.to(device),
+            self.sigmas.to(device),
+            self.prompt_embeds.to(device, dtype),
+            self.pooled.to(device, dtype),
+        )
+
+
+class Order:
+    """Which samples are in which batch: every epoch visits every sample, batches hold samples of one shape.
+
+    A group of samples that the batch size does not divide is filled up from its own beginning.
+    """
+
+    def __init__(self, samples: Samples, indices: Sequence[int], batch_size: int, seed: int) -> None:
+        self._groups: dict[object, list[int]] = defaultdict(list)
+        for index in indices:
+            self._groups[samples.shape(index)].append(index)
+        self._batch_size, self._seed = batch_size, seed
+        self._epoch: tuple[int, list[list[int]]] | None = None
+        self.per_epoch = sum(-(-len(group) // batch_size) for group in self._groups.values())
+
+    def __getitem__(self, number: int) -> list[int]:
+        epoch, place = divmod(number, self.per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._make(epoch)
+        return self._epoch[1][place]
+
+    def _make(self, epoch: int) -> list[list[int]]:
+        choice = random.Random(f"{self._seed}/epoch {epoch}")
+        batches = []
+        for group in self._groups.values():
+            shuffled = list(group)
+            choice.shuffle(shuffled)
+            while len(shuffled) % self._batch_size:
+                shuffled.extend(shuffled[: self._batch_size - len(shuffled) % self._batch_size])
+            batches += [shuffled[at : at + self._batch_size] for at in range(0, len(shuffled), self._batch_size)]
+        choice.shuffle(batches)
+        return batches
+
+
+class BatchMaker:
+    """Makes the batch of any number, the same one every time."""
+
+    def __init__(
+        self, samples: Samples, indices: Sequence[int], batch_size: int, seed: int, timesteps: TimestepConfig
+    ) -> None:
+        self._samples, self._seed, self._timesteps = samples, seed, timesteps
+        self._order = Order(samples, indices, batch_size, seed)
+
+    def make(self, number: int) -> Batch:
+        """Batch ``number``, counted from 0 over all devices."""
+        from diffusers.training_utils import compute_density_for_timestep_sampling
+
+        generator = _generator(f"{self._seed}/batch {number}")
+        indices, given = self._order[number], self._timesteps
+        latents, tensors = _latents(self._samples, indices, generator)
+        u = compute_density_for_timestep_sampling(
+            "none" if given.sampling == "uniform" else given.sampling,
+            len(indices),
+            given.mean,
+            given.std,
+            given.mode_scale,
+            generator=generator,
+        )
+        return Batch(
+            latents,
+            torch.randn(latents.shape, generator=generator),
+            given.shift * u / (1 + (given.shift - 1) * u),
+            tensors["prompt_embeds"],
+            tensors["pooled"],
+        )
+
+
+def held_out_indices(count: int, total: int, seed: int) -> list[int]:
+    """``count`` of ``total`` samples that training does not see.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    if count >= total:
+        raise ValueError(f"held_out.count is {count} of {total} samples: none is left to train on")
+    return sorted(random.Random(f"{seed}/held out").sample(range(total), count))
+
+
+def held_out_batches(samples: Samples, indices: Sequence[int], batch_size: int, seed: int) -> list[Batch]:
+    """Every held-out sample once, each with its own noise, at noise levels spread evenly from 0 to 1."""
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index in indices:
+        groups[samples.shape(index)].append(index)
+    levels = {index: (2 * place + 1) / (2 * len(indices)) for place, index in enumerate(indices)}
+    batches = []
+    for group in groups.values():
+        for at in range(0, len(group), batch_size):
+            chosen = group[at : at + batch_size]
+            parts, noise = [], []
+            for index in chosen:
+                generator = _generator(f"{seed}/held out {index}")
+                parts.append(_latents(samples, [index], generator)[0])
+                noise.append(torch.randn(parts[-1].shape, generator=generator))
+            tensors = stack(samples[index] for index in chosen)
+            sigmas = torch.tensor([levels[index] for index in chosen])
+            batches.append(
+                Batch(torch.cat(parts), torch.cat(noise), sigmas, tensors["prompt_embeds"], tensors["pooled"])
+            )
+    return batches
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(name).getrandbits(62))
+
+
+def _latents(samples: Samples, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents drawn from the moments, ``[B, C, h, w]`` float32, and all tensors of the samples."""
+    tensors = stack(samples[index] for index in indices)
+    mean, logvar = tensors["mean"].float(), tensors["logvar"].float()
+    drawn = mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn(mean.shape, generator=generator)
+    return (drawn - samples.shift_factor) * samples.scaling_factor, tensors

@@ -1,0 +1,60 @@
+"""Attention outputs of one call, taken by hooks that live as long as the call."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from flexclear.call_plan import CallPlan
+from flexclear.families import family_of
+from flexclear.families.processors import PLAN
+
+SINGLE = "single_transformer_blocks."
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one attention layer gave back.
+
+    Attributes:
+        outputs: its output, or outputs: text and image together in single-stream blocks; image, then text elsewhere.
+        plan: the call's plan where the layer is windowed, else None: raster order.
+    """
+
+    outputs: tuple[Tensor, ...]
+    plan: CallPlan | None
+
+
+def compared_layers(model: nn.Module, every: int) -> list[str]:
+    """Names of every ``every``-th attention layer among the single-stream blocks; of all layers where there are none."""
+    names = [layer.name for layer in family_of(model).layers(model)]
+    return ([name for name in names if name.startswith(SINGLE)] or names)[::every]
+
+
+@contextlib.contextmanager
+def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Captured]]:
+    """Gives a dict that fills with the outputs of these layers as this thread calls the model inside the block.
+
+    Calls of other threads leave no trace in it, nor does what gradient checkpointing computes again later.
+    """
+    found: dict[str, Captured] = {}
+    thread = threading.get_ident()
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if threading.get_ident() == thread:
+                found[name] = Captured(output if isinstance(output, tuple) else (output,), kwargs.get(PLAN))
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(hook_of(n), with_kwargs=True) for n in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,189 @@
+"""Checkpoints that are there whole or not at all, and what a run must have in common with the one it goes on with."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexclear.distill.config import DistillConfig, as_mapping
+
+FOLDER = "checkpoints"
+TRAINED = "trained.safetensors"
+AVERAGE = "average.pt"
+RUN = "run.json"
+FREE = (
+    "output",
+    "model",
+    "data",
+    "steps",
+    "tracker",
+    "device",
+    "backend",
+    "checkpoints",
+    "sheets",
+    "gradient_checkpointing",
+)
+"""Settings that may differ when a run goes on; steps only where the learning rate does not depend on them."""
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def latest(output: Path) -> tuple[int, Path] | None:
+    """Step and folder of the last whole checkpoint."""
+    places = (output / FOLDER).glob("step_*") if (output / FOLDER).is_dir() else ()
+    found = [(int(match[1]), place) for place in places if (match := re.fullmatch(r"step_(\d+)", place.name))]
+    return max(found, default=None)
+
+
+def identity(config: DistillConfig, global_batch: int, samples: int, fingerprint: str | None) -> dict[str, Any]:
+    """What has to be equal for a run to go on as if it had not stopped."""
+    kept = {name: value for name, value in as_mapping(config).items() if name not in FREE}
+    for part in ("batch_size", "gradient_accumulation"):
+        del kept[part]  # The global batch counts; so does the batch per device, which says which samples go together.
+    held_out = {"count": kept.pop("held_out")["count"]}
+    if not config.optimizer.schedule.startswith("constant"):
+        kept["steps"] = config.steps
+    return {
+        **kept,
+        "held_out": held_out,
+        "batch_size": config.batch_size,
+        "global_batch": global_batch,
+        "samples": samples,
+        "encoders": fingerprint,
+    }
+
+
+def check_identity(place: Path, now: dict[str, Any]) -> None:
+    """Raise if the checkpoint is of a run with other settings.
+
+    Raises:
+        ValueError: it is, or it is damaged.
+    """
+    try:
+        then = json.loads((place / RUN).read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{place} is no checkpoint of a distillation: {error}") from error
+    now = json.loads(json.dumps(now))
+    differing = [
+        f"{key}: {then.get(key)} then, {now.get(key)} now" for key in {**then, **now} if then.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{place} is of a run with other settings ({'; '.join(differing)}). Name another output, or delete "
+            f"{place.parent} to begin anew"
+        )
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of a run; every process calls the same methods.
+
+    Args:
+        accelerator: everything is prepared by it.
+        output: folder of the run.
+        keep: how many checkpoints stay.
+        trained: the trained parameters by name.
+        average: a diffusers ``EMAModel``, or None.
+        identity: see ``identity``.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        output: Path,
+        keep: int,
+        trained: dict[str, nn.Parameter],
+        average: Any,
+        identity: dict[str, Any],
+    ) -> None:
+        self._accelerator, self._folder, self._keep = accelerator, output / FOLDER, keep
+        self._trained, self._average, self._identity = trained, average, identity
+        self._hooks = [
+            accelerator.register_save_state_pre_hook(self._write_trained),
+            accelerator.register_load_state_pre_hook(self._read_trained),
+        ]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint after ``step`` steps, then delete the oldest ones."""
+        place = self._folder / name_of(step)
+        partial = self._folder / f".{name_of(step)}.partial"
+        accelerator = self._accelerator
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial), **self._frozen_left_out())
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if self._average is not None:
+                torch.save(self._average.state_dict(), partial / AVERAGE)
+            (partial / RUN).write_text(json.dumps({"step": step, "identity": self._identity}), encoding="utf-8")
+            if place.exists():
+                shutil.rmtree(place)
+            partial.rename(place)
+            older = sorted(old for old in self._folder.glob("step_*") if old.name < place.name)
+            for old in older[: max(0, len(older) - self._keep + 1)]:
+                gone = old.with_name(f".{old.name}.partial")  # Never half a checkpoint under a whole one's name.
+                shutil.rmtree(gone, ignore_errors=True)
+                old.rename(gone)
+                shutil.rmtree(gone)
+        accelerator.wait_for_everyone()
+        return place
+
+    def load(self, place: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is of a run with other settings.
+        """
+        check_identity(place, self._identity)
+        self._accelerator.load_state(str(place))
+        if self._average is not None:
+            self._average.load_state_dict(torch.load(place / AVERAGE, map_location="cpu", weights_only=True))
+            self._average.to(self._accelerator.device)
+
+    def clean(self) -> None:
+        """Delete what a killed run has left half written."""
+        if self._accelerator.is_main_process:
+            for left in self._folder.glob(".step_*.partial"):
+                shutil.rmtree(left)
+
+    def _frozen_left_out(self) -> dict[str, Any]:
+        from accelerate import DistributedType
+
+        deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
+        return {"exclude_frozen_parameters": True} if deepspeed else {}
+
+    def _write_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if not weights:
+            return  # FSDP and DeepSpeed write their own.
+        weights.clear()
+        if self._accelerator.is_main_process:
+            from safetensors.torch import save_file
+
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trained.items()}
+            save_file(tensors, Path(folder) / TRAINED)
+
+    def _read_trained(self, models: list[nn.Module], folder: str) -> None:
+        if not models:
+            return
+        models.clear()
+        from safetensors.torch import load_file
+
+        values = load_file(Path(folder) / TRAINED)
+        if values.keys() != self._trained.keys():
+            raise ValueError(f"{folder} holds other parameters than this run trains")
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(values[name])

@@ -1,0 +1,364 @@
+"""What a distillation is asked for: a YAML file read into dataclasses, every mistake named before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexclear.attention import BACKENDS
+from flexclear.masks import Disc, Downsampled
+
+TRAIN = ("projections", "lora")
+TEACHERS = ("shared", "copy")
+OPTIMIZERS = ("adamw", "prodigy")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+SAMPLINGS = ("uniform", "logit_normal", "mode")
+PRECISIONS = ("no", "bf16", "fp16")
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the three losses (method, section 5); 0 switches one off, and what it alone needs is not computed.
+
+    Attributes:
+        flow: against noise - latent.
+        prediction: against the teacher's prediction.
+        attention: against the teacher's attention outputs.
+        attention_every: the layers that count: every so many among the single-stream blocks, from the first on.
+    """
+
+    flow: float = 1.0
+    prediction: float = 0.5
+    attention: float = 0.5
+    attention_every: int = 4
+
+    def check(self) -> None:
+        for name in ("flow", "prediction", "attention"):
+            _number(f"losses.{name}", getattr(self, name), 0)
+        _whole("losses.attention_every", self.attention_every, 1)
+        if not (self.flow or self.prediction or self.attention):
+            raise ValueError("losses: all three weights are 0, so there is nothing to learn from")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Attributes:
+    name: ``"adamw"`` or ``"prodigy"`` (package prodigyopt).
+    learning_rate: None: 1e-4 for AdamW, 1 for Prodigy.
+    schedule, warmup_steps: of the learning rate, as diffusers names them.
+    """
+
+    name: str = "adamw"
+    learning_rate: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    epsilon: float = 1e-8
+    schedule: str = "constant"
+    warmup_steps: int = 0
+
+    @property
+    def rate(self) -> float:
+        return (1.0 if self.name == "prodigy" else 1e-4) if self.learning_rate is None else self.learning_rate
+
+    def check(self) -> None:
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        if not (self.rate > 0 and math.isfinite(self.rate)):
+            raise ValueError(f"optimizer.learning_rate must be positive and finite, got {self.learning_rate!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas!r}")
+        _number("optimizer.weight_decay", self.weight_decay, 0)
+        _whole("optimizer.warmup_steps", self.warmup_steps, 0)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Of ``train: lora``: rank and alpha of every attention projection's adapter."""
+
+    rank: int = 16
+    alpha: int = 16
+
+    def check(self) -> None:
+        _whole("lora.rank", self.rank, 1)
+        _whole("lora.alpha", self.alpha, 1)
+
+
+@dataclass(frozen=True)
+class TimestepConfig:
+    """How noise levels are drawn: ``sampling``, ``mean``, ``std`` and ``mode_scale`` as
+    ``diffusers.training_utils.compute_density_for_timestep_sampling`` takes them; then moved by ``shift``."""
+
+    sampling: str = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+    mode_scale: float = 1.29
+    shift: float = 1.0
+
+    def check(self) -> None:
+        _one_of("timesteps.sampling", self.sampling, SAMPLINGS)
+        if not self.shift > 0 or not self.std > 0:
+            raise ValueError(f"timesteps: shift and std must be positive, got {self.shift!r} and {self.std!r}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint after every ``every`` steps and at the end; the last ``keep`` stay."""
+
+    every: int = 500
+    keep: int = 2
+
+    def check(self) -> None:
+        _whole("checkpoints.every", self.every, 1)
+        _whole("checkpoints.keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """So many samples are kept out of training, and the losses on them, always with the same noise, are taken before the
+    first step, after every ``every`` steps (0: never between) and after the last one."""
+
+    count: int = 0
+    every: int = 0
+    batch_size: int = 4
+
+    def check(self) -> None:
+        _whole("held_out.count", self.count, 0)
+        _whole("held_out.every", self.every, 0)
+        _whole("held_out.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class SheetConfig:
+    """Pictures of ``prompts`` by the student after every ``every`` steps (0: none), drawn by the whole pipeline."""
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    steps: int = 16
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+
+    def check(self) -> None:
+        _whole("sheets.every", self.every, 0)
+        _whole("sheets.steps", self.steps, 1)
+        if self.every and not self.prompts:
+            raise ValueError("sheets.every is set, and sheets.prompts names nothing to draw")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A distillation (method, section 5); the defaults are the published settings where one device allows them.
+
+    Attributes:
+        output: folder for checkpoints, losses and the weights file.
+        model: pipeline folder, hub id, or ``"embedded"``; not needed where a pipeline is handed over.
+        data: folder of ``flexclear data cache``; not needed where samples are handed over.
+        r, down_factor, backend: of ``flexclear.transform``, for a model that is not transformed.
+        initial_weights: a weights file that the student starts from, or None: the teacher's weights.
+        train: ``"projections"``, with pooling weights, or ``"lora"``.
+        teacher: ``"shared"``: its frozen weights are the student's own; ``"copy"``: a model of its own, for sharding
+            (FSDP).
+        steps: optimizer steps.
+        batch_size: pictures per device and forward pass.
+        gradient_accumulation: forward passes per step and device; None: what accelerate's own configuration says.
+        max_grad_norm: gradients are clipped to it; 0: not at all.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None: what accelerate's own configuration says. Frozen
+            weights are loaded in that type, trained ones are kept in float32.
+        guidance: fed to teacher and student where they have a guidance embedding.
+        ema: decay of an average of the trained weights, which is then what is written; None: no average.
+        seed: of data order, noise and noise levels.
+        tracker: ``"tensorboard"``, ``"wandb"`` or None.
+        device: None: what accelerate chooses; ``"cpu"``.
+    """
+
+    output: Path
+    model: str | None = None
+    data: Path | None = None
+    r: int = 16
+    down_factor: int | None = None
+    backend: str = "auto"
+    initial_weights: Path | None = None
+    train: str = "projections"
+    teacher: str = "shared"
+    steps: int = 10_000
+    batch_size: int = 2
+    gradient_accumulation: int | None = None
+    max_grad_norm: float = 1.0
+    mixed_precision: str | None = None
+    gradient_checkpointing: bool = False
+    guidance: float = 3.5
+    ema: float | None = None
+    seed: int = 0
+    tracker: str | None = None
+    device: str | None = None
+    losses: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    sheets: SheetConfig = field(default_factory=SheetConfig)
+
+    def check(self) -> None:
+        """Everything that can be known from the settings alone.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: a setting makes no sense; the message begins with its name.
+        """
+        Disc(self.r)
+        if self.down_factor is not None:
+            Downsampled(Disc(self.r), self.down_factor)
+        _one_of("backend", self.backend, BACKENDS)
+        _one_of("train", self.train, TRAIN)
+        _one_of("teacher", self.teacher, TEACHERS)
+        if self.mixed_precision is not None:
+            _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+        if self.tracker is not None:
+            _one_of("tracker", self.tracker, TRACKERS)
+        if self.device not in (None, "cpu"):
+            raise ValueError(f"device must be 'cpu' or left out: accelerate chooses the GPU; got {self.device!r}")
+        _whole("steps", self.steps, 1)
+        _whole("batch_size", self.batch_size, 1)
+        if self.gradient_accumulation is not None:
+            _whole("gradient_accumulation", self.gradient_accumulation, 1)
+        _number("max_grad_norm", self.max_grad_norm, 0)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be a decay between 0 and 1, got {self.ema!r}")
+        if self.initial_weights is not None and not self.initial_weights.is_file():
+            raise FileNotFoundError(f"initial_weights: no file {self.initial_weights}")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output must be a folder, {self.output} is a file")
+        for part in dataclasses.fields(self):
+            value: Any = getattr(self, part.name)
+            if hasattr(value, "check"):
+                value.check()
+
+
+def read_config(path: str | Path) -> DistillConfig:
+    """The settings of a YAML file; relative paths in it are relative to the file. Checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: it is no YAML, has unknown settings, lacks some, or one makes no sense.
+    """
+    import yaml
+
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} must hold settings, such as 'model: embedded'; got {type(found).__name__}")
+    try:
+        config = from_mapping(found, path.parent)
+        for name in ("model", "data"):
+            if getattr(config, name) is None:
+                raise ValueError(f"{name} is missing")
+        config.check()
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    return config
+
+
+def from_mapping(found: Mapping[str, Any], folder: Path | None = None) -> DistillConfig:
+    """Settings from what YAML or JSON hold, not checked.
+
+    Raises:
+        TypeError, ValueError: settings are unknown, missing, or of another type.
+    """
+    config = _build(DistillConfig, found, "")
+    if folder is None:
+        return config
+    places = {
+        name: folder / value.expanduser()
+        for name in ("output", "data", "initial_weights")
+        if (value := getattr(config, name)) is not None
+    }
+    if config.model is not None and config.model.startswith((".", "~")):
+        places["model"] = str(folder / Path(config.model).expanduser())
+    return dataclasses.replace(config, **places)
+
+
+def as_mapping(config: DistillConfig) -> dict[str, Any]:
+    """Settings as JSON can hold them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def _build(kind: Any, found: Any, where: str) -> Any:
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{where.rstrip('.')} must hold settings of its own, got {found!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = [str(name) for name in found if name not in hints]
+    if unknown:
+        near = {name: difflib.get_close_matches(name, hints, n=1) for name in unknown}
+        said = ", ".join(f"{where}{name}" + (f" (meant {near[name][0]}?)" if near[name] else "") for name in unknown)
+        raise ValueError(f"unknown setting{'s' if len(unknown) > 1 else ''} {said}. Known: {', '.join(hints)}")
+    missing = [
+        part.name
+        for part in dataclasses.fields(kind)
+        if part.name not in found
+        and part.default is dataclasses.MISSING
+        and part.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{', '.join(where + name for name in missing)} is missing")
+    return kind(**{name: _value(hints[name], value, where + name) for name, value in found.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the field's type has it; YAML writes 1e-4 as text and tuples as lists."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    (hint,) = [option for option in options if option is not type(None)]
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where + ".")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{where} must be a list, got {value!r}")
+        element = typing.get_args(hint)[0]
+        return tuple(_value(element, part, f"{where}[{index}]") for index, part in enumerate(value))
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif (isinstance(value, bool) == (hint is bool)) and isinstance(value, hint):
+        return value
+    raise TypeError(f"{where} must be {'a path' if hint is Path else hint.__name__}, got {value!r}")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+
+
+def _whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+
+
+def _number(name: str, value: float, least: float) -> None:
+    if not (value >= least and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number from {least} on, got {value!r}")

@@ -1,0 +1,151 @@
+"""The losses of section 5 of the method, and the one forward pass of student and teacher that they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexclear.distill.batches import Batch
+from flexclear.distill.capture import Captured, capture, compared_layers
+from flexclear.distill.config import LossConfig
+
+
+@dataclass(frozen=True)
+class Losses:
+    """0-d float32 tensors; a loss whose weight is 0 is None.
+
+    Attributes:
+        total: the weighted sum.
+        flow, prediction, attention: not weighted.
+    """
+
+    total: Tensor
+    flow: Tensor | None
+    prediction: Tensor | None
+    attention: Tensor | None
+
+    def values(self) -> dict[str, Tensor]:
+        """Those that there are, without their graphs."""
+        parts = {"loss": self.total, "flow": self.flow, "prediction": self.prediction, "attention": self.attention}
+        return {name: value.detach() for name, value in parts.items() if value is not None}
+
+
+def pack(latents: Tensor) -> Tensor:
+    """``[B, C, h, w]`` into tokens of 2 x 2 latents in raster order, ``[B, h/2 * w/2, 4 C]``."""
+    batch, channels, height, width = latents.shape
+    cells = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def flux_call(model: Any, batch: Batch, guidance: float) -> dict[str, Any]:
+    """Arguments of a FLUX transformer's call on the batch's noisy latents.
+
+    Args:
+        model: for its configuration.
+        batch: on the model's device, text in the type that the model computes in.
+        guidance: ignored where the model has no guidance embedding.
+    """
+    device, dtype = batch.latents.device, batch.prompt_embeds.dtype
+    sigmas = batch.sigmas.view(-1, 1, 1, 1)
+    count, (height, width) = len(batch.latents), (side // 2 for side in batch.latents.shape[-2:])
+    ids = torch.zeros(height, width, 3, device=device)
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)[None]
+    return {
+        "hidden_states": pack((1 - sigmas) * batch.latents + sigmas * batch.noise).to(dtype),
+        "encoder_hidden_states": batch.prompt_embeds,
+        "pooled_projections": batch.pooled,
+        "timestep": batch.sigmas.to(dtype),
+        "guidance": torch.full((count,), guidance, device=device) if model.config.guidance_embeds else None,
+        "img_ids": ids.reshape(-1, 3),
+        "txt_ids": torch.zeros(batch.prompt_embeds.shape[1], 3, device=device),
+        "return_dict": False,
+    }
+
+
+def attention_loss(student: dict[str, Captured], teacher: dict[str, Captured]) -> Tensor:
+    """Mean squared error of each layer's outputs, averaged over the layers."""
+    parts = []
+    for name, own in student.items():
+        theirs = teacher[name]
+        errors = [
+            F.mse_loss(a.float() if a.dtype != torch.float64 else a, _in_order(b, own, place).to(a.device, _wide(a)))
+            for place, (a, b) in enumerate(zip(own.outputs, theirs.outputs, strict=True))
+        ]
+        parts.append(torch.stack(errors).mean())
+    return torch.stack(parts).mean()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _in_order(teacher: Tensor, student: Captured, place: int) -> Tensor:
+    """The teacher's output, which is in raster order, in the order of the student's."""
+    if student.plan is None or place > 0:
+        return teacher
+    if len(student.outputs) > 1:
+        return student.plan.to_image_order(teacher)
+    layout = student.plan.base.layout
+    text_len = layout.text_len
+    if layout.text_first:
+        text, image = teacher[:, :text_len], teacher[:, text_len:]
+        return torch.cat([text, student.plan.to_image_order(image)], dim=1)
+    image, text = teacher[:, :-text_len], teacher[:, -text_len:]
+    return torch.cat([student.plan.to_image_order(image), text], dim=1)
+
+
+class Objective:
+    """Computes the losses of a batch.
+
+    Args:
+        student: the bare model, for its layers and configuration.
+        teacher: dense and frozen.
+        weights: of the losses.
+        guidance: see ``flux_call``.
+        autocast: gives a context for both models' calls.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        weights: LossConfig,
+        guidance: float = 3.5,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._student, self._teacher, self._weights = student, teacher, weights
+        self._guidance, self._autocast = guidance, autocast
+        self._layers = compared_layers(student, weights.attention_every) if weights.attention else []
+
+    def __call__(self, batch: Batch, forward: Callable[..., Any] | None = None) -> Losses:
+        """The losses of a batch that is on the models' device.
+
+        Args:
+            batch: of ``BatchMaker``.
+            forward: what is called for the student, where it is wrapped; the bare model otherwise.
+        """
+        weights = self._weights
+        call = flux_call(self._student, batch, self._guidance)
+        with capture(self._student, self._layers) as own, self._autocast():
+            predicted = (forward or self._student)(**call)[0]
+        predicted = predicted.to(_wide(predicted))
+        flow = prediction = attention = None
+        if weights.flow:
+            flow = F.mse_loss(predicted, pack(batch.noise - batch.latents).to(predicted.dtype))
+        if weights.prediction or weights.attention:
+            with torch.no_grad(), capture(self._teacher, self._layers) as theirs, self._autocast():
+                taught = self._teacher(**call)[0]
+            if weights.prediction:
+                prediction = F.mse_loss(predicted, taught.to(predicted.dtype))
+            if weights.attention:
+                attention = attention_loss(own, theirs)
+        parts = ((weights.flow, flow), (weights.prediction, prediction), (weights.attention, attention))
+        total = torch.stack([weight * loss for weight, loss in parts if loss is not None]).sum()
+        return Losses(total, flow, prediction, attention)

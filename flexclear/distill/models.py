@@ -1,0 +1,114 @@
+"""The model behind a name: its folder, what its files say before weights are read, and a fingerprint of its encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexclear.generate_settings import EMBEDDED
+from flexclear.weights.files import HUB_ID
+
+SUPPORTED = ("FluxTransformer2DModel",)
+"""Classes whose calls the trainer makes."""
+
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+SAMPLED = 1 << 16
+
+
+def pipeline_folder(model: str) -> Path:
+    """Folder of the pipeline ``model``; what is on the hub is downloaded.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be downloaded.
+    """
+    if model == EMBEDDED:
+        from flexclear.embedded import model_directory
+
+        return model_directory()
+    place = Path(model).expanduser()
+    if place.is_dir():
+        if not (place / "model_index.json").is_file():
+            raise FileNotFoundError(f"model: {place} is no pipeline folder: it has no model_index.json")
+        return place
+    if place.exists() or HUB_ID.fullmatch(model) is None or model.startswith("."):
+        raise FileNotFoundError(f"model: no folder {model}, and it is no hub id such as 'owner/name'")
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(model))
+    except OSError as error:
+        raise OSError(f"cannot load {model}: {error}") from error
+
+
+def check_class(name: str | None) -> None:
+    """Raise unless the trainer can call a model of this class.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if name not in SUPPORTED:
+        raise TypeError(f"distillation trains {' or '.join(SUPPORTED)}; this is a {name}")
+
+
+def transformer_class(folder: Path) -> str | None:
+    """Class name of the pipeline's transformer."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return (index.get("transformer") or (None, None))[1]
+
+
+def skeleton(folder: Path) -> Any:
+    """The transformer without numbers, on the meta device.
+
+    Raises:
+        TypeError: the trainer cannot call it.
+    """
+    import diffusers
+
+    name = transformer_class(folder)
+    check_class(name)
+    kind = getattr(diffusers, name)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        return kind.from_config(kind.load_config(folder, subfolder="transformer"))
+
+
+def load_pipeline(model: str, folder: Path, dtype: torch.dtype, whole: bool) -> Any:
+    """The pipeline, or (``whole`` False) its transformer only."""
+    if whole:
+        if model == EMBEDDED:
+            from flexclear.embedded import pipeline
+
+            return pipeline(dtype)
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype)
+    import diffusers
+
+    name = transformer_class(folder)
+    check_class(name)
+    loaded = getattr(diffusers, name).from_pretrained(str(folder), subfolder="transformer", torch_dtype=dtype)  # type: ignore
+    loaded.register_to_config(_name_or_path=model)
+    return loaded
+
+
+def fingerprint(folder: Path) -> str:
+    """Of VAE, text encoders and tokenizers: their configurations, and size and samples of every weights file.
+
+    Two pipelines with equal files of these parts (FLUX.1-dev and schnell) have equal fingerprints.
+    """
+    digest = hashlib.sha256()
+    for part in ENCODERS:
+        for file in sorted((folder / part).glob("*")) if (folder / part).is_dir() else ():
+            if not file.is_file() or file.name.startswith(".") or file.suffix == ".md":
+                continue
+            size = file.stat().st_size
+            digest.update(f"{part}/{file.name}:{size};".encode())
+            with file.open("rb") as stream:
+                for step in range(8):
+                    stream.seek(max(0, size - SAMPLED) * step // 7)
+                    digest.update(stream.read(SAMPLED))
+    return digest.hexdigest()[:24]

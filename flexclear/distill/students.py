@@ -1,0 +1,84 @@
+"""Which parameters train, and a teacher that holds the frozen ones in common with the student."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexclear.convert import restore
+from flexclear.families import family_of
+from flexclear.families.processors import WindowProcessor
+from flexclear.weights import keys
+
+ADAPTER = "flexclear"
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Attention projections, and what the windowed processors have of their own (pooling weights), by name.
+
+    Raises:
+        TypeError: an unsupported model.
+        ValueError: they are fused, quantised or offloaded; see ``flexclear.weights.keys.projections``.
+    """
+    layers = list(family_of(model).layers(model))
+    found = keys.projections(model, layers)
+    for layer in layers:
+        processor = layer.module.processor
+        if isinstance(processor, WindowProcessor) and isinstance(processor, nn.Module):
+            if getattr(processor, "adapter", None):
+                raise ValueError(f"{layer.name} has an IP-Adapter. pipe.unload_ip_adapter() before training")
+            for name, parameter in processor.named_parameters():
+                found[f"{layer.name}.processor.{name}"] = parameter
+    return found
+
+
+def make_teacher(model: nn.Module, trained: Iterable[nn.Parameter] | None = None) -> nn.Module:
+    """The dense model with the weights that ``model`` has now, in a module tree of its own, without gradients.
+
+    Its processors are those from before ``flexclear.transform``. Because it is a tree of its own, running it changes
+    nothing about the student, in any thread and whatever is raised.
+
+    Args:
+        model: transformed or not.
+        trained: parameters that the teacher gets copies of; all others are held in common. None: everything is copied.
+    """
+    memo: dict[int, Any] = {}
+    if trained is not None:
+        own = {id(parameter) for parameter in trained}
+        shared = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in own]
+        memo = {id(tensor): tensor for tensor in shared}
+    teacher = restore(copy.deepcopy(model, memo))
+    return teacher.requires_grad_(False).eval()
+
+
+def add_lora(model: Any, rank: int, alpha: int, seed: int = 0) -> dict[str, nn.Parameter]:
+    """A LoRA on every attention projection, through peft; returns its parameters by name. Equal seeds give equal numbers.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: the model has one of this name already.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("train: lora needs the package peft (pip install peft)") from error
+    if ADAPTER in getattr(model, "peft_config", {}):
+        raise ValueError(f"the model has a LoRA named {ADAPTER!r} already; model.delete_adapters({ADAPTER!r}) first")
+    names = [name.removesuffix(".weight") for name in trained_parameters(model) if name.endswith(".weight")]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), ADAPTER)
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name and f".{ADAPTER}." in name}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Make the LoRA of ``add_lora`` part of the weights below it. The adapter stays: delete it afterwards."""
+    with torch.no_grad():
+        for module in model.modules():
+            if ADAPTER in getattr(module, "lora_A", {}) and hasattr(module, "get_delta_weight"):
+                weight: Any = module.base_layer.weight  # type: ignore[union-attr]
+                weight.add_(module.get_delta_weight(ADAPTER).to(weight.dtype))  # type: ignore[operator]

@@ -1,0 +1,517 @@
+"""The distillation itself: a student that attends locally learns from its dense self (method, section 5)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexclear.compile.files import whole_file
+from flexclear.convert import model_of, transform
+from flexclear.distill import checkpoints as files
+from flexclear.distill.batches import Batch, BatchMaker, held_out_batches, held_out_indices
+from flexclear.distill.config import DistillConfig
+from flexclear.distill.losses import Losses, Objective
+from flexclear.distill.models import SUPPORTED, check_class, fingerprint, load_pipeline, pipeline_folder, skeleton
+from flexclear.distill.optimizers import check_optimizer, make_optimizer
+from flexclear.distill.samples import CachedSamples, Samples, check_samples
+from flexclear.distill.students import ADAPTER, add_lora, make_teacher, merge_lora, trained_parameters
+from flexclear.hooks import entry_hook_of
+from flexclear.weights import load_weights, save_weights
+
+WEIGHTS = "weights.safetensors"
+LOSSES = "losses.jsonl"
+HELD_OUT = "held_out.jsonl"
+LORA = "lora"
+SHEETS = "sheets"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Record = dict[str, float]
+OnStep = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run has come to.
+
+    Attributes:
+        steps: optimizer steps done, those of earlier runs that it went on from among them.
+        weights: the file for ``flexclear.load_weights``; None: the run was interrupted, a checkpoint is kept.
+        losses: what ``losses.jsonl`` holds, one record per step of this run.
+        held_out: what ``held_out.jsonl`` holds, of this run.
+    """
+
+    steps: int
+    weights: Path | None
+    losses: tuple[Record, ...]
+    held_out: tuple[Record, ...]
+
+    @property
+    def interrupted(self) -> bool:
+        return self.weights is None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare`` has found out before any weight is read."""
+
+    samples: Samples
+    folder: Path | None
+    fingerprint: str | None
+
+
+def prepare(config: DistillConfig, model_or_pipe: Any = None, data: Samples | None = None) -> Prepared:
+    """Everything that can be wrong with a run, looked for before weights are read.
+
+    Raises:
+        FileNotFoundError: there is no such model, cache or file.
+        ImportError: an optional package that the settings ask for is missing.
+        TypeError, ValueError: a setting makes no sense, the model cannot be trained, or the data are of another model.
+    """
+    config.check()
+    check_optimizer(config.optimizer)
+    if config.tracker is not None and importlib.util.find_spec(config.tracker) is None:
+        raise ImportError(f"tracker: {config.tracker} is not installed (pip install {config.tracker})")
+    if config.sheets.every and model_or_pipe is not None and isinstance(model_or_pipe, nn.Module):
+        raise ValueError("sheets.every needs the pipeline, which draws them; a bare model was given")
+    if data is None and config.data is None:
+        raise ValueError("data is missing: a folder of flexclear data cache")
+    folder = made = None
+    if model_or_pipe is None:
+        if config.model is None:
+            raise ValueError("model is missing: a pipeline folder, a hub id or 'embedded'")
+        folder = pipeline_folder(config.model)
+        model = skeleton(folder)
+        made = fingerprint(folder)
+    else:
+        model = model_of(model_or_pipe)
+        check_class(
+            next((base.__name__ for base in type(model).__mro__ if base.__name__ in SUPPORTED), type(model).__name__)
+        )
+        if config.model is not None:
+            made = fingerprint(pipeline_folder(config.model))
+    if data is None:
+        data = CachedSamples(config.data)  # type: ignore[arg-type]
+    check_samples(data, model, made, f"the cache {config.data}" if config.data else "the data")
+    held_out_indices(config.held_out.count, len(data), config.seed)
+    return Prepared(data, folder, made if made is not None else data.fingerprint)
+
+
+def distill(
+    model_or_pipe: Any = None,
+    config: DistillConfig | None = None,
+    data: Samples | None = None,
+    *,
+    accelerator: Any = None,
+    on_step: OnStep = lambda record: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Distilled:
+    """Train a model's attention to stay with its dense self under a window; a run that was stopped goes on.
+
+    >>> distill(pipe, DistillConfig(output=Path("runs/r16"), data=Path("cache"), r=16))     # doctest: +SKIP
+
+    Args:
+        model_or_pipe: the teacher, or a pipeline with it; it becomes the student, in place: transformed as the settings
+            say, unless it is already, with the trained weights at the end. None: what ``config.model`` names.
+        config: the settings.
+        data: samples, in place of those in the cache that ``config.data`` names.
+        accelerator: an ``accelerate.Accelerator``; one is made from the settings and accelerate's own configuration
+            otherwise.
+        on_step: called with each step's record on the main process.
+        say: called with lines for people.
+
+    SIGTERM and Ctrl-C write a checkpoint after the step that they fall into, and end the run.
+
+    Returns:
+        What has come of it. ``config.output`` then has the weights file, ``losses.jsonl``, ``held_out.jsonl``, and
+        checkpoints.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+        Others: see ``prepare``.
+    """
+    if config is None:
+        raise TypeError("distill needs its settings: distill(pipe, DistillConfig(output=...), data)")
+    ready = prepare(config, model_or_pipe, data)
+    accelerator = _accelerator(config) if accelerator is None else accelerator
+    _check_accelerator(accelerator, config)
+    if model_or_pipe is None:
+        assert config.model is not None
+        assert ready.folder is not None
+        dtype = DTYPES[accelerator.mixed_precision]
+        model_or_pipe = load_pipeline(config.model, ready.folder, dtype, bool(config.sheets.every))
+    model = model_of(model_or_pipe)
+    if model.dtype in (torch.bfloat16, torch.float16) and accelerator.mixed_precision == "no":
+        fitting = "bf16" if model.dtype == torch.bfloat16 else "fp16"
+        raise ValueError(f"a model in {model.dtype} trains with mixed_precision: {fitting}")
+    if entry_hook_of(model) is None:
+        transform(model_or_pipe, config.r, down_factor=config.down_factor, backend=config.backend)
+    with _as_found(model):
+        return _Run(model_or_pipe, config, ready, accelerator, on_step, say).run()
+
+
+def _accelerator(config: DistillConfig) -> Any:
+    from accelerate import Accelerator
+
+    options: dict[str, Any] = {}
+    if config.gradient_accumulation is not None:
+        options["gradient_accumulation_steps"] = config.gradient_accumulation
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=config.device == "cpu",
+        log_with=config.tracker,
+        project_dir=str(config.output),
+        **options,
+    )
+
+
+def _check_accelerator(accelerator: Any, config: DistillConfig) -> None:
+    from accelerate import DistributedType
+
+    if accelerator.mixed_precision not in DTYPES:
+        raise ValueError(f"mixed precision {accelerator.mixed_precision!r} is not known here; {list(DTYPES)} are")
+    kind = accelerator.distributed_type
+    sharded = kind == DistributedType.FSDP or (
+        kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
+    )
+    if sharded and config.teacher == "shared":
+        raise ValueError(f"teacher: shared needs whole weights on every device, {kind} shards them; teacher: copy")
+    if sharded and config.ema is not None:
+        raise ValueError(f"ema needs whole weights on every device, {kind} shards them")
+    if kind == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+
+
+@contextlib.contextmanager
+def _as_found(model: Any) -> Iterator[None]:
+    """What training sets on the model besides its weights is put back: gradients, types, mode, checkpointing, forward."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+    training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+    forward = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        if ADAPTER in getattr(model, "peft_config", {}):
+            model.delete_adapters(ADAPTER)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[parameter])
+        model.train(training)
+        if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
+            model.disable_gradient_checkpointing()
+        model.__dict__.pop("forward", None)
+        if forward is not None:
+            model.forward = forward
+
+
+class _Run:
+    def __init__(
+        self, model_or_pipe: Any, config: DistillConfig, ready: Prepared, accelerator: Any, on_step: OnStep, say: Any
+    ) -> None:
+        self.pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
+        self.model: Any = model_of(model_or_pipe)
+        self.config, self.ready, self.accelerator = config, ready, accelerator
+        self.on_step, self.say = on_step, say
+        self.device = accelerator.device
+        self.compute: torch.dtype = (
+            DTYPES[accelerator.mixed_precision] if accelerator.mixed_precision != "no" else self.model.dtype
+        )
+        self.stop = False
+        self._build()
+
+    def _build(self) -> None:
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        config, model, accelerator = self.config, self.model, self.accelerator
+        self.dtype: torch.dtype = model.dtype
+        projections = trained_parameters(model)
+        own = () if config.train == "lora" and config.initial_weights is None else projections.values()
+        self.teacher = make_teacher(model, own if config.teacher == "shared" else None)
+        if config.initial_weights is not None:
+            load_weights(model, config.initial_weights)
+            projections = trained_parameters(model)
+        model.requires_grad_(False)
+        self.trained = (
+            add_lora(model, config.lora.rank, config.lora.alpha, config.seed) if config.train == "lora" else projections
+        )
+        for parameter in self.trained.values():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        model.train()
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.parameters = list(self.trained.values())
+        optimizer = make_optimizer(config.optimizer, self.parameters)
+        schedule = get_scheduler(
+            config.optimizer.schedule,
+            optimizer,
+            num_warmup_steps=config.optimizer.warmup_steps * accelerator.num_processes,
+            num_training_steps=config.steps * accelerator.num_processes,
+        )
+        model.to(self.device)
+        self.teacher.to(self.device)
+        self.student, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.average = None if config.ema is None else EMAModel(self.parameters, decay=config.ema)
+        if self.average is not None:
+            self.average.to(self.device)
+        self.objective = Objective(model, self.teacher, config.losses, config.guidance, accelerator.autocast)
+        samples = self.ready.samples
+        kept_out = held_out_indices(config.held_out.count, len(samples), config.seed)
+        training = sorted(set(range(len(samples))) - set(kept_out))
+        self.maker = BatchMaker(samples, training, config.batch_size, config.seed, config.timesteps)
+        self.held_out = held_out_batches(samples, kept_out, config.held_out.batch_size, config.seed)
+        self.accumulation = accelerator.gradient_accumulation_steps
+        batches_per_step = self.accumulation * accelerator.num_processes
+        self.batches_per_step = batches_per_step
+        identity = files.identity(config, batches_per_step * config.batch_size, len(samples), self.ready.fingerprint)
+        self.checkpoints = files.Checkpoints(
+            accelerator, config.output, config.checkpoints.keep, self.trained, self.average, identity
+        )
+
+    def run(self) -> Distilled:
+        config, accelerator = self.config, self.accelerator
+        start = self._resume()
+        losses: list[Record] = []
+        held_out: list[Record] = []
+        if config.tracker is not None:
+            accelerator.init_trackers("flexclear", config={"output": str(config.output), "r": config.r})
+        try:
+            with self._signals(), ThreadPoolExecutor(1) as reader:
+                if start == 0:
+                    self._measure(0, held_out)
+                numbers = self._numbers(start)
+                ahead = reader.submit(self.maker.make, next(numbers))
+                step = saved = start
+                while step < config.steps and not self._stopped():
+                    record, ahead = self._step(step, ahead, lambda: reader.submit(self.maker.make, next(numbers)))
+                    step += 1
+                    losses.append(record)
+                    self._write(LOSSES, record)
+                    if accelerator.is_main_process:
+                        self.on_step(record)
+                    last = step == config.steps
+                    if last or (config.held_out.every and step % config.held_out.every == 0):
+                        self._measure(step, held_out)
+                    if config.sheets.every and (last or step % config.sheets.every == 0):
+                        self._draw(step)
+                    if last or step % config.checkpoints.every == 0:
+                        self.checkpoints.save(step)
+                        saved = step
+                ahead.cancel()
+                if step < config.steps:
+                    if saved < step:
+                        self.checkpoints.save(step)
+                    self.say(f"interrupted after {step} of {config.steps} steps; the same command goes on from there")
+                    return Distilled(step, None, tuple(losses), tuple(held_out))
+            return Distilled(step, self._output(), tuple(losses), tuple(held_out))
+        finally:
+            self.checkpoints.close()
+            if config.tracker is not None:
+                accelerator.end_training()
+            accelerator.free_memory()
+
+    def _numbers(self, start: int) -> Iterator[int]:
+        """Numbers of the batches of this process, from those of step ``start`` on."""
+        number = start * self.batches_per_step + self.accelerator.process_index
+        while True:
+            yield number
+            number += self.accelerator.num_processes
+
+    def _step(self, step: int, ahead: Any, read: Callable[[], Any]) -> tuple[Record, Any]:
+        accelerator, begin = self.accelerator, time.perf_counter()
+        sums: dict[str, torch.Tensor] = {}
+        norm = None
+        rate = self.schedule.get_last_lr()[0]
+        for _ in range(self.accumulation):
+            batch, ahead = ahead.result(), read()
+            with accelerator.accumulate(self.student):
+                losses = self._losses(batch)
+                if not bool(torch.isfinite(losses.total)):
+                    raise FloatingPointError(
+                        f"the loss of step {step + 1} is {losses.total.item()}: a lower learning rate, or max_grad_norm; "
+                        "the last checkpoint is kept"
+                    )
+                accelerator.backward(losses.total)
+                if accelerator.sync_gradients and self.config.max_grad_norm:
+                    norm = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            for name, value in losses.values().items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
+        if self.average is not None:
+            self.average.step(self.parameters)
+        means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in sums.items()}
+        record: Record = {"step": step + 1, **means, "learning_rate": rate}
+        if norm is not None:
+            record["gradient_norm"] = float(norm)
+        if self.config.tracker is not None:
+            accelerator.log(record, step=step + 1)
+        return {**record, "seconds": time.perf_counter() - begin}, ahead
+
+    def _losses(self, batch: Batch) -> Losses:
+        return self.objective(batch.to(self.device, self.compute), self.student)
+
+    @torch.no_grad()
+    def _measure(self, step: int, records: list[Record]) -> None:
+        """The losses on the held-out samples, averaged over samples."""
+        if not self.held_out:
+            return
+        sums: dict[str, float] = {}
+        with self._averaged():
+            for batch in self.held_out:
+                for name, value in self._losses(batch).values().items():
+                    sums[name] = sums.get(name, 0.0) + value.item() * len(batch.sigmas)
+        count = sum(len(batch.sigmas) for batch in self.held_out)
+        record: Record = {"step": step, **{name: value / count for name, value in sums.items()}}
+        records.append(record)
+        self._write(HELD_OUT, record)
+        if self.config.tracker is not None:
+            self.accelerator.log({f"held_out/{name}": value for name, value in record.items()}, step=step)
+
+    @torch.no_grad()
+    def _draw(self, step: int) -> None:
+        from PIL import Image
+
+        if not self.accelerator.is_main_process or self.pipe is None:
+            return
+        sheets = self.config.sheets
+        size = {name: side for name in ("height", "width") if (side := getattr(sheets, name)) is not None}
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.to(self.device)
+        with self._averaged(), self.accelerator.autocast():
+            pictures = [
+                self.pipe(
+                    prompt,
+                    num_inference_steps=sheets.steps,
+                    generator=torch.Generator().manual_seed(sheets.seed + number),
+                    **size,
+                ).images[0]
+                for number, prompt in enumerate(sheets.prompts)
+            ]
+        sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
+        left = 0
+        for picture in pictures:
+            sheet.paste(picture, (left, 0))
+            left += picture.width
+        with whole_file(self.config.output / SHEETS / f"{files.name_of(step)}.png") as beside:
+            sheet.save(beside, format="PNG")
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights, where there is an average, inside the block."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        try:
+            self.average.copy_to(self.parameters)
+            yield
+        finally:
+            self.average.restore(self.parameters)
+
+    def _output(self) -> Path:
+        """Leaves the trained weights in the model, in its own type, and writes them."""
+        from accelerate import DistributedType
+
+        accelerator, path = self.accelerator, self.config.output / WEIGHTS
+        kind = accelerator.distributed_type
+        gathered = accelerator.get_state_dict(self.student) if kind == DistributedType.FSDP else None
+        if self.average is not None:
+            self.average.copy_to(self.parameters)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            model = self.model
+            if gathered is not None:
+                # Sharded: the teacher, a whole model, takes the student's windows and numbers.
+                model = self.teacher
+                entry = entry_hook_of(self.model)
+                assert entry is not None
+                transform(model, dict(entry.settings.windows), backend="sdpa")
+                for name, parameter in trained_parameters(model).items():
+                    parameter.data.copy_(gathered[name])
+            if self.config.train == "lora":
+                model.save_lora_adapter(str(self.config.output / LORA), adapter_name=ADAPTER)
+                merge_lora(self.model)
+            for parameter in self.parameters:
+                parameter.data = parameter.data.to(self.dtype)
+            save_weights(model, path)
+        accelerator.wait_for_everyone()
+        return path
+
+    def _resume(self) -> int:
+        found = files.latest(self.config.output)
+        self.checkpoints.clean()
+        if found is None:
+            step = 0
+        else:
+            step, place = found
+            if step > self.config.steps:
+                raise ValueError(f"{place} has {step} steps already, steps is {self.config.steps}")
+            self.checkpoints.load(place)
+            self.say(f"going on from step {step} ({place})")
+        if self.accelerator.is_main_process:
+            self.config.output.mkdir(parents=True, exist_ok=True)
+            for name in (LOSSES, HELD_OUT):
+                _cut(self.config.output / name, step if found else -1)
+        self.accelerator.wait_for_everyone()
+        return step
+
+    def _write(self, name: str, record: Record) -> None:
+        if self.accelerator.is_main_process:
+            with (self.config.output / name).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+
+    def _stopped(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stop
+        told = torch.tensor(float(self.stop), device=self.device)
+        return bool(self.accelerator.reduce(told, reduction="sum").item())
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run after its step; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def stop(number: int, frame: Any) -> None:
+            self.stop = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leave only the records up to ``step``; a half written last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    with whole_file(path) as beside:
+        beside.write_text("".join(kept), encoding="utf-8")

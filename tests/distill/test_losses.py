@@ -1,0 +1,206 @@
+"""What the losses are: against hand-computed values, against a dense reference, and a teacher that is the stock model."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import flexclear
+from flexclear.distill.batches import Batch, BatchMaker
+from flexclear.distill.capture import capture, compared_layers
+from flexclear.distill.config import LossConfig, TimestepConfig
+from flexclear.distill.losses import Objective, flux_call, pack
+from flexclear.distill.students import make_teacher, trained_parameters
+from flexclear.masks import Disc, Layout, dense_mask
+
+from models import tiny_flux
+
+HEIGHT, WIDTH, TEXT = 8, 6, 5
+
+
+def batch_of(samples, count=2, dtype=torch.float64):
+    batch = BatchMaker(samples, range(len(samples)), count, 0, TimestepConfig()).make(0)
+    return Batch(*(getattr(batch, name).to(dtype) for name in Batch.__dataclass_fields__))
+
+
+def wide(**config):
+    return tiny_flux(num_single_layers=5, **config).double()
+
+
+def dense_reference(model, batch, r, weights, guidance=3.5):
+    """The losses by the stock model with a dense boolean mask in raster order, outputs taken by its own hooks."""
+    mask = dense_mask(Layout(HEIGHT, WIDTH, TEXT, order="raster"), Disc(r))
+    call = flux_call(model, batch, guidance)
+    names = [f"single_transformer_blocks.{index}.attn" for index in range(0, 5, weights.attention_every)]
+
+    def outputs(network, **extra):
+        found = {}
+        handles = [
+            network.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: found.update({name: out}))
+            for name in names
+        ]
+        prediction = network(**call, **extra)[0]
+        for handle in handles:
+            handle.remove()
+        return prediction, found
+
+    student, own = outputs(model, joint_attention_kwargs={"attention_mask": mask})
+    with torch.no_grad():
+        teacher, theirs = outputs(copy.deepcopy(model))
+    flow = (student - pack(batch.noise - batch.latents)).square().mean()
+    prediction = (student - teacher).square().mean()
+    attention = sum((own[name] - theirs[name]).square().mean() for name in names) / len(names)
+    return weights.flow * flow + weights.prediction * prediction + weights.attention * attention
+
+
+@pytest.mark.parametrize("order", ["tiled", "raster"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradients_of_every_trained_parameter_are_those_of_a_dense_reference(samples, order, checkpointing):
+    reference, student = wide(), wide()
+    batch, weights = batch_of(samples), LossConfig(attention_every=2)
+    flexclear.transform(student, r=2, backend="sdpa", order=order)
+    trained = trained_parameters(student)
+    teacher = make_teacher(student, trained.values())
+    if checkpointing:
+        student.enable_gradient_checkpointing()
+    expected = dense_reference(reference, batch, 2, weights)
+    expected.backward()
+    found = Objective(student, teacher, weights)(batch).total
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+    parameters = dict(reference.named_parameters())
+    assert len(trained) == 2 * (3 * 7 + 2)
+    for name, parameter in trained.items():
+        assert (parameter.grad - parameters[name].grad).abs().max() < 1e-10, name
+        assert parameter.grad.abs().max() > 1e-8, name
+
+
+def test_the_gradient_of_the_pooling_weights_is_that_of_finite_differences(samples):
+    student = wide()
+    flexclear.transform(student, r=2, down_factor=2, backend="sdpa")
+    teacher = make_teacher(student, trained_parameters(student).values())
+    objective, batch = Objective(student, teacher, LossConfig()), batch_of(samples)
+    objective(batch).total.backward()
+    names = [name for name in trained_parameters(student) if name.endswith("spatial_weight")]
+    assert len(names) == 7
+    for name in names[::3]:
+        weight = trained_parameters(student)[name]
+        with torch.no_grad():
+            ends = []
+            for step in (2**-10, -(2**-10)):  # exact in float32, which these weights are
+                weight[0, 0, 0, 1, 0, 0, 0] += step
+                ends.append(objective(batch).total.item())
+                weight[0, 0, 0, 1, 0, 0, 0] -= step
+        assert weight.grad[0, 0, 0, 1, 0, 0, 0].item() == pytest.approx((ends[0] - ends[1]) * 2**9, rel=1e-4)
+
+
+def test_each_loss_is_what_it_says_and_is_switched_off_by_its_weight(samples):
+    student = wide()
+    flexclear.transform(student, r=2, backend="sdpa")
+    teacher = make_teacher(student)
+    batch = batch_of(samples)
+    found = Objective(student, teacher, LossConfig(1.0, 0.5, 0.5))(batch)
+    with torch.no_grad():
+        own, theirs = student(**flux_call(student, batch, 3.5))[0], teacher(**flux_call(student, batch, 3.5))[0]
+    flow = (own - pack(batch.noise - batch.latents)).square().mean()
+    assert found.flow.item() == pytest.approx(flow.item(), rel=1e-12)
+    assert found.prediction.item() == pytest.approx((own - theirs).square().mean().item(), rel=1e-9)
+    total = found.flow + 0.5 * found.prediction + 0.5 * found.attention
+    assert found.total.item() == pytest.approx(total.item(), rel=1e-12)
+    only = Objective(student, None, LossConfig(2.0, 0, 0))(batch)  # no teacher is needed
+    assert only.total.item() == pytest.approx(2 * flow.item(), rel=1e-12)
+    assert only.prediction is None
+    assert only.attention is None
+    assert set(only.values()) == {"loss", "flow"}
+
+
+def test_a_student_with_a_window_that_covers_everything_has_nothing_to_learn_from_its_teacher(samples):
+    student = wide()
+    flexclear.transform(student, r=64, backend="sdpa")
+    losses = Objective(student, make_teacher(student), LossConfig())(batch_of(samples))
+    assert losses.prediction < 1e-20
+    assert losses.attention < 1e-20
+    assert losses.flow > 1e-3
+
+
+def test_tokens_are_packed_and_numbered_as_the_flux_pipeline_does_it(samples):
+    from diffusers import FluxPipeline
+
+    batch = batch_of(samples, dtype=torch.float32)
+    expected = FluxPipeline._pack_latents(batch.noise, 2, 2, 2 * HEIGHT, 2 * WIDTH)
+    assert torch.equal(pack(batch.noise), expected)
+    ids = FluxPipeline._prepare_latent_image_ids(1, HEIGHT, WIDTH, "cpu", torch.float32)
+    model = tiny_flux(guidance_embeds=True)
+    call = flux_call(model, batch, 3.5)
+    assert torch.equal(call["img_ids"], ids)
+    assert call["guidance"].tolist() == [3.5, 3.5]
+    sigma = batch.sigmas.view(-1, 1, 1)
+    noisy = (1 - sigma) * pack(batch.latents) + sigma * pack(batch.noise)
+    assert (call["hidden_states"] - noisy).abs().max() < 1e-6
+    assert flux_call(tiny_flux(), batch, 3.5)["guidance"] is None
+
+
+def test_guidance_reaches_a_model_that_embeds_it(samples):
+    student = tiny_flux(guidance_embeds=True).double()
+    batch = batch_of(samples)
+    flexclear.transform(student, r=2, backend="sdpa")
+    teacher = make_teacher(student)
+    at = [Objective(student, teacher, LossConfig(), guidance)(batch).total.item() for guidance in (1.0, 3.5)]
+    assert abs(at[0] - at[1]) > 1e-6
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_teacher_is_the_stock_model_whatever_the_student_becomes(samples, shared):
+    stock = wide()
+    student = copy.deepcopy(stock)
+    flexclear.transform(student, r=2, down_factor=2, backend="sdpa")
+    trained = trained_parameters(student)
+    teacher = make_teacher(student, trained.values() if shared else None)
+    call = flux_call(student, batch_of(samples), 3.5)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.3)
+        before = student(**call)[0]
+        assert torch.equal(teacher(**call)[0], stock(**call)[0])
+        assert torch.equal(student(**call)[0], before)
+    assert (before - stock(**call)[0]).abs().max() > 1e-2
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    own = {id(parameter) for parameter in student.parameters()}
+    held_in_common = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
+    projections = sum(not name.endswith("spatial_weight") for name in trained)
+    assert len(held_in_common) == (len(list(stock.parameters())) - projections if shared else 0)
+
+
+def test_a_teacher_that_raises_leaves_the_student_as_it_is(samples):
+    student = wide()
+    flexclear.transform(student, r=2, backend="sdpa")
+    teacher = make_teacher(student, trained_parameters(student).values())
+    batch = batch_of(samples)
+    call = flux_call(student, batch, 3.5)
+    with torch.no_grad():
+        before = student(**call)[0]
+    teacher.norm_out = nn.Identity()
+    with pytest.raises(TypeError):
+        Objective(student, teacher, LossConfig())(batch)
+    with torch.no_grad():
+        assert torch.equal(student(**call)[0], before)
+    assert not any(layer._forward_hooks for name, layer in student.named_modules() if name.endswith(".attn"))
+
+
+def test_outputs_are_captured_of_this_threads_calls_only(samples):
+    model = wide()
+    call = flux_call(model, batch_of(samples), 3.5)
+    names = compared_layers(model, 4)
+    assert names == ["single_transformer_blocks.0.attn", "single_transformer_blocks.4.attn"]
+    with torch.no_grad(), capture(model, names) as found:
+        other = threading.Thread(target=lambda: model(**call))
+        other.start()
+        other.join()
+        assert not found
+        model(**call)
+        assert list(found) == names
+    assert not model.get_submodule(names[0])._forward_hooks

@@ -1,0 +1,257 @@
+"""Runs of a few steps: going on exactly, kills, LoRA, what is written, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from distill_samples import random_samples
+from safetensors.torch import load_file
+
+import flexclear
+from flexclear.distill import MemorySamples, OptimizerConfig, distill
+from flexclear.distill.batches import BatchMaker, Order, held_out_batches
+from flexclear.distill.config import CheckpointConfig, HeldOutConfig, LoraConfig, TimestepConfig
+from flexclear.distill.losses import Objective
+from flexclear.distill.students import make_teacher, trained_parameters
+from flexclear.hooks import entry_hook_of
+
+from models import flux_call, tiny_flux
+
+
+@pytest.fixture
+def fresh():
+    """Makes the same tiny model again and again."""
+    return lambda: tiny_flux(num_single_layers=5)
+
+
+def seen(records):
+    """Records without the time that they took."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def output(model):
+    with torch.no_grad():
+        return model(**flux_call(8, 6, 5)).sample
+
+
+@pytest.mark.parametrize("changed", [{}, {"ema": 0.9, "gradient_accumulation": 2}, {"train": "lora"}], ids=str)
+def test_a_run_in_two_parts_is_the_run_in_one(fresh, samples, settings, changed):
+    whole, parts = fresh(), [fresh(), fresh()]
+    schedule = OptimizerConfig(learning_rate=1e-3, schedule="constant_with_warmup", warmup_steps=2)
+    config = settings("whole", optimizer=schedule, **changed)
+    expected = distill(whole, config, samples)
+    split = dataclasses.replace(config, output=config.output.with_name("parts"))
+    first = distill(parts[0], dataclasses.replace(split, steps=3), samples)
+    torch.manual_seed(12345)  # what else the process has drawn does not matter
+    second = distill(parts[1], split, samples)
+    assert seen(first.losses + second.losses) == seen(expected.losses)
+    assert second.steps == 6
+    assert second.held_out[-1] == expected.held_out[-1]
+    for (name, a), b in zip(trained_parameters(whole).items(), trained_parameters(parts[1]).values(), strict=True):
+        assert torch.equal(a, b), name
+    lines = (split.output / "losses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    written, again = load_file(expected.weights), load_file(second.weights)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in written.items())
+
+
+def test_the_weights_file_gives_a_fresh_model_what_was_trained(fresh, samples, settings):
+    student, dense = fresh(), fresh()
+    done = distill(student, settings(optimizer=OptimizerConfig(learning_rate=1e-2)), samples)
+    loaded = flexclear.transform(fresh(), r=2, backend="sdpa")
+    assert flexclear.load_weights(loaded, done.weights).radius == 2
+    assert torch.equal(output(loaded), output(student))
+    flexclear.transform(dense, r=2, backend="sdpa")
+    assert (output(dense) - output(student)).abs().max() > 1e-3
+    frozen = {n: p for n, p in dense.named_parameters() if n not in trained_parameters(dense)}
+    now = dict(student.named_parameters())
+    assert all(torch.equal(p, now[name]) for name, p in frozen.items())
+    assert done.held_out[-1]["loss"] < done.held_out[0]["loss"]
+
+
+def test_pooling_weights_train_and_are_written(fresh, samples, settings):
+    student = fresh()
+    done = distill(student, settings(down_factor=2, optimizer=OptimizerConfig(learning_rate=1e-2)), samples)
+    loaded = flexclear.transform(fresh(), r=2, down_factor=2, backend="sdpa")
+    assert flexclear.load_weights(loaded, done.weights).down_factor == 2
+    weight = loaded.single_transformer_blocks[1].attn.processor.spatial_weight
+    assert (weight - 0.25).abs().max() > 1e-3
+    assert torch.equal(output(loaded), output(student))
+
+
+def test_a_lora_is_written_for_itself_and_merged(fresh, samples, settings):
+    student = fresh()
+    config = settings(train="lora", lora=LoraConfig(4, 8), optimizer=OptimizerConfig(learning_rate=1e-2))
+    done = distill(student, config, samples)
+    merged, adapted, plain = fresh(), fresh(), fresh()
+    for model in (merged, adapted, plain):
+        flexclear.transform(model, r=2, backend="sdpa")
+    flexclear.load_weights(merged, done.weights)
+    adapted.load_lora_adapter(str(config.output / "lora"), prefix=None, use_safetensors=True)
+    assert (output(merged) - output(adapted)).abs().max() < 1e-5
+    assert (output(merged) - output(student)).abs().max() < 1e-5
+    assert (output(merged) - output(plain)).abs().max() > 1e-3
+    assert not any("lora" in name for name, _ in student.named_parameters())
+
+
+def test_sigterm_keeps_the_step_it_falls_into(fresh, samples, settings):
+    whole = distill(fresh(), settings("whole"), samples)
+    config = settings()
+    before = signal.getsignal(signal.SIGTERM)
+    told = []
+
+    def on_step(record):
+        if record["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = distill(fresh(), config, samples, on_step=on_step, say=told.append)
+    assert first.interrupted
+    assert first.steps == 4
+    assert "interrupted after 4 of 6" in told[-1]
+    assert signal.getsignal(signal.SIGTERM) is before
+    second = distill(fresh(), config, samples)
+    assert seen(first.losses + second.losses) == seen(whole.losses)
+
+
+def test_a_crash_loses_the_steps_since_the_last_checkpoint_and_leaves_no_half_of_one(fresh, samples, settings):
+    whole = distill(fresh(), settings("whole"), samples)
+    config = settings()
+
+    def on_step(record):
+        if record["step"] == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        distill(fresh(), config, samples, on_step=on_step)
+    half = config.output / "checkpoints" / ".step_00000005.partial"
+    half.mkdir()
+    with (config.output / "losses.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    second = distill(fresh(), config, samples)
+    assert seen(second.losses) == seen(whole.losses[3:])
+    assert not half.exists()
+    lines = (config.output / "losses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_the_last_checkpoints_stay(fresh, samples, settings):
+    config = settings(checkpoints=CheckpointConfig(every=1, keep=2))
+    distill(fresh(), config, samples)
+    assert sorted(place.name for place in (config.output / "checkpoints").iterdir()) == [
+        "step_00000005",
+        "step_00000006",
+    ]
+
+
+def test_another_runs_checkpoint_is_refused_by_name(fresh, samples, settings):
+    config = settings(steps=1)
+    distill(fresh(), config, samples)
+    model = fresh()
+    with pytest.raises(ValueError, match=r"other settings \(r: 2 then, 3 now\)"):
+        distill(model, dataclasses.replace(config, r=3, steps=2), samples)
+    with pytest.raises(ValueError, match="other settings"):
+        distill(model, dataclasses.replace(config, seed=4), samples)
+
+
+def test_mixed_precision_trains_weights_in_float32_and_hands_the_model_back_in_its_own_type(samples, settings):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model = tiny_flux(num_single_layers=5).to(torch.bfloat16)
+    original = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="mixed_precision: bf16"):
+        distill(model, settings(), samples, accelerator=Accelerator(cpu=True, mixed_precision="no"))
+    AcceleratorState._reset_state(True)
+    try:
+        done = distill(model, settings(steps=2, mixed_precision="bf16", gradient_checkpointing=True), samples)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert model.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.is_gradient_checkpointing
+    assert "forward" not in model.__dict__
+    assert not model.training
+    assert all(0 < record["loss"] < 10 for record in done.losses)
+    changed = dict(original.named_parameters())
+    assert any(not torch.equal(p, changed[name]) for name, p in trained_parameters(model).items())
+
+
+def test_accumulated_batches_are_one_large_one(fresh, samples, settings):
+    samples = MemorySamples(samples.samples[:4], 1.2, 0.1)
+    config = settings(held_out=HeldOutConfig(), gradient_accumulation=2, steps=2)
+    one = distill(fresh(), config, samples)
+    maker = BatchMaker(samples, range(4), 2, 0, TimestepConfig())
+    assert not torch.equal(maker.make(0).noise, maker.make(1).noise)
+    model = fresh()
+    flexclear.transform(model, r=2, backend="sdpa")
+    objective = Objective(model, make_teacher(model), config.losses)
+    expected = sum(objective(maker.make(number)).total.item() for number in range(2)) / 2
+    assert one.losses[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_epoch_visits_every_sample_in_batches_of_one_shape(samples):
+    mixed = MemorySamples(samples.samples + random_samples(5, 8, 8).samples)
+    order = Order(mixed, range(11), 4, 7)
+    assert order.per_epoch == 4
+    epochs = [[order[number] for number in range(at, at + 4)] for at in (0, 4)]
+    for epoch in epochs:
+        assert {index for batch in epoch for index in batch} == set(range(11))
+        assert all(len(batch) == 4 and len({mixed.shape(index) for index in batch}) == 1 for batch in epoch)
+    assert epochs[0] != epochs[1]
+    again = Order(mixed, range(11), 4, 7)
+    assert again[6] == order[6]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode"])
+def test_noise_levels_lie_between_0_and_1_and_follow_the_shift(samples, sampling):
+    def levels(shift):
+        maker = BatchMaker(samples, range(6), 6, 0, TimestepConfig(sampling=sampling, shift=shift))
+        return torch.cat([maker.make(number).sigmas for number in range(50)])
+
+    plain, shifted = levels(1.0), levels(3.0)
+    assert plain.min() >= 0
+    assert plain.max() <= 1
+    assert torch.allclose(shifted, 3 * plain / (1 + 2 * plain))
+
+
+def test_held_out_batches_are_the_same_whatever_their_size(samples):
+    one, all_at_once = held_out_batches(samples, [1, 4, 5], 1, 3), held_out_batches(samples, [1, 4, 5], 3, 3)
+    assert torch.equal(torch.cat([batch.noise for batch in one]), all_at_once[0].noise)
+    assert torch.equal(torch.cat([batch.latents for batch in one]), all_at_once[0].latents)
+    assert all_at_once[0].sigmas.tolist() == pytest.approx([1 / 6, 3 / 6, 5 / 6])
+
+
+def test_what_does_not_fit_is_refused_before_the_model_changes(fresh, samples, settings):
+    model = fresh()
+    other = MemorySamples([dataclasses.replace(s, pooled=torch.zeros(11)) for s in samples.samples])
+    for config, data, message in (
+        (settings(), other, "sample 0 has 11 pooled features, the model takes 10"),
+        (settings(), None, "data is missing"),
+        (settings(held_out=HeldOutConfig(count=6)), samples, "none is left to train on"),
+        (settings(steps=0), samples, "steps must be"),
+        (settings(r=0), samples, "radius"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill(model, config, data)
+    assert entry_hook_of(model) is None
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_missing_package_is_named(fresh, samples, settings, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(ImportError, match="prodigyopt"):
+        distill(fresh(), settings(optimizer=OptimizerConfig(name="prodigy")), samples)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(fresh, samples, settings):
+    broken = MemorySamples([dataclasses.replace(s, mean=s.mean * float("nan")) for s in samples.samples])
+    with pytest.raises(FloatingPointError, match="step 1"):
+        distill(fresh(), settings(), broken)
