@@ -325,8 +325,10 @@ def test_compiled_eight_bit_blocks_give_the_output_of_uncompiled_ones(base, reci
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 def test_windows_compiled_with_eight_bit_weights_equal_masked_attention(base, graphs):
     base = copy.deepcopy(base).float()
+    base.transformer_blocks = torch.nn.ModuleList()  # one kind of block is enough, and half the time
     expected = run(eight_bit(local(base), "weight_only"), torch.float32)
-    assert sqnr(run(eight_bit(copy.deepcopy(base), "weight_only"), torch.float32), expected) < 20
+    dense = run(eight_bit(copy.deepcopy(base), "weight_only"), torch.float32)
+    assert (dense - expected).abs().max() > 1e-2, "the window makes no difference"
     model = eight_bit(local(base, backend="flex"), "weight_only")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")

@@ -1,0 +1,172 @@
+"""What only a GPU can show of eight-bit weights: FP8 products, their memory, and weights that travel to it."""
+
+from __future__ import annotations
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from diffusers.hooks import apply_group_offloading
+
+import flexclear
+from flexclear import embedded
+from flexclear.compile import RECIPES, compile_blocks, load_quantized, quantize, report, save_quantized, sqnr
+from flexclear.compile.recipes import why_not_recipe
+from flexclear.embedded.evaluation import generate, picture_psnr, trained_requests
+from flexclear.embedded.vocabulary import read_vocabulary
+
+from models import flux_call, tiny_flux
+
+GPU = torch.device("cuda")
+FP8 = ["rowwise", "tensorwise"]
+
+# weight_only and int8 as measured on a CPU; FP8 products round the activations to three bits of mantissa as well.
+LAYER_FLOOR = {"rowwise": 24.0, "tensorwise": 22.0, "weight_only": 28.0, "int8": 34.0}
+MODEL_FLOOR = {"rowwise": 20.0, "tensorwise": 18.0, "weight_only": 24.0, "int8": 26.0}
+PICTURE_FLOOR = {"rowwise": 18.0, "tensorwise": 17.0, "weight_only": 22.0, "int8": 26.0}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible: FP8 products need one"),
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated"),
+]
+
+
+@pytest.fixture(params=list(RECIPES))
+def recipe(request):
+    """Every recipe that this GPU can run."""
+    obstacle = why_not_recipe(request.param, GPU)
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A FLUX of 1 + 1 blocks, 4 heads x 64, bfloat16, on the GPU, whose blocks do something."""
+    model = tiny_flux(
+        num_attention_heads=4, attention_head_dim=64, axes_dims_rope=(16, 24, 24), num_layers=1, num_single_layers=1
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.to(GPU, torch.bfloat16)
+
+
+@pytest.fixture
+def graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def local(model, r=3, backend="sdpa"):
+    return flexclear.transform(copy.deepcopy(model), r=r, backend=backend)
+
+
+def eight_bit(model, recipe):
+    quantize(model, recipe)
+    return model
+
+
+def run(model, height=16, width=16):
+    call = {name: tensor.to(GPU) for name, tensor in flux_call(height, width, 32, dtype=torch.bfloat16).items()}
+    with torch.no_grad():
+        return model(**call).sample
+
+
+def test_every_layer_and_the_whole_model_stay_above_their_floors(base, recipe):
+    model = local(base)
+    done = quantize(model, recipe)
+    for name in done.quantized:
+        linear = base.get_submodule(name)
+        tokens = torch.randn(1, 64, linear.in_features, device=GPU, dtype=torch.bfloat16)
+        with torch.no_grad():
+            assert sqnr(linear(tokens), model.get_submodule(name)(tokens)) >= LAYER_FLOOR[recipe], name
+    assert sqnr(run(local(base)), run(model)) >= MODEL_FLOOR[recipe]
+    assert not torch.equal(run(local(base)), run(model))
+
+
+def test_compiled_windows_over_eight_bit_weights_stay_above_the_floor(base, recipe, graphs):
+    model = eight_bit(local(base, backend="flex"), recipe)
+    compile_blocks(model)
+    before = report()
+    for size in ((16, 16), (13, 20)):
+        assert sqnr(run(local(base), *size), run(model, *size)) >= MODEL_FLOOR[recipe]
+    compiled = report()
+    assert compiled.since(before).graphs
+    run(model)
+    assert report().since(compiled).graphs == ()
+
+
+def test_a_model_comes_back_from_its_file_bit_for_bit(base, recipe, tmp_path):
+    model = eight_bit(local(base), recipe)
+    file = save_quantized(model, tmp_path / "model.safetensors")
+    loaded = load_quantized(local(base), file)
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cuda"}
+    assert torch.equal(run(loaded), run(model))
+
+
+def test_weights_go_to_the_cpu_and_back_without_a_change(base, recipe):
+    model = eight_bit(local(base), recipe)
+    expected = run(model)
+    assert torch.equal(run(model.to("cpu").to(GPU)), expected)
+
+
+@pytest.mark.parametrize("kind", ["whole model", "sequential", "groups", "groups with a stream"])
+def test_offloaded_eight_bit_weights_give_what_they_give_at_home(base, recipe, kind):
+    model = eight_bit(local(base), recipe)
+    expected = run(model)
+    if kind == "whole model":
+        accelerate.cpu_offload_with_hook(model.to("cpu"), execution_device=GPU)
+    elif kind == "sequential":
+        accelerate.cpu_offload(model.to("cpu"), execution_device=GPU)
+    else:
+        apply_group_offloading(
+            model.to("cpu"),
+            onload_device=GPU,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=kind == "groups with a stream",
+        )
+    assert torch.equal(run(model), expected)
+    assert torch.equal(run(model), expected)
+
+
+def test_eight_bit_weights_take_less_memory_at_their_peak(recipe):
+    wide = tiny_flux(num_attention_heads=16, attention_head_dim=64, axes_dims_rope=(16, 24, 24)).to(torch.bfloat16)
+    peaks = {}
+    for eight in (False, True):
+        model = flexclear.transform(copy.deepcopy(wide).to(GPU), r=3, backend="sdpa")
+        done = quantize(model, recipe) if eight else None
+        run(model)
+        torch.cuda.reset_peak_memory_stats()
+        run(model)
+        peaks[eight] = torch.cuda.max_memory_allocated()
+        del model
+    assert done is not None
+    assert peaks[False] - peaks[True] >= 0.5 * (done.bytes_before - done.bytes_after)
+
+
+def test_pictures_stay_above_the_floor(recipe):
+    vocabulary = read_vocabulary(embedded.model_directory())
+    requests = trained_requests(vocabulary, 8, seed=1)
+    pipe = embedded.pipeline(torch_dtype=torch.bfloat16, device=GPU)
+    pipe.set_progress_bar_config(disable=True)
+    flexclear.transform(pipe, r=4)
+    expected = generate(pipe, vocabulary, requests, steps=8)
+    quantize(pipe.transformer, recipe, min_features=128)
+    levels = picture_psnr(generate(pipe, vocabulary, requests, steps=8), expected)
+    assert levels.min() >= PICTURE_FLOOR[recipe], levels
+
+
+@pytest.mark.parametrize("recipe", FP8)
+def test_optimize_takes_fp8_products_where_the_gpu_has_them(base, recipe, graphs):
+    obstacle = why_not_recipe(recipe, GPU)
+    if obstacle is None:
+        model = flexclear.optimize(local(base), fp8=recipe, backend="eager")
+        assert sqnr(run(local(base)), run(model)) >= MODEL_FLOOR[recipe]
+    else:
+        with pytest.raises(ValueError, match=r"needs? compute capability 8\.9.*can run"):
+            flexclear.optimize(local(base), fp8=recipe)
