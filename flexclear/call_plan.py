@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.alternatives.mechanism import Attend
 from flexclear.attention import windowed_attention
 from flexclear.plan import Plan
 from flexclear.pooling import Pooling
@@ -23,6 +24,7 @@ class CallPlan:
         poolings: where each slot's pooled keys come from, or None.
         rotary: rotary embedding in sequence order that replaces the model's own; None keeps the model's.
         gains: 0-d factor on the queries of each slot (proportional attention), or None.
+        formula: what attends in place of softmax over a mask (``flexclear.alternatives``), bound to this call; or None.
     """
 
     base: Plan
@@ -30,6 +32,7 @@ class CallPlan:
     poolings: tuple[Pooling | None, ...]
     rotary: Any = None
     gains: tuple[Tensor, ...] | None = None
+    formula: Attend | None = None
 
     def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Raster tokens into the layout's order along ``dim``."""
@@ -45,8 +48,10 @@ class CallPlan:
         Args:
             slot: which mask is the layer's.
             query, key, value: after norms and rotary embedding.
-            weight: pooling weights of a layer with down-sampled keys (method, section 4), else None.
+            weight: pooling weights of a layer with down-sampled keys (method, section 4) or of a formula, else None.
         """
+        if self.formula is not None:
+            return self.formula(query, key, value, weight)
         if self.gains is not None:
             query = (query.float() * self.gains[slot]).to(query.dtype)
         pooling = self.poolings[slot]

@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from flexclear.alternatives.mechanism import Formula, Mechanism, WindowMechanism
+from flexclear.alternatives.names import named
 from flexclear.attention import BACKENDS
 from flexclear.families import FAMILIES, Layer, family_of
 from flexclear.families.processors import WindowProcessor
-from flexclear.hooks import EntryHook, Settings, entry_hook_of, install, uninstall
+from flexclear.hooks import EntryHook, Settings, check_formula, entry_hook_of, install, uninstall
 from flexclear.masks import Downsampled, Layout, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
@@ -22,6 +24,13 @@ from flexclear.steps import StepCounter
 from flexclear.switches import Switches
 
 Target = TypeVar("Target")
+
+
+class _Default(int):
+    """The default radius, told from the same number when it is given."""
+
+
+DEFAULT_RADIUS = _Default(16)
 
 
 def model_of(model_or_pipe: Any) -> nn.Module:
@@ -49,8 +58,9 @@ def model_of(model_or_pipe: Any) -> nn.Module:
 
 def transform(
     model_or_pipe: Target,
-    r: Radii = 16,
+    r: Radii = DEFAULT_RADIUS,
     *,
+    attention: str | Mechanism = "clear",
     down_factor: int | None = None,
     dense_steps: tuple[int, int] = (0, 0),
     ntk_factor: float = 1.0,
@@ -77,6 +87,13 @@ def transform(
         r: window radius in tokens (16 px each in FLUX.1), 1 or more; published radii: 8, 16, 32. Or one per attention
             layer: a sequence, a mapping from layer numbers or module names (or their beginnings, or ``"default"``), or a
             function of (number, name). None leaves a layer dense; a window of ``flexclear.masks`` is taken as it is.
+        attention: ``"clear"``, the windows of ``r``, or what the paper compares it with, in its settings at 1024 px; other
+            sizes by the classes of ``flexclear.alternatives``, such as ``SwinAttention(size=8)``. ``r`` and
+            ``down_factor`` are CLEAR's. Masks, on every model: ``"strided"`` (sparse transformers, arXiv 1904.10509),
+            ``"swin"`` (Swin Transformer, 2103.14030), ``"neighborhood"`` (NAT, 2204.07143). Formulas, on FLUX.1:
+            ``"sigmoid"`` (2409.04431), ``"linear"`` (elu + 1, 2006.16236), ``"pixart"`` (PixArt-Sigma's key / value
+            compression, 2403.04692; one parameter per layer, ``<block>.attn.processor.compression_weight``),
+            ``"agent"`` (2312.08874).
         down_factor: side d in tokens of cells whose pooled keys image queries see as well (method, section 4). Adds one
             parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only. ``save_pretrained`` writes them
             too, but diffusers' ``from_pretrained`` leaves them out, with a warning: keep them by ``flexclear.save_weights``.
@@ -118,23 +135,30 @@ def transform(
         steps.current()
     asked = None if block_size is None else check_block_size(block_size, Layout(1, 1))
 
+    mechanism = _mechanism(attention, r, down_factor)
+    formula = mechanism if isinstance(mechanism, Formula) else None
+    check_formula(formula, switches)
+
     layers = list(family.layers(model))
-    windows = resolve(r, layers, down_factor)
+    if isinstance(mechanism, WindowMechanism):
+        r = [mechanism.window(number) for number in range(len(layers))]
+    elif formula is not None:
+        r = None
+    windows = resolve(int(r) if r is DEFAULT_RADIUS else r, layers, down_factor)
     if not family.pools and (down_factor is not None or any(isinstance(window, Downsampled) for window in windows)):
         able = ", ".join(known.model_class for known in FAMILIES if known.pools)
         raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
     distinct = slots(layers, windows)
     before = entry_hook_of(model)
     originals = {layer.name: _original(layer, before) for layer in layers}
-    processors = [
-        family.processor(
-            layer,
-            originals[layer.name],
-            distinct.index((layer.scope, window)),
-            window.factor if isinstance(window, Downsampled) else None,
-        )
-        for layer, window in zip(layers, windows, strict=True)
-    ]
+    processors = []
+    for layer, window in zip(layers, windows, strict=True):
+        original, slot = originals[layer.name], distinct.index((layer.scope, window))
+        if formula is None:
+            factor = window.factor if isinstance(window, Downsampled) else None
+            processors.append(family.processor(layer, original, slot, factor))
+        else:
+            processors.append(family.formula_processor(layer, original, slot, formula))
     settings = Settings(
         windows={layer.name: window for layer, window in zip(layers, windows, strict=True)},
         slots=distinct,
@@ -144,6 +168,7 @@ def transform(
         exact_position_ids=exact_position_ids,
         switches=switches,
         steps=steps,
+        formula=formula,
     )
     # Everything is known to fit; from here on the model changes.
     uninstall(model)
@@ -171,10 +196,12 @@ def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] 
     if before is None:
         raise ValueError(f"this {type(model).__name__} is not transformed; flexclear.transform(model, r=...) first")
     old = before.settings
-    radii: dict[int | str, Radius] = {**(old.windows if windows is None else windows)}
+    formula = old.formula if windows is None else None
+    radii: dict[int | str, Radius] = dict((old.windows if windows is None else windows).items())
     transform(
         model_or_pipe,
-        radii,
+        DEFAULT_RADIUS if formula is not None else radii,
+        attention="clear" if formula is None else formula,
         backend=old.backend,
         order=old.order,
         block_size=old.block_size,
@@ -194,10 +221,31 @@ def _original(layer: Layer, before: EntryHook | None) -> Any:
 
 
 def _keep_trained_pooling(old: Any, new: Any) -> None:
-    """Pooling weights survive another transform with the same down-sampling factor."""
-    trained, fresh = getattr(old, "spatial_weight", None), getattr(new, "spatial_weight", None)
-    if trained is not None and fresh is not None and trained.shape == fresh.shape:
-        new.spatial_weight = trained
+    """Pooling weights survive another transform with the same down-sampling factor, compression weights likewise."""
+    for name in ("spatial_weight", "compression_weight"):
+        trained, fresh = getattr(old, name, None), getattr(new, name, None)
+        if trained is not None and fresh is not None and trained.shape == fresh.shape:
+            setattr(new, name, trained)
+
+
+def _mechanism(attention: Any, r: Radii, down_factor: int | None) -> Mechanism | None:
+    """What ``attention`` names, None for CLEAR.
+
+    Raises:
+        TypeError: it is neither a name nor a mechanism.
+        ValueError: an unknown name, or CLEAR's arguments beside another mechanism.
+    """
+    mechanism = named(attention)
+    if mechanism is not None and r is not DEFAULT_RADIUS:
+        raise ValueError(
+            f"r={r!r} with attention={mechanism.kind!r}: a radius is CLEAR's. Leave r out; sizes are fields of "
+            f"flexclear.alternatives.{type(mechanism).__name__}"
+        )
+    if mechanism is not None and down_factor is not None:
+        raise ValueError(
+            f"down_factor={down_factor!r} with attention={mechanism.kind!r}: down-sampled keys are CLEAR's. Leave it out"
+        )
+    return mechanism
 
 
 def restore(model_or_pipe: Target) -> Target:

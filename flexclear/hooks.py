@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.alternatives.mechanism import Formula
 from flexclear.attention import choose_backend
 from flexclear.call_plan import CallPlan
 from flexclear.compile import why_not_compiled
@@ -37,7 +38,7 @@ from flexclear.switches import Switches, in_force, proportional_gain
 class Settings:
     """How a model was transformed; see ``flexclear.transform`` for the meaning of each field.
 
-    ``windows`` is by layer name, ``slots`` what a plan holds one mask each for.
+    ``windows`` is by layer name, ``slots`` what a plan holds one mask each for. With a ``formula`` there are no windows.
     """
 
     windows: Mapping[str, Window | None]
@@ -48,6 +49,20 @@ class Settings:
     exact_position_ids: bool
     switches: Switches
     steps: StepCounter
+    formula: Formula | None = None
+
+
+def check_formula(formula: Formula | None, switches: Switches) -> None:
+    """Raise if a formula is to run under a switch that is defined for softmax over a mask.
+
+    Raises:
+        ValueError: it is.
+    """
+    if formula is not None and switches.proportional_attention:
+        raise ValueError(
+            f"proportional_attention scales the scores of softmax attention over windows; attention={formula.kind!r} has "
+            "a formula of its own. Leave it out"
+        )
 
 
 class Hook:
@@ -93,9 +108,11 @@ class EntryHook(Hook):
             call.tokens.requires_grad or any(p.requires_grad for p in model.parameters())
         )
         backend = choose_backend(settings.backend, device, dtype, needs_grad)
-        if backend == "sdpa" and settings.backend == "auto" and not needs_grad:
+        if backend == "sdpa" and settings.backend == "auto" and not needs_grad and settings.formula is None:
             self._say_why(device)
         dense = settings.steps.is_dense(switches.dense_steps)
+        formula = None if dense else settings.formula
+        check_formula(settings.formula, switches)
 
         def plan_of(scope: str, window: Window | None) -> Plan:
             text_len = call.text_lens[scope]
@@ -120,6 +137,7 @@ class EntryHook(Hook):
             masks=tuple(mask_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True)),
             poolings=tuple(plan.pooling for plan in plans),
             gains=gains,
+            formula=None if formula is None else formula.bind(base),
         )
 
     def _check_processors(self, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flexclear.alternatives.mechanism import Formula
 from flexclear.families.base import JOINT
 from flexclear.hooks import EntryHook
 from flexclear.masks import Cost, Full, Layout, Window, cost
@@ -21,7 +22,9 @@ class LayerExplanation:
         scope: which tokens it attends over (``"joint"``: text and image).
         window: its window; None: dense.
         processor: class of its attention processor.
-        cost: at the size that was asked for, or None without one.
+        cost: of its window at the size that was asked for, or None without one.
+        formula: what attends in place of softmax over a mask (``flexclear.alternatives``), or None.
+        flops: of its attention at that size; 0 without one.
     """
 
     name: str
@@ -29,10 +32,12 @@ class LayerExplanation:
     window: Window | None
     processor: str
     cost: Cost | None
+    formula: Formula | None = None
+    flops: int = 0
 
     def _key(self) -> tuple[object, ...]:
         stack, _, rest = self.name.partition(".")
-        return stack, rest.partition(".")[2], self.scope, self.window, self.processor
+        return stack, rest.partition(".")[2], self.scope, self.window, self.formula, self.processor
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class ModelExplanation:
     @property
     def flops(self) -> int:
         """Attention FLOPs of one forward pass of one sample; 0 without a size."""
-        return sum(layer.cost.flops for layer in self.layers if layer.cost is not None)
+        return sum(layer.flops for layer in self.layers)
 
     @property
     def dense_flops(self) -> int:
@@ -78,6 +83,9 @@ class ModelExplanation:
             layer, spent = run[0], run[0].cost
             window = "dense" if layer.window is None else layer.window.name
             work = "" if spent is None else f"  {spent.density:7.2%} of pairs, {spent.flops / 1e9:8.1f} GFLOPs each"
+            if layer.formula is not None:
+                window = f"{layer.formula.name} attention"
+                work = "" if spent is None else f"  {layer.flops / 1e9:8.1f} GFLOPs each"
             scope = "" if layer.scope == JOINT else f" ({layer.scope} only)"
             lines.append(f"  {title:{wide}}  {len(run):3d} x {window}{scope}{work}")
         if self.flops:
@@ -119,10 +127,11 @@ def explain_model(
     grid = None if height is None or width is None else (height // px, width // px)
     windows = {} if entry is None else entry.settings.windows
     order = "tiled" if entry is None else entry.settings.order
+    formula = None if entry is None else entry.settings.formula
     costs: dict[tuple[str, Window | None, int], Cost] = {}
     layers = []
-    for layer in family.layers(model):
-        window, spent = windows.get(layer.name), None
+    for number, layer in enumerate(family.layers(model)):
+        window, spent, flops = windows.get(layer.name), None, 0
         channels = layer.module.inner_dim
         if grid is not None:
             key = (layer.scope, window, channels)
@@ -131,7 +140,11 @@ def explain_model(
                 size = check_block_size(None if entry is None else entry.settings.block_size, layout)
                 costs[key] = cost(layout, Full() if window is None else window, channels=channels, block_size=size)
             spent = costs[key]
-        layers.append(LayerExplanation(layer.name, layer.scope, window, type(layer.module.processor).__name__, spent))
+            flops = spent.flops
+            if formula is not None:
+                flops = formula.flops(Layout(*grid, text_len), channels, layer.module.heads, number)
+        processor = type(layer.module.processor).__name__
+        layers.append(LayerExplanation(layer.name, layer.scope, window, processor, spent, formula, flops))
     return ModelExplanation(
         model=type(model).__name__,
         settings=() if entry is None else _settings(entry),

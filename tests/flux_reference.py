@@ -37,7 +37,13 @@ class ReferenceProcessor(nn.Module):
             query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(text))), query], dim=2)
             key = torch.cat([attn.norm_added_k(heads(attn.add_k_proj(text))), key], dim=2)
             value = torch.cat([heads(attn.add_v_proj(text)), value], dim=2)
-        query, key = self.rotate(query), self.rotate(key)
+        out = self.mix(self.rotate(query), self.rotate(key), value).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return out
+        return attn.to_out[0](out[:, self.text_len :]), attn.to_add_out(out[:, : self.text_len])
+
+    def mix(self, query, key, value):
+        """Attention of ``[B, heads, N, head_dim]``."""
         seen = self.seen()
         keys = query.shape[2]
         if self.weight is not None:
@@ -46,12 +52,9 @@ class ReferenceProcessor(nn.Module):
             pooled[: self.text_len] = False
             seen = torch.cat([seen, pooled], dim=1)
             keys *= 10
-        scale = math.sqrt((math.log(keys) / math.log(4608) if self.proportional else 1.0) / attn.head_dim)
+        scale = math.sqrt((math.log(keys) / math.log(4608) if self.proportional else 1.0) / query.shape[-1])
         scores = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, -math.inf)
-        out = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-        if encoder_hidden_states is None:
-            return out
-        return attn.to_out[0](out[:, self.text_len :]), attn.to_add_out(out[:, : self.text_len])
+        return scores.softmax(-1) @ value
 
     def places(self):
         """(row, column) of each token, (0, 0) for text."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flexclear.alternatives.mechanism import Formula
 from flexclear.call_plan import CallPlan
 
 JOINT = "joint"
@@ -99,6 +100,17 @@ class Family(ABC):
         Raises:
             ValueError: that one cannot be replaced under these settings.
         """
+
+    def formula_processor(self, layer: Layer, original: Any, slot: int, formula: Formula) -> Any:
+        """The same where ``formula`` attends in place of softmax over a mask; families do without by default.
+
+        Raises:
+            ValueError: the family has no formulas, or the processor cannot be replaced under this one.
+        """
+        raise ValueError(
+            f"attention={formula.kind!r} is defined for FluxTransformer2DModel, got {self.model_class}. The alternatives "
+            "that are masks ('strided', 'swin', 'neighborhood') run on every model"
+        )
 
     @abstractmethod
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: Any) -> Call:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexclear.alternatives.mechanism import Formula
 from flexclear.call_plan import CallPlan
 from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, required_tensor
 from flexclear.families.processors import PLAN
@@ -100,6 +101,14 @@ def with_ntk(model: nn.Module, kwargs: dict[str, Any], ntk_factor: float) -> dic
     return {**kwargs, "joint_attention_kwargs": {**attention_kwargs, PLAN: plan}}
 
 
+def _place(layer: Layer) -> tuple[torch.device, torch.dtype]:
+    """Where a parameter of the layer's processor goes, and its type."""
+    weight = next(layer.module.parameters())
+    dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    # Offloaded layers are empty between calls; these few numbers stay and follow the keys.
+    return torch.device("cpu") if weight.is_meta else weight.device, dtype
+
+
 class FluxFamily(Family):
     """``FluxTransformer2DModel``."""
 
@@ -138,11 +147,22 @@ class FluxFamily(Family):
             return flux_attention.FluxIPWindowProcessor(slot, original)
         if down_factor is None:
             return flux_attention.FluxWindowProcessor(slot)
-        weight = next(layer.module.parameters())
-        dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-        # Offloaded layers are empty between calls; these few numbers stay and follow the keys.
-        device = torch.device("cpu") if weight.is_meta else weight.device
-        return flux_attention.FluxPooledWindowProcessor(slot, down_factor, device, dtype)
+        return flux_attention.FluxPooledWindowProcessor(slot, down_factor, *_place(layer))
+
+    def formula_processor(self, layer: Layer, original: Any, slot: int, formula: Formula) -> Any:
+        from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+        from flexclear.families import flux_attention
+
+        shape = formula.weight_shape(layer.module.inner_dim)
+        if shape is None:
+            return self.processor(layer, original, slot, None)
+        if isinstance(original, FluxIPAdapterAttnProcessor):
+            raise ValueError(
+                f"{layer.name} has an IP-Adapter, which attention={formula.kind!r} does not go with. "
+                "pipe.unload_ip_adapter() first"
+            )
+        return flux_attention.FluxCompressedProcessor(slot, shape, formula.initial_weight(), *_place(layer))
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         tokens, text, ids = (

@@ -99,14 +99,48 @@ class FluxPooledWindowProcessor(FluxWindowProcessor, nn.Module):
         self.spatial_weight = nn.Parameter(torch.full((1, 1, 1, d, 1, d, 1), 1 / d**2, device=device, dtype=dtype))
 
     def pooling_weight(self, device: torch.device) -> Tensor:
-        # accelerate takes the weights of every module away and brings them back for its forward; a processor's never runs.
-        hook = getattr(self, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(self)
-        weight = self.spatial_weight.to(device)
-        if hook is not None:
-            hook.post_forward(self, None)
-        return weight
+        return _brought(self, "spatial_weight", device)
+
+
+class FluxCompressedProcessor(FluxWindowProcessor, nn.Module):
+    """The same with a formula that compresses keys and values by weights of its own (``flexclear.alternatives``).
+
+    Attributes:
+        compression_weight: in the shape that the formula asks for.
+    """
+
+    def __init__(
+        self,
+        slot: int | None = None,
+        shape: tuple[int, ...] | None = None,
+        filled: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if shape is None:
+            # What load_ip_adapter does to every processor that it does not know.
+            raise TypeError(
+                "this model has trained compression weights (attention='pixart'), which a plugin is about to drop. "
+                "flexclear.restore(model) first"
+            )
+        nn.Module.__init__(self)
+        FluxWindowProcessor.__init__(self, slot)
+        self.compression_weight = nn.Parameter(torch.full(shape, filled, device=device, dtype=dtype))
+
+    def pooling_weight(self, device: torch.device) -> Tensor:
+        return _brought(self, "compression_weight", device)
+
+
+def _brought(processor: nn.Module, name: str, device: torch.device) -> Tensor:
+    """A processor's parameter on ``device``."""
+    # accelerate takes the weights of every module away and brings them back for its forward; a processor's never runs.
+    hook: Any = getattr(processor, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(processor)
+    weight = getattr(processor, name).to(device)
+    if hook is not None:
+        hook.post_forward(processor, None)
+    return weight
 
 
 class FluxIPWindowProcessor(FluxWindowProcessor, FluxIPAdapterAttnProcessor):

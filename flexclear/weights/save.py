@@ -32,8 +32,8 @@ def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = Non
 
     Raises:
         TypeError: an unsupported model.
-        ValueError: the model is not transformed, a window is none of ``flexclear.masks``, projections are fused or
-            quantised, or ``path`` does not end in ``.safetensors``.
+        ValueError: the model is not transformed, or to attention with a formula of its own; a window is none of
+            ``flexclear.masks``, projections are fused or quantised, or ``path`` does not end in ``.safetensors``.
     """
     from importlib.metadata import version
 
@@ -49,6 +49,12 @@ def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = Non
         raise ValueError(
             f"this {type(model).__name__} is not transformed, so there is no window to save beside its weights. "
             "flexclear.transform(model, r=...) first"
+        )
+    if entry.settings.formula is not None:
+        raise ValueError(
+            f"this {type(model).__name__} has attention={entry.settings.formula.kind!r}, and a weights file states windows: "
+            "loaded, it would run another attention than it was trained for. Save model.state_dict(), and load it into a "
+            "model that is transformed alike"
         )
     windows = entry.settings.windows
     parameters = keys.projections(model, layers)
