@@ -1,4 +1,5 @@
-"""The command line: ``flexclear generate``, ``doctor``, ``demo``, ``explain``, ``fuzz``."""
+"""The command line: ``flexclear generate``, ``doctor``, ``demo``, ``explain``, ``fuzz``,
+``data generate``, ``data cache``, ``distill``."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from collections.abc import Sequence
 
 import typer
 
+from flexclear.commands.data import data
 from flexclear.commands.demo import demo
+from flexclear.commands.distill import distill
 from flexclear.commands.doctor import doctor
 from flexclear.commands.explain import explain
 from flexclear.commands.fuzz import fuzz
@@ -19,8 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, doctor, demo, explain, fuzz):
+for command in (generate, doctor, demo, explain, fuzz, distill):
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,6 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         app(args=None if arguments is None else list(arguments))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"flexclear: {error}", file=sys.stderr)
         sys.exit(2)

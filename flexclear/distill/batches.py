@@ -77,12 +77,19 @@ class Order:
 
 
 class BatchMaker:
-    """Makes the batch of any number, the same one every time."""
+    """Makes the batch of any number, the same one every time; ``drawn``: latents are drawn from the moments, else their
+    means."""
 
     def __init__(
-        self, samples: Samples, indices: Sequence[int], batch_size: int, seed: int, timesteps: TimestepConfig
+        self,
+        samples: Samples,
+        indices: Sequence[int],
+        batch_size: int,
+        seed: int,
+        timesteps: TimestepConfig,
+        drawn: bool = True,
     ) -> None:
-        self._samples, self._seed, self._timesteps = samples, seed, timesteps
+        self._samples, self._seed, self._timesteps, self._drawn = samples, seed, timesteps, drawn
         self._order = Order(samples, indices, batch_size, seed)
 
     def make(self, number: int) -> Batch:
@@ -91,7 +98,7 @@ class BatchMaker:
 
         generator = _generator(f"{self._seed}/batch {number}")
         indices, given = self._order[number], self._timesteps
-        latents, tensors = _latents(self._samples, indices, generator)
+        latents, tensors = _latents(self._samples, indices, generator, self._drawn)
         u = compute_density_for_timestep_sampling(
             "none" if given.sampling == "uniform" else given.sampling,
             len(indices),
@@ -120,7 +127,9 @@ def held_out_indices(count: int, total: int, seed: int) -> list[int]:
     return sorted(random.Random(f"{seed}/held out").sample(range(total), count))
 
 
-def held_out_batches(samples: Samples, indices: Sequence[int], batch_size: int, seed: int) -> list[Batch]:
+def held_out_batches(
+    samples: Samples, indices: Sequence[int], batch_size: int, seed: int, drawn: bool = True
+) -> list[Batch]:
     """Every held-out sample once, each with its own noise, at noise levels spread evenly from 0 to 1."""
     groups: dict[object, list[int]] = defaultdict(list)
     for index in indices:
@@ -133,7 +142,7 @@ def held_out_batches(samples: Samples, indices: Sequence[int], batch_size: int, 
             parts, noise = [], []
             for index in chosen:
                 generator = _generator(f"{seed}/held out {index}")
-                parts.append(_latents(samples, [index], generator)[0])
+                parts.append(_latents(samples, [index], generator, drawn)[0])
                 noise.append(torch.randn(parts[-1].shape, generator=generator))
             tensors = stack(samples[index] for index in chosen)
             sigmas = torch.tensor([levels[index] for index in chosen])
@@ -147,9 +156,12 @@ def _generator(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(name).getrandbits(62))
 
 
-def _latents(samples: Samples, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents drawn from the moments, ``[B, C, h, w]`` float32, and all tensors of the samples."""
+def _latents(
+    samples: Samples, indices: Sequence[int], generator: torch.Generator, drawn: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents drawn from the moments, or their means, ``[B, C, h, w]`` float32, and all tensors of the samples."""
     tensors = stack(samples[index] for index in indices)
     mean, logvar = tensors["mean"].float(), tensors["logvar"].float()
-    drawn = mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn(mean.shape, generator=generator)
-    return (drawn - samples.shift_factor) * samples.scaling_factor, tensors
+    noise = torch.randn(mean.shape, generator=generator)
+    latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise if drawn else mean
+    return (latents - samples.shift_factor) * samples.scaling_factor, tensors

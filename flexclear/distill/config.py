@@ -21,6 +21,7 @@ OPTIMIZERS = ("adamw", "prodigy")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 SAMPLINGS = ("uniform", "logit_normal", "mode")
 PRECISIONS = ("no", "bf16", "fp16")
+LATENTS = ("sample", "mean")
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -173,6 +174,8 @@ class DistillConfig:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None: what accelerate's own configuration says. Frozen
             weights are loaded in that type, trained ones are kept in float32.
         guidance: fed to teacher and student where they have a guidance embedding.
+        latents: ``"sample"``: drawn from the VAE's moments, as published; ``"mean"``: their means. None: drawn, but the
+            means for the embedded model, which was trained on them and whose VAE's variances mean nothing.
         ema: decay of an average of the trained weights, which is then what is written; None: no average.
         seed: of data order, noise and noise levels.
         tracker: ``"tensorboard"``, ``"wandb"`` or None.
@@ -195,6 +198,7 @@ class DistillConfig:
     mixed_precision: str | None = None
     gradient_checkpointing: bool = False
     guidance: float = 3.5
+    latents: str | None = None
     ema: float | None = None
     seed: int = 0
     tracker: str | None = None
@@ -221,6 +225,8 @@ class DistillConfig:
         _one_of("teacher", self.teacher, TEACHERS)
         if self.mixed_precision is not None:
             _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+        if self.latents is not None:
+            _one_of("latents", self.latents, LATENTS)
         if self.tracker is not None:
             _one_of("tracker", self.tracker, TRACKERS)
         if self.device not in (None, "cpu"):

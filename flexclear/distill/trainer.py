@@ -27,6 +27,7 @@ from flexclear.distill.models import SUPPORTED, check_class, fingerprint, load_p
 from flexclear.distill.optimizers import check_optimizer, make_optimizer
 from flexclear.distill.samples import CachedSamples, Samples, check_samples
 from flexclear.distill.students import ADAPTER, add_lora, make_teacher, merge_lora, trained_parameters
+from flexclear.generate_settings import EMBEDDED
 from flexclear.hooks import entry_hook_of
 from flexclear.weights import load_weights, save_weights
 
@@ -217,6 +218,10 @@ def _as_found(model: Any) -> Iterator[None]:
             model.forward = forward
 
 
+def _dtype_of(model: Any) -> torch.dtype:
+    return model.dtype
+
+
 class _Run:
     def __init__(
         self, model_or_pipe: Any, config: DistillConfig, ready: Prepared, accelerator: Any, on_step: OnStep, say: Any
@@ -226,9 +231,9 @@ class _Run:
         self.config, self.ready, self.accelerator = config, ready, accelerator
         self.on_step, self.say = on_step, say
         self.device = accelerator.device
-        self.compute: torch.dtype = (
-            DTYPES[accelerator.mixed_precision] if accelerator.mixed_precision != "no" else self.model.dtype
-        )
+        self.dtype = _dtype_of(self.model)
+        precision = accelerator.mixed_precision
+        self.compute = self.dtype if precision == "no" else DTYPES[precision]
         self.stop = False
         self._build()
 
@@ -237,7 +242,6 @@ class _Run:
         from diffusers.training_utils import EMAModel
 
         config, model, accelerator = self.config, self.model, self.accelerator
-        self.dtype: torch.dtype = model.dtype
         projections = trained_parameters(model)
         own = () if config.train == "lora" and config.initial_weights is None else projections.values()
         self.teacher = make_teacher(model, own if config.teacher == "shared" else None)
@@ -273,8 +277,10 @@ class _Run:
         samples = self.ready.samples
         kept_out = held_out_indices(config.held_out.count, len(samples), config.seed)
         training = sorted(set(range(len(samples))) - set(kept_out))
-        self.maker = BatchMaker(samples, training, config.batch_size, config.seed, config.timesteps)
-        self.held_out = held_out_batches(samples, kept_out, config.held_out.batch_size, config.seed)
+        embedded = EMBEDDED in (config.model, getattr(samples, "model", None))
+        drawn = config.latents == "sample" or (config.latents is None and not embedded)
+        self.maker = BatchMaker(samples, training, config.batch_size, config.seed, config.timesteps, drawn)
+        self.held_out = held_out_batches(samples, kept_out, config.held_out.batch_size, config.seed, drawn)
         self.accumulation = accelerator.gradient_accumulation_steps
         batches_per_step = self.accumulation * accelerator.num_processes
         self.batches_per_step = batches_per_step

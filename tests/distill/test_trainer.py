@@ -255,3 +255,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(fresh, samples, settings):
     broken = MemorySamples([dataclasses.replace(s, mean=s.mean * float("nan")) for s in samples.samples])
     with pytest.raises(FloatingPointError, match="step 1"):
         distill(fresh(), settings(), broken)
+
+
+def test_latents_are_drawn_from_the_moments_or_are_their_means(samples):
+    drawn = BatchMaker(samples, range(6), 6, 0, TimestepConfig()).make(0)
+    mean = BatchMaker(samples, range(6), 6, 0, TimestepConfig(), drawn=False).make(0)
+    order = Order(samples, range(6), 6, 0)[0]
+    expected = (torch.stack([samples[index].mean for index in order]) - 0.1) * 1.2
+    assert torch.allclose(mean.latents, expected)
+    deviation = ((drawn.latents - mean.latents) / 1.2).flatten()
+    assert 0.1 < deviation.std() < 0.3  # exp(-4 / 2) and more: log variances are around -4
+    assert torch.equal(drawn.noise, mean.noise)

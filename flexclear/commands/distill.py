@@ -1,0 +1,65 @@
+"""``flexclear distill``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def distill(
+    config: Annotated[Path, typer.Argument(help="YAML file with the settings; see flexclear.distill.DistillConfig.")],
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say how much memory the run would take; needs no weights.")
+    ] = False,
+    pixels: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH for --estimate. Default: 1024x1024.")] = None,
+    text_len: Annotated[int, typer.Option(min=1, help="Text tokens for --estimate.")] = 512,
+) -> None:
+    """Train a model's attention to stay with its dense self under a window.
+
+    The same command goes on where it was stopped. For several GPUs: accelerate launch -m flexclear distill CONFIG.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from flexclear.distill.config import read_config
+    from flexclear.generate_settings import parse_size
+
+    settings = read_config(config)
+    if estimate:
+        from flexclear.distill.estimate import estimate as job
+
+        assert settings.model is not None
+        print(job(settings, (1024, 1024) if pixels is None else parse_size(pixels), text_len))
+        return
+    from flexclear.distill.trainer import distill as train
+
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("steps", total=settings.steps, loss="")
+
+        def on_step(record: dict[str, float]) -> None:
+            progress.update(task, completed=int(record["step"]), loss=f"loss {record['loss']:.4f}")
+
+        done = train(config=settings, on_step=on_step, say=console.print)
+    if done.interrupted:
+        raise typer.Exit(130)
+    for record in done.held_out[-1:]:
+        console.print("held out: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
+    print(f"weights: {done.weights}")

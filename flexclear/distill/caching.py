@@ -1,0 +1,223 @@
+"""``flexclear data cache``: text embeddings and VAE moments to disk, so that training loads neither encoder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flexclear.compile.files import whole_file
+from flexclear.distill.models import check_class, fingerprint, load_pipeline, pipeline_folder, transformer_class
+from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSamples, Sample, shape_of
+from flexclear.distill.sources import Item, Skipped, find_items
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What came of it.
+
+    Attributes:
+        folder: the cache.
+        samples: how many are in it.
+        skipped: what is not, and why.
+    """
+
+    folder: Path
+    samples: int
+    skipped: tuple[Skipped, ...]
+
+
+def cache(
+    source: str | Path,
+    model: str,
+    out: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    text_len: int = 512,
+    shard_size: int = 256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    pipe: Any = None,
+    on_item: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Cached:
+    """Encode pictures and captions. A run that was stopped goes on with the first shard that is missing.
+
+    Args:
+        source: see ``find_items``.
+        model: pipeline folder, hub id or ``"embedded"``.
+        out: folder for shards and index.
+        size: (height, width) in pixels that every picture is scaled to cover and cut to, around its middle. None: its own
+            size, cut to what the VAE takes.
+        text_len: text tokens.
+        shard_size: samples per file.
+        device, dtype: of the encoders.
+        pipe: ``model``, loaded; it is loaded if there is something to do otherwise.
+        on_item: called with how many are done, and how many there are.
+        say: called with a line for everything that is skipped.
+
+    Raises:
+        FileNotFoundError: no such source or model.
+        TypeError: a model that training does not know.
+        ValueError: nothing usable is there, or ``out`` holds a cache of something else.
+    """
+    out = Path(out).expanduser()
+    folder = pipeline_folder(model)
+    check_class(transformer_class(folder))
+    items, skipped = find_items(source)
+    for out_of_use in skipped:
+        say(f"skipped {out_of_use.name}: {out_of_use.reason}")
+    if not items:
+        raise ValueError(f"{source} holds no picture with a caption ({len(skipped)} skipped)")
+    made = fingerprint(folder)
+    facts = {"size": size, "text_len": text_len, "shard_size": shard_size, "dtype": str(dtype), "encoders": made}
+    work = hashlib.sha256(json.dumps([facts, [(item.name, item.caption) for item in items]]).encode()).hexdigest()[:24]
+    if (out / INDEX).is_file():
+        known = json.loads((out / INDEX).read_text(encoding="utf-8"))
+        if known.get("work") != work:
+            raise ValueError(f"{out} holds a cache of other pictures, settings or encoders; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    factors: dict[str, float] = {}
+    for number, start in enumerate(range(0, len(items), shard_size)):
+        shard = out / f"{number:05d}.safetensors"
+        part = items[start : start + shard_size]
+        found = _header(shard, work)
+        if found is None:
+            if pipe is None:
+                pipe = load_pipeline(model, folder, dtype, True)
+            pipe.to(device)
+            encode = _Encoder(pipe, size, text_len)
+            factors = {"scaling_factor": encode.scaling, "shift_factor": encode.shift}
+            found = _write(
+                shard, part, start, encode, work, factors, functools.partial(_count, on_item, start, len(items))
+            )
+        for lost in found["skipped"]:
+            skipped.append(Skipped(**lost))
+            say(f"skipped {lost['name']}: {lost['reason']}")
+        entries += found["samples"]
+        factors = found["factors"]
+        on_item(start + len(part), len(items))
+    if not entries:
+        raise ValueError(f"no picture of {source} could be encoded; {len(skipped)} were skipped")
+    index = {
+        "format": CACHE_FORMAT,
+        "model": model,
+        "fingerprint": made,
+        "work": work,
+        **factors,
+        **{name: value for name, value in facts.items() if name != "encoders"},
+        "samples": entries,
+        "skipped": [vars(lost) for lost in skipped],
+    }
+    with whole_file(out / INDEX) as beside:
+        beside.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    CachedSamples(out)
+    return Cached(out, len(entries), tuple(skipped))
+
+
+def _count(on_item: Callable[[int, int], None], start: int, total: int, done: int) -> None:
+    on_item(start + done, total)
+
+
+def _header(shard: Path, work: str) -> dict[str, Any] | None:
+    """What a finished shard of the same work says of itself, else None: it is to be made."""
+    from safetensors import SafetensorError, safe_open
+
+    if not shard.is_file():
+        return None
+    try:
+        with safe_open(shard, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("flexclear", "{}"))
+    except SafetensorError:
+        return None
+    return found if found.get("work") == work else None
+
+
+def _write(
+    shard: Path,
+    items: list[Item],
+    start: int,
+    encode: _Encoder,
+    work: str,
+    factors: dict[str, float],
+    on_item: Callable[[int], None],
+) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    samples: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for place, item in enumerate(items):
+        try:
+            picture = item.picture()
+            sample = encode(picture, item.caption)
+        except ValueError as error:
+            skipped.append({"name": item.name, "reason": str(error)})
+            continue
+        key = f"{start + place:08d}"
+        tensors |= {f"{key}.{name}": getattr(sample, name).contiguous() for name in TENSORS}
+        samples.append(
+            {
+                "shard": shard.name,
+                "key": key,
+                "name": item.name,
+                "caption": item.caption,
+                "shapes": shape_of(sample),
+            }
+        )
+        on_item(place + 1)
+    found = {"work": work, "factors": factors, "samples": samples, "skipped": skipped}
+    with whole_file(shard) as beside:
+        save_file(tensors, beside, {"flexclear": json.dumps(found)})
+    return found
+
+
+class _Encoder:
+    """Pictures and captions into samples, by a FLUX pipeline's encoders."""
+
+    def __init__(self, pipe: Any, size: tuple[int, int] | None, text_len: int) -> None:
+        self._pipe, self._text_len = pipe, text_len
+        self._multiple = pipe.vae_scale_factor * 2
+        if size is not None and (size[0] % self._multiple or size[1] % self._multiple):
+            raise ValueError(f"sides must be multiples of {self._multiple} pixels, got {size[0]}x{size[1]}")
+        self._size = size
+        config = pipe.vae.config
+        self.scaling, self.shift = float(config.scaling_factor), float(config.shift_factor or 0)
+
+    @torch.no_grad()
+    def __call__(self, picture: Image.Image, caption: str) -> Sample:
+        vae = self._pipe.vae
+        pixels = torch.from_numpy(np.array(_fitted(picture, self._size, self._multiple))).permute(2, 0, 1)[None]
+        moments = vae.encode((pixels.to(vae.device, torch.float32) / 127.5 - 1).to(vae.dtype)).latent_dist
+        embeds, pooled, _ = self._pipe.encode_prompt(caption, None, max_sequence_length=self._text_len)
+        return Sample(moments.mean[0].cpu(), moments.logvar[0].cpu(), embeds[0].cpu(), pooled[0].cpu(), caption)
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int] | None, multiple: int) -> Image.Image:
+    """Scaled to cover ``size`` and cut around the middle; None: cut to multiples of ``multiple``.
+
+    Raises:
+        ValueError: the picture is smaller than ``multiple``.
+    """
+    if size is None:
+        height, width = (side // multiple * multiple for side in (picture.height, picture.width))
+        if not height or not width:
+            raise ValueError(f"{picture.height} x {picture.width} pixels are fewer than the VAE takes ({multiple})")
+    else:
+        height, width = size
+        scale = max(height / picture.height, width / picture.width)
+        if scale != 1:
+            new = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+            picture = picture.resize(new, Image.Resampling.LANCZOS)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

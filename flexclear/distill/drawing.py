@@ -1,0 +1,132 @@
+"""``flexclear data generate``: the teacher's own pictures to learn from, captions beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexclear.compile.files import whole_file
+from flexclear.generate import GenerateSettings, check, draw, load
+from flexclear.picture_files import read_settings
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one picture goes; stands in for ``flexclear.picture_files.Target``."""
+
+    path: Path
+
+    def write(self, number: int, prompt: str, content: bytes) -> Path:
+        # The caption first: a picture that is there is finished.
+        with whole_file(self.path.with_suffix(".txt")) as beside:
+            beside.write_text(prompt + "\n", encoding="utf-8")
+        with whole_file(self.path) as beside:
+            beside.write_bytes(content)
+        return self.path
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Which pictures there are to be.
+
+    Picture i shows prompt i modulo their number, drawn with seed + i: whatever the number of processes, the pictures are
+    the same.
+
+    Attributes:
+        settings: model, prompts, folder and how to draw; seeds has the first one, sizes at most one.
+        count: pictures in all.
+        shard: (i, n): only pictures i, i + n, ...
+    """
+
+    settings: GenerateSettings
+    count: int
+    shard: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        index, of = self.shard
+        if not 0 <= index < of:
+            raise ValueError(f"--shard I/N needs I from 0 to N - 1, got {index}/{of}")
+        if self.count < 1:
+            raise ValueError(f"--count must be 1 or more, got {self.count}")
+
+    def single(self, number: int) -> GenerateSettings:
+        """The settings of picture ``number``."""
+        prompts = self.settings.prompts
+        return replace(
+            self.settings, prompts=(prompts[number % len(prompts)],), seeds=(self.settings.seeds[0] + number,)
+        )
+
+    def path(self, number: int) -> Path:
+        return self.settings.out / f"{number:06d}.png"
+
+    def numbers(self) -> range:
+        return range(self.shard[0], self.count, self.shard[1])
+
+    def missing(self) -> list[int]:
+        """Numbers of this shard's pictures that are not there yet.
+
+        Raises:
+            ValueError: a picture that is there shows another prompt or has another seed.
+        """
+        left = []
+        for number in self.numbers():
+            path = self.path(number)
+            if not path.is_file():
+                left.append(number)
+                continue
+            wanted = self.single(number)
+            try:
+                known = read_settings(path)["settings"]
+            except (OSError, ValueError, SyntaxError) as error:
+                raise ValueError(f"{path} is there, and is no picture of this command: {error}") from error
+            if (known["prompt"], known["seed"], known["model"]) != (
+                wanted.prompts[0],
+                wanted.seeds[0],
+                wanted.model,
+            ):
+                raise ValueError(
+                    f"{path} shows {known['prompt']!r} by {known['model']} with seed {known['seed']}; it would be "
+                    f"{wanted.prompts[0]!r} by {wanted.model} with seed {wanted.seeds[0]}. Name another folder"
+                )
+        return left
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of ``"i/n"``.
+
+    Raises:
+        ValueError: it is no shard.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if match is None:
+        raise ValueError(f"--shard is I/N, such as 0/4; got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def draw_data(
+    plan: DataPlan,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    on_step: Callable[[int, int, int], None] = lambda picture, step, steps: None,
+) -> Iterator[Any]:
+    """Draw the missing pictures, one after the other; each that is yielded (``flexclear.generate.Drawn``) is on disk.
+
+    Raises:
+        See ``flexclear.generate.check`` and ``DataPlan.missing``. Nothing happens before the first picture is asked for.
+    """
+    out = plan.settings.out.expanduser()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file")
+    out.mkdir(parents=True, exist_ok=True)
+    plan = replace(plan, settings=replace(plan.settings, out=out))
+    setup = check(plan.settings)
+    left = plan.missing()
+    if not left:
+        return
+    pipe = load(plan.settings, setup, say)
+    for number in left:
+        place: Any = _Place(plan.path(number))
+        yield from draw(pipe, plan.single(number), replace(setup, target=place), on_step)

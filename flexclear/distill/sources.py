@@ -1,0 +1,176 @@
+"""Pictures with captions: a folder, or WebDataset tar files. What is damaged is named, never left out silently."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+METADATA = "metadata.jsonl"
+CAPTION_KEYS = ("text", "caption", "prompt")
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What could not be used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture, not read yet.
+
+    Attributes:
+        name: for people; unique in its source.
+        caption: what it shows.
+        read: gives the file's bytes.
+    """
+
+    name: str
+    caption: str
+    read: Callable[[], bytes]
+
+    def picture(self) -> Image.Image:
+        """Raises ``ValueError`` if the picture is damaged, ``OSError`` if it cannot be read."""
+        try:
+            with Image.open(io.BytesIO(self.read())) as picture:
+                picture.load()
+                return picture.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"damaged picture: {' '.join(str(error).split())}") from error
+
+
+def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
+    """The pictures of a folder (with ``.txt`` files beside them, or ``metadata.jsonl``), of the tar files in it, or of one.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: it holds neither pictures nor tar files, or ``metadata.jsonl`` cannot be read.
+    """
+    source = Path(source).expanduser()
+    if source.is_file() and source.suffix == ".tar":
+        return _in_shards([source])
+    if not source.is_dir():
+        raise FileNotFoundError(f"no folder of pictures and no .tar file at {source}")
+    shards = sorted(source.glob("*.tar"))
+    if shards:
+        return _in_shards(shards)
+    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in PICTURES and not _hidden(file, source))
+    if not files:
+        raise ValueError(f"{source} holds neither pictures ({', '.join(PICTURES)}) nor .tar files")
+    listed = _listed(source / METADATA)
+    items, skipped = [], []
+    for file in files:
+        name = file.relative_to(source).as_posix()
+        beside = file.with_suffix(".txt")
+        try:
+            caption = listed.get(name) if not beside.is_file() else beside.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            skipped.append(Skipped(name, f"caption cannot be read: {error}"))
+            continue
+        if caption is None:
+            skipped.append(Skipped(name, f"no caption: neither {beside.name} beside it nor a line of {METADATA}"))
+        else:
+            items.append(Item(name, caption, file.read_bytes))
+    lost = sorted(set(listed) - {file.relative_to(source).as_posix() for file in files})
+    skipped += [Skipped(name, f"{METADATA} names it, there is no such picture") for name in lost]
+    return items, skipped
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """Captions by file name."""
+    found: dict[str, str] = {}
+    if not path.is_file():
+        return found
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            found[record["file_name"]] = _caption_in(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} line {number} must hold file_name and one of {list(CAPTION_KEYS)} in JSON: {error}"
+            ) from error
+    return found
+
+
+def _caption_in(record: Any) -> str:
+    for key in CAPTION_KEYS:
+        if isinstance(record, dict) and isinstance(record.get(key), str):
+            return record[key].strip()
+    raise ValueError(f"no {' or '.join(CAPTION_KEYS)}")
+
+
+def _in_shards(shards: list[Path]) -> tuple[list[Item], list[Skipped]]:
+    items: list[Item] = []
+    skipped: list[Skipped] = []
+    for shard in shards:
+        try:
+            members = _members(shard)
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            skipped.append(Skipped(shard.name, f"damaged shard: {error}"))
+            continue
+        groups: dict[str, dict[str, tarfile.TarInfo]] = defaultdict(dict)
+        for member in members:
+            folder, _, file = member.name.rpartition("/")
+            stem, _, suffix = file.partition(".")
+            groups[f"{folder}/{stem}" if folder else stem][f".{suffix.lower()}"] = member
+        for key, parts in groups.items():
+            name = f"{shard.name}/{key}"
+            picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
+            if picture is None:
+                skipped.append(Skipped(name, f"no picture among {sorted(parts)}"))
+                continue
+            try:
+                if ".txt" in parts:
+                    caption = _reader(shard, parts[".txt"])().decode("utf-8").strip()
+                elif ".json" in parts:
+                    caption = _caption_in(json.loads(_reader(shard, parts[".json"])()))
+                else:
+                    raise ValueError("neither .txt nor .json beside the picture")
+            except ValueError as error:
+                skipped.append(Skipped(name, f"no caption: {error}"))
+                continue
+            items.append(Item(name, caption, _reader(shard, picture)))
+    return items, skipped
+
+
+def _members(shard: Path) -> list[tarfile.TarInfo]:
+    """All files in a tar, which must be whole: ``tarfile`` itself takes a file that ends early for its end."""
+    with tarfile.open(shard, "r:") as archive:
+        members = archive.getmembers()
+    if members:
+        last = members[-1]
+        end = last.offset_data + -(-last.size // BLOCK) * BLOCK
+        with shard.open("rb") as stream:
+            stream.seek(end)
+            if stream.read(BLOCK) != bytes(BLOCK):
+                raise ValueError(f"it does not end after its {len(members)} readable members, or ends early")
+    return [member for member in members if member.isfile()]
+
+
+def _reader(shard: Path, member: tarfile.TarInfo) -> Callable[[], bytes]:
+    offset, size = member.offset_data, member.size
+
+    def read() -> bytes:
+        with shard.open("rb") as stream:
+            stream.seek(offset)
+            return stream.read(size)
+
+    return read
