@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexclear.alternatives.mechanism import Formula, Mechanism
+from flexclear.alternatives.names import named
 from flexclear.attention import BACKENDS
 from flexclear.masks import Disc, Downsampled
 
@@ -162,7 +164,8 @@ class DistillConfig:
         output: folder for checkpoints, losses and the weights file.
         model: pipeline folder, hub id, or ``"embedded"``; not needed where a pipeline is handed over.
         data: folder of ``flexclear data cache``; not needed where samples are handed over.
-        r, down_factor, backend: of ``flexclear.transform``, for a model that is not transformed.
+        r, down_factor, backend, attention: of ``flexclear.transform``, for a model that is not transformed; ``sizes`` are
+            those of ``attention``. r None: 16.
         initial_weights: a weights file that the student starts from, or None: the teacher's weights.
         train: ``"projections"``, with pooling weights, or ``"lora"``.
         teacher: ``"shared"``: its frozen weights are the student's own; ``"copy"``: a model of its own, for sharding
@@ -185,9 +188,11 @@ class DistillConfig:
     output: Path
     model: str | None = None
     data: Path | None = None
-    r: int = 16
+    r: int | None = None
     down_factor: int | None = None
     backend: str = "auto"
+    attention: str = "clear"
+    sizes: dict[str, int] = field(default_factory=dict)
     initial_weights: Path | None = None
     train: str = "projections"
     teacher: str = "shared"
@@ -211,15 +216,33 @@ class DistillConfig:
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     sheets: SheetConfig = field(default_factory=SheetConfig)
 
+    @property
+    def radius(self) -> int:
+        return 16 if self.r is None else self.r
+
+    @property
+    def mechanism(self) -> Mechanism | None:
+        """What ``attention`` and ``sizes`` name; None: CLEAR's windows.
+
+        Raises:
+            TypeError, ValueError: nothing.
+        """
+        return named(self.attention, **self.sizes)
+
     def check(self) -> None:
         """Everything that can be known from the settings alone.
 
         Raises:
             TypeError, ValueError, FileNotFoundError: a setting makes no sense; the message begins with its name.
         """
-        Disc(self.r)
+        mechanism = self.mechanism
+        if mechanism is not None and (self.r is not None or self.down_factor is not None):
+            raise ValueError(f"r and down_factor are those of attention: clear; leave them out of {self.attention}")
+        if isinstance(mechanism, Formula) and self.initial_weights is not None:
+            raise ValueError(f"initial_weights are for windows; attention: {self.attention} has a formula of its own")
+        Disc(self.radius)
         if self.down_factor is not None:
-            Downsampled(Disc(self.r), self.down_factor)
+            Downsampled(Disc(self.radius), self.down_factor)
         _one_of("backend", self.backend, BACKENDS)
         _one_of("train", self.train, TRAIN)
         _one_of("teacher", self.teacher, TEACHERS)
@@ -343,6 +366,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise TypeError(f"{where} must be a list, got {value!r}")
         element = typing.get_args(hint)[0]
         return tuple(_value(element, part, f"{where}[{index}]") for index, part in enumerate(value))
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where} must hold names and values, got {value!r}")
+        return {str(name): _value(typing.get_args(hint)[1], part, f"{where}.{name}") for name, part in value.items()}
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):

@@ -8,6 +8,7 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from flexclear.compile.files import whole_file
-from flexclear.convert import model_of, transform
+from flexclear.convert import model_of, transform, transform_again
 from flexclear.distill import checkpoints as files
 from flexclear.distill.batches import Batch, BatchMaker, held_out_batches, held_out_indices
 from flexclear.distill.config import DistillConfig
@@ -157,7 +158,11 @@ def distill(
         fitting = "bf16" if model.dtype == torch.bfloat16 else "fp16"
         raise ValueError(f"a model in {model.dtype} trains with mixed_precision: {fitting}")
     if entry_hook_of(model) is None:
-        transform(model_or_pipe, config.r, down_factor=config.down_factor, backend=config.backend)
+        mechanism = config.mechanism
+        if mechanism is None:
+            transform(model_or_pipe, config.radius, down_factor=config.down_factor, backend=config.backend)
+        else:
+            transform(model_or_pipe, attention=mechanism, backend=config.backend)
     with _as_found(model):
         return _Run(model_or_pipe, config, ready, accelerator, on_step, say).run()
 
@@ -218,6 +223,33 @@ def _as_found(model: Any) -> Iterator[None]:
             model.forward = forward
 
 
+def _start_from(model: Any, path: Path) -> None:
+    """Load a weights file and keep the model's own windows, whatever the file was trained for."""
+    entry = entry_hook_of(model)
+    assert entry is not None
+    windows = dict(entry.settings.windows)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was trained for another window than the model has")
+        load_weights(model, path)
+    now = entry_hook_of(model)
+    if now is not None and dict(now.settings.windows) != windows:
+        transform_again(model, windows)
+
+
+def _write_weights(model: Any, path: Path) -> None:
+    """A file for ``load_weights``; of attention with a formula of its own, the same tensors under the model's own names,
+    for ``load_state_dict(..., strict=False)`` of a model that is transformed alike."""
+    entry = entry_hook_of(model)
+    if entry is None or entry.settings.formula is None:
+        save_weights(model, path)
+        return
+    from safetensors.torch import save_file
+
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
+    with whole_file(path) as beside:
+        save_file(tensors, beside, {"format": "pt", "attention": repr(entry.settings.formula)})
+
+
 def _dtype_of(model: Any) -> torch.dtype:
     return model.dtype
 
@@ -246,7 +278,7 @@ class _Run:
         own = () if config.train == "lora" and config.initial_weights is None else projections.values()
         self.teacher = make_teacher(model, own if config.teacher == "shared" else None)
         if config.initial_weights is not None:
-            load_weights(model, config.initial_weights)
+            _start_from(model, config.initial_weights)
             projections = trained_parameters(model)
         model.requires_grad_(False)
         self.trained = (
@@ -295,7 +327,8 @@ class _Run:
         losses: list[Record] = []
         held_out: list[Record] = []
         if config.tracker is not None:
-            accelerator.init_trackers("flexclear", config={"output": str(config.output), "r": config.r})
+            facts = {"output": str(config.output), "r": config.radius, "attention": config.attention}
+            accelerator.init_trackers("flexclear", config=facts)
         try:
             with self._signals(), ThreadPoolExecutor(1) as reader:
                 if start == 0:
@@ -448,7 +481,10 @@ class _Run:
                 model = self.teacher
                 entry = entry_hook_of(self.model)
                 assert entry is not None
-                transform(model, dict(entry.settings.windows), backend="sdpa")
+                if entry.settings.formula is not None:
+                    transform(model, attention=entry.settings.formula, backend="sdpa")
+                else:
+                    transform(model, dict(entry.settings.windows), backend="sdpa")
                 for name, parameter in trained_parameters(model).items():
                     parameter.data.copy_(gathered[name])
             if self.config.train == "lora":
@@ -456,7 +492,7 @@ class _Run:
                 merge_lora(self.model)
             for parameter in self.parameters:
                 parameter.data = parameter.data.to(self.dtype)
-            save_weights(model, path)
+            _write_weights(model, path)
         accelerator.wait_for_everyone()
         return path
 

@@ -236,6 +236,8 @@ def test_what_does_not_fit_is_refused_before_the_model_changes(fresh, samples, s
         (settings(held_out=HeldOutConfig(count=6)), samples, "none is left to train on"),
         (settings(steps=0), samples, "steps must be"),
         (settings(r=0), samples, "radius"),
+        (settings(attention="swin"), samples, "r and down_factor are those of"),
+        (settings(attention="swine", r=None), samples, "attention must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             distill(model, config, data)
@@ -266,3 +268,30 @@ def test_latents_are_drawn_from_the_moments_or_are_their_means(samples):
     deviation = ((drawn.latents - mean.latents) / 1.2).flatten()
     assert 0.1 < deviation.std() < 0.3  # exp(-4 / 2) and more: log variances are around -4
     assert torch.equal(drawn.noise, mean.noise)
+
+
+@pytest.mark.parametrize(
+    ("attention", "sizes"), [("linear", {}), ("sigmoid", {}), ("swin", {"size": 4}), ("pixart", {"factor": 2})]
+)
+def test_every_alternative_trains_and_its_file_gives_the_student_back(fresh, samples, settings, attention, sizes):
+    student, loaded = fresh(), fresh()
+    config = settings(r=None, attention=attention, sizes=sizes, steps=3, optimizer=OptimizerConfig(learning_rate=1e-3))
+    done = distill(student, config, samples)
+    assert done.held_out[-1]["loss"] < done.held_out[0]["loss"]
+    flexclear.transform(loaded, attention=config.mechanism, backend="sdpa")
+    before = output(loaded)
+    if attention == "swin":
+        flexclear.load_weights(loaded, done.weights)
+    else:
+        assert not loaded.load_state_dict(load_file(done.weights), strict=False).unexpected_keys
+    assert torch.equal(output(loaded), output(student))
+    assert (before - output(student)).abs().max() > 1e-5
+
+
+def test_a_student_may_start_from_weights_of_another_window(fresh, samples, settings):
+    first = distill(fresh(), settings("first", r=3, steps=2), samples)
+    student = fresh()
+    second = distill(student, settings("second", r=2, steps=1, initial_weights=first.weights), samples)
+    plain = distill(fresh(), settings("plain", r=2, steps=1), samples)
+    assert second.losses[0]["loss"] != plain.losses[0]["loss"]
+    assert {window.radius for window in entry_hook_of(student).settings.windows.values()} == {2}
