@@ -68,7 +68,7 @@ class Properties:
         relative_distance: that over the mean distance under equal weights; 1 is no locality.
         text_share: share of the mass that is on text keys.
         softmax_error: how far weights are from softmax over the original keys that they are on: mean total variation,
-            between 0 (formulation kept) and 1.
+            0 where the formulation is kept, at most 1 for weights that sum to 1, more for others (sigmoid).
         numerical_rank: of the image-to-image map, singular values above ``RANK_TOLERANCE``; mean over heads.
         effective_rank: exponential of the entropy of its normalised singular values; mean over heads.
         rank_limit: the number of image tokens.

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from alternative_references import Agent, Linear, PixArt, Sigmoid, Windowed, double, reference_model
 
 import flexclear
 from flexclear.alternatives import (
@@ -19,6 +18,7 @@ from flexclear.alternatives import (
     SwinAttention,
 )
 
+from alternative_references import Agent, Linear, PixArt, Sigmoid, Windowed, double, reference_model
 from models import flux_call, raster_ids, tiny_flux
 
 LAYERS = 4

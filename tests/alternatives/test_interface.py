@@ -175,6 +175,17 @@ def test_a_swin_window_runs_by_compiled_flex_attention_too(model):
     assert (run(flexclear.transform(model, attention="swin", backend="flex"), call) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("name", FORMULAS)
+def test_blocks_under_a_formula_are_one_graph_each(model, name):
+    calls = [flux_call(8, 6, 5), flux_call(5, 9, 5)]
+    flexclear.transform(model, attention=name)
+    expected = [run(model, call) for call in calls]
+    torch._dynamo.reset()  # other tests' graphs of the same blocks count towards its limit
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for call, plain in zip(calls, expected, strict=True):
+        assert (run(model, call) - plain).abs().max() <= 1e-6
+
+
 def test_explain_names_the_mechanism_and_counts_its_work(model):
     flexclear.transform(model, attention="agent")
     told = flexclear.explain(model, height=1024, width=1024, text_len=512)
