@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,9 @@ def distill(
         return
     from flexclear.distill.trainer import distill as train
 
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    # Of several processes, as torchrun and accelerate launch start them, the first one speaks.
+    first = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, quiet=not first)
     columns = (
         TextColumn("{task.description:>8}"),
         BarColumn(),
@@ -62,4 +65,5 @@ def distill(
         raise typer.Exit(130)
     for record in done.held_out[-1:]:
         console.print("held out: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
-    print(f"weights: {done.weights}")
+    if first:
+        print(f"weights: {done.weights}")

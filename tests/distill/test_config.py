@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import flexclear
 from flexclear import cli
@@ -216,3 +217,29 @@ def test_a_killed_process_loses_at_most_the_steps_since_the_last_checkpoint(cach
     after = [json.loads(line) for line in losses.read_text().splitlines()]
     assert [record["step"] for record in after] == list(range(1, before[-1]["step"] + 2))
     assert [r["loss"] for r in after[: len(before)]] == pytest.approx([r["loss"] for r in before], rel=1e-5)
+
+
+def test_two_processes_train_what_one_does_with_twice_the_accumulation(cached, capsys):
+    folder, _ = cached
+    common = {"batch_size": 2, "steps": 2, "held_out": {"count": 2}}
+    two = write_config(folder, "two", gradient_accumulation=1, **common)
+    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "flexclear", "distill", str(two)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("weights: ") == 1
+    assert run(capsys, "distill", write_config(folder, "one", gradient_accumulation=2, **common))[0] == 0
+    records = {
+        name: [json.loads(line) for line in (folder / name / "losses.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    }
+    for own, theirs in zip(records["one"], records["two"], strict=True):
+        for key in ("loss", "flow", "prediction", "attention", "gradient_norm"):
+            assert own[key] == pytest.approx(theirs[key], rel=1e-4)
+    one, two = (load_file(folder / name / "weights.safetensors") for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5

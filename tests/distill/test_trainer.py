@@ -295,3 +295,11 @@ def test_a_student_may_start_from_weights_of_another_window(fresh, samples, sett
     plain = distill(fresh(), settings("plain", r=2, steps=1), samples)
     assert second.losses[0]["loss"] != plain.losses[0]["loss"]
     assert {window.radius for window in entry_hook_of(student).settings.windows.values()} == {2}
+
+
+def test_prodigy_trains_where_its_package_is_installed(fresh, samples, settings):
+    pytest.importorskip("prodigyopt")
+    student = fresh()
+    done = distill(student, settings(optimizer=OptimizerConfig(name="prodigy")), samples)
+    assert done.losses[0]["learning_rate"] == 1
+    assert all(0 < record["loss"] < 10 for record in done.losses)
