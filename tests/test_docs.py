@@ -8,6 +8,8 @@ import importlib
 import pytest
 
 MODULES = [
+    "flexclear.alternatives.flops",
+    "flexclear.alternatives.names",
     "flexclear.explanation",
     "flexclear.window_explanation",
     "flexclear.masks",
