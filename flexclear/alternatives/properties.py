@@ -221,7 +221,7 @@ def _locality(to_image: Tensor, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _ranks(to_image: Tensor) -> dict[str, float]:
+def _ranks(to_image: Tensor) -> dict[str, Any]:
     values = torch.linalg.svdvals(to_image)
     shares = values / values.sum(-1, keepdim=True)
     entropy = -torch.xlogy(shares, shares).sum(-1)
