@@ -30,6 +30,7 @@ from flexclear.distill.samples import CachedSamples, Samples, check_samples
 from flexclear.distill.students import ADAPTER, add_lora, make_teacher, merge_lora, trained_parameters
 from flexclear.generate_settings import EMBEDDED
 from flexclear.hooks import entry_hook_of
+from flexclear.schedule import Radius
 from flexclear.weights import load_weights, save_weights
 
 WEIGHTS = "weights.safetensors"
@@ -484,7 +485,8 @@ class _Run:
                 if entry.settings.formula is not None:
                     transform(model, attention=entry.settings.formula, backend="sdpa")
                 else:
-                    transform(model, dict(entry.settings.windows), backend="sdpa")
+                    windows: dict[int | str, Radius] = {**entry.settings.windows}
+                    transform(model, windows, backend="sdpa")
                 for name, parameter in trained_parameters(model).items():
                     parameter.data.copy_(gathered[name])
             if self.config.train == "lora":
