@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,13 +30,18 @@ class BatchKind:
     large: bool
     text_length: int
 
+    @property
+    def noise_logit(self) -> float:
+        """Median of the noise levels' logit: twice the side needs twice the noise to hide as much (SD3, section 5.3.2)."""
+        return 0.5 + (math.log(2) if self.large else 0.0)
+
 
 BATCH_KINDS = (
-    BatchKind(0.60, 16, False, 24),
-    BatchKind(0.13, 16, False, 64),
-    BatchKind(0.13, 6, False, 512),
-    BatchKind(0.11, 4, True, 40),
-    BatchKind(0.03, 3, True, 512),
+    BatchKind(0.50, 16, False, 24),
+    BatchKind(0.10, 16, False, 64),
+    BatchKind(0.10, 6, False, 512),
+    BatchKind(0.25, 5, True, 40),
+    BatchKind(0.05, 3, True, 512),
 )
 
 
@@ -88,7 +94,7 @@ class BatchMaker:
         return Batch(
             latents=latents,
             noise=torch.randn(latents.shape, generator=generator),
-            sigmas=torch.sigmoid(torch.randn(kind.pictures, generator=generator) + 0.5),
+            sigmas=torch.sigmoid(torch.randn(kind.pictures, generator=generator) + kind.noise_logit),
             clip_ids=self.clip_tokenizer(captions, padding="longest", return_tensors="pt").input_ids,
             t5_ids=self.t5_tokenizer(
                 captions,
