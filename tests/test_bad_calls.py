@@ -118,7 +118,10 @@ CALL = {
     ),
     "missing row": ({"img_ids": ids_with(lambda ids: ids[:-3])}, r"image ids of shape \(45, 3\).* not full grids"),
     "shuffled ids": ({"img_ids": ids_with(shuffled)}, "not full grids of height x width"),
-    "other index": ({"img_ids": ids_with(second_picture)}, "begin with a picture of index 1; the image itself has index 0"),
+    "other index": (
+        {"img_ids": ids_with(second_picture)},
+        "begin with a picture of index 1; the image itself has index 0",
+    ),
     "shifted ids": ({"img_ids": ids_with(shifted)}, "not full grids"),
     "two columns": (
         {"img_ids": ids_with(lambda ids: ids[:, :2])},
