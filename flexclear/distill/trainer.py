@@ -485,7 +485,7 @@ class _Run:
                 if entry.settings.formula is not None:
                     transform(model, attention=entry.settings.formula, backend="sdpa")
                 else:
-                    windows: dict[int | str, Radius] = {**entry.settings.windows}
+                    windows: dict[int | str, Radius] = dict(entry.settings.windows.items())
                     transform(model, windows, backend="sdpa")
                 for name, parameter in trained_parameters(model).items():
                     parameter.data.copy_(gathered[name])
