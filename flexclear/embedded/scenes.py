@@ -12,12 +12,12 @@ from PIL import Image
 
 SCENE_PIXELS = 128
 """Side of the base canvas; positions and sizes of a scene are in its pixels, whatever size is drawn."""
-EMOJI_SIZES = {96: 0.4, 104: 0.6}
+EMOJI_SIZES = {96: 0.3, 104: 0.7}
 """Sides of the square that an emoji is scaled into, and how often each is drawn."""
 SMALLEST_EMOJI, LARGEST_EMOJI = min(EMOJI_SIZES), max(EMOJI_SIZES)
 SHIFTS = {-8: 0.25, 0: 0.5, 8: 0.25}
-"""Distances of an emoji from the middle of the canvas along each axis, whole tokens, and how often each is drawn."""
-FLIPPED_SHARE = 0.4
+"""Distances of an emoji to the right of the middle of the canvas, whole tokens, and how often each is drawn."""
+FLIPPED_SHARE = 0.3
 """Share of mirrored pictures."""
 
 Colour: TypeAlias = tuple[int, int, int]
@@ -72,7 +72,7 @@ def random_scene(emoji: int, background: int, generator: random.Random) -> Scene
         background=background,
         size=size,
         left=middle + drawn(SHIFTS),
-        top=middle + drawn(SHIFTS),
+        top=middle,
         flipped=generator.random() < FLIPPED_SHARE,
     )
 
