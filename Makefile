@@ -3,9 +3,11 @@
 #   PYTHON=python3.12      interpreter to build .venv with (3.10 or later; default: python3.11, else python3)
 #   TORCH='torch==2.13.0'  what pip installs as torch; default: the CPU version that is tested here, or the newest
 #                          default wheel where a CUDA device is visible. pip options may follow the requirement.
+#   WORKERS=2              processes that run the tests, a file at a time; default: one per core, at most 4
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo torch || echo torch==2.13.0)
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 BIN := .venv/bin
 READY := .venv/.ready
 SHELL := /bin/bash
@@ -41,7 +43,7 @@ demo: $(READY)
 	$(BIN)/flexclear demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The type checker reads the package as a user gets it: built and installed, not the source folders.
 lint: $(READY)
