@@ -1,4 +1,4 @@
-"""The command line: ``flexclear generate``, ``doctor``, ``demo``, ``explain``, ``fuzz``,
+"""The command line: ``flexclear generate``, ``doctor``, ``demo``, ``explain``, ``fuzz``, ``soak``,
 ``data generate``, ``data cache``, ``distill``."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from flexclear.commands.doctor import doctor
 from flexclear.commands.explain import explain
 from flexclear.commands.fuzz import fuzz
 from flexclear.commands.generate import generate
+from flexclear.commands.soak import soak
 
 app = typer.Typer(
     help="Pretrained diffusion transformers made linear in image size.",
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, doctor, demo, explain, fuzz, distill):
+for command in (generate, doctor, demo, explain, fuzz, soak, distill):
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from flexclear.attention import windowed_attention
+from flexclear.cli import app
 from flexclear.hooks import EntryHook, Hook
 from flexclear.plan import plans
-from flexclear.soak import Bounds, soak, soak_test
+from flexclear.soak import Bounds, soak_test
 from flexclear.soak_calls import Settings, calls, load, perform
 
 SMALL = Settings(backend="sdpa", sizes=2, largest=64, text_lens=(8,), lora=False, seed=1)
@@ -56,7 +57,7 @@ def test_a_planted_leak_is_found(monkeypatch):
     found = short(Bounds(samples=0, warm_up=0), 24)
     assert found.growth_mib > 16
     assert any("memory grew by" in failure for failure in found.failures)
-    assert "python -m flexclear.soak --seed 1 --calls 24" in str(found)
+    assert "flexclear soak --seed 1 --calls 24" in str(found)
 
 
 def test_a_planted_wrong_picture_is_found_with_the_call_that_draws_it(monkeypatch):
@@ -111,18 +112,10 @@ def test_the_command_exits_with_1_and_says_which_call_failed(monkeypatch):
         raise RuntimeError("planted")
 
     monkeypatch.setattr("flexclear.call_plan.windowed_attention", broken)
-    done = CliRunner().invoke(_app(), ["--calls", "9", "--backend", "sdpa", "--samples", "0", "--seed", "4"])
+    done = CliRunner().invoke(app, ["soak", "--calls", "9", "--backend", "sdpa", "--samples", "0", "--seed", "4"])
     assert done.exit_code == 1
     assert "FAILURE: RuntimeError in Call(number=0" in done.output
-    assert "python -m flexclear.soak --seed 4 --calls 1" in done.output
-
-
-def _app():
-    import typer
-
-    app = typer.Typer()
-    app.command()(soak)
-    return app
+    assert "flexclear soak --seed 4 --calls 1" in done.output
 
 
 def test_the_calls_are_the_seed_s():

@@ -1,0 +1,54 @@
+"""``flexclear soak``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def soak(
+    model: Annotated[
+        str, typer.Option(help="embedded, a pipeline's folder, or MODULE:NAME that makes one.")
+    ] = "embedded",
+    seconds: Annotated[float, typer.Option(help="How long to go on.")] = 60,
+    calls: Annotated[int | None, typer.Option(min=1, help="Stop after that many calls.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, flex or sdpa.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
+    sizes: Annotated[int, typer.Option(min=1, help="Number of different sizes.")] = 8,
+    largest: Annotated[int, typer.Option(min=1, help="Largest side in pixels.")] = 192,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    growth: Annotated[float, typer.Option(help="MiB that memory may grow after warm-up.")] = 16,
+    samples: Annotated[int, typer.Option(min=0, help="Pictures to compare with a fresh process.")] = 6,
+) -> None:
+    """Ask one pipeline for hundreds of random pictures; exit status 1 if memory, graphs or caches grow or a picture is
+    not what a fresh process draws."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from flexclear.soak import Bounds, soak_test
+    from flexclear.soak_calls import Settings
+
+    settings = Settings(
+        model=model,
+        seed=seed,
+        backend=backend,
+        compile=compile,
+        sizes=sizes,
+        largest=largest,
+        device=device,
+    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting")
+        found = soak_test(
+            settings,
+            Bounds(growth_mib=growth, samples=samples),
+            seconds=seconds if calls is None else float("inf"),
+            max_calls=calls,
+            on_call=lambda count: progress.update(task, description=f"{count} calls"),
+        )
+    print(found)
+    if found.failures:
+        raise typer.Exit(1)
