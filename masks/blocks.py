@@ -118,7 +118,21 @@ def block_pairs(
             whole = whole & ~cut(layout.packed_coordinates(), kv_size).text
         return BlockPairs(q, kv, whole[q, kv], found.shape[0], found.shape[1], (q_size, kv_size))
     window = as_window(window)
-    queries, keys = cut(layout.packed_coordinates(), q_size), cut(window.key_coordinates(layout), kv_size)
+    tokens = layout.packed_coordinates(), window.key_coordinates(layout)
+    return pairs_between(layout, window, *tokens, (q_size, kv_size), text_padded)
+
+
+def pairs_between(
+    layout: Layout,
+    window: Window,
+    query_tokens: Tensor,
+    key_tokens: Tensor,
+    block_size: tuple[int, int],
+    text_padded: bool = False,
+) -> BlockPairs:
+    """``block_pairs`` of any queries and keys, given by their packed coordinates, int32 ``[tokens]`` each."""
+    q_size, kv_size = block_size
+    queries, keys = cut(query_tokens, q_size), cut(key_tokens, kv_size)
     near_q, near_kv = near_pairs(partial(window.touches, layout), queries.box, keys.box)
     every_q, every_kv = torch.arange(len(queries)), torch.arange(len(keys))
     candidates = torch.cat(
@@ -184,6 +198,42 @@ def block_mask(
         ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
     """
     pairs = block_pairs(layout, window, block_size, device, text_padded)
+    if is_plain(window):
+        mask_mod, key_len = window, layout.seq_len
+    else:
+        mask_mod, key_len = as_window(window).mask_mod(layout, device), as_window(window).key_len(layout)
+    return _assembled(pairs, mask_mod, (layout.seq_len, key_len), device, backward)
+
+
+@independent
+def block_mask_between(
+    layout: Layout,
+    window: Window,
+    queries: int,
+    key_tokens: Tensor,
+    *,
+    block_size: tuple[int, int],
+    device: torch.device | str = "cpu",
+    text_padded: bool = False,
+) -> BlockMask:
+    """The window over some of the layout's tokens: queries are the tokens of the first keys.
+
+    Args:
+        layout: the whole sequence, which the window's rule is bound to.
+        window: a window of this package.
+        queries: number of queries.
+        key_tokens: packed coordinates of the keys, int32 ``[keys]``.
+        block_size, device, text_padded: see ``block_mask``.
+    """
+    pairs = pairs_between(layout, window, key_tokens[:queries], key_tokens, block_size, text_padded)
+    mask_mod = window.mask_mod_over(layout, key_tokens, device)
+    return _assembled(pairs, mask_mod, (queries, len(key_tokens)), device, backward=False)
+
+
+def _assembled(
+    pairs: BlockPairs, mask_mod: MaskMod, lengths: tuple[int, int], device: torch.device | str, backward: bool
+) -> BlockMask:
+    """A BlockMask of block pairs over ``lengths`` (queries, keys)."""
     full, part = pairs.full, ~pairs.full
     # The CPU kernel needs lists as wide as there are blocks, CUDA's does not; text rows need all of it on both.
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
@@ -202,12 +252,8 @@ def block_mask(
             *_lists(kv[is_full], q[is_full], pairs.kv_blocks, pairs.q_blocks),
         )
         lists.update({name: t.to(device) for name, t in zip(names, by_key, strict=True)})
-    if is_plain(window):
-        mask_mod, key_len = window, layout.seq_len
-    else:
-        mask_mod, key_len = as_window(window).mask_mod(layout, device), as_window(window).key_len(layout)
     return BlockMask(
-        seq_lengths=(layout.seq_len, key_len),
+        seq_lengths=lengths,
         BLOCK_SIZE=pairs.block_size,
         mask_mod=mask_mod,
         **lists,

@@ -32,10 +32,15 @@ def with_text_mask(mask: BlockMask | Tensor, layout: Layout, keep: Tensor) -> Bl
         raise ValueError(
             f"keep must be bool of shape [batch, {layout.text_len}], got {keep.dtype} of shape {tuple(keep.shape)}"
         )
-    start = 0 if layout.text_first else layout.image_len
+    return with_text_mask_at(mask, 0 if layout.text_first else layout.image_len, keep)
+
+
+@independent
+def with_text_mask_at(mask: BlockMask | Tensor, start: int, keep: Tensor) -> BlockMask | Tensor:
+    """``with_text_mask`` where the first text key is key ``start``."""
     if isinstance(mask, Tensor):
         seen = torch.ones(len(keep), mask.shape[1], dtype=torch.bool, device=mask.device)
-        seen[:, start : start + layout.text_len] = keep.to(mask.device)
+        seen[:, start : start + keep.shape[1]] = keep.to(mask.device)
         return mask & seen[:, None, None, :]
     lists = {
         name: getattr(mask, name)

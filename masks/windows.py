@@ -103,9 +103,20 @@ class Window(ABC):
 
         The function carries its window (``mask_mod.window``) and is named after it.
         """
-        table = coordinate_table(self.key_coordinates(layout), device)
+        return self.mask_mod_over(layout, self.key_coordinates(layout), device)
+
+    @independent
+    def mask_mod_over(self, layout: Layout, keys: Tensor, device: torch.device | str = "cpu") -> MaskMod:
+        """The same where query ``i`` is the token of key ``i``, and further keys may follow the queries.
+
+        Args:
+            layout: what the window's rule is bound to.
+            keys: packed coordinates of the keys, TEXT and POOLED among them, int32 ``[keys]``.
+            device: where.
+        """
+        table = coordinate_table(keys, device)
         inside = self.rule(layout, lambda number: torch.tensor(number, dtype=torch.int32, device=device))
-        has_pooled = self.key_len(layout) > layout.seq_len
+        has_pooled = bool((keys == POOLED).any())
 
         def mask_mod(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             q, kv = table[q_idx], table[kv_idx]
