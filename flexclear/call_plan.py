@@ -25,6 +25,7 @@ class CallPlan:
         rotary: rotary embedding in sequence order that replaces the model's own; None keeps the model's.
         gains: 0-d factor on the queries of each slot (proportional attention), or None.
         formula: what attends in place of softmax over a mask (``flexclear.alternatives``), bound to this call; or None.
+        ntk_floor: least share of its own frequency that a rotary axis keeps; see ``flexclear.override``.
     """
 
     base: Plan
@@ -33,6 +34,7 @@ class CallPlan:
     rotary: Any = None
     gains: tuple[Tensor, ...] | None = None
     formula: Attend | None = None
+    ntk_floor: float = 0.0
 
     def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Raster tokens into the layout's order along ``dim``."""

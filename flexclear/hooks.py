@@ -95,6 +95,10 @@ class EntryHook(Hook):
         call = self.family.read(model, kwargs, self._reader)
         refuse_frequency_caches(model, call.order or self.settings.order)
         switches = in_force(self.settings.switches)
+        if switches.ntk_floor and not self.family.clips_ntk:
+            raise ValueError(
+                f"ntk_floor={switches.ntk_floor} is defined for FluxTransformer2DModel, got {type(model).__name__}"
+            )
         plan = self.plan(model, call, switches)
         return (), self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)
 
@@ -131,13 +135,17 @@ class EntryHook(Hook):
         base = next((p for p, (scope, _) in zip(plans, settings.slots, strict=True) if scope == JOINT), plans[0])
         gains = None
         if switches.proportional_attention:
-            gains = tuple(proportional_gain(p.layout.seq_len, p.pooling is not None, device) for p in plans)
+            gains = tuple(
+                proportional_gain(p.layout.seq_len, p.pooling is not None, device, switches.training_tokens)
+                for p in plans
+            )
         return CallPlan(
             base=base,
             masks=tuple(mask_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True)),
             poolings=tuple(plan.pooling for plan in plans),
             gains=gains,
             formula=None if formula is None else formula.bind(base),
+            ntk_floor=switches.ntk_floor,
         )
 
     def _check_processors(self, model: nn.Module) -> None:

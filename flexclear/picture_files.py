@@ -115,12 +115,12 @@ class Target:
             FileExistsError: someone else has written the file ``path`` since.
         """
         if self.is_file:
-            return _write(self.path, content, self.overwrite)
+            return write_whole(self.path, content, self.overwrite)
         if self.overwrite:
-            return _write(self.path / f"{number:04d}_{slug(prompt)}.png", content, True)
+            return write_whole(self.path / f"{number:04d}_{slug(prompt)}.png", content, True)
         while True:
             try:
-                return _write(self.path / f"{_highest(self.path) + 1:04d}_{slug(prompt)}.png", content, False)
+                return write_whole(self.path / f"{_highest(self.path) + 1:04d}_{slug(prompt)}.png", content, False)
             except FileExistsError:
                 continue  # Another process has taken the number since; it counts now.
 
@@ -130,7 +130,8 @@ def _highest(folder: Path) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
-def _write(path: Path, content: bytes, overwrite: bool) -> Path:
+def write_whole(path: Path, content: bytes, overwrite: bool) -> Path:
+    """Write a file that appears whole or not at all; without ``overwrite`` a FileExistsError if it is there already."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     beside = Path(name)
     try:

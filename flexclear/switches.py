@@ -29,11 +29,15 @@ class Switches:
         ntk_factor: factor on the base of the rotary frequencies; 1 leaves them.
         proportional_attention: attention scale sqrt(log_n0(n) / d) in place of sqrt(1 / d).
         dense_steps: how many first and last denoising steps run dense attention.
+        ntk_floor: no rotary frequency falls below this share of the model's own, whatever ``ntk_factor``; 0: no limit.
+        training_tokens: n0 of proportional attention.
     """
 
     ntk_factor: float = 1.0
     proportional_attention: bool = False
     dense_steps: tuple[int, int] = (0, 0)
+    ntk_floor: float = 0.0
+    training_tokens: int = TRAINING_TOKENS
 
     def __post_init__(self) -> None:
         factor = self.ntk_factor
@@ -50,6 +54,15 @@ class Switches:
             or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in steps)
         ):
             raise ValueError(f"dense_steps must be (first, last), two numbers of steps from 0 on, got {steps!r}")
+        floor, tokens = self.ntk_floor, self.training_tokens
+        if isinstance(floor, bool) or not isinstance(floor, int | float):
+            raise TypeError(f"ntk_floor must be a number, got {floor!r}")
+        if not 0 <= floor <= 1:
+            raise ValueError(f"ntk_floor is a share of each frequency, 0 to 1, got {floor!r}")
+        if isinstance(tokens, bool) or not isinstance(tokens, int):
+            raise TypeError(f"training_tokens must be a whole number, got {tokens!r}")
+        if tokens < 2:
+            raise ValueError(f"training_tokens must be 2 or more, got {tokens!r}")
 
 
 _overrides: ContextVar[dict[str, object] | None] = ContextVar("flexclear_overrides", default=None)
@@ -61,6 +74,8 @@ def override(
     ntk_factor: float | None = None,
     proportional_attention: bool | None = None,
     dense_steps: tuple[int, int] | None = None,
+    ntk_floor: float | None = None,
+    training_tokens: int | None = None,
 ) -> Iterator[None]:
     """Change per-call settings of every transformed model for the calls inside a ``with`` block of this thread.
 
@@ -72,6 +87,10 @@ def override(
         proportional_attention: scale the scores by sqrt(log_n0(n) / d), n0 = 4608 and n the number of keys (10 n with
             down-sampled keys), in place of sqrt(1 / d).
         dense_steps: (first, last): that many denoising steps at either end run dense attention.
+        ntk_floor: least share of its own frequency that ``ntk_factor`` leaves to each rotary axis, 0 to 1. The side of the
+            training pictures over that of the picture drawn clips NTK at linear interpolation (I-Max, arXiv 2410.07536).
+            FLUX.1 only.
+        training_tokens: n0 of a model that was trained with another number of tokens, text included, than FLUX.1.
 
     Blocks nest: what an inner one leaves out stays as the outer one has it.
 
@@ -82,6 +101,8 @@ def override(
         "ntk_factor": ntk_factor,
         "proportional_attention": proportional_attention,
         "dense_steps": dense_steps,
+        "ntk_floor": ntk_floor,
+        "training_tokens": training_tokens,
     }
     given = {name: value for name, value in asked.items() if value is not None}
     Switches(**given)  # type: ignore[arg-type]
@@ -98,7 +119,7 @@ def in_force(own: Switches) -> Switches:
     return replace(own, **overrides) if overrides else own  # type: ignore[arg-type]
 
 
-def proportional_gain(keys: int, pooled: bool, device: torch.device) -> Tensor:
+def proportional_gain(keys: int, pooled: bool, device: torch.device, training_tokens: int = TRAINING_TOKENS) -> Tensor:
     """Factor on the queries that turns sqrt(1 / d) into sqrt(log_n0(n) / d): 0-d float32 on ``device``.
 
     Args:
@@ -106,8 +127,9 @@ def proportional_gain(keys: int, pooled: bool, device: torch.device) -> Tensor:
             taken as in the released code (method, section 7).
         pooled: whether there are pooled keys.
         device: where.
+        training_tokens: n0.
     """
-    return _gain(math.sqrt(math.log(10 * keys if pooled else keys, TRAINING_TOKENS)), device)
+    return _gain(math.sqrt(math.log(10 * keys if pooled else keys, training_tokens)), device)
 
 
 @functools.lru_cache(maxsize=64)

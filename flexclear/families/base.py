@@ -71,6 +71,9 @@ class Family(ABC):
     rope: bool = True
     """Whether positions are rotary, so that an NTK factor has a meaning."""
 
+    clips_ntk: bool = False
+    """Whether ``CallPlan.ntk_floor`` is known for it."""
+
     pipelines: tuple[str, ...] = ()
     """diffusers pipelines that its tests run end to end, for the support table."""
 

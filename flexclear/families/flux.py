@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexclear.alternatives.mechanism import Formula
 from flexclear.call_plan import CallPlan
@@ -91,14 +91,30 @@ def with_ntk(model: nn.Module, kwargs: dict[str, Any], ntk_factor: float) -> dic
     """``kwargs`` as ``permuted`` returned them, with a rotary embedding of a larger base in the plan."""
     if ntk_factor == 1:
         return kwargs
+    attention_kwargs = kwargs["joint_attention_kwargs"]
+    plan: CallPlan = attention_kwargs[PLAN]
     embed: Any = model.pos_embed
     image, text = (ids[0] if ids.ndim == 3 else ids for ids in (kwargs["img_ids"], kwargs["txt_ids"]))
-    rotary = type(embed)(theta=embed.theta * ntk_factor, axes_dim=embed.axes_dim)(
-        torch.cat([text.to(image.dtype), image])
-    )
-    attention_kwargs = kwargs["joint_attention_kwargs"]
-    plan = replace(attention_kwargs[PLAN], rotary=rotary)
-    return {**kwargs, "joint_attention_kwargs": {**attention_kwargs, PLAN: plan}}
+    ids = torch.cat([text.to(image.dtype), image])
+    if plan.ntk_floor:
+        rotary = _clipped_rotary(ids, embed.axes_dim, embed.theta, ntk_factor, plan.ntk_floor)
+    else:
+        rotary = type(embed)(theta=embed.theta * ntk_factor, axes_dim=embed.axes_dim)(ids)
+    return {**kwargs, "joint_attention_kwargs": {**attention_kwargs, PLAN: replace(plan, rotary=rotary)}}
+
+
+def _clipped_rotary(
+    ids: Tensor, axes: Sequence[int], theta: float, ntk_factor: float, floor: float
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[N, head_dim]``, float32, in which no frequency is below ``floor`` times that of ``theta``."""
+    dtype = torch.float32 if ids.device.type in ("mps", "npu") else torch.float64
+    angles = []
+    for axis, dim in enumerate(axes):
+        exponents = torch.arange(0, dim, 2, dtype=dtype, device=ids.device) / dim
+        frequencies = torch.maximum((theta * ntk_factor) ** -exponents, floor * theta**-exponents)
+        angles.append(torch.outer(ids[:, axis].to(dtype), frequencies).repeat_interleave(2, dim=1))
+    angle = torch.cat(angles, dim=1)
+    return angle.cos().float(), angle.sin().float()
 
 
 def _place(layer: Layer) -> tuple[torch.device, torch.dtype]:
@@ -115,6 +131,7 @@ class FluxFamily(Family):
     model_class = "FluxTransformer2DModel"
     text_first = True
     pools = True
+    clips_ntk = True
     pipelines = (
         "FluxPipeline",
         "FluxImg2ImgPipeline",

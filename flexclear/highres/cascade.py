@@ -1,0 +1,415 @@
+"""``upscale_cascade``: one picture, stage by stage, each larger than the one before."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from flexclear.families.base import Family
+from flexclear.highres.folder import Folder, picture_digest
+from flexclear.highres.imax import check_wavelet, low_band, projected_scheduler
+from flexclear.highres.kinds import Kind, kind_of
+from flexclear.highres.sizes import Size, stage_sizes
+from flexclear.highres.stages import BASE, KEEP, METHODS, OWN, Stage, check_radii, per_stage, settings_of
+from flexclear.highres.state import scheduled, shifted, windowed, windows_of
+from flexclear.highres.tiling import tile_size, tiled
+from flexclear.masks import Window
+from flexclear.schedule import Radii
+from flexclear.switches import Switches, in_force, override
+
+OnStep = Callable[[Stage, int, int], None]
+
+PerStage = Any
+"""One value for every stage, or a sequence with one per stage, in which None is the default."""
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """What a cascade has drawn.
+
+    Attributes:
+        images: the picture of every stage.
+        stages: what each stage ran with.
+        files: where the pictures are, with a folder; else empty.
+        resumed: how many stages were finished before.
+    """
+
+    images: tuple[Image.Image, ...]
+    stages: tuple[Stage, ...]
+    files: tuple[Path, ...]
+    resumed: int
+
+    @property
+    def image(self) -> Image.Image:
+        """The largest one."""
+        return self.images[-1]
+
+
+def upscale_cascade(
+    pipe: Any,
+    prompt: str,
+    sizes: Sequence[Size] = (1024, 2048, 4096),
+    *,
+    method: str = "sdedit",
+    image: Image.Image | None = None,
+    r: Radii | str | Sequence[Radii | str] = KEEP,
+    steps: PerStage = None,
+    strength: PerStage = None,
+    guidance: PerStage = None,
+    shift: PerStage = None,
+    ntk_factor: PerStage = None,
+    proportional_attention: PerStage = None,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    max_sequence_length: int | None = None,
+    native: int | None = None,
+    tile: int | None = None,
+    wavelet: str = "haar",
+    wavelet_level: int = 1,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+    on_step: OnStep | None = None,
+) -> Cascade:
+    """Draw a picture at the first size, then enlarge it to every further one (method, section 7).
+
+    Each stage enlarges the picture of the one before, by PIL's bicubic filter, and runs the pipeline again:
+
+    - ``"sdedit"`` (SDEdit, arXiv 2108.01073, section 3; the cascade is CLEAR's): noises it and denoises it, through
+      diffusers' image-to-image pipeline. Released settings: 20 steps, strength 0.7, guidance 7.5, shift 10, NTK factor 10,
+      proportional attention. As in diffusers, ``strength`` is the share of the *steps* that are run: the noise level that
+      it begins at follows from the shift (0.7 and shift 10: level 0.96).
+    - ``"imax"`` (I-Max, arXiv 2410.07536, sections 3.2 and 4): starts from noise; the velocity's low frequencies are those
+      of the straight flow towards the picture, with a weight that falls as a half cosine. Released settings: 30 steps,
+      guidance 7, shift 6, NTK factor 10 that is clipped at linear interpolation, proportional attention; first stage 30
+      steps, guidance 3.5, shift 3. The released code's text duplication and its alternating crop of odd steps, meant for
+      dense models at one fixed size, are not here.
+
+    The windows are those of ``flexclear.transform``, before or through ``r``; a plain pipeline runs dense. Text is encoded
+    once, with the VAE in tiles. Stages hand over 8-bit pictures and have noise of their own: same arguments, same
+    picture, resumed or not. Whatever is changed on the pipeline for a stage (windows, scheduler, VAE tiling) comes back,
+    after an error too; nothing else may use the pipeline meanwhile.
+
+    >>> done = upscale_cascade(pipe, "a small blue plane", sizes=[1024, 2048, 4096], r=[16, 16, 8])  # doctest: +SKIP
+    >>> upscale_cascade(pipe, "a photo of a plane", sizes=[4096], image=photo, strength=0.5)         # doctest: +SKIP
+
+    Args:
+        pipe: a FLUX.1 or SD3 / SD3.5 pipeline, text to image or image to image.
+        prompt: one prompt.
+        sizes: the longer side in pixels, or (height, width), one per stage.
+        method: how pictures are enlarged.
+        image: a picture to begin with; every stage then enlarges. Without it the first size is drawn from the prompt.
+        r: radius as ``transform`` takes it, ``"keep"`` for the windows there are, or a sequence with one per stage (radii
+            per layer: as a mapping).
+        steps, strength, guidance, shift, ntk_factor, proportional_attention: one value for every stage, or a sequence with
+            one per stage; None is the released setting, or the pipeline's own. ``shift`` is a constant time shift, or
+            ``"own"``: the scheduler as it is; FLUX.1's dynamic shift is extrapolated in the number of tokens and leaves
+            nothing but noise above 2048 px. The first stage from a prompt has no strength and is drawn with the pipeline's own
+            switches.
+        negative_prompt: of classifier-free guidance: SD3, and FLUX.1 models without a guidance input.
+        seed: of the noise, made on the CPU; stage n has ``seed + n - 1``.
+        max_sequence_length: text tokens (T5), the pipeline's default otherwise.
+        native: side in pixels of the pictures that the model was trained on, from which NTK's clipping and proportional
+            attention count; the pipeline's default size otherwise.
+        tile: side of the VAE's tiles in pixels; see ``flexclear.highres.tiled``.
+        wavelet, wavelet_level: I-Max's low band, in PyWavelets' names.
+        folder: keep every stage's picture there, and go on after the last finished one. Same settings needed so far.
+        progress: a progress bar per stage; None: as the pipeline is configured.
+        on_step: called with the stage, the number of the step from 1, and all steps of the stage.
+
+    Raises:
+        TypeError: an unsupported pipeline or an argument of the wrong type.
+        ValueError: a setting makes no sense, or not for this model; ``folder`` holds another cascade. Raised before any work.
+    """
+    kind = kind_of(pipe)
+    _check(pipe, prompt, method, image, negative_prompt, seed)
+    check_wavelet(wavelet, wavelet_level) if method == "imax" else None
+    start = None if image is None else image.convert("RGB")
+    length = kind.default("max_sequence_length") if max_sequence_length is None else max_sequence_length
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"max_sequence_length must be a whole number of 1 or more, got {max_sequence_length!r}")
+    pairs = stage_sizes(sizes, kind.px_per_token(pipe), None if start is None else (start.height, start.width))
+    asked = {
+        "steps": steps,
+        "strength": strength,
+        "guidance": guidance,
+        "shift": shift,
+        "ntk_factor": ntk_factor,
+        "proportional_attention": proportional_attention,
+    }
+    columns = {name: per_stage(name, value, len(pairs), start is None) for name, value in asked.items()}
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(len(pairs))]
+    windows = [windows_of(pipe, radius) for radius in check_radii(r, len(pairs))]
+    plan = _Planner(pipe, kind, method, negative_prompt, length, native, seed)
+    stages = [
+        plan.stage(number, size, row, start is None and number == 1, names)
+        for number, (size, row, names) in enumerate(zip(pairs, rows, windows, strict=True), 1)
+    ]
+    side = tile_size(pipe.vae, tile)
+    common = {
+        "method": method,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "image": None if start is None else picture_digest(start),
+        "max_sequence_length": length,
+        "tile": side,
+        "wavelet": [wavelet, wavelet_level] if method == "imax" else None,
+        **_identity(pipe),
+    }
+    kept = None if folder is None else Folder(folder, common, stages)
+    run = _Run(pipe, kind, prompt, negative_prompt, length, (wavelet, wavelet_level), progress, on_step)
+    images: list[Image.Image] = []
+    resumed = 0
+    with tiled(pipe.vae, side):
+        for stage, names in zip(stages, windows, strict=True):
+            drawn = None if kept is None else kept.load(stage)
+            if drawn is not None:
+                resumed += 1
+            else:
+                drawn = run.draw(stage, stages, names, images[-1] if images else start)
+                if kept is not None:
+                    kept.save(stage, drawn)
+            images.append(drawn)
+    pipe.maybe_free_model_hooks()
+    files = () if kept is None else tuple(kept.file(stage) for stage in stages)
+    return Cascade(tuple(images), tuple(stages), files, resumed)
+
+
+def _check(pipe: Any, prompt: Any, method: Any, image: Any, negative_prompt: Any, seed: Any) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be one text, got {prompt!r}; call upscale_cascade once per picture")
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise TypeError(f"negative_prompt must be one text, got {negative_prompt!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
+    if image is not None and not isinstance(image, Image.Image):
+        raise TypeError(f"image must be a PIL picture, got a {type(image).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, got {seed!r}")
+    if type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler:
+        raise ValueError(
+            f"upscale_cascade needs a FlowMatchEulerDiscreteScheduler, which FLUX.1 and SD3 come with; this pipeline has a "
+            f"{type(pipe.scheduler).__name__}"
+        )
+
+
+class _Planner:
+    """Makes stages of what was asked for."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        kind: Kind,
+        method: str,
+        negative_prompt: str | None,
+        text_length: int,
+        native: int | None,
+        seed: int,
+    ) -> None:
+        from flexclear.convert import family_of
+        from flexclear.hooks import entry_hook_of
+
+        self.pipe, self.kind, self.method, self.seed = pipe, kind, method, seed
+        self.family: Family = family_of(pipe.transformer)
+        self.entry = entry_hook_of(pipe.transformer)
+        self.guided = kind.takes_guidance(pipe, negative_prompt)
+        self.token = kind.px_per_token(pipe)
+        side = pipe.default_sample_size * pipe.vae_scale_factor if native is None else native
+        if isinstance(side, bool) or not isinstance(side, int) or side < self.token:
+            raise ValueError(f"native must be a side in pixels, {self.token} or more, got {native!r}")
+        self.native_tokens = (side // self.token) ** 2
+        # SD3 adds CLIP's 77 tokens to T5's.
+        self.text_tokens = text_length if self.family.text_first else text_length + pipe.tokenizer_max_length
+
+    def stage(
+        self,
+        number: int,
+        size: tuple[int, int],
+        asked: dict[str, Any],
+        is_base: bool,
+        windows: dict[str, Window | None],
+    ) -> Stage:
+        """One stage; raises for what this model cannot do.
+
+        Raises:
+            TypeError, ValueError: see ``upscale_cascade``.
+        """
+        height, width = size
+        most = self.kind.largest(self.pipe)
+        if most is not None and max(size) > most * self.token:
+            raise ValueError(
+                f"{height} x {width}: the position embedding of this {type(self.pipe.transformer).__name__} ends at "
+                f"{most} x {most} tokens, {most * self.token} x {most * self.token} pixels"
+            )
+        if asked["guidance"] is not None and not self.guided:
+            raise ValueError(
+                f"guidance={asked['guidance']!r}: this FLUX.1 has no guidance input (guidance_embeds is False); give a "
+                "negative_prompt for classifier-free guidance, or leave guidance out"
+            )
+        settings = settings_of(self.method, is_base, asked, self.kind.released_base)
+        guidance = settings["guidance"]
+        if guidance is None and self.guided:
+            guidance = self.kind.default("guidance_scale")
+        shift = None if settings["shift"] == OWN else float(settings["shift"])
+        switches = self._switches(height, width, settings, asked, is_base)
+        return Stage(
+            number=number,
+            method=BASE if is_base else self.method,
+            height=height,
+            width=width,
+            windows=tuple("dense" if window is None else window.name for window in windows.values()),
+            steps=settings["steps"] or self.kind.default("num_inference_steps"),
+            strength=settings["strength"],
+            guidance=guidance if self.guided else None,
+            shift=shift,
+            ntk_factor=switches.ntk_factor,
+            ntk_floor=switches.ntk_floor,
+            proportional_attention=switches.proportional_attention,
+            training_tokens=switches.training_tokens,
+            seed=self.seed + number - 1,
+        )
+
+    def _switches(
+        self, height: int, width: int, settings: dict[str, Any], asked: dict[str, Any], is_base: bool
+    ) -> Switches:
+        own = in_force(Switches() if self.entry is None else self.entry.settings.switches)
+        if is_base:
+            return own
+        factor, proportional = settings["ntk_factor"], settings["proportional_attention"]
+        if not self.family.rope:
+            if asked["ntk_factor"] not in (None, 1):
+                raise ValueError(
+                    f"ntk_factor={factor!r}: {type(self.pipe.transformer).__name__} has no rotary positions; leave it out"
+                )
+            factor = 1.0
+        if self.entry is not None and self.entry.settings.formula is not None:
+            if asked["proportional_attention"]:
+                kind = self.entry.settings.formula.kind
+                raise ValueError(f"proportional_attention: attention={kind!r} has a formula of its own. Leave it out")
+            proportional = False
+        tokens = height * width // self.token**2
+        floor = 0.0
+        if self.method == "imax" and factor != 1:
+            floor = min(1.0, math.sqrt(self.native_tokens / tokens))
+        return Switches(
+            ntk_factor=factor,
+            proportional_attention=proportional,
+            ntk_floor=floor,
+            training_tokens=self.native_tokens + self.text_tokens,
+        )
+
+
+class _Run:
+    """Draws stages; encodes the text when the first one needs it, then never again."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        kind: Kind,
+        prompt: str,
+        negative_prompt: str | None,
+        text_length: int,
+        wavelet: tuple[str, int],
+        progress: bool | None,
+        on_step: OnStep | None,
+    ) -> None:
+        self.pipe, self.kind, self.wavelet, self.on_step = pipe, kind, wavelet, on_step
+        self.prompts, self.text_length, self.progress = (prompt, negative_prompt), text_length, progress
+        self._text: dict[str, Any] | None = None
+
+    def text(self, stages: list[Stage]) -> dict[str, Any]:
+        if self._text is None:
+            guided = any(stage.guidance is not None and stage.guidance > 1 for stage in stages)
+            self._text = self.kind.encode(self.pipe, *self.prompts, guided, self.text_length)
+        return self._text
+
+    def draw(
+        self, stage: Stage, stages: list[Stage], windows: dict[str, Window | None], before: Image.Image | None
+    ) -> Image.Image:
+        """One stage's picture."""
+        text = self.text(stages)
+        generator = torch.Generator().manual_seed(stage.seed)
+        arguments = {
+            **text,
+            **self.kind.guidance(self.pipe, stage.guidance, text),
+            "height": stage.height,
+            "width": stage.width,
+            "num_inference_steps": stage.steps,
+            "generator": generator,
+            "callback_on_step_end": self._callback(stage),
+        }
+        scheduler = shifted(self.pipe.scheduler, stage.shift)
+        enlarged = None
+        if before is not None:
+            enlarged = before.resize((stage.width, stage.height), Image.Resampling.BICUBIC)
+        with contextlib.ExitStack() as stack:
+            switched = stage.method != BASE
+            if switched:
+                stack.enter_context(override(**stage.switches))
+            plain = stage.ntk_factor == 1 and not stage.proportional_attention
+            stack.enter_context(windowed(self.pipe, windows, hooks=switched and not plain))
+            if stage.method == "imax":
+                scheduler = self._projected(stage, scheduler, enlarged, generator)
+            stack.enter_context(scheduled(self.pipe, scheduler))
+            name = self.kind.image_to_image if stage.method == "sdedit" else self.kind.text_to_image
+            if stage.method == "sdedit":
+                arguments |= {"image": enlarged, "strength": stage.strength}
+            drawing = self.kind.pipeline(self.pipe, name)
+            drawing.set_progress_bar_config(**self._bar(stage, len(stages)))
+            return drawing(**arguments).images[0]
+
+    def _projected(self, stage: Stage, scheduler: Any, enlarged: Image.Image | None, generator: torch.Generator) -> Any:
+        assert enlarged is not None
+        guide = self.kind.encode_picture(self.pipe, enlarged, generator)
+        return projected_scheduler(
+            scheduler,
+            guide,
+            to_picture=lambda t: self.kind.to_picture(t, stage.height, stage.width, self.pipe),
+            to_tokens=self.kind.to_tokens,
+            band=lambda t: low_band(t, *self.wavelet),
+        )
+
+    def _callback(self, stage: Stage) -> Any:
+        count = 0
+        total = stage.steps - int(stage.steps - stage.steps * (stage.strength or 1.0))  # as diffusers rounds
+
+        def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal count
+            count += 1
+            if self.on_step is not None:
+                self.on_step(stage, count, total)
+            return tensors
+
+        return step_end
+
+    def _bar(self, stage: Stage, stages: int) -> dict[str, Any]:
+        own = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        own["desc"] = f"{stage.number}/{stages} {stage.height} x {stage.width} {stage.method}"
+        if self.progress is not None:
+            own["disable"] = not self.progress
+        return own
+
+
+def _identity(pipe: Any) -> dict[str, Any]:
+    """What a manifest keeps of a pipeline; weights are not compared, only what they are for."""
+
+    def digest(config: Any) -> str:
+        return hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    return {
+        "model": str(pipe.config.get("_name_or_path", "")),
+        "transformer": digest(pipe.transformer.config),
+        "vae": digest(pipe.vae.config),
+        "scheduler": digest(pipe.scheduler.config),
+        "dtype": str(pipe.transformer.dtype),
+    }

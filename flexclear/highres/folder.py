@@ -1,0 +1,119 @@
+"""A cascade's folder: the picture of every finished stage and a manifest, from which an interrupted cascade goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flexclear.highres.stages import Stage
+from flexclear.picture_files import png_bytes, write_whole
+from flexclear.versions import versions
+
+MANIFEST = "cascade.json"
+FORMAT = 1
+
+
+class Folder:
+    """What is finished of one cascade. Files appear whole or not at all; the manifest names a picture after it is there."""
+
+    def __init__(self, path: str | Path, common: dict[str, Any], stages: list[Stage]) -> None:
+        """Open a folder, made if missing, for a cascade.
+
+        Args:
+            path: the folder.
+            common: what all stages share, in JSON.
+            stages: of the cascade. Those that are finished in the folder must be the same; later ones may differ.
+
+        Raises:
+            ValueError: the folder holds another cascade, or pictures that would be replaced.
+        """
+        self.path = Path(path).expanduser()
+        self.common: dict[str, Any] = json.loads(json.dumps(common))
+        self.stages = stages
+        self.done: list[dict[str, Any]] = []
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"folder {self.path} is a file")
+        manifest = self.path / MANIFEST
+        if manifest.is_file():
+            self._read(manifest)
+        else:
+            for stage in stages:
+                if self.file(stage).exists():
+                    raise ValueError(
+                        f"{self.file(stage)} exists and no {MANIFEST} says whose it is; choose another folder"
+                    )
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def file(self, stage: Stage) -> Path:
+        """Where a stage's picture goes."""
+        return self.path / f"stage_{stage.number}_{stage.height}x{stage.width}.png"
+
+    def load(self, stage: Stage) -> Image.Image | None:
+        """The picture of a finished stage; None if there is none, or its file was removed: it is drawn again then.
+
+        Raises:
+            ValueError: the file is not the one that the manifest was written for.
+        """
+        if stage.number > len(self.done):
+            return None
+        file = self.file(stage)
+        if not file.is_file():
+            del self.done[stage.number - 1 :]
+            return None
+        if _digest(file.read_bytes()) != self.done[stage.number - 1]["sha256"]:
+            raise ValueError(f"{file} was changed since its stage was finished; remove it to draw it again")
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+
+    def save(self, stage: Stage, picture: Image.Image) -> None:
+        """Write a stage's picture, then the manifest."""
+        told = {"prompt": self.common["prompt"] or "", **stage.as_json(), "cascade": self.common["method"]}
+        content = png_bytes(picture, told, versions())
+        write_whole(self.file(stage), content, overwrite=True)
+        self.done = [*self.done[: stage.number - 1], {"settings": _plain(stage), "sha256": _digest(content)}]
+        text = json.dumps({"format": FORMAT, "common": self.common, "stages": self.done}, indent=1)
+        write_whole(self.path / MANIFEST, f"{text}\n".encode(), overwrite=True)
+
+    def _read(self, manifest: Path) -> None:
+        try:
+            found = json.loads(manifest.read_text(encoding="utf-8"))
+            version, common, done = found["format"], found["common"], list(found["stages"])
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{manifest} is no manifest of a cascade: {error}") from error
+        if version != FORMAT:
+            raise ValueError(f"{manifest} has format {version!r}, this version reads {FORMAT}; choose another folder")
+        differing = _differences(common, self.common)
+        for stage, entry in zip(self.stages, done, strict=False):
+            differing += [f"stage {stage.number}: {text}" for text in _differences(entry["settings"], _plain(stage))]
+        if differing:
+            raise ValueError(
+                f"{self.path} holds a cascade with other settings, which cannot go on as this one: {'; '.join(differing)}. "
+                "Choose another folder, or remove that one"
+            )
+        self.done = done
+
+
+def picture_digest(picture: Image.Image) -> str:
+    """Hash of a picture's size and pixels."""
+    return _digest(repr(picture.size).encode() + picture.tobytes())
+
+
+def _plain(stage: Stage) -> dict[str, Any]:
+    return json.loads(json.dumps(stage.as_json()))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    def short(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 80 else text[:77] + "..."
+
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name} was {short(old.get(name))}, is {short(new.get(name))}" for name in names]

@@ -1,0 +1,64 @@
+"""The VAE in tiles, for some calls: its memory then grows with the picture itself, not with its feature maps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+_STATE = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
+
+OVERLAP = 0.25
+"""Share of a tile that is blended with the next one, diffusers' own."""
+
+
+def tile_size(vae: Any, tile: int | None = None) -> int:
+    """Side in pixels of the VAE's tiles; see ``tiled``.
+
+    Raises:
+        TypeError: a VAE that diffusers does not tile.
+        ValueError: a tile that its latents do not divide.
+    """
+    if not all(hasattr(vae, name) for name in _STATE):
+        raise TypeError(f"a {type(vae).__name__} has no square tiles; AutoencoderKL, FLUX.1's and SD3.5's, has")
+    step = 4 * 2 ** (len(vae.config.block_out_channels) - 1)  # A quarter of a tile is a whole number of latents.
+    if tile is None:
+        side = vae.config.sample_size
+        side = max(side) if isinstance(side, list | tuple) else side
+        return max(2 * step, side // step * step)
+    if isinstance(tile, bool) or not isinstance(tile, int):
+        raise TypeError(f"tile must be a side in pixels, got {tile!r}")
+    if tile < step or tile % step:
+        near = max(step, round(tile / step) * step)
+        raise ValueError(f"tile must be a multiple of {step} pixels for this VAE, got {tile}; near it: {near}")
+    return tile
+
+
+@contextlib.contextmanager
+def tiled(vae: Any, tile: int | None = None) -> Iterator[int]:
+    """Encode and decode in overlapping, blended tiles inside a ``with`` block; the VAE's own settings come back after it.
+
+    Pictures up to one tile are not cut. Larger ones differ slightly from what the whole VAE makes of them, because
+    group norms see one tile at a time.
+
+    Args:
+        vae: an ``AutoencoderKL``.
+        tile: side of a tile in pixels; by default what the VAE was trained with, 1024 for FLUX.1 and SD3.5.
+
+    Yields:
+        The side of a tile in pixels.
+
+    Raises:
+        TypeError, ValueError: see ``tile_size``.
+    """
+    side = tile_size(vae, tile)
+    before = {name: getattr(vae, name) for name in _STATE}
+    try:
+        vae.use_tiling = True
+        vae.tile_sample_min_size = side
+        vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
+        vae.tile_overlap_factor = OVERLAP
+        yield side
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
