@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexclear import compile, embedded, masks
+    from flexclear import compile, embedded, highres, masks
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
     from flexclear.optimization import optimize
@@ -24,6 +24,7 @@ __all__ = [
     "compile",
     "embedded",
     "explain",
+    "highres",
     "load_weights",
     "masks",
     "optimize",
@@ -42,7 +43,7 @@ _HOME = {
     "save_weights": "flexclear.weights",
     "transform": "flexclear.convert",
 }
-_PACKAGES = ("compile", "embedded", "masks")
+_PACKAGES = ("compile", "embedded", "highres", "masks")
 
 
 def __getattr__(name: str) -> Any:
