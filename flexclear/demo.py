@@ -16,8 +16,9 @@ from PIL import Image
 
 from flexclear.convert import restore, transform
 from flexclear.embedded.evaluation import picture_psnr
-from flexclear.masks import Cost, Disc, Layout, cost
+from flexclear.masks import Cost, Disc, Downsampled, Layout, cost
 from flexclear.sheet import contact_sheet
+from flexclear.students import Student, as_student
 
 TEXT_TOKENS = 64
 """Text length of the demonstration; the pipeline's own default is 512, with the same quality and slower."""
@@ -33,6 +34,7 @@ class Variant:
         cost: of one attention layer; None for dense attention.
         seconds_per_step: median over all steps but each picture's first, in which a variant may compile.
         psnr: mean PSNR in dB to the dense pictures of the same seeds; None for dense attention.
+        student: whose weights were distilled for the window; None: the dense model's weights.
     """
 
     radius: int | None
@@ -40,9 +42,12 @@ class Variant:
     cost: Cost | None
     seconds_per_step: float
     psnr: float | None
+    student: Student | None = None
 
     @property
     def label(self) -> str:
+        if self.student is not None:
+            return self.student.label
         return "dense" if self.radius is None else f"r = {self.radius}"
 
 
@@ -94,9 +99,10 @@ def run_variants(
     seed: int,
     steps: int,
     side: int,
+    students: Sequence[Student] = (),
     on_step: Callable[[str], None] = lambda label: None,
 ) -> list[Variant]:
-    """Draw every prompt dense and under every radius; the pipeline is given back as it came.
+    """Draw every prompt dense, under every radius, and by every student; the pipeline is given back as it came.
 
     Args:
         pipe: the embedded pipeline, not transformed.
@@ -105,6 +111,7 @@ def run_variants(
         seed: of the first prompt's noise; the next prompt has the next seed.
         steps: denoising steps, 2 or more.
         side: picture side in pixels.
+        students: drawn after the radii, each beside the weights that never saw its window where ``radii`` has its radius.
         on_step: called with the variant's label after each step.
     """
     factor = 2 * pipe.vae_scale_factor
@@ -122,6 +129,15 @@ def run_variants(
         spent = cost(layout, Disc(radius), channels=channels)
         psnr = mean_psnr(pictures, dense)
         variants.append(Variant(radius, pictures, spent, pace, psnr))
+    for student in students:
+        with as_student(pipe, student):
+            pictures, pace = draw(
+                pipe, prompts, seed, steps, side, lambda student=student: on_step(student.label)  # type: ignore[misc]
+            )  # fmt: skip
+        disc = Disc(student.radius)
+        window = disc if student.down_factor is None else Downsampled(disc, student.down_factor)
+        spent = cost(layout, window, channels=channels)
+        variants.append(Variant(student.radius, pictures, spent, pace, mean_psnr(pictures, dense), student))
     return variants
 
 
@@ -135,8 +151,9 @@ def markdown_table(variants: Sequence[Variant]) -> str:
         if v.cost is None:
             lines.append(f"| dense | 100 % | 1.00 | | {v.seconds_per_step:.3f} |")
         else:
+            window = v.radius if v.student is None else v.student.label.removeprefix("r = ")
             lines.append(
-                f"| {v.radius} | {100 * v.cost.density:.1f} % | {v.cost.amplification:.2f} | {v.psnr:.1f} | "
+                f"| {window} | {100 * v.cost.density:.1f} % | {v.cost.amplification:.2f} | {v.psnr:.1f} | "
                 f"{v.seconds_per_step:.3f} |"
             )
     return "\n".join(lines) + "\n"
@@ -145,7 +162,7 @@ def markdown_table(variants: Sequence[Variant]) -> str:
 def write(variants: Sequence[Variant], prompts: Sequence[str], out: Path) -> tuple[Path, Path]:
     """Write ``contact_sheet.png`` and ``table.md`` into the folder ``out``, made if missing; return both paths."""
     out.mkdir(parents=True, exist_ok=True)
-    labels = [v.label if v.psnr is None else f"{v.label}\n{v.psnr:.1f} dB" for v in variants]
+    labels = [v.label if v.psnr is None else f"{v.label.replace(', ', chr(10))}\n{v.psnr:.1f} dB" for v in variants]
     rows = [list(row) for row in zip(*(v.pictures for v in variants), strict=True)]
     picture, table = out / "contact_sheet.png", out / "table.md"
     contact_sheet(rows, prompts, labels).save(picture)

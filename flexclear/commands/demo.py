@@ -20,14 +20,18 @@ def demo(
         list[str] | None, typer.Option(help="What to draw; repeat for more. Default: four prompts.")
     ] = None,
     r: Annotated[
-        list[int] | None, typer.Option("--r", help="Window radius in tokens; repeat. Default: 3, 4, 6, 8.")
+        list[int] | None,
+        typer.Option("--r", help="Window radius in tokens; repeat. Default: the shipped students', or 3, 4, 6, 8."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheet and the table.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 0,
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 16,
     size: Annotated[int, typer.Option(min=64, help="Picture side in pixels, a multiple of 8.")] = 128,
 ) -> None:
-    """Draw prompts with the embedded pipeline, dense and under several windows, side by side."""
+    """Draw prompts with the embedded pipeline, dense and under several windows, side by side.
+
+    Where weights distilled for a window ship with the package, that window is drawn with them, too.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -41,7 +45,7 @@ def demo(
     from flexclear import embedded
     from flexclear.masks import Disc
 
-    prompts, radii = list(prompt or DEMO_PROMPTS), list(r or (3, 4, 6, 8))
+    prompts, radii = list(prompt or DEMO_PROMPTS), list(r or ())
     for radius in radii:
         Disc(radius)
     if size % 8:
@@ -58,7 +62,15 @@ def demo(
                 highlight=False,
             )
     from flexclear.demo import markdown_table, run_variants, write
+    from flexclear.students import Student, read_students
 
+    students: tuple[Student, ...] = ()
+    try:
+        students = read_students()
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"Without distilled weights: {error}.", markup=False, highlight=False)
+    radii = radii or sorted({student.radius for student in students}) or [3, 4, 6, 8]
+    students = tuple(student for student in students if student.radius in radii)
     columns = (
         TextColumn("{task.description:>7}"),
         BarColumn(),
@@ -67,7 +79,7 @@ def demo(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("loading", total=(1 + len(radii)) * len(prompts) * steps)
+        task = progress.add_task("loading", total=(1 + len(radii) + len(students)) * len(prompts) * steps)
         pipe = embedded.pipeline()
         pipe.set_progress_bar_config(disable=True)
         variants = run_variants(
@@ -77,6 +89,7 @@ def demo(
             seed=seed,
             steps=steps,
             side=size,
+            students=students,
             on_step=lambda label: progress.update(task, advance=1, description=label),
         )
     picture, table = write(variants, prompts, out)

@@ -1,0 +1,140 @@
+"""Students of the embedded model: attention weights that were distilled for a window, shipped beside the teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexclear.compile.files import whole_file
+from flexclear.convert import model_of, restore, transform
+from flexclear.embedded import model_directory
+from flexclear.families import family_of
+from flexclear.weights import keys, load_weights
+
+INDEX = "students.json"
+LARGEST_BYTES = 5_000_000
+"""What all students together may take in the package."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """One weights file in the released format.
+
+    Attributes:
+        path: the file.
+        radius: of the window, in tokens.
+        down_factor: side of the pooled cells in tokens, None where there are none.
+    """
+
+    path: Path
+    radius: int
+    down_factor: int | None = None
+
+    @property
+    def label(self) -> str:
+        pooled = "" if self.down_factor is None else f" + pooled {self.down_factor} x {self.down_factor}"
+        return f"r = {self.radius}{pooled}, distilled"
+
+
+def students_directory() -> Path:
+    """The folder of the students that ship with the package; it is missing where none do."""
+    return model_directory().parent / "students"
+
+
+def teacher_fingerprint(folder: Path | None = None) -> str:
+    """Of every weights file of the embedded model, or of the pipeline folder given: what a student was distilled from.
+
+    Raises:
+        FileNotFoundError: the folder holds no weights.
+    """
+    folder = model_directory() if folder is None else folder
+    files = sorted(folder.glob("*/*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no weights in {folder}")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:24]
+
+
+def file_name(radius: int, down_factor: int | None = None) -> str:
+    """The released file's name for such a window."""
+    return f"clear_local_{radius}{'' if down_factor is None else f'_down_{down_factor}'}.safetensors"
+
+
+def write_index(folder: Path, students: Sequence[Student], teacher: str) -> Path:
+    """Name the students in ``folder`` and their teacher; files of an older index that are no longer named are deleted.
+
+    Args:
+        folder: holds the students' files.
+        students: which of them there are.
+        teacher: see ``teacher_fingerprint``.
+
+    Raises:
+        ValueError: together they are larger than ``LARGEST_BYTES``.
+    """
+    size = sum(student.path.stat().st_size for student in students)
+    if size > LARGEST_BYTES:
+        raise ValueError(f"{len(students)} students take {size} bytes, at most {LARGEST_BYTES} ship with the package")
+    index = folder / INDEX
+    before = json.loads(index.read_text(encoding="utf-8"))["students"] if index.is_file() else []
+    entries = [{**asdict(student), "path": student.path.name} for student in students]
+    with whole_file(index) as beside:
+        beside.write_text(json.dumps({"teacher": teacher, "students": entries}, indent=1) + "\n", encoding="utf-8")
+    for gone in {entry["path"] for entry in before} - {entry["path"] for entry in entries}:
+        (folder / gone).unlink(missing_ok=True)
+    return index
+
+
+def read_students(folder: Path | None = None) -> tuple[Student, ...]:
+    """The students in a folder, those of the package by default, by radius; none where there is no folder.
+
+    Raises:
+        ValueError: they were distilled from another teacher than the embedded model, or the index is damaged.
+        FileNotFoundError: the index names a file that is missing.
+    """
+    folder = students_directory() if folder is None else folder
+    index = folder / INDEX
+    if not index.is_file():
+        return ()
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        teacher = content["teacher"]
+        found = [Student(folder / e["path"], e["radius"], e["down_factor"]) for e in content["students"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of students: {error}") from error
+    if teacher != (ours := teacher_fingerprint()):
+        raise ValueError(f"the students in {folder} learned from another teacher ({teacher}, the model here is {ours})")
+    for student in found:
+        if not student.path.is_file():
+            raise FileNotFoundError(f"{index} names {student.path.name}, which is missing")
+    return tuple(sorted(found, key=lambda student: (student.radius, student.down_factor or 0)))
+
+
+@contextlib.contextmanager
+def as_student(pipe: Any, student: Student) -> Iterator[None]:
+    """Inside the block a dense pipeline of the embedded model runs the student's window and weights; after it, its own.
+
+    Raises:
+        ValueError: the file does not fit the model.
+    """
+    model = model_of(pipe)
+    projections = keys.projections(model, list(family_of(model).layers(model)))
+    kept = {name: parameter.detach().clone() for name, parameter in projections.items()}
+    try:
+        transform(pipe, r=student.radius, down_factor=student.down_factor)
+        load_weights(pipe, student.path)
+        yield
+    finally:
+        restore(pipe)
+        with torch.no_grad():
+            for name, parameter in projections.items():
+                parameter.copy_(kept[name])
