@@ -11,10 +11,10 @@ from torch import nn
 
 import flexclear
 from flexclear.distill.batches import Batch, BatchMaker
-from flexclear.distill.capture import capture, compared_layers
+from flexclear.distill.capture import Captured, capture, compared_layers
 from flexclear.distill.config import LossConfig, TimestepConfig
-from flexclear.distill.losses import Objective, flux_call, pack
-from flexclear.distill.students import make_teacher, trained_parameters
+from flexclear.distill.losses import Objective, attention_loss, flux_call, pack
+from flexclear.distill.students import add_lora, make_teacher, trained_parameters
 from flexclear.masks import Disc, Layout, dense_mask
 
 from models import tiny_flux
@@ -31,8 +31,9 @@ def wide(**config):
     return tiny_flux(num_single_layers=5, **config).double()
 
 
-def dense_reference(model, batch, r, weights, guidance=3.5):
-    """The losses by the stock model with a dense boolean mask in raster order, outputs taken by its own hooks."""
+def dense_reference(model, batch, r, weights, guidance=3.5, teacher=None):
+    """The losses by the stock model with a dense boolean mask in raster order, outputs taken by its own hooks; the teacher
+    is the same model unless another is given."""
     mask = dense_mask(Layout(HEIGHT, WIDTH, TEXT, order="raster"), Disc(r))
     call = flux_call(model, batch, guidance)
     names = [f"single_transformer_blocks.{index}.attn" for index in range(0, 5, weights.attention_every)]
@@ -50,9 +51,9 @@ def dense_reference(model, batch, r, weights, guidance=3.5):
 
     student, own = outputs(model, joint_attention_kwargs={"attention_mask": mask})
     with torch.no_grad():
-        teacher, theirs = outputs(copy.deepcopy(model))
+        taught, theirs = outputs(copy.deepcopy(model) if teacher is None else teacher)
     flow = (student - pack(batch.noise - batch.latents)).square().mean()
-    prediction = (student - teacher).square().mean()
+    prediction = (student - taught).square().mean()
     attention = sum((own[name] - theirs[name]).square().mean() for name in names) / len(names)
     return weights.flow * flow + weights.prediction * prediction + weights.attention * attention
 
@@ -96,6 +97,47 @@ def test_the_gradient_of_the_pooling_weights_is_that_of_finite_differences(sampl
                 ends.append(objective(batch).total.item())
                 weight[0, 0, 0, 1, 0, 0, 0] -= step
         assert weight.grad[0, 0, 0, 1, 0, 0, 0].item() == pytest.approx((ends[0] - ends[1]) * 2**9, rel=1e-4)
+
+
+def test_the_gradient_of_a_lora_is_that_of_the_dense_reference_by_the_chain_rule(samples):
+    stock, student = wide(), wide()
+    flexclear.transform(student, r=2, backend="sdpa")
+    teacher = make_teacher(student)
+    adapters = add_lora(student, 2, 4)
+    student.double()
+    batch, weights = batch_of(samples), LossConfig(attention_every=2)
+    merged = copy.deepcopy(stock)
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # B is zero at first, and hides A
+        pairs = {
+            name.split(".lora_A")[0]: (a, adapters[name.replace("lora_A", "lora_B")])
+            for name, a in adapters.items()
+            if ".lora_A." in name
+        }
+        for name, (a, b) in pairs.items():
+            merged.get_submodule(name).weight.add_(2 * b @ a)  # alpha over rank
+    expected = dense_reference(merged, batch, 2, weights, teacher=stock)
+    expected.backward()
+    found = Objective(student, teacher, weights)(batch).total
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert len(pairs) == 3 * 7 + 2
+    for name, (a, b) in pairs.items():
+        full = merged.get_submodule(name).weight.grad
+        assert (a.grad - 2 * b.T @ full).abs().max() < 1e-10, name
+        assert (b.grad - 2 * full @ a.T).abs().max() < 1e-10, name
+        assert min(a.grad.abs().max(), b.grad.abs().max()) > 1e-8, name
+
+
+def test_the_attention_loss_of_small_numbers_is_what_a_hand_computes():
+    def captured(*outputs):
+        return Captured(tuple(torch.tensor(output).view(1, -1, 1) for output in outputs), None)
+
+    student = {"single": captured([1.0, 2.0, 4.0]), "double": captured([0.0, 2.0], [3.0])}
+    teacher = {"single": captured([1.0, 0.0, 3.0]), "double": captured([1.0, 2.0], [5.0])}
+    # single: (0 + 4 + 1) / 3; double: the mean of image (1 + 0) / 2 and text 4
+    assert attention_loss(student, teacher).item() == pytest.approx((5 / 3 + (0.5 + 4) / 2) / 2)
 
 
 def test_each_loss_is_what_it_says_and_is_switched_off_by_its_weight(samples):

@@ -1,0 +1,280 @@
+"""The study at the embedded size: what it measures, that it goes on wherever it was cut off, and what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flexclear import embedded, students
+from flexclear.distill.losses import pack
+from flexclear.distill.samples import CachedSamples
+from flexclear.distill.students import trained_parameters
+from flexclear.distill.trainer import _write_weights
+from flexclear.embedded.evaluation import Request, evaluate
+from flexclear.embedded.retrieval import Retriever
+from flexclear.embedded.vocabulary import read_vocabulary
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
+import distillation as bench
+
+import distillation_data
+import distillation_few_steps
+import distillation_measure
+import distillation_report
+import distillation_rows
+from distillation_rows import ALL, BEFORE, FLOW, REAL, ROWS, jobs
+
+SETTINGS = bench.Settings(
+    steps=3, batch_size=2, learning_rate=1e-3, few_rate=5e-4, pictures=6, held_out=1, measured=2, denoising=1,
+    few_steps=1, seed=0,
+)  # fmt: skip
+CHOSEN = ("clear-r2", "few-steps")
+
+
+def invoke(folder, *rows, **changed):
+    """The command as a user gives it."""
+    options = {**dataclasses.asdict(SETTINGS), "threads": 1, "device": "cpu", "folder": folder, **changed}
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    app = typer.Typer()
+    app.command()(bench.main)
+    rows = [part for row in rows for part in ("--rows", row)]
+    return CliRunner().invoke(app, [*arguments, *rows, "--output", str(folder / "out")])
+
+
+def without_time(found):
+    """A result without the seconds that it took."""
+    if isinstance(found, dict):
+        return {name: without_time(value) for name, value in found.items() if name != "seconds"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    done = invoke(folder, *CHOSEN)
+    assert done.exit_code == 0, done.exception
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return read_vocabulary(embedded.model_directory())
+
+
+def test_a_chosen_row_is_measured_before_and_after_and_the_rest_is_named_as_missing(finished):
+    report = json.loads((finished / "out" / "distillation.json").read_text())
+    row = report["rows"]["clear-r2"]
+    assert set(row) == {BEFORE, FLOW, ALL}
+    assert set(report["rows"]) == {"clear-r2"}
+    levels = [row[stage]["measured"]["psnr"] for stage in (BEFORE, FLOW, ALL)]
+    assert len(set(levels)) == 3
+    assert all(5 < level < 40 for level in levels)
+    assert set(row[FLOW]["curve"]) == {"step", "loss", "flow"}
+    assert set(row[ALL]["curve"]) == {"step", "loss", "flow", "prediction", "attention"}
+    assert [record["step"] for record in row[ALL]["held_out"]] == [0, 1, 2, 3]
+    everything = {job.title for job in jobs()}
+    done = {job.title for job in jobs(CHOSEN)}
+    assert set(report["missing"]) == everything - done
+    few = report["few_steps"]
+    assert set(few["rows"]) == {"clear-r2"}
+    assert few["rows"]["clear-r2"][BEFORE] != few["rows"]["clear-r2"][ALL]
+    text = (finished / "out" / "distillation.md").read_text()
+    assert f"| CLEAR, r = 2 | {report['flops']['clear-r2'] / 1e6:.1f} |" in text
+    assert f"Missing so far ({len(everything - done)}): " in text
+    assert "CLEAR, r = 2, the weights distilled for the teacher" in text
+    assert "stands in for LPIPS" in text
+    assert str(finished) not in text
+    assert (finished / "out" / "distillation-curves.png").stat().st_size > 1000
+
+
+def test_a_study_that_is_cut_off_anywhere_ends_as_the_one_that_is_not(finished, tmp_path, monkeypatch):
+    class PowerCut(Exception):
+        pass
+
+    cuts = [
+        ("the teacher draws", 3),
+        ("CLEAR, r = 2: all losses: training", 2),
+        ("CLEAR, r = 2: all losses: drawing", 2),
+        ("few-step model: training", 2),
+        ("few-step model: drawing", 2),
+    ]
+    monkeypatch.setattr(distillation_few_steps, "EVERY", 1)
+    told, left = [], list(cuts)
+
+    def on_item(what, done, total):
+        if left and (what, done) == left[0]:
+            left.pop(0)
+            raise PowerCut
+
+    todo = [job for job in jobs(CHOSEN) if job.stage != FLOW]
+    for _ in range(len(cuts) + 1):
+        study = bench.Study(tmp_path, SETTINGS, "cpu", tmp_path / "students", on_item, told.append)
+        try:
+            for job in todo:
+                study.run(job)
+            break
+        except PowerCut:
+            continue
+    assert not left
+    assert any("going on from step 1" in line for line in told)
+    for job in todo:
+        name = f"results/{job.name}.json"
+        own, whole = (json.loads((folder / name).read_text()) for folder in (tmp_path, finished))
+        assert without_time(own) == without_time(whole), job.name
+    own, whole = (load_file(folder / "few-steps" / "transformer.safetensors") for folder in (tmp_path, finished))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in own.items())
+
+
+def test_a_finished_piece_is_not_done_again(finished, monkeypatch):
+    monkeypatch.setattr(bench, "distill", lambda **given: pytest.fail("trained again"))
+    stamps = {path: path.stat().st_mtime_ns for path in (finished / "results").iterdir()}
+    assert invoke(finished, *CHOSEN).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in (finished / "results").iterdir()} == stamps
+
+
+def test_another_setting_an_older_teacher_and_an_unknown_row_are_refused(finished, monkeypatch):
+    changed = invoke(finished, "clear-r2", steps=4).exception
+    assert isinstance(changed, ValueError)
+    assert "other settings (steps: 3 then, 4 now)" in str(changed)
+    with pytest.raises(ValueError, match="unknown clear; known are clear-r4"):
+        jobs(["clear"])
+    monkeypatch.setattr(bench, "teacher_fingerprint", lambda: "another")
+    with pytest.raises(ValueError, match="another now"):
+        bench.Study(finished, SETTINGS, "cpu", finished, lambda *given: None, print)
+
+
+def test_the_exported_students_are_the_trained_weights_in_bfloat16_and_name_their_teacher(finished):
+    (student,) = students.read_students(finished / "students")
+    assert (student.path.name, student.radius, student.down_factor) == ("clear_local_2.safetensors", 2, None)
+    report = json.loads((finished / "out" / "distillation.json").read_text())
+    (listed,) = report["students"]
+    assert listed["psnr"] == max(report["rows"]["clear-r2"][stage]["measured"]["psnr"] for stage in (FLOW, ALL))
+    trained = load_file(finished / "runs" / f"clear-r2-{listed['stage']}" / "weights.safetensors")
+    written = load_file(student.path)
+    assert written.keys() == trained.keys()
+    assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in trained.items())
+    assert listed["bytes"] == student.path.stat().st_size < students.LARGEST_BYTES
+
+
+def test_what_says_most_comes_first_and_every_row_has_its_stages():
+    names = [job.name for job in jobs()]
+    assert names[:2] == ["clear-r4-before", "clear-r4-all"]
+    assert len(names) == len(set(names)) == 3 * len(ROWS) + 2
+    last_clear = max(names.index(f"{row.name}-{ALL}") for row in ROWS if row.is_clear)
+    assert last_clear < min(names.index(f"{row.name}-{BEFORE}") for row in ROWS if not row.is_clear)
+    assert [job.name for job in jobs(["real-pictures"])] == ["clear-r4-before", "clear-r4-all", "clear-r4-real"]
+
+
+def test_costs_relative_to_dense_attention_are_about_the_published_ones(vocabulary):
+    config = embedded.pipeline().transformer.config
+    dense = distillation_rows.dense_flops(config)
+    assert dense == 4 * 128 * (16 * 16 + 32) ** 2
+    shares = {row.name: row.flops(config) / dense for row in ROWS}
+    published = {"clear-r2": 63.5, "clear-r4": 86.6, "clear-r8": 154.1, "swin": 67.7, "strided": 67.7, "agent": 80.5}
+    for name, flops in published.items():
+        assert shares[name] == pytest.approx(flops / 260.9, abs=0.03), name
+    assert shares["sigmoid"] == 1
+    assert shares["linear"] < 0.2
+
+
+@pytest.mark.parametrize("name", ["swin", "pixart", "linear"])
+def test_trained_weights_of_every_kind_come_back(tmp_path, name):
+    row = next(row for row in ROWS if row.name == name)
+    pipe, again = embedded.pipeline(), embedded.pipeline()
+    row.apply(pipe)
+    trained = trained_parameters(pipe.transformer)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn_like(parameter))
+    _write_weights(pipe.transformer, tmp_path / "weights.safetensors")
+    row.apply(again, tmp_path / "weights.safetensors")
+    for key, parameter in trained_parameters(again.transformer).items():
+        assert torch.equal(parameter, trained[key]), key
+    if name == "linear":
+        save_file({"no.such": torch.zeros(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=r"does not fit linear: \['no.such'\]"):
+            row.apply(embedded.pipeline(), tmp_path / "other.safetensors")
+
+
+def test_training_never_shows_a_pair_that_is_measured(vocabulary):
+    shown = distillation_data.shown_pairs(vocabulary, 1000, 0)
+    assert len(shown) == 1000
+    names = list(vocabulary.backgrounds)
+    pairs = {(vocabulary.emoji[emoji].name, names[background]) for emoji, background, _ in shown}
+    assert len(pairs) == len(vocabulary.emoji) * len(names) - len(vocabulary.held_out_pairs)
+    assert not pairs & set(vocabulary.held_out_pairs)
+    assert all(vocabulary.emoji[emoji].name in text and names[b] in text for emoji, b, text in shown)
+    assert distillation_data.shown_pairs(vocabulary, 10, 0) == shown[:10]
+
+
+def test_real_pictures_show_their_captions(vocabulary, tmp_path):
+    samples = distillation_data.real(tmp_path, vocabulary, 4, 0, "cpu", lambda *given: None)
+    shown = distillation_data.shown_pairs(vocabulary, 4, 0)
+    assert [entry["caption"] for entry in samples.entries] == [text for _, _, text in shown]
+    pixels = [np.array(Image.open(path)) for path in sorted((tmp_path / "pictures").glob("*.png"))]
+    pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    requests = [Request(emoji, background, 0) for emoji, background, _ in shown]
+    retriever = Retriever(distillation_data.bitmaps_of(vocabulary), list(vocabulary.backgrounds.values()))
+    assert evaluate(retriever, requests, pictures).both == 1
+
+
+def test_the_noise_of_a_generated_picture_is_what_the_pipeline_began_from(finished):
+    samples = CachedSamples(finished / "self-generated" / "cache")
+    noise = distillation_data.noise_of(samples, 3)
+    pipe = embedded.pipeline()
+    generator = torch.Generator().manual_seed(3)
+    began, _ = pipe.prepare_latents(1, 8, 128, 128, torch.float32, torch.device("cpu"), generator)
+    assert torch.equal(pack(noise[None]), began)
+    batch = distillation_few_steps.reflow_batch(samples, [3, 0], "name")
+    assert torch.equal(batch.noise[0], noise)
+    assert torch.equal(batch.sigmas, distillation_few_steps.reflow_batch(samples, [3, 0], "name").sigmas)
+    assert not torch.equal(batch.sigmas, distillation_few_steps.reflow_batch(samples, [3, 0], "other").sigmas)
+
+
+def test_distances_are_none_for_equal_pictures_and_grow_with_noise(finished):
+    pictures = load_file(finished / "teacher.safetensors")["pictures"]
+    vae = embedded.pipeline().vae
+    noise = torch.randn_like(pictures)
+    noisy = [(pictures + level * noise).clamp(0, 1) for level in (0.0, 0.02, 0.1)]
+    likeness = [distillation_measure.ssim(pictures, other) for other in noisy]
+    distances = [distillation_measure.feature_distance(vae, pictures, other, batch=1) for other in noisy]
+    assert likeness[0] == pytest.approx(1)
+    assert likeness[0] > likeness[1] > likeness[2] > 0
+    assert distances[0] == 0 < distances[1] < distances[2] < 4 * 5
+    assert distillation_measure.feature_distance(vae, noisy[2], pictures) == pytest.approx(distances[2], rel=1e-4)
+
+
+def synthetic(levels):
+    """A report with these PSNRs by row and stage; None: the run diverged."""
+    rows = {}
+    for (row, stage), psnr in levels.items():
+        found = {"failed": "not finite"} if psnr is None else {"measured": {"psnr": psnr}}
+        rows.setdefault(row, {})[stage] = found
+    return {"rows": rows, "flops": {row.name: 10.0 + number for number, row in enumerate(ROWS)}}
+
+
+def test_the_papers_expectations_are_decided_by_the_numbers():
+    good = {("clear-r2", BEFORE): 10.0, ("clear-r2", FLOW): 15.0, ("clear-r2", ALL): 20.0}
+    good |= {("clear-r4", ALL): 22.0, ("clear-r4", REAL): 19.0, ("clear-r8", ALL): 24.0, ("swin", ALL): 18.0}
+    said = " ".join(distillation_report.findings(synthetic(good)))
+    assert "nearer to the teacher (PSNR): 1 of 1." in said
+    assert "A larger radius is nearer to the teacher: yes" in said
+    assert "CLEAR leads after distillation (PSNR): yes" in said
+    assert "Self-generated pictures teach more than real ones: yes" in said
+    bad = {**good, ("clear-r2", BEFORE): 30.0, ("clear-r4", ALL): 12.0, ("swin", ALL): 40.0}
+    said = " ".join(distillation_report.findings(synthetic(bad)))
+    assert "0 of 1; not for CLEAR, r = 2." in said
+    assert "A larger radius is nearer to the teacher: NO" in said
+    assert "CLEAR leads after distillation (PSNR): NO (Swin, 4 x 4 40.0" in said
+    assert "Self-generated pictures teach more than real ones: NO" in said
+    assert distillation_report.findings(synthetic({("linear", ALL): None})) == ["Nothing to say yet."]

@@ -1,0 +1,129 @@
+"""Students that ship beside the embedded model: read, refused, drawn by the demo, and gone without a trace."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import flexclear
+from flexclear import cli, embedded, students
+from flexclear.distill.students import trained_parameters
+from flexclear.students import Student, as_student, read_students, teacher_fingerprint, write_index
+
+PROMPT = "a rocket on a yellow background"
+
+
+def make(folder, radius, down_factor=None):
+    """A student whose attention is a little off the teacher's."""
+    pipe = embedded.pipeline()
+    flexclear.transform(pipe, r=radius, down_factor=down_factor, backend="sdpa")
+    generator = torch.Generator().manual_seed(radius)
+    with torch.no_grad():
+        for parameter in trained_parameters(pipe.transformer).values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    path = folder / students.file_name(radius, down_factor)
+    flexclear.save_weights(pipe, path, base="flexclear.embedded")
+    return Student(path, radius, down_factor)
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder of two students in the place of the package's own."""
+    folder = tmp_path / "students"
+    made = [make(folder, 4), make(folder, 2, 4)]
+    write_index(folder, made, teacher_fingerprint())
+    monkeypatch.setattr(students, "students_directory", lambda: folder)
+    return folder
+
+
+def draw(pipe):
+    return pipe(
+        PROMPT, height=64, width=64, num_inference_steps=2, max_sequence_length=16, output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+
+
+def test_students_are_read_by_radius(shipped):
+    found = read_students()
+    assert [(student.path.name, student.radius, student.down_factor) for student in found] == [
+        ("clear_local_2_down_4.safetensors", 2, 4),
+        ("clear_local_4.safetensors", 4, None),
+    ]
+    assert [student.label for student in found] == ["r = 2 + pooled 4 x 4, distilled", "r = 4, distilled"]
+    assert read_students(shipped / "nowhere") == ()
+
+
+def test_students_of_another_teacher_are_refused(shipped, tmp_path):
+    index = shipped / students.INDEX
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "teacher": "another"}))
+    with pytest.raises(ValueError, match=f"another teacher .another, the model here is {teacher_fingerprint()}"):
+        read_students()
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="no index of students"):
+        read_students()
+    index.write_text(json.dumps(content))
+    (shipped / "clear_local_4.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"clear_local_4\.safetensors, which is missing"):
+        read_students()
+    with pytest.raises(FileNotFoundError, match="no weights in"):
+        teacher_fingerprint(tmp_path / "nowhere")
+
+
+def test_an_index_forgets_files_that_it_no_longer_names_and_limits_their_size(shipped, monkeypatch):
+    (student, other) = read_students()
+    write_index(shipped, [student], teacher_fingerprint())
+    assert not other.path.exists()
+    assert read_students() == (student,)
+    monkeypatch.setattr(students, "LARGEST_BYTES", 1000)
+    with pytest.raises(ValueError, match="at most 1000 ship"):
+        write_index(shipped, [student], teacher_fingerprint())
+
+
+def test_a_pipeline_is_a_student_inside_the_block_and_the_teacher_after_it(shipped):
+    pipe = embedded.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    dense = draw(pipe)
+    for student in read_students():
+        expected = embedded.pipeline()
+        expected.set_progress_bar_config(disable=True)
+        flexclear.load_weights(expected, student.path)
+        with as_student(pipe, student):
+            drawn = draw(pipe)
+        assert torch.equal(drawn, draw(expected))
+        assert (drawn - dense).abs().max() > 1e-2
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert torch.equal(draw(pipe), dense)
+    with pytest.raises(FileNotFoundError), as_student(pipe, Student(shipped / "gone.safetensors", 3)):
+        pass
+    assert torch.equal(draw(pipe), dense)
+
+
+def demo(out, *options):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["demo", "--prompt", PROMPT, "--steps", "2", "--size", "64", "--out", str(out), *options])
+    assert not end.value.code
+    return (out / "table.md").read_text()
+
+
+def test_the_demo_draws_shipped_students_beside_the_weights_that_never_saw_the_window(shipped, tmp_path, capsys):
+    table = demo(tmp_path / "out")
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| dense", "| 2", "| 4", "| 2 + pooled 4 x 4, distilled", "| 4, distilled",
+    ]  # fmt: skip
+    plain, distilled = (
+        next(li for li in table.splitlines() if li.startswith(f"| {n} |")) for n in ("4", "4, distilled")
+    )
+    assert plain.split(" | ")[1:3] == distilled.split(" | ")[1:3]
+    assert plain.split(" | ")[3] != distilled.split(" | ")[3]
+    assert "distilled" not in demo(tmp_path / "other", "--r", "3")
+    capsys.readouterr()
+    index = shipped / students.INDEX
+    index.write_text(index.read_text().replace(teacher_fingerprint(), "another"))
+    assert "distilled" not in demo(tmp_path / "another", "--r", "4")
+    assert "Without distilled weights: the students in" in capsys.readouterr().out
