@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexclear import compile, embedded, highres, masks
+    from flexclear import compile, embedded, highres, masks, parallel
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
     from flexclear.optimization import optimize
@@ -29,6 +29,7 @@ __all__ = [
     "masks",
     "optimize",
     "override",
+    "parallel",
     "restore",
     "save_weights",
     "transform",
@@ -43,7 +44,7 @@ _HOME = {
     "save_weights": "flexclear.weights",
     "transform": "flexclear.convert",
 }
-_PACKAGES = ("compile", "embedded", "highres", "masks")
+_PACKAGES = ("compile", "embedded", "highres", "masks", "parallel")
 
 
 def __getattr__(name: str) -> Any:

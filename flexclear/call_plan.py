@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -12,6 +12,9 @@ from flexclear.alternatives.mechanism import Attend
 from flexclear.attention import windowed_attention
 from flexclear.plan import Plan
 from flexclear.pooling import Pooling
+
+if TYPE_CHECKING:
+    from flexclear.parallel.session import BandCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,7 @@ class CallPlan:
         rotary: rotary embedding in sequence order that replaces the model's own; None keeps the model's.
         gains: 0-d factor on the queries of each slot (proportional attention), or None.
         formula: what attends in place of softmax over a mask (``flexclear.alternatives``), bound to this call; or None.
+        band: what attends and gathers where this process has a band of the picture (``flexclear.parallel``), or None.
         ntk_floor: least share of its own frequency that a rotary axis keeps; see ``flexclear.override``.
     """
 
@@ -36,12 +40,16 @@ class CallPlan:
     formula: Attend | None = None
     ntk_floor: float = 0.0
 
+    band: BandCall | None = None
+
     def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Raster tokens into the layout's order along ``dim``."""
         return self.base.to_image_order(tokens, dim)
 
     def to_raster(self, tokens: Tensor, dim: int = 1) -> Tensor:
-        """Tokens in the layout's order back into raster order along ``dim``."""
+        """Tokens in the layout's order back into raster order along ``dim``; on several ranks, the whole picture's."""
+        if self.band is not None:
+            return self.band.gather(tokens, dim)
         return self.base.to_raster(tokens, dim)
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -57,6 +65,20 @@ class CallPlan:
         if self.gains is not None:
             query = (query.float() * self.gains[slot]).to(query.dtype)
         pooling = self.poolings[slot]
-        if pooling is not None and weight is not None:
+        if pooling is not None and weight is not None and self.band is None:
             key, value = pooling.append(key, weight), pooling.append(value, weight)
-        return windowed_attention(query, key, value, self.masks[slot])
+        return self.softmax(slot, query, key, value, weight)
+
+    def softmax(
+        self,
+        slot: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Softmax attention over the slot's mask, of this process's queries; arguments as in ``attend``."""
+        if self.band is not None:
+            return self.band.attend(self.masks[slot], slot, query, key, value, weight, scale)
+        return windowed_attention(query, key, value, self.masks[slot], scale)

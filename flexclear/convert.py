@@ -176,6 +176,10 @@ def transform(
         _keep_trained_pooling(layer.module.processor, processor)
         layer.module.set_processor(processor)
     install(model, EntryHook(family, settings, originals), family.inner_hooks(model))
+    if before is not None and before.parallel is not None:
+        from flexclear.parallel import attach
+
+        attach(model, before.parallel)
     if before is None or before.settings.order != order:
         forget_cached_tokens(model)
     return model_or_pipe
@@ -265,6 +269,8 @@ def restore(model_or_pipe: Target) -> Target:
     if entry is not None:
         for layer in entry.family.layers(model):
             layer.module.set_processor(_original(layer, entry))
+        if entry.parallel is not None:
+            entry.parallel.close()
         uninstall(model)
         forget_cached_tokens(model)
     return model_or_pipe

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from flexclear.compile import why_not_compiled
 from flexclear.families.base import JOINT, Call, Family
 from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
-from flexclear.masks import Layout, Window, with_text_mask
+from flexclear.masks import Layout, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.memory import is_out_of_memory, note, what_takes_less
 from flexclear.modes import refuse_frequency_caches
@@ -32,6 +32,9 @@ from flexclear.plan import Plan, get_plan
 from flexclear.schedule import Slot
 from flexclear.steps import StepCounter
 from flexclear.switches import Switches, in_force, proportional_gain
+
+if TYPE_CHECKING:
+    from flexclear.parallel.session import Session
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,20 @@ class EntryHook(Hook):
         self.processors = dict(processors)
         """The processors that were there before, by module name, for ``restore``."""
         self._reader = GridReader()
+        self.parallel: Session | None = None
+        """The run over several ranks that the model takes part in (``flexclear.parallel``), or None."""
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
+        if self.parallel is None:
+            return self._enter(model, args, kwargs)
+        try:
+            return self._enter(model, args, kwargs)
+        except Exception as error:
+            self.parallel.failed(error)
+            raise
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         if len(args) > len(names):
             raise TypeError(f"{type(model).__name__} takes {len(names)} arguments, got {len(args)} positional ones")
@@ -99,6 +113,8 @@ class EntryHook(Hook):
             raise ValueError(
                 f"ntk_floor={switches.ntk_floor} is defined for FluxTransformer2DModel, got {type(model).__name__}"
             )
+        if self.parallel is not None:
+            self.parallel.begin(model, kwargs, call, self.family, self.settings)
         plan = self.plan(model, call, switches)
         return (), self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)
 
@@ -111,6 +127,11 @@ class EntryHook(Hook):
         needs_grad = torch.is_grad_enabled() and (
             call.tokens.requires_grad or any(p.requires_grad for p in model.parameters())
         )
+        if needs_grad and self.parallel is not None:
+            raise ValueError(
+                "one picture on several ranks is for inference, and this call needs gradients: call the model under "
+                "torch.no_grad(), as pipelines do, or flexclear.parallel.disable(model)"
+            )
         backend = choose_backend(settings.backend, device, dtype, needs_grad)
         if backend == "sdpa" and settings.backend == "auto" and not needs_grad and settings.formula is None:
             self._say_why(device)
@@ -124,12 +145,14 @@ class EntryHook(Hook):
             order = call.order or settings.order
             layout = Layout(height, width, text_len, self.family.text_first, order, tuple(references))
             block_size = check_block_size(settings.block_size, layout)
+            if self.parallel is not None:
+                return self.parallel.part(layout, window, backend, block_size, device, scope in call.keep)
             backward = needs_grad and backend == "flex"
             return get_plan(layout, window, backend, block_size, device, backward, scope in call.keep)
 
         def mask_of(scope: str, plan: Plan) -> BlockMask | Tensor | None:
             keep = call.keep.get(scope)
-            return plan.mask if keep is None or plan.mask is None else with_text_mask(plan.mask, plan.layout, keep)
+            return plan.mask if keep is None else plan.masked(keep)
 
         plans = [plan_of(scope, None if dense else window) for scope, window in settings.slots]
         base = next((p for p, (scope, _) in zip(plans, settings.slots, strict=True) if scope == JOINT), plans[0])
@@ -145,6 +168,7 @@ class EntryHook(Hook):
             poolings=tuple(plan.pooling for plan in plans),
             gains=gains,
             formula=None if formula is None else formula.bind(base),
+            band=None if self.parallel is None else self.parallel.band(plans, settings.slots, call.keep),
             ntk_floor=switches.ntk_floor,
         )
 
@@ -188,10 +212,18 @@ class ExitHook(Hook):
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        entry = entry_hook_of(model)
+        parallel = None if entry is None else entry.parallel
         if output is None:
-            self._explain(model, kwargs, sys.exc_info()[1])
+            error = sys.exc_info()[1]
+            if parallel is not None:
+                parallel.failed(error)
+            self._explain(model, kwargs, error)
             return None
-        return self.family.leave(model, output, self.family.plan_of(kwargs))
+        output = self.family.leave(model, output, self.family.plan_of(kwargs))
+        if parallel is not None:
+            parallel.end()
+        return output
 
     def _explain(self, model: nn.Module, kwargs: dict[str, Any], error: BaseException | None) -> None:
         """Say of an error of the model what would have fitted into memory."""
@@ -214,6 +246,11 @@ def install(model: nn.Module, entry: EntryHook, inner: Sequence[tuple[nn.Module,
     """Add both hooks, and the family's on modules inside the model."""
     model.register_forward_pre_hook(entry, with_kwargs=True)
     model.register_forward_hook(ExitHook(entry.family), with_kwargs=True, always_call=True)
+    install_inner(inner)
+
+
+def install_inner(inner: Sequence[tuple[nn.Module, Any]]) -> None:
+    """Add hooks on modules inside a model."""
     for module, hook in inner:
         if hook.after:
             module.register_forward_hook(hook, with_kwargs=True)

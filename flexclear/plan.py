@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexclear.masks import Downsampled, Layout, Window, block_mask, dense_mask
+from flexclear.masks import Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
 from flexclear.masks.cache import ByteBoundedCache
 from flexclear.masks.defaults import independent
 from flexclear.masks.windows import captured_tensors
@@ -48,6 +48,10 @@ class Plan:
     def to_raster(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Tokens in the layout's order back into raster order along ``dim``."""
         return tokens if self.inverse is None else tokens.index_select(dim, self.inverse)
+
+    def masked(self, keep: Tensor) -> BlockMask | Tensor | None:
+        """The mask without the text keys that are padding; ``keep`` is bool ``[B, text_len]``, False for padding."""
+        return None if self.mask is None else with_text_mask(self.mask, self.layout, keep)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the plan holds."""

@@ -147,6 +147,19 @@ class Family(ABC):
         output.sample = plan.to_raster(output.sample)
         return output
 
+    def why_not_parallel(self, model: nn.Module) -> str | None:
+        """Why a picture cannot be shared by several ranks (``flexclear.parallel``), or None. It can where tokens go through
+        ``plan.to_image_order`` at the entry and through ``plan.to_raster`` at the exit."""
+        return None
+
+    def why_not_parallel_call(self, model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+        """The same of one call."""
+        return None
+
+    def parallel_hooks(self, model: nn.Module, current: Any) -> list[tuple[nn.Module, Any]]:
+        """Further ``inner_hooks`` of a model that runs on several ranks; ``current()`` is the call's ``BandCall``."""
+        return []
+
     def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
         """``flexclear.hooks.Hook``s, with keyword arguments, on modules inside the model; none by default."""
         return []

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexclear.attention import windowed_attention
 from flexclear.call_plan import CallPlan
 from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, required_tensor
 from flexclear.families.flux import check_tokens, flux_layers, permuted, with_ntk
@@ -38,7 +37,7 @@ class BiasedPlan(CallPlan):
         channel = self.bias.to(query.dtype)[:, None, :, None].expand(*query.shape[:3], 1)
         channel = F.pad(channel, (0, -(query.shape[-1] + 1) % 8))
         query, key = torch.cat([query, channel / scale], dim=-1), torch.cat([key, channel], dim=-1)
-        return windowed_attention(query, key, value, self.masks[slot], scale)
+        return self.softmax(slot, query, key, value, scale=scale)
 
 
 class ChromaFamily(Family):

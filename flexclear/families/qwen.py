@@ -103,6 +103,11 @@ class QwenFamily(Family):
         changed["attention_kwargs"] = {**(kwargs.get("attention_kwargs") or {}), PLAN: plan}
         return changed
 
+    def why_not_parallel(self, model: nn.Module) -> str | None:
+        if getattr(model, "zero_cond_t", False):
+            return "it modulates image and reference pictures by different timesteps (zero_cond_t), token by token"
+        return None
+
     def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
         return kwargs["attention_kwargs"][PLAN]
 

@@ -109,6 +109,17 @@ class SD3Family(Family):
         blocks: Any = model.transformer_blocks
         return [(blocks[0], OrderHook())]
 
+    def why_not_parallel_call(self, model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+        if 0 in (kwargs.get("skip_layers") or ()):
+            return "it skips the first block (skip_layers), where tokens are shared out"
+        return None
+
+    def parallel_hooks(self, model: nn.Module, current: Any) -> list[tuple[nn.Module, Any]]:
+        from flexclear.families.sd3_attention import GatherHook
+
+        out: Any = model.proj_out
+        return [(out, GatherHook(current))]
+
     def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
         return kwargs["joint_attention_kwargs"][PLAN]
 

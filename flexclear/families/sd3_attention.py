@@ -28,6 +28,19 @@ class OrderHook(Hook):
         return args, {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
 
 
+class GatherHook(Hook):
+    """Forward hook of the last layer before patches become a picture: the tokens of all ranks, in raster order."""
+
+    after = True
+
+    def __init__(self, current: Any) -> None:
+        self.current = current
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        call = self.current()
+        return output if call is None else call.gather(output)
+
+
 class SD3WindowProcessor(WindowProcessor):
     """Attention of an SD3 block under the plan's window; projections and norms as in diffusers' own processor.
 

@@ -130,6 +130,9 @@ class ZImageFamily(Family):
         blocks = [*parts.noise_refiner, *parts.layers]
         return [(parts.t_embedder, PlanToEmbedding()), *((block, PlanToBlock()) for block in blocks)]
 
+    def why_not_parallel(self, model: nn.Module) -> str | None:
+        return "it takes pictures apart inside, and pads them to a multiple of 32 tokens there"
+
     def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
         return kwargs["t"].plan
 

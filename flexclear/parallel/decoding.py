@@ -1,0 +1,78 @@
+"""Tiled VAE decoding shared by several ranks: each decodes some of the tiles, all blend all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexclear.parallel.links import Links
+
+KNOWN = ("AutoencoderKL",)
+"""VAEs whose ``tiled_decode`` gives its decoder one tile at a time and nothing else."""
+
+MARK = "_flexclear_whole"
+"""Attribute of our ``tiled_decode`` that says that it is ours."""
+
+
+def split_decoding(pipe: Any, links: Links) -> None:
+    """Let a pipeline's VAE share the tiles of ``tiled_decode``; does nothing where there is none.
+
+    The VAE's own method cuts and blends: it runs once to see which tiles it asks its decoder for, the ranks decode them in
+    turn and pass them on, and it runs again with their results. So every rank has the picture that one would have made.
+    """
+    vae = getattr(pipe, "vae", None)
+    if type(vae).__name__ not in KNOWN:
+        return
+    whole = vae.tiled_decode
+
+    def tiled_decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if links.size == 1:
+            return whole(z, *args, **kwargs)
+        links.where = "decoding"
+        links.open(resume=False)
+        decoder = vae.decoder
+        scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        asked: list[Tensor] = []
+
+        def remember(tile: Tensor, *rest: Any, **named: Any) -> Tensor:
+            asked.append(tile)
+            height, width = tile.shape[-2:]
+            return tile.new_zeros(*tile.shape[:-3], vae.config.out_channels, height * scale, width * scale)
+
+        _with_forward(decoder, remember, lambda: whole(z, *args, **kwargs))
+        found = []
+        for number, tile in enumerate(asked):
+            owner = number % links.size
+            shape = (*tile.shape[:-3], vae.config.out_channels, tile.shape[-2] * scale, tile.shape[-1] * scale)
+            mine = decoder(tile).contiguous() if owner == links.rank else tile.new_empty(shape)
+            found.append(mine)
+        for number, picture in enumerate(found):
+            links.broadcast(picture, number % links.size, "vae")
+        ready = iter(found)
+        return _with_forward(decoder, lambda tile, *rest, **named: next(ready), lambda: whole(z, *args, **kwargs))
+
+    setattr(tiled_decode, MARK, whole)
+    vae.tiled_decode = tiled_decode
+
+
+def whole_decoding(pipe: Any) -> None:
+    """Undo ``split_decoding``."""
+    vae = getattr(pipe, "vae", None)
+    if vae is not None and hasattr(vars(vae).get("tiled_decode"), MARK):
+        del vae.tiled_decode
+
+
+def _with_forward(module: torch.nn.Module, forward: Callable[..., Any], call: Callable[[], Any]) -> Any:
+    """``call()`` while a module's forward is another."""
+    before = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        return call()
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]

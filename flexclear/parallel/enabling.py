@@ -1,0 +1,247 @@
+"""``enable`` and ``disable``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flexclear.convert import model_of
+from flexclear.hooks import EntryHook, entry_hook_of, install_inner
+from flexclear.parallel.decoding import split_decoding, whole_decoding
+from flexclear.parallel.links import Links
+from flexclear.parallel.planning import TOO_SMALL, check_shares
+from flexclear.parallel.session import EXCHANGES, TEXTS, Options, Session
+from flexclear.steps import StepCounter
+
+Target = TypeVar("Target")
+
+_made = 0
+"""How many sessions this process has made: their names, alike on all ranks, which make them in the same order."""
+
+
+def enable(
+    model_or_pipe: Target,
+    mesh: Any = None,
+    text: str = "exact",
+    exchange: str = "sync",
+    *,
+    warmup_steps: int = 4,
+    shares: Sequence[float] | None = None,
+    too_small: str = "raise",
+    timeout: float = 300.0,
+    split_vae: bool = True,
+) -> Target:
+    """Share each picture among the ranks of a group; call it on every rank, after ``flexclear.transform``.
+
+    The token grid is cut along its longer side into bands, in multiples of 8 lines. In each attention layer a rank's image
+    queries see its own keys, all text, and border keys that its neighbours send: as far as the layer's window reaches,
+    from several neighbours where bands are thinner than that. Text is computed on every rank. Outside of the transformer
+    every rank does the same; the result is the same picture everywhere.
+
+    Args:
+        model_or_pipe: a transformed model, or a pipeline with one.
+        mesh: a one-dimensional ``DeviceMesh``, or None: all ranks. Under torchrun the default process group is made if
+            there is none yet (NCCL on CUDA, gloo elsewhere).
+        text: how text queries, which see all of the picture, are computed. ``"exact"``: each rank attends to its band, and
+            partial results are merged by their log-sum-exp, two small sums per layer: one process's result up to rounding.
+            ``"average"``: the average of what the ranks' own bands give (paper Eq. 7), one sum per layer.
+        exchange: ``"sync"``: a layer waits for its borders. ``"stale"``: after ``warmup_steps``, it uses the borders of the
+            denoising step before while the current ones travel (DistriFusion, arXiv 2402.19481). Needs a pipeline.
+        warmup_steps: first steps of a run that are synchronous with ``"stale"``.
+        shares: each rank's share of the picture, as proportions, for ranks of unequal speed; equal by default.
+        too_small: for pictures with fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last ranks are idle.
+        timeout: seconds without an answer after which a rank counts as gone.
+        split_vae: of a pipeline whose VAE decodes in tiles (``pipe.vae.enable_tiling()``): share the tiles, too.
+
+    Returns:
+        What was given.
+
+    Raises:
+        TypeError: neither a model nor a pipeline with one, or ``mesh`` is no DeviceMesh.
+        ValueError: the model cannot run on several ranks, an argument makes no sense, or there is no process group.
+    """
+    model = model_of(model_or_pipe)
+    entry = entry_hook_of(model)
+    if text not in TEXTS:
+        raise ValueError(f"text must be one of {list(TEXTS)}, got {text!r}")
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange must be one of {list(EXCHANGES)}, got {exchange!r}")
+    if too_small not in TOO_SMALL:
+        raise ValueError(f"too_small must be one of {list(TOO_SMALL)}, got {too_small!r}")
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1:
+        raise ValueError(f"warmup_steps must be a number of steps from 1 on, got {warmup_steps!r}")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
+    if entry is None:
+        _refuse_other_parallelism(model)
+        raise ValueError(
+            f"this {type(model).__name__} is dense, and borders are those of a window: flexclear.transform(model, r=...) "
+            "first. flexclear.parallel.enable_dense runs the dense model on several ranks"
+        )
+    why = why_not(model, entry)
+    if why is not None:
+        raise ValueError(f"this {type(model).__name__} cannot be shared by several ranks: {why}")
+    pipe = None if model_or_pipe is model else model_or_pipe
+    if exchange == "stale" and (pipe is None or not hasattr(getattr(pipe, "scheduler", None), "step_index")):
+        raise ValueError(
+            "exchange='stale' needs to know the denoising step: give the pipeline, whose scheduler counts steps "
+            "(step_index)"
+        )
+    ranks = _ranks(mesh)
+    options = Options(
+        text=text,
+        exchange=exchange,
+        warmup_steps=warmup_steps,
+        shares=None if shares is None else check_shares(shares, len(ranks)),
+        too_small=too_small,
+        timeout=float(timeout),
+    )
+    disable(model_or_pipe)
+    global _made
+    _made += 1
+    links = Links(ranks, options.timeout, str(_made))
+    session = Session(links, options, StepCounter(pipe))
+    attach(model, session)
+    if pipe is not None and split_vae:
+        split_decoding(pipe, links)
+    return model_or_pipe
+
+
+def attach(model: nn.Module, session: Session) -> None:
+    """Let a transformed model take part in a session.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    entry = entry_hook_of(model)
+    assert entry is not None
+    why = why_not(model, entry)
+    if why is not None:
+        raise ValueError(f"this {type(model).__name__} cannot be shared by several ranks: {why}")
+    entry.parallel = session
+    install_inner(entry.family.parallel_hooks(model, lambda: session.current))
+
+
+def disable(model_or_pipe: Target) -> Target:
+    """Undo ``enable``: the model runs whole on this rank again. Others are left as they are.
+
+    Returns:
+        What was given.
+    """
+    model = model_of(model_or_pipe)
+    entry = entry_hook_of(model)
+    if entry is not None and entry.parallel is not None:
+        from flexclear.convert import transform_again
+
+        entry.parallel.close()
+        entry.parallel = None
+        transform_again(model)
+    if model_or_pipe is not model:
+        whole_decoding(model_or_pipe)
+    return model_or_pipe
+
+
+def sent_bytes(model_or_pipe: Any) -> dict[str, int]:
+    """Bytes that this rank has sent since ``enable``, by kind: ``border``, ``text``, ``pooled``, ``output``, ``vae``,
+    ``control``. Of sums and gathers, what this rank puts in.
+
+    Raises:
+        ValueError: the model does not run on several ranks.
+    """
+    entry = entry_hook_of(model_of(model_or_pipe))
+    if entry is None or entry.parallel is None:
+        raise ValueError("this model does not run on several ranks; flexclear.parallel.enable(pipe) first")
+    return dict(entry.parallel.links.sent)
+
+
+def why_not(model: nn.Module, entry: EntryHook) -> str | None:
+    """Why a transformed model cannot be shared by several ranks, or None."""
+    if entry.settings.formula is not None:
+        return (
+            f"attention={entry.settings.formula.kind!r} is no softmax over a window; CLEAR and the alternatives that are "
+            "masks can"
+        )
+    if getattr(model, "is_cache_enabled", False):
+        return (
+            "it has a cache (enable_cache), which decides from the tokens that it sees which blocks to skip, and each rank "
+            "sees others. model.disable_cache() first"
+        )
+    return entry.family.why_not_parallel(model)
+
+
+def _refuse_other_parallelism(model: nn.Module) -> None:
+    config = getattr(model, "_parallel_config", None)
+    inner = getattr(config, "context_parallel_config", None)
+    if inner is not None:
+        raise ValueError(
+            f"this {type(model).__name__} has diffusers' context parallelism (ring_degree={inner.ring_degree}, "
+            f"ulysses_degree={inner.ulysses_degree}), which shares out the dense attention. Either that, dense; or windows: "
+            "load the model without enable_parallelism, flexclear.transform, flexclear.parallel.enable. Both at once would "
+            "cut the picture twice"
+        )
+
+
+def _ranks(mesh: Any) -> list[int]:
+    """Global ranks of the group.
+
+    Raises:
+        TypeError: ``mesh`` is no DeviceMesh.
+        ValueError: it has several dimensions, or does not hold this rank; or there is no process group.
+    """
+    if not dist.is_available():
+        raise ValueError("this build of torch has no torch.distributed")
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                "there is no process group: start with torchrun --nproc-per-node N, or call "
+                "torch.distributed.init_process_group first"
+            )
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if mesh is None:
+        return list(range(dist.get_world_size()))
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed DeviceMesh or None, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh must have one dimension, that of the bands; this one has {mesh.ndim}. Take one, such as "
+            f"mesh[{(mesh.mesh_dim_names or ('bands',))[-1]!r}]"
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    if dist.get_rank() not in ranks:
+        raise ValueError(f"rank {dist.get_rank()} is not in the mesh, which holds {ranks}")
+    return ranks
+
+
+def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
+    """Share the dense model's pictures among all ranks by diffusers' own context parallelism, for comparison.
+
+    Args:
+        model_or_pipe: a model that is not transformed, or a pipeline with one.
+        kind: ``"ring"`` or ``"ulysses"``.
+
+    Raises:
+        ValueError: the model is transformed, or diffusers cannot.
+    """
+    if kind not in ("ring", "ulysses"):
+        raise ValueError(f"kind must be 'ring' or 'ulysses', got {kind!r}")
+    model = model_of(model_or_pipe)
+    if entry_hook_of(model) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} has windows: flexclear.parallel.enable shares it out; or flexclear.restore it first"
+        )
+    _refuse_other_parallelism(model)
+    from diffusers import ContextParallelConfig
+
+    count = len(_ranks(None))
+    model.enable_parallelism(config=ContextParallelConfig(**{f"{kind}_degree": count}))  # type: ignore[operator]
+    return model_or_pipe

@@ -1,0 +1,311 @@
+"""Who has which part of a picture, and who needs what of it from whom. Pure functions: no process, no device.
+
+The token grid is cut into bands of lines, rows or columns, whichever are more, at multiples of 8 lines, so that every
+band begins with whole tiles of the token order. Lines go by their number in each grid: a band of lines is a band of every
+grid of the layout, the reference pictures' too, because a window sees the same rows and columns of all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexclear.masks import Downsampled, Layout, Window
+from flexclear.masks.defaults import independent
+from flexclear.masks.layout import BAND, ORDERS, band_edges
+
+TOO_SMALL = ("raise", "fewer")
+
+Run = tuple[int, int]
+"""A run of lines: the first, and the one after the last."""
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Which lines each rank has.
+
+    Attributes:
+        axis: 0 where lines are rows, 1 where they are columns.
+        edges: rank i has the lines from ``edges[i]`` to before ``edges[i + 1]``; none where they are equal.
+    """
+
+    axis: int
+    edges: tuple[int, ...]
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks, idle ones included."""
+        return len(self.edges) - 1
+
+    @property
+    def busy(self) -> int:
+        """Number of ranks that have lines."""
+        return sum(first < stop for first, stop in itertools.pairwise(self.edges))
+
+    def run(self, rank: int) -> Run:
+        """The lines of a rank."""
+        return self.edges[rank], self.edges[rank + 1]
+
+
+def sides(layout: Layout, axis: int) -> tuple[int, ...]:
+    """Number of lines of each grid."""
+    return tuple(grid[axis] for grid in layout.grids)
+
+
+def long_axis(layout: Layout) -> int:
+    """Axis along which there are more lines, which keeps borders short; rows where there are as many."""
+    return 0 if max(sides(layout, 0)) >= max(sides(layout, 1)) else 1
+
+
+def check_shares(shares: Sequence[float] | None, ranks: int) -> tuple[float, ...]:
+    """Each rank's share of the picture, equal ones for None.
+
+    Raises:
+        ValueError: not one positive number per rank.
+    """
+    if shares is None:
+        return (1.0,) * ranks
+    given = tuple(shares)
+    if len(given) != ranks or any(
+        isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf") for share in given
+    ):
+        raise ValueError(f"shares must be one positive number for each of {ranks} ranks, got {shares!r}")
+    return given
+
+
+def cut(layout: Layout, ranks: int, shares: Sequence[float] | None = None, too_small: str = "raise") -> Bands:
+    """Cut a picture into one band per rank.
+
+    >>> cut(Layout(64, 48), 3)
+    Bands(axis=0, edges=(0, 24, 40, 64))
+
+    Args:
+        layout: the sequence.
+        ranks: how many.
+        shares: how much of the tokens each rank is to have, in proportion; equal by default. Bands are multiples of 8
+            lines, so shares are met as well as these allow.
+        too_small: what happens where there are fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last
+            ranks get no lines.
+
+    Raises:
+        ValueError: the grid is too small, or an argument makes no sense.
+    """
+    if too_small not in TOO_SMALL:
+        raise ValueError(f"too_small must be one of {list(TOO_SMALL)}, got {too_small!r}")
+    wanted = check_shares(shares, ranks)
+    axis = long_axis(layout)
+    units = band_edges(max(sides(layout, axis)))
+    count = len(units) - 1
+    if count < ranks:
+        if too_small == "raise":
+            raise ValueError(
+                f"a picture of {layout.height} x {layout.width} tokens has {count} bands of {BAND} lines along its longer "
+                f"side, too few for {ranks} ranks. Use at most {count} ranks, a larger picture, or "
+                "flexclear.parallel.enable(..., too_small='fewer'), which leaves the others idle"
+            )
+        busy = cut(layout, count, wanted[:count])
+        return Bands(axis, busy.edges + (units[-1],) * (ranks - count))
+    # Tokens before each unit, over all grids.
+    before = [
+        sum(min(line, grid[axis]) * grid[1 - axis] for grid in layout.grids)
+        for line in units
+    ]  # fmt: skip
+    total = sum(wanted)
+    chosen = [0]
+    for rank in range(1, ranks):
+        target = before[-1] * sum(wanted[:rank]) / total
+        least, most = chosen[-1] + 1, count - (ranks - rank)
+        chosen.append(min(range(least, most + 1), key=lambda unit: (abs(before[unit] - target), -unit)))
+    return Bands(axis, tuple(units[unit] for unit in (*chosen, count)))
+
+
+@independent
+def reached(layout: Layout, window: Window | None, bands: Bands, rank: int) -> Tensor:
+    """Lines with keys that the rank's image queries may see, bool ``[lines]``; None is dense attention.
+
+    Asks the window itself, box by box, so that it holds for every window: a disc reaches r - 1 lines to either side, a
+    shifted neighborhood sees lines that lie on one side only, strided attention may need all.
+    """
+    count = bands.edges[-1]
+    first, stop = bands.run(rank)
+    if first == stop:
+        return torch.zeros(count, dtype=torch.bool)
+    if window is None:
+        return torch.ones(count, dtype=torch.bool)
+    number = torch.arange(count, dtype=torch.int32)
+    across = max(sides(layout, 1 - bands.axis)) - 1
+
+    def box(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        zero, end = torch.zeros_like(first), torch.full_like(first, across)
+        return (first, last, zero, end) if bands.axis == 0 else (zero, end, first, last)
+
+    query = torch.full_like(number, first), torch.full_like(number, stop - 1)
+    return window.touches(layout, box(*query), box(number, number))
+
+
+def runs_of(lines: Tensor) -> tuple[Run, ...]:
+    """The runs of consecutive True in a bool tensor."""
+    number = torch.nonzero(lines)[:, 0].tolist()
+    runs = []
+    for _, group in itertools.groupby(enumerate(number), lambda pair: pair[1] - pair[0]):
+        members = [line for _, line in group]
+        runs.append((members[0], members[-1] + 1))
+    return tuple(runs)
+
+
+def borders(layout: Layout, window: Window | None, bands: Bands) -> dict[tuple[int, int], tuple[Run, ...]]:
+    """The lines that go from one rank to another, by (source, destination); pairs with none are left out."""
+    found = {}
+    for destination in range(bands.ranks):
+        needed = reached(layout, window, bands, destination)
+        for source in range(bands.ranks):
+            first, stop = bands.run(source)
+            if source != destination and bool(needed[first:stop].any()):
+                theirs = torch.zeros_like(needed)
+                theirs[first:stop] = needed[first:stop]
+                found[source, destination] = runs_of(theirs)
+    return found
+
+
+@independent
+def tokens_in(layout: Layout, axis: int, runs: Sequence[Run], start: int = 0) -> Tensor:
+    """Raster indices of the image tokens in some lines, in the layout's kind of order: int64.
+
+    Grid by grid and run by run, each a rectangle that is walked by itself. ``start`` is how many tokens precede them in
+    their sequence, which tiles are lined up with.
+    """
+    found = []
+    offset = 0
+    for height, width in layout.grids:
+        for first, stop in runs:
+            stop = min(stop, height if axis == 0 else width)
+            if first >= stop:
+                continue
+            size = (stop - first, width) if axis == 0 else (height, stop - first)
+            walk = ORDERS[layout.order](*size, start)
+            y, x = walk // size[1], walk % size[1]
+            y, x = (y + first, x) if axis == 0 else (y, x + first)
+            found.append(offset + y * width + x)
+            start += len(walk)
+        offset += height * width
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+
+@independent
+def packed_raster(layout: Layout) -> Tensor:
+    """Row and column of every image token by raster index, ``y << 16 | x``, int32 ``[image_len]``."""
+    parts = []
+    for height, width in layout.grids:
+        place = torch.arange(height * width)
+        parts.append((place // width) << 16 | place % width)
+    return torch.cat(parts).to(torch.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The pooled keys that a rank has a part in (method, section 4).
+
+    Attributes:
+        numbers: cells, in the numbering of ``Downsampled``, int64 ``[n]``.
+        members: place in the rank's own order of each cell's tokens, int64 ``[n, d * d]``; any where it lacks one.
+        share: factor on each of them, float32 ``[n, d * d]``: 0 for tokens beyond the picture or of another rank, and as
+            in ``flexclear.pooling.Pooling`` for the rest.
+    """
+
+    numbers: Tensor
+    members: Tensor
+    share: Tensor
+
+
+@independent
+def cells_of(layout: Layout, window: Downsampled, own: Tensor) -> Cells:
+    """The cells that hold some of a rank's tokens, ``own`` being those by raster index in its order.
+
+    Cells that lie in two bands are in two ranks' ``Cells``; what the ranks pool of them adds up.
+    """
+    factor = window.factor
+    height, width = layout.height, layout.width
+    columns = window.pooled_grid(layout)[1]
+    y, x = own // width, own % width
+    numbers, cell = torch.unique(y // factor * columns + x // factor, return_inverse=True)
+    place = y % factor * factor + x % factor
+    members = torch.zeros(len(numbers), factor * factor, dtype=torch.int64)
+    members[cell, place] = torch.arange(len(own))
+    share = torch.zeros(len(numbers), factor * factor)
+    rows_in = (height - y // factor * factor).clamp(max=factor)
+    columns_in = (width - x // factor * factor).clamp(max=factor)
+    share[cell, place] = factor * factor / (rows_in * columns_in).float()
+    return Cells(numbers, members, share)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one rank has of a picture under one window.
+
+    Attributes:
+        layout, window, bands, rank: what it is part of.
+        own: raster index of each of the rank's image tokens, in its order, int64 ``[n]``.
+        sends: for each destination, places in that order of what goes there.
+        halo: raster indices of what comes from the other ranks, one after the other by rank, int64.
+        receives: for each source, how many tokens come from there, in that order.
+        cells: of every rank, where there are pooled keys; else empty.
+    """
+
+    layout: Layout
+    window: Window | None
+    bands: Bands
+    rank: int
+    own: Tensor
+    sends: dict[int, Tensor]
+    halo: Tensor
+    receives: dict[int, int]
+    cells: tuple[Cells, ...] = ()
+
+
+def own_tokens(layout: Layout, bands: Bands, rank: int) -> Tensor:
+    """Raster index of each of a rank's image tokens, in its order: int64 ``[n]``."""
+    return tokens_in(layout, bands.axis, (bands.run(rank),))
+
+
+@independent
+def part_of(layout: Layout, window: Window | None, bands: Bands, rank: int) -> Part:
+    """Everything a rank must know of a picture under a window; see ``Part``."""
+    own = own_tokens(layout, bands, rank)
+    place = torch.empty(layout.image_len, dtype=torch.int64)
+    place[own] = torch.arange(len(own))
+    exchanged = borders(layout, window, bands)
+
+    def border(source: int, destination: int) -> Tensor:
+        return tokens_in(layout, bands.axis, exchanged[source, destination])
+
+    others = [other for other in range(bands.ranks) if other != rank]
+    incoming = {source: border(source, rank) for source in others if (source, rank) in exchanged}
+    sends = {other: place[border(rank, other)] for other in others if (rank, other) in exchanged}
+    incoming = {source: tokens for source, tokens in incoming.items() if len(tokens)}
+    cells: tuple[Cells, ...] = ()
+    if isinstance(window, Downsampled):
+        cells = tuple(cells_of(layout, window, own_tokens(layout, bands, other)) for other in range(bands.ranks))
+    return Part(
+        layout=layout,
+        window=window,
+        bands=bands,
+        rank=rank,
+        own=own,
+        sends={other: places for other, places in sends.items() if len(places)},
+        halo=torch.cat([*incoming.values(), torch.zeros(0, dtype=torch.int64)]),
+        receives={source: len(tokens) for source, tokens in incoming.items()},
+        cells=cells,
+    )
+
+
+@independent
+def gathered_order(layout: Layout, bands: Bands) -> Tensor:
+    """Place of each raster token when the ranks' own tokens are lined up by rank: int64 ``[image_len]``."""
+    lined_up = torch.cat([own_tokens(layout, bands, rank) for rank in range(bands.ranks)])
+    inverse = torch.empty_like(lined_up)
+    inverse[lined_up] = torch.arange(len(lined_up))
+    return inverse
