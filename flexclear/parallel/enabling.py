@@ -15,7 +15,7 @@ from flexclear.hooks import EntryHook, entry_hook_of, install_inner
 from flexclear.parallel.decoding import split_decoding, whole_decoding
 from flexclear.parallel.links import Links
 from flexclear.parallel.planning import TOO_SMALL, check_shares
-from flexclear.parallel.session import EXCHANGES, TEXTS, Options, Session
+from flexclear.parallel.session import EXCHANGES, TEXTS, Options, Session, why_not_cached
 from flexclear.steps import StepCounter
 
 Target = TypeVar("Target")
@@ -166,12 +166,7 @@ def why_not(model: nn.Module, entry: EntryHook) -> str | None:
             f"attention={entry.settings.formula.kind!r} is no softmax over a window; CLEAR and the alternatives that are "
             "masks can"
         )
-    if getattr(model, "is_cache_enabled", False):
-        return (
-            "it has a cache (enable_cache), which decides from the tokens that it sees which blocks to skip, and each rank "
-            "sees others. model.disable_cache() first"
-        )
-    return entry.family.why_not_parallel(model)
+    return why_not_cached(model) or entry.family.why_not_parallel(model)
 
 
 def _refuse_other_parallelism(model: nn.Module) -> None:

@@ -118,7 +118,7 @@ class Session:
             raise AgreedError(
                 f"{where}: {found}. All ranks must work on the same picture with the same model and settings"
             )
-        refused = family.why_not_parallel_call(model, dict(kwargs))
+        refused = family.why_not_parallel_call(model, dict(kwargs)) or why_not_cached(model)
         if refused is not None:
             raise AgreedError(f"this call of {type(model).__name__} cannot be shared by several ranks: {refused}")
         try:
@@ -209,6 +209,16 @@ class Session:
         return now
 
 
+def why_not_cached(model: nn.Module) -> str | None:
+    """Why a model with one of diffusers' caches cannot be shared by several ranks; None where it has none."""
+    if not getattr(model, "is_cache_enabled", False):
+        return None
+    return (
+        "it has a cache (enable_cache), which decides from the tokens that it sees which blocks to skip, and each rank sees "
+        "others. model.disable_cache() first"
+    )
+
+
 def _no_session() -> None:
     return None
 
@@ -280,8 +290,9 @@ class BandCall:
         if plan.pooling is not None and weight is not None:
             pooled = self._pooled(plan, image_key, image_value, weight)
         for received in borders.wait().values():
-            keys.append(received[0])
-            values.append(received[1])
+            key_part, value_part = received.split([key.shape[-1], value.shape[-1]], dim=-1)
+            keys.append(key_part)
+            values.append(value_part)
         if pooled is not None:
             keys.append(pooled[0])
             values.append(pooled[1])
@@ -296,11 +307,12 @@ class BandCall:
     def _send_borders(self, plan: BandPlan, key: Tensor, value: Tensor) -> Pending:
         number, self.layer = self.layer, self.layer + 1
         sends = {
-            other: torch.stack([key.index_select(2, places), value.index_select(2, places)])
+            other: torch.cat([key.index_select(2, places), value.index_select(2, places)], dim=-1)
             for other, places in plan.sends.items()
         }
         batch, heads, _, dim = key.shape
-        receives = {other: (2, batch, heads, count, dim) for other, count in plan.part.receives.items()}
+        width = dim + value.shape[-1]
+        receives = {other: (batch, heads, count, width) for other, count in plan.part.receives.items()}
         return self.session.borders((self.branch, number), self.step, sends, receives, key)
 
     def _begin_text(

@@ -25,7 +25,7 @@ class Group:
     def __init__(self, size: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         # The server imports what is preloaded with the path that its environment gives it.
-        folders = [HERE, str(Path(HERE).parent)]
+        folders = [HERE, str(Path(HERE) / "families")]
         os.environ["PYTHONPATH"] = os.pathsep.join(
             dict.fromkeys([*folders, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         )

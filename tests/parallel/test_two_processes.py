@@ -1,0 +1,206 @@
+"""Two gloo processes against one: the same pictures, the bytes that the formula says, and faults that are named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from parallel_group import Group
+
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def two():
+    group = Group(2)
+    group.results("awake")
+    yield group
+    group.close()
+
+
+def largest(found, name):
+    return max(result[name] for result in found)
+
+
+@pytest.mark.parametrize(
+    ("size", "r", "options"),
+    [
+        ((16, 16, 32), 3, {}),
+        ((24, 9, 20), 5, {"batch": 2}),
+        ((9, 33, 7), 20, {}),  # columns; thinner than the radius
+        ((19, 16, 8), 3, {"order": "raster", "shares": (2.0, 1.0)}),
+        ((20, 16, 8), 3, {"down_factor": 4}),
+        ((19, 16, 8), 2, {"down_factor": 3, "batch": 2}),
+        ((16, 16, 16), (2, 9, None, 4), {}),
+    ],
+    ids=str,
+)
+def test_a_shared_flux_is_the_whole_one(two, size, r, options):
+    found = two.results("flux_against_one", *size, r, **options)
+    assert largest(found, "error") <= EXACT
+    assert min(result["window"] for result in found) > 1e-3
+    assert largest(found, "again") == largest(found, "after") == 0
+    assert len({result["sum"] for result in found}) == 1, "every rank has the same bits"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "flux with references", "flux with residuals", "flux2", "sd3", "sd3.5 with residuals", "chroma, no mask",
+        "chroma, bool", "chroma, float", "qwen",
+    ],
+)  # fmt: skip
+def test_a_shared_model_of_another_family_is_the_whole_one(two, kind):
+    found = two.results("family_against_one", kind, {"r": 3})
+    assert largest(found, "error") <= EXACT
+    assert min(result["window"] for result in found) > 1e-3
+    assert largest(found, "after") == 0
+
+
+@pytest.mark.parametrize("attention", ["neighborhood", "swin", "strided"])
+def test_the_alternatives_that_are_masks_can_be_shared(two, attention):
+    from flexclear import alternatives
+
+    sizes = {
+        "neighborhood": alternatives.NeighborhoodAttention(5),
+        "swin": alternatives.SwinAttention(5),
+        "strided": alternatives.StridedAttention(3),
+    }
+    found = two.results("family_against_one", "flux", {"attention": sizes[attention]})
+    assert largest(found, "error") <= EXACT
+    assert min(result["window"] for result in found) > 1e-3
+
+
+@pytest.mark.parametrize("switch", [{"ntk_factor": 10.0}, {"proportional_attention": True}])
+def test_per_call_switches_hold_for_all_ranks(two, switch):
+    found = two.results("switched", **switch)
+    assert largest(found, "error") <= EXACT
+    assert min(result["switch"] for result in found) > 1e-4
+
+
+def test_a_lora_and_another_transform_after_enable_stay_shared(two):
+    found = two.results("lora_and_another_transform")
+    assert max(largest(found, "lora"), largest(found, "wider")) <= EXACT
+    assert min(result["matters"] for result in found) > 1e-3
+
+
+@pytest.mark.parametrize(("size", "r", "edges", "options"), [
+    ((16, 12, 9), 3, (0, 8, 16), {}), ((32, 9, 7), 6, (0, 24, 32), {"shares": (3.0, 1.0)}),
+])  # fmt: skip
+def test_averaged_text_is_the_paper_s_equation_7(two, size, r, edges, options):
+    found = two.results("average_against_eq_7", *size, r, edges, **options)
+    assert largest(found, "error") <= EXACT
+    assert min(result["exact"] for result in found) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "transform", "call"),
+    [
+        ("embedded", {"r": 4}, {"true_cfg_scale": 2.0, "negative_prompt": "a green field"}),
+        (
+            "embedded",
+            {"r": {"transformer_blocks": 6, "single_transformer_blocks": 3}, "dense_steps": (1, 0)},
+            {"width": 168},
+        ),
+        ("sd3", {"r": 3}, {"height": 128, "width": 80, "steps": 2, "skip_guidance_layers": [1]}),
+    ],
+    ids=str,
+)
+def test_a_shared_pipeline_draws_the_picture_of_the_whole_one(two, kind, transform, call):
+    found = two.results("pipeline_against_one", kind, transform, {}, **call)
+    assert largest(found, "error") <= EXACT
+    assert largest(found, "after") == 0
+
+
+def test_tiles_of_the_vae_are_decoded_by_both_into_the_same_picture(two):
+    found = two.results("tiled_decoding")
+    assert largest(found, "error") <= EXACT
+    assert min(result["sent"] for result in found) > 0
+    assert not any(result["left"] for result in found)
+
+
+def test_stale_borders_are_those_of_now_where_the_input_does_not_change(two):
+    found = two.results("stale_with_the_same_input")
+    assert largest(found, "error") <= EXACT
+    assert min(result["saved"] for result in found) > 0.1, "the last step has nothing to send"
+
+
+def test_stale_borders_draw_nearly_the_same_picture_and_the_same_one_again(two):
+    found = two.results("stale_picture")
+    assert 20 < min(result["psnr"] for result in found) < 119
+    assert largest(found, "again") == 0
+
+
+def formula(height, text_len, r, itemsize=4, width=16, heads=2, dim=16, layers=4, channels=8):
+    """Bytes that rank 0 of 2 sends in one call."""
+    border = 2 * (r - 1) * width * heads * dim
+    text = text_len * heads * (dim + 1) + text_len * heads
+    return {
+        "border": layers * border * itemsize,
+        "text": layers * text * 4,
+        "output": height // 2 * width * channels * 4,
+    }
+
+
+@pytest.mark.parametrize(("height", "r"), [(16, 3), (32, 3), (32, 5)])
+def test_bytes_grow_with_the_border_and_not_with_the_picture(two, height, r):
+    found = two.results("flux_against_one", height, 16, 12, r)
+    for result in found:
+        calls = {name: sent / 2 for name, sent in result["sent"].items() if name != "control"}
+        assert calls == formula(height, 12, r)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("seed", r"rank 1 differs from rank 0 in the latents \(another seed\?\)"),
+        ("prompt", r"rank 1 differs from rank 0 in the text \(another prompt\?\)"),
+        (
+            "size",
+            r"rank 1 differs from rank 0 in the sizes \(height, width\) in tokens: .*\[\[24, 16\]\] against \[\[16, 16\]\]",
+        ),
+        ("radius", r"rank 1 differs from rank 0 in the windows \(r\): .*disc_r4"),
+        ("weights", r"rank 1 differs from rank 0 in the weight \S+"),
+        ("settings", r"rank 1 differs from rank 0 in the settings of parallel.enable: .*average"),
+    ],
+)
+def test_ranks_that_do_different_things_are_named_at_the_first_step(two, what, words):
+    for kind, message in two.errors("disagreeing", what):
+        assert kind == "AgreedError"
+        assert re.search(words, message), message
+        assert "call 1" in message
+
+
+@pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("raises", 0)])
+def test_a_rank_that_is_late_or_fails_is_named_with_the_step_and_a_second_run_works(two, how, rank):
+    errors = two.errors("breaks_in_a_step", how, rank)
+    kind, message = errors[1 - rank]
+    assert kind == "ParallelError"
+    assert "step 2" in message
+    if how == "sleeps":
+        assert f"rank {rank} did not answer within 3 s" in message
+    else:
+        assert f"rank {rank} stopped in step 2: MemoryError: planted" in message
+        assert errors[rank][0] == "MemoryError"
+    assert float(message.split("[after ")[1].split()[0]) < 15
+    assert max(two.results("works_again")) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("too small", "8 x 8 tokens has 1 bands of 8 lines .*too few for 2 ranks"),
+        ("gradients", "needs gradients"),
+        ("skipped", "skips the first block"),
+        ("dense cache", "enable_cache"),
+    ],
+)
+def test_what_cannot_be_shared_is_said_before_any_work(two, what, words):
+    for kind, message in two.errors("refused", what):
+        assert kind in ("ValueError", "AgreedError")
+        assert re.search(words, message), message
+
+
+def test_a_picture_that_is_too_small_may_leave_a_rank_idle(two):
+    assert max(two.results("refused", "fewer")) <= EXACT

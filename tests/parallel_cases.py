@@ -1,0 +1,390 @@
+"""What the processes of ``parallel_group.Group`` run. Every function is called on every rank."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+
+import diffusers  # noqa: F401
+import torch
+import torch.distributed as dist
+
+import flexclear
+from flexclear import parallel
+from flexclear.families import flux_attention, sd3_attention  # noqa: F401
+
+from models import flux_call, tiny_flux
+
+warnings.filterwarnings("ignore", message="flexclear: ")
+
+
+def awake():
+    """So that the bars of a pipeline are quiet, and to know that a process is there."""
+    parallel.enabling._ranks(None)
+    return dist.get_rank()
+
+
+def run(model, call):
+    with torch.no_grad():
+        return model(**call).sample
+
+
+def flux_against_one(
+    height, width, text_len, r, batch=1, order="tiled", backend="sdpa", down_factor=None, seed=0, **options
+):
+    """Greatest difference of a shared FLUX to a whole one, and of a whole one to the dense one."""
+    model = tiny_flux(seed)
+    call = flux_call(height, width, text_len, batch, seed)
+    dense = run(model, call)
+    flexclear.transform(model, r=r, backend=backend, order=order, down_factor=down_factor)
+    whole = run(model, call)
+    shared = run(parallel.enable(model, **options), call)
+    again = run(model, call)
+    sent = parallel.sent_bytes(model)
+    parallel.disable(model)
+    after = run(model, call)
+    return {
+        "error": (shared - whole).abs().max().item(),
+        "again": (again - shared).abs().max().item(),
+        "after": (after - whole).abs().max().item(),
+        "window": (dense - whole).abs().max().item(),
+        "sent": sent,
+        "sum": shared.double().sum().item(),
+    }
+
+
+# Families
+
+
+def family(name):
+    """The test module of a family, for its small model and calls."""
+    import importlib
+
+    return importlib.import_module(f"test_{name}")
+
+
+def build(kind):
+    """A small model and a call of it."""
+    batch = {"batch": 2}
+    if kind == "flux":
+        return tiny_flux(), flux_call(16, 20, 12, 2)
+    if kind == "flux with references":
+        return tiny_flux(), with_reference(flux_call(16, 20, 12, 1), 26, 11)
+    if kind == "flux with residuals":
+        call = flux_call(20, 16, 12)
+        call["controlnet_block_samples"] = [torch.randn(1, 320, 32, generator=torch.Generator().manual_seed(9))]
+        return tiny_flux(), call
+    if kind == "flux2":
+        cases = family("flux2")
+        return cases.tiny_flux2(), cases.flux2_call((16, 9), ((24, 8), (7, 12)), 10, 2)
+    if kind == "sd3":
+        cases = family("sd3")
+        return cases.tiny_sd3(), cases.sd3_call(16, 11, 12, 2)
+    if kind == "sd3.5 with residuals":
+        cases = family("sd3")
+        call = cases.sd3_call(11, 18, 12)
+        call["block_controlnet_hidden_states"] = [
+            torch.randn(1, 11 * 18, 32, generator=torch.Generator().manual_seed(9))
+        ]
+        return cases.tiny_sd3(**cases.SD35), call
+    if kind.startswith("chroma"):
+        cases = family("chroma")
+        return cases.tiny_chroma(), cases.chroma_call(16, 13, 12, **batch, kind=kind.removeprefix("chroma, "))
+    cases = family("qwen")
+    mask = torch.ones(2, 12)
+    mask[1, 7:] = 0
+    return cases.tiny_qwen(), cases.qwen_call((16, 10), ((9, 14),), 12, 2, mask=mask)
+
+
+def with_reference(call, height, width):
+    """A FLUX call with the tokens of a reference picture behind its own."""
+    from models import raster_ids
+
+    ids = raster_ids(height, width)
+    ids[:, 0] = 1
+    tokens = torch.randn(len(call["hidden_states"]), height * width, 8, generator=torch.Generator().manual_seed(5))
+    return {
+        **call,
+        "hidden_states": torch.cat([call["hidden_states"], tokens], 1),
+        "img_ids": torch.cat([call["img_ids"], ids]),
+    }
+
+
+def sample(model, call):
+    """A model's output as one tensor."""
+    with torch.no_grad():
+        return model(**call).sample
+
+
+def family_against_one(kind, transform, **options):
+    """As ``flux_against_one`` for any family's model."""
+    model, call = build(kind)
+    dense = sample(model, call)
+    flexclear.transform(model, backend="sdpa", **transform)
+    whole = sample(model, call)
+    shared = sample(parallel.enable(model, **options), call)
+    flexclear.restore(model)
+    return {
+        "error": (shared - whole).abs().max().item(),
+        "window": (dense - whole).abs().max().item(),
+        "after": (sample(model, call) - dense).abs().max().item(),
+    }
+
+
+def switched(**override):
+    """FLUX under a per-call switch."""
+    model, call = build("flux")
+    flexclear.transform(model, r=3, backend="sdpa")
+    plain = run(model, call)
+    with flexclear.override(**override):
+        whole = run(model, call)
+        shared = run(parallel.enable(model), call)
+    return {"error": (shared - whole).abs().max().item(), "switch": (plain - whole).abs().max().item()}
+
+
+def lora_and_another_transform():
+    """A LoRA that is loaded after ``enable``, and another radius."""
+    from peft import LoraConfig
+
+    model, call = build("flux")
+    whole = copy.deepcopy(flexclear.transform(model, r=3, backend="sdpa"))
+    parallel.enable(model)
+    for each in (whole, model):
+        torch.manual_seed(1)
+        each.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    before = run(copy_without_lora(), call)
+    with_lora = (run(model, call) - run(whole, call)).abs().max().item()
+    for each in (whole, model):
+        flexclear.transform(each, r=5, backend="sdpa")
+    wider = (run(model, call) - run(whole, call)).abs().max().item()
+    return {"lora": with_lora, "wider": wider, "matters": (run(whole, call) - before).abs().max().item()}
+
+
+def copy_without_lora():
+    return flexclear.transform(build("flux")[0], r=3, backend="sdpa")
+
+
+# Text
+
+
+class PatchText:
+    """Paper Eq. 7 by hand for a single-stream layer's queries, keys and values: every rank's text, then their average."""
+
+    def __init__(self, layout, edges, r):
+        y, x = layout.coordinates()
+        self.inside = (y[:, None] - y[None]) ** 2 + (x[:, None] - x[None]) ** 2 < r * r
+        self.patches = [(y >= first) & (y < stop) for first, stop in itertools.pairwise(edges)]
+        self.text_len = layout.text_len
+
+    def __call__(self, query, key, value):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        count = self.text_len
+        text = 0
+        for patch in self.patches:
+            seen = torch.cat([torch.ones(count, dtype=torch.bool), patch])
+            text = text + scores[:, :, :count].masked_fill(~seen, -torch.inf).softmax(-1) @ value / len(self.patches)
+        visible = torch.cat([torch.ones(len(self.inside), count, dtype=torch.bool), self.inside], 1)
+        image = scores[:, :, count:].masked_fill(~visible, -torch.inf).softmax(-1) @ value
+        return torch.cat([text, image], 2)
+
+
+def average_against_eq_7(height, width, text_len, r, edges, **options):
+    """A shared FLUX with averaged text, and one whose attention is Eq. 7 written out."""
+    from unittest import mock
+
+    from flexclear.masks import Layout
+
+    model = tiny_flux()
+    call = flux_call(height, width, text_len, 2)
+    flexclear.transform(model, r=r, backend="sdpa", order="raster")
+    exact = run(model, call)
+    by_hand = PatchText(Layout(height, width, text_len, order="raster"), edges, r)
+    with mock.patch("flexclear.call_plan.windowed_attention", lambda q, k, v, mask, scale=None: by_hand(q, k, v)):
+        expected = run(model, call)
+    flexclear.transform(model, r=r, backend="sdpa")
+    shared = run(parallel.enable(model, text="average", **options), call)
+    return {"error": (shared - expected).abs().max().item(), "exact": (exact - expected).abs().max().item()}
+
+
+# Pipelines
+
+_pipes = {}
+
+
+def pipeline(kind="embedded"):
+    if kind not in _pipes:
+        made = flexclear.embedded.pipeline() if kind == "embedded" else family("sd3").pipe.__wrapped__()
+        made.set_progress_bar_config(disable=True)
+        _pipes[kind] = made
+    return flexclear.restore(_pipes[kind])
+
+
+def draw(pipe, height=128, width=128, steps=3, seed=3, prompt="a red apple on a blue background", **extra):
+    return pipe(
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        **extra,
+    ).images
+
+
+def pipeline_against_one(kind, transform, options, **call):
+    """Pictures of a pipeline that is shared against those of one that is not."""
+    pipe = pipeline(kind)
+    flexclear.transform(pipe, backend="sdpa", **transform)
+    whole = draw(pipe, **call)
+    shared = draw(parallel.enable(pipe, **options), **call)
+    parallel.disable(pipe)
+    return {"error": (shared - whole).abs().max().item(), "after": (draw(pipe, **call) - whole).abs().max().item()}
+
+
+def tiled_decoding():
+    """A picture whose VAE decodes tiles, shared and not."""
+    pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
+    pipe.vae.enable_tiling()
+    before = pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 64, 16
+    whole = draw(pipe, steps=1)
+    shared = draw(parallel.enable(pipe), steps=1)
+    sent = parallel.sent_bytes(pipe).get("vae", 0)
+    parallel.disable(pipe)
+    own = "tiled_decode" in vars(pipe.vae)
+    pipe.vae.disable_tiling()
+    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = before
+    return {"error": (shared - whole).abs().max().item(), "sent": sent, "left": own}
+
+
+def stale_with_the_same_input(steps=6, warmup_steps=2):
+    """Outputs of every step of a shared model whose input never changes, sync and stale."""
+    pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
+    model, call = pipe.transformer, embedded_call(pipe)
+    found = {}
+    for exchange in ("sync", "stale"):
+        parallel.enable(pipe, exchange=exchange, warmup_steps=warmup_steps)
+        pipe.scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], mu=0.5)
+        outputs = []
+        for timestep in pipe.scheduler.timesteps:
+            outputs.append(run(model, call))
+            pipe.scheduler.step(outputs[-1], timestep, outputs[-1])
+        found[exchange] = torch.stack(outputs), parallel.sent_bytes(pipe)["border"]
+        parallel.disable(pipe)
+    (sync, sync_sent), (stale, stale_sent) = found["sync"], found["stale"]
+    return {"error": (sync - stale).abs().max().item(), "saved": 1 - stale_sent / sync_sent}
+
+
+def embedded_call(pipe, side=16, text_len=16):
+    from models import raster_ids
+
+    config = pipe.transformer.config
+    generator = torch.Generator().manual_seed(0)
+    call = {
+        "hidden_states": torch.randn(1, side * side, config.in_channels, generator=generator),
+        "encoder_hidden_states": torch.randn(1, text_len, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator),
+        "timestep": torch.full((1,), 0.5),
+        "img_ids": raster_ids(side, side),
+        "txt_ids": torch.zeros(text_len, 3),
+    }
+    return {**call, "guidance": torch.full((1,), 3.5)} if config.guidance_embeds else call
+
+
+def stale_picture(steps=6, warmup_steps=2):
+    """PSNR of a stale picture to the synchronous one, with guidance: two calls of the model a step."""
+    from flexclear.embedded.evaluation import picture_psnr
+
+    pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
+    guided = {"true_cfg_scale": 2.0, "negative_prompt": "a green field", "steps": steps}
+    sync = draw(parallel.enable(pipe), **guided)
+    parallel.enable(pipe, exchange="stale", warmup_steps=warmup_steps)
+    stale, again = draw(pipe, **guided), draw(pipe, **guided)
+    parallel.disable(pipe)
+    return {"psnr": picture_psnr(stale, sync).item(), "again": (stale - again).abs().max().item()}
+
+
+# Faults
+
+
+def disagreeing(what, rank=1):
+    """A call in which one rank differs; then one in which none does."""
+    mine = dist.get_rank() == rank
+    model = tiny_flux(seed=1 if mine and what == "weights" else 0)
+    flexclear.transform(model, r=4 if mine and what == "radius" else 3, backend="sdpa")
+    height = 24 if mine and what == "size" else 16
+    call = flux_call(height, 16, 12, seed=1 if mine and what == "seed" else 0)
+    if mine and what == "prompt":
+        call["encoder_hidden_states"] = -call["encoder_hidden_states"]
+    parallel.enable(model, timeout=20, text="average" if mine and what == "settings" else "exact")
+    try:
+        run(model, call)
+    finally:
+        parallel.disable(model)
+
+
+_broken = {}
+
+
+def breaks_in_a_step(how, rank, timeout=3.0):
+    """A pipeline one rank of which dies, sleeps or raises in the attention of its second step."""
+    import os
+    import time
+
+    pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
+    parallel.enable(pipe, timeout=timeout)
+    _broken["pipe"] = pipe
+    calls = []
+
+    def trouble(module, args, kwargs):
+        calls.append(1)
+        if len(calls) != 2 or dist.get_rank() != rank:
+            return
+        if how == "dies":
+            os._exit(1)
+        if how == "sleeps":
+            time.sleep(timeout + 5)
+        if how == "raises":
+            raise MemoryError("planted")
+
+    handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(trouble, with_kwargs=True)
+    begin = time.monotonic()
+    try:
+        draw(pipe)
+    except Exception as error:
+        raise type(error)(f"{error} [after {time.monotonic() - begin:.1f} s]") from None
+    finally:
+        handle.remove()
+
+
+def works_again():
+    """The same pipeline once more, without a new ``enable``."""
+    pipe = _broken["pipe"]
+    shared = draw(pipe)
+    parallel.disable(pipe)
+    return (draw(pipe) - shared).abs().max().item()
+
+
+def refused(what):
+    """Something that cannot be shared."""
+    options = {}
+    if what in ("too small", "fewer"):
+        model, call = tiny_flux(), flux_call(8, 8, 12)
+        options = {"too_small": "fewer"} if what == "fewer" else {}
+    elif what == "skipped":
+        model, call = build("sd3")
+        call["skip_layers"] = [0]
+    else:
+        model, call = build("flux")
+    flexclear.transform(model, r=3, backend="sdpa")
+    whole = None if what == "skipped" else run(model, call)
+    parallel.enable(model, timeout=20, **options)
+    if what == "gradients":
+        return model(**call).sample
+    if what == "dense cache":
+        from diffusers import FirstBlockCacheConfig
+
+        model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    return (run(model, call) - whole).abs().max().item()
