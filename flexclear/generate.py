@@ -22,7 +22,7 @@ import torch
 from flexclear.generate_check import Setup, check, check_sizes, loading
 from flexclear.generate_settings import DENSE, EMBEDDED, GenerateSettings, parse_radius, parse_size, read_prompts
 from flexclear.masks import Disc, Downsampled
-from flexclear.picture_files import png_bytes
+from flexclear.picture_files import png_bytes, slug
 from flexclear.versions import versions
 
 __all__ = [
@@ -183,29 +183,34 @@ def draw(
     for number, (prompt, size, seed) in enumerate(combinations, 1):
         ends: list[float] = []
 
-        def step_end(
-            pipe: Any, step: int, timestep: Any, tensors: dict, ends: list[float] = ends, number: int = number
-        ) -> dict:
+        def ended(step: int, steps: int, ends: list[float] = ends, number: int = number) -> None:
             synchronize(setup.device)
             ends.append(time.perf_counter())
-            on_step(number, len(ends), fixed["num_inference_steps"])
+            on_step(number, step, steps)
+
+        def step_end(pipe: Any, step: int, timestep: Any, tensors: dict, ended: Callable = ended) -> dict:
+            ended(step + 1, fixed["num_inference_steps"])
             return tensors
 
         if setup.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(setup.device)
         synchronize(setup.device)
         begin = time.perf_counter()
-        picture = pipe(
-            prompt=prompt,
-            generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=step_end,
-            **({} if size is None else {"height": size[0], "width": size[1]}),
-            **fixed,
-        ).images[0]
+        stages: dict[str, Any] = {}
+        if settings.highres:
+            picture, stages = _cascade(pipe, settings, prompt, seed, fixed.get("max_sequence_length"), ended)
+        else:
+            picture = pipe(
+                prompt=prompt,
+                generator=torch.Generator().manual_seed(seed),
+                callback_on_step_end=step_end,
+                **({} if size is None else {"height": size[0], "width": size[1]}),
+                **fixed,
+            ).images[0]
         synchronize(setup.device)
         seconds = time.perf_counter() - begin
         peak = torch.cuda.max_memory_allocated(setup.device) if setup.device.type == "cuda" else None
-        told = {"prompt": prompt, "height": picture.height, "width": picture.width, "seed": seed, **common}
+        told = {"prompt": prompt, "height": picture.height, "width": picture.width, "seed": seed, **common, **stages}
         path = setup.target.write(number, prompt, png_bytes(picture, told, versions()))
         yield Drawn(
             path=path,
@@ -213,11 +218,40 @@ def draw(
             height=picture.height,
             width=picture.width,
             seed=seed,
-            steps=fixed["num_inference_steps"],
+            steps=max(1, len(ends)) if settings.highres else fixed["num_inference_steps"],
             seconds=seconds,
             step_seconds=tuple(b - a for a, b in itertools.pairwise(ends)),
             peak_memory_bytes=peak,
         )
+
+
+def _cascade(
+    pipe: Any,
+    settings: GenerateSettings,
+    prompt: str,
+    seed: int,
+    text_len: int | None,
+    ended: Callable[[int, int], None],
+) -> tuple[Any, dict[str, Any]]:
+    """A picture of ``--highres`` and what its file tells of its stages."""
+    from flexclear.highres import upscale_cascade
+
+    done = upscale_cascade(
+        pipe,
+        prompt,
+        settings.highres,
+        method=settings.highres_method,
+        steps=settings.steps,
+        strength=settings.strength,
+        guidance=settings.guidance,
+        shift=settings.shift,
+        seed=seed,
+        max_sequence_length=text_len,
+        folder=None if settings.stages is None else settings.stages / f"{slug(prompt)}_{seed}",
+        on_step=lambda stage, step, steps: ended(step, steps),
+    )
+    stages = [{name: value for name, value in stage.as_json().items() if name != "windows"} for stage in done.stages]
+    return done.image, {"steps": settings.steps, "guidance": settings.guidance, "stages": stages}
 
 
 def _call_arguments(kind: str, settings: GenerateSettings, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def check(settings: GenerateSettings) -> Setup:
         raise ValueError("--weights brings its own window; give --r as well to choose --down-factor yourself")
     if settings.down_factor is not None:
         Downsampled(Disc(1), settings.down_factor)
+    _check_highres(settings)
     device = choose_device(settings.device)
     dtype = _dtype(settings.dtype, device)
     recipe = _recipe(settings.recipe, device, dtype)
@@ -145,7 +146,7 @@ def _check_model(folder: str, settings: GenerateSettings, dense: bool) -> None:
                 f"{settings.model} {has}, which flexclear cannot transform; --r dense draws with the plain model. "
                 f"Supported: {', '.join(known)}"
             )
-    if settings.sizes:
+    if settings.sizes or settings.highres:
         with loading(settings.model):
             skeleton = _skeleton(folder, config)
         if skeleton is not None:
@@ -173,12 +174,34 @@ def _skeleton(folder: str, config: dict[str, Any]) -> Any:
         return None  # It looks into a part that is not there yet; sizes are checked again after loading.
 
 
+def _check_highres(settings: GenerateSettings) -> None:
+    """What can be wrong with --highres whatever the model."""
+    from flexclear.highres import METHODS
+
+    if settings.highres_method not in METHODS:
+        raise ValueError(f"--highres-method must be one of {list(METHODS)}, got {settings.highres_method!r}")
+    if settings.highres and settings.sizes:
+        raise ValueError("--highres names the sizes of all stages; leave --size, --height and --width out")
+    options = {"--strength": settings.strength, "--shift": settings.shift, "--stages": settings.stages}
+    given = [name for name, value in options.items() if value is not None]
+    if given and not settings.highres:
+        raise ValueError(f"{', '.join(given)} is of the stages of --highres, such as --highres 1024,2048,4096")
+    if settings.stages is not None and settings.stages.exists() and not settings.stages.is_dir():
+        raise ValueError(f"--stages must be a folder, {settings.stages} is a file")
+
+
 def check_sizes(pipe: Any, settings: GenerateSettings) -> None:
     """Raise for a size that the pipeline would refuse or round.
 
     Raises:
+        TypeError: --highres with a pipeline that has none.
         ValueError: there is one.
     """
+    if settings.highres:
+        from flexclear.highres.kinds import kind_of
+        from flexclear.highres.sizes import stage_sizes
+
+        stage_sizes(settings.highres, kind_of(pipe).px_per_token(pipe), None)
     factor = getattr(pipe, "vae_scale_factor", None)
     if factor is None:
         return

@@ -39,6 +39,9 @@ class GenerateSettings:
         backend: of ``flexclear.transform``.
         compile: compile the blocks (``flexclear.optimize``); the first picture of each size takes longer.
         overwrite: see ``flexclear.picture_files.Target``.
+        highres: sizes of the stages of ``flexclear.highres.upscale_cascade``, in place of ``sizes``; empty: none.
+        highres_method, strength, shift: of it.
+        stages: folder in which the stages of each picture are kept, and from which they go on; or None.
     """
 
     model: str
@@ -59,6 +62,11 @@ class GenerateSettings:
     backend: str = "auto"
     compile: bool = False
     overwrite: bool = False
+    highres: tuple[int | tuple[int, int], ...] = ()
+    highres_method: str = "sdedit"
+    strength: float | None = None
+    shift: float | None = None
+    stages: Path | None = None
 
     @property
     def pictures(self) -> int:

@@ -20,6 +20,21 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Height in pixels, with --width, for one size.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Width in pixels, with --height.")] = None,
+    highres: Annotated[
+        str | None,
+        typer.Option(help="Sizes of stages, each enlarged to the next: 1024,2048,4096, or HEIGHTxWIDTH,HEIGHTxWIDTH."),
+    ] = None,
+    highres_method: Annotated[str, typer.Option(help="How stages enlarge: sdedit or imax.")] = "sdedit",
+    strength: Annotated[
+        float | None, typer.Option(help="Of SDEdit: share of the steps that run. Default: 0.7.")
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Constant time shift of all stages. Default: the method's.")
+    ] = None,
+    stages: Annotated[
+        Path | None,
+        typer.Option(help="Keep each stage's picture in this folder, and go on from it after an interruption."),
+    ] = None,
     r: Annotated[
         str | None,
         typer.Option("--r", help="Window radius in tokens, or 'dense': the plain model. Default: the weights', or 16."),
@@ -90,6 +105,11 @@ def generate(
         backend=backend,
         compile=compile,
         overwrite=overwrite,
+        highres=_stage_sizes(highres),
+        highres_method=highres_method,
+        strength=strength,
+        shift=shift,
+        stages=None if stages is None else stages.expanduser(),
     )
     setup = job.check(settings)
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
@@ -160,6 +180,12 @@ def _sizes(given: list[str] | None, height: int | None, width: int | None) -> tu
             raise ValueError(f"give --size or --height and --width, not both; got --size {' --size '.join(given)}")
         return ((height, width),)
     return tuple(parse_size(text) for text in given or ())
+
+
+def _stage_sizes(given: str | None) -> tuple[int | tuple[int, int], ...]:
+    from flexclear.highres import parse_sizes
+
+    return () if given is None else parse_sizes(given)
 
 
 def _recipe(fp8: bool, recipe: str | None) -> str | None:

@@ -142,7 +142,7 @@ class SD3Kind(Kind):
     released_base = False
 
     def px_per_token(self, pipe: Any) -> int:
-        return pipe.transformer.config.patch_size * pipe.vae_scale_factor
+        return pipe.patch_size * pipe.vae_scale_factor
 
     def largest(self, pipe: Any) -> int | None:
         return pipe.transformer.config.pos_embed_max_size
