@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexclear import compile, embedded, highres, masks, parallel
+    from flexclear import compile, embedded, evaluation, highres, masks, parallel
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
     from flexclear.optimization import optimize
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "compile",
     "embedded",
+    "evaluation",
     "explain",
     "highres",
     "load_weights",

@@ -1,5 +1,5 @@
 """The command line: ``flexclear generate``, ``doctor``, ``demo``, ``explain``, ``fuzz``, ``soak``,
-``data generate``, ``data cache``, ``distill``."""
+``data generate``, ``data cache``, ``distill``, ``eval``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flexclear.commands.data import data
 from flexclear.commands.demo import demo
 from flexclear.commands.distill import distill
 from flexclear.commands.doctor import doctor
+from flexclear.commands.evaluate import evaluation
 from flexclear.commands.explain import explain
 from flexclear.commands.fuzz import fuzz
 from flexclear.commands.generate import generate
@@ -26,6 +27,7 @@ app = typer.Typer(
 for command in (generate, doctor, demo, explain, fuzz, soak, distill):
     app.command()(command)
 app.add_typer(data, name="data")
+app.add_typer(evaluation, name="eval")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

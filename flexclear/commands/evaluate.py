@@ -1,0 +1,136 @@
+"""``flexclear eval`` and ``flexclear eval run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+PICTURES = "pictures"
+
+
+class _PicturesByDefault(TyperGroup):
+    """``flexclear eval A B`` is ``flexclear eval pictures A B``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = [PICTURES, *args]
+        return super().parse_args(ctx, args)
+
+
+evaluation = typer.Typer(
+    cls=_PicturesByDefault,
+    help="Quality of pictures in numbers: of two folders (flexclear eval A_DIR B_DIR), or of variants of a model (run).",
+    no_args_is_help=True,
+)
+
+
+@evaluation.command(PICTURES)
+def pictures(
+    a_dir: Annotated[Path, typer.Argument(help="Folder of the pictures that are judged.")],
+    b_dir: Annotated[Path, typer.Argument(help="Folder of what they are compared with; pairs are made by file name.")],
+    metrics: Annotated[
+        str, typer.Option(help="Of fid, is, lpips, clip-i, clip-t, dino, psnr, ssim, rmse; or all.")
+    ] = "all",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts of A's pictures, for clip-t: one per line in the order of names, or .json / .jsonl with names. "
+            "Default: those that PNGs of flexclear carry."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH that every picture is scaled to first. Default: as they are.")
+    ] = None,
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH of inception, lpips, clip or dino; repeat. Default: the user's caches."),
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch CLIP and DINO from the hub if missing.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 16,
+    device: Annotated[str, typer.Option(help="Where networks run; auto: CUDA where there is one.")] = "auto",
+    common: Annotated[
+        bool, typer.Option("--common", help="Measure the pairs that there are, where a picture has no partner.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for scores.json, scores.md and what is known so far.")] = Path(
+        "evaluation"
+    ),
+) -> None:
+    """Score the pictures of A against those of B. The same command goes on where it was stopped.
+
+    A metric whose network cannot be had is reported as not computed, with the reason; the others go on.
+    """
+    from flexclear.evaluation import evaluate
+    from flexclear.generate_settings import parse_size
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file")
+    with _Bars() as bars:
+        try:
+            found = evaluate(
+                a_dir,
+                b_dir,
+                metrics,
+                prompts=prompts,
+                size=None if size is None else parse_size(size),
+                networks=_networks(network, device, download),
+                batch=batch,
+                out=out,
+                common=common,
+                on_progress=bars,
+            )
+        except KeyboardInterrupt:
+            bars.console.print(f"interrupted: what is computed is kept in {out}; the same command goes on")
+            raise typer.Exit(130) from None
+    print(f"{found.markdown()}\n{out / 'scores.json'}\n{out / 'scores.md'}")
+
+
+def _networks(given: list[str] | None, device: str, download: bool) -> Any:
+    from flexclear.evaluation import Networks
+    from flexclear.generate_check import choose_device
+
+    places = {}
+    for text in given or ():
+        name, equals, place = text.partition("=")
+        if not equals or not place:
+            raise ValueError(f"--network is NAME=PATH, such as clip=folder; got {text!r}")
+        places[name.strip()] = place
+    return Networks(places, choose_device(device), download)
+
+
+class _Bars:
+    """One progress bar per metric, on standard error."""
+
+    def __enter__(self) -> _Bars:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description:>8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        self._progress.update(self._tasks[name], completed=done, total=total)

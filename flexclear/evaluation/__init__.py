@@ -1,0 +1,23 @@
+"""Quality of pictures in numbers: the metrics of the paper's tables, for folders of pictures and for models."""
+
+from flexclear.evaluation.evaluate import Evaluation, evaluate
+from flexclear.evaluation.judge import Judge, Score
+from flexclear.evaluation.metrics import METRICS, Metric
+from flexclear.evaluation.networks import DEFAULTS, NetworkMissing, Networks
+from flexclear.evaluation.pictures import read_captions, read_folder
+from flexclear.evaluation.store import Store
+
+__all__ = [
+    "DEFAULTS",
+    "Evaluation",
+    "Judge",
+    "METRICS",
+    "Metric",
+    "NetworkMissing",
+    "Networks",
+    "Score",
+    "Store",
+    "evaluate",
+    "read_captions",
+    "read_folder",
+]

@@ -1,0 +1,113 @@
+"""The formulas behind the metrics, over pixels or over what a network made of them; torchmetrics where it has them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SPLITS = 10
+"""Parts of the pictures that the Inception score is the mean of."""
+
+LARGEST_PSNR = 120.0
+"""PSNR in dB that equal pictures count as."""
+
+Pictures = Tensor
+
+
+def _torchmetrics() -> Any:
+    try:
+        import torchmetrics
+    except ImportError as error:
+        raise ImportError("evaluation needs torchmetrics: pip install 'flexclear[eval]'") from error
+    return torchmetrics
+
+
+class _Given(nn.Module):
+    """Stands where torchmetrics expects a network: the features are there already."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.num_features = features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(judged: Tensor, reference: Tensor) -> float:
+    """FID of two sets of features ``[n, features]``, in float64: |mean difference|^2 + tr(S + T - 2 (S T)^(1/2)).
+
+    Raises:
+        ValueError: a set has fewer than two pictures, which have no covariance.
+    """
+    if len(judged) < 2 or len(reference) < 2:
+        raise ValueError(f"FID needs two pictures a side or more, got {len(judged)} and {len(reference)}")
+    _torchmetrics()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Given(judged.shape[1])).set_dtype(torch.float64)
+    metric.update(reference.double(), real=True)
+    metric.update(judged.double(), real=False)
+    return float(metric.compute())
+
+
+def inception_score(log_probabilities: Tensor) -> tuple[float, float, int]:
+    """exp of the mean divergence from the mean distribution: mean and deviation over parts, and how many parts.
+
+    Args:
+        log_probabilities: ``[n, classes]``. Parts are drawn by a fixed seed.
+    """
+    _torchmetrics()
+    from torchmetrics.image.inception import InceptionScore
+
+    splits = min(SPLITS, len(log_probabilities))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
+        metric = InceptionScore(feature=_Given(log_probabilities.shape[1]), splits=splits)
+    metric.update(log_probabilities.double())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation) if splits > 1 else 0.0, splits
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """100 times the cosine of each pair of features ``[n, features]``: ``[n]``, float64."""
+    return 100 * torch.cosine_similarity(first.double(), second.double(), dim=1)
+
+
+def psnr(first: Pictures, second: Pictures) -> Tensor:
+    """In dB, of uint8 pictures ``[B, 3, height, width]``, over all pixels and channels: ``[B]``."""
+    _torchmetrics()
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    found = peak_signal_noise_ratio(
+        first.double(), second.double(), data_range=255.0, reduction="none", dim=(1, 2, 3), base=10.0
+    )
+    return found.clamp_max(LARGEST_PSNR)
+
+
+def ssim(first: Pictures, second: Pictures) -> Tensor:
+    """Structural similarity of uint8 pictures ``[B, 3, height, width]``, Gaussian window of 11 px, sigma 1.5: ``[B]``.
+
+    Raises:
+        ValueError: a side is shorter than the window.
+    """
+    if min(first.shape[-2:]) < 11:
+        raise ValueError(
+            f"SSIM looks through a window of 11 x 11 px, got pictures of {first.shape[-2]} x {first.shape[-1]}"
+        )
+    _torchmetrics()
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    found: Any = structural_similarity_index_measure(
+        first.double(), second.double(), data_range=255.0, reduction="none", gaussian_kernel=True, sigma=1.5
+    )
+    return found
+
+
+def rmse(first: Pictures, second: Pictures) -> Tensor:
+    """Root of the mean squared difference of uint8 pictures ``[B, 3, height, width]``, in values from 0 to 1: ``[B]``."""
+    return ((first.double() - second.double()) / 255).square().mean((1, 2, 3)).sqrt()

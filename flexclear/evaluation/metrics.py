@@ -1,0 +1,124 @@
+"""Which metrics there are, what each is computed from, and how pictures are brought to size for it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PAIRS, SETS, TEXTS = "pairs", "sets", "texts"
+
+AS_GIVEN = (
+    "pixels as they are, or scaled by PIL's Lanczos filter to --size; both pictures of a pair must then be of one size"
+)
+INCEPTION = "Inception v3 scales pictures (after --size) to 299 x 299 px itself, without regard to the aspect ratio"
+PROCESSOR = "scaled and cut (after --size) by the image processor that lies beside the network"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: as the command line has it.
+        title: for tables.
+        kind: ``PAIRS``: the mean over pairs of pictures; ``SETS``: of all pictures together; ``TEXTS``: the mean over
+            pictures and their prompts.
+        network: what it looks through, or None.
+        better: ``"higher"`` or ``"lower"``.
+        rule: how it is computed.
+        sizes: how pictures are brought to size.
+    """
+
+    name: str
+    title: str
+    kind: str
+    network: str | None
+    better: str
+    rule: str
+    sizes: str
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "fid",
+            "FID",
+            SETS,
+            "inception",
+            "lower",
+            "Fréchet distance of Inception v3 features, all pictures of A to all of B, in float64",
+            INCEPTION,
+        ),
+        Metric(
+            "is",
+            "IS",
+            SETS,
+            "inception",
+            "higher",
+            "Inception score of A: mean and deviation over 10 parts, drawn by a fixed seed; no bias in the last layer",
+            INCEPTION,
+        ),
+        Metric(
+            "lpips",
+            "LPIPS",
+            PAIRS,
+            "lpips",
+            "lower",
+            "learned perceptual distance, version 0.1, of AlexNet (or VGG-16) features",
+            AS_GIVEN,
+        ),
+        Metric("clip-i", "CLIP-I", PAIRS, "clip", "higher", "100 x cosine of CLIP's picture embeddings", PROCESSOR),
+        Metric(
+            "clip-t",
+            "CLIP-T",
+            TEXTS,
+            "clip",
+            "higher",
+            "100 x cosine of CLIP's embeddings of a picture of A and its prompt, at least 0",
+            PROCESSOR,
+        ),
+        Metric("dino", "DINO", PAIRS, "dino", "higher", "100 x cosine of the class tokens", PROCESSOR),
+        Metric(
+            "psnr",
+            "PSNR",
+            PAIRS,
+            None,
+            "higher",
+            "dB over all pixels and channels of 8-bit RGB, mean over pairs; equal pictures count as 120",
+            AS_GIVEN,
+        ),
+        Metric(
+            "ssim",
+            "SSIM",
+            PAIRS,
+            None,
+            "higher",
+            "structural similarity of 8-bit RGB, Gaussian window of 11 px with sigma 1.5, mean over channels and all pixels, "
+            "pictures mirrored at their borders",
+            AS_GIVEN,
+        ),
+        Metric("rmse", "RMSE", PAIRS, None, "lower", "root mean squared difference of values from 0 to 1", AS_GIVEN),
+    )
+}
+
+
+def parse_metrics(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of metrics, ``"fid,is"`` or a list; ``"all"`` is every one.
+
+    Raises:
+        ValueError: there is none, or an unknown one.
+    """
+    names = [part.strip().lower() for part in (text.split(",") if isinstance(text, str) else text)]
+    names = [name for name in names if name]
+    if names == ["all"]:
+        return tuple(METRICS)
+    if not names:
+        raise ValueError(f"no metric is named; there are {', '.join(METRICS)}")
+    for name in names:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, n=1)
+            meant = f" (meant {near[0]}?)" if near else ""
+            raise ValueError(f"unknown metric {name!r}{meant}; there are {', '.join(METRICS)}")
+    return tuple(dict.fromkeys(names))
