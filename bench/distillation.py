@@ -370,7 +370,7 @@ def write(report: dict[str, Any], output: Path) -> None:
 
 def main(
     rows: Annotated[list[str] | None, typer.Option("--rows", help="Which rows; repeat. Default: all of them.")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 700,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, of the students.")] = 1e-3,
     few_rate: Annotated[float, typer.Option(help="AdamW's, of the few-step model.")] = 5e-4,
