@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -80,5 +81,7 @@ class CallPlan:
     ) -> Tensor:
         """Softmax attention over the slot's mask, of this process's queries; arguments as in ``attend``."""
         if self.band is not None:
+            if torch.compiler.is_compiling():
+                return torch.ops.flexclear.band_attend(query, key, value, weight, self.band.ticket, slot, scale)
             return self.band.attend(self.masks[slot], slot, query, key, value, weight, scale)
         return windowed_attention(query, key, value, self.masks[slot], scale)

@@ -113,6 +113,13 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
             hint = f". --min-features (now {settings.min_features}) says what is tiny" if "tiny" in str(error) else ""
             raise ValueError(f"{error}{hint}") from error
         say(str(report))
+    if settings.parallel:
+        from flexclear import parallel
+
+        if settings.r == DENSE:
+            parallel.enable_dense(pipe)
+        else:
+            parallel.enable(pipe, text=settings.text, exchange=settings.exchange)
     if settings.compile:
         from flexclear.optimization import optimize
 
@@ -160,7 +167,8 @@ def _window_names(pipe: Any) -> str:
 def draw(
     pipe: Any, settings: GenerateSettings, setup: Setup, on_step: OnStep = lambda picture, step, steps: None
 ) -> Iterator[Drawn]:
-    """Draw and write one picture after the other; what was yielded is on disk.
+    """Draw and write one picture after the other; what was yielded is on disk. Of several processes that share pictures
+    (``parallel``), the first one writes and yields.
 
     Args:
         pipe: of ``load``.
@@ -210,6 +218,8 @@ def draw(
         synchronize(setup.device)
         seconds = time.perf_counter() - begin
         peak = torch.cuda.max_memory_allocated(setup.device) if setup.device.type == "cuda" else None
+        if settings.parallel and torch.distributed.get_rank() != 0:
+            continue
         told = {"prompt": prompt, "height": picture.height, "width": picture.width, "seed": seed, **common, **stages}
         path = setup.target.write(number, prompt, png_bytes(picture, told, versions()))
         yield Drawn(
@@ -296,7 +306,12 @@ def _metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: di
         "device": str(setup.device),
         "backend": None if settings.r == DENSE else settings.backend,
         "compile": settings.compile,
+        **(_ranks(settings) if settings.parallel else {}),
     }
+
+
+def _ranks(settings: GenerateSettings) -> dict[str, Any]:
+    return {"ranks": torch.distributed.get_world_size(), "text": settings.text, "exchange": settings.exchange}
 
 
 def generate(

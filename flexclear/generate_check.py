@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,11 @@ def check(settings: GenerateSettings) -> Setup:
     if settings.down_factor is not None:
         Downsampled(Disc(1), settings.down_factor)
     _check_highres(settings)
+    _check_parallel(settings)
     device = choose_device(settings.device)
+    if settings.parallel and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     dtype = _dtype(settings.dtype, device)
     recipe = _recipe(settings.recipe, device, dtype)
     folder = _folder(settings.model)
@@ -188,6 +193,29 @@ def _check_highres(settings: GenerateSettings) -> None:
         raise ValueError(f"{', '.join(given)} is of the stages of --highres, such as --highres 1024,2048,4096")
     if settings.stages is not None and settings.stages.exists() and not settings.stages.is_dir():
         raise ValueError(f"--stages must be a folder, {settings.stages} is a file")
+
+
+def _check_parallel(settings: GenerateSettings) -> None:
+    """What can be wrong with --parallel before there are other processes."""
+    from flexclear.parallel.session import EXCHANGES, TEXTS
+
+    if settings.text not in TEXTS:
+        raise ValueError(f"--parallel-text must be one of {list(TEXTS)}, got {settings.text!r}")
+    if settings.exchange not in EXCHANGES:
+        raise ValueError(f"--exchange must be one of {list(EXCHANGES)}, got {settings.exchange!r}")
+    if not settings.parallel:
+        if (settings.text, settings.exchange) != ("exact", "sync"):
+            raise ValueError("--parallel-text and --exchange are of --parallel; give it too")
+        return
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "--parallel shares each picture among several processes: start them with torchrun --nproc-per-node N -m "
+            "flexclear generate ... --parallel"
+        )
+    if settings.stages is not None:
+        raise ValueError("--stages keeps files that several processes would write; leave it out with --parallel")
+    if settings.r == DENSE and (settings.text, settings.exchange) != ("exact", "sync"):
+        raise ValueError("--parallel-text and --exchange are of windows; --r dense runs diffusers' ring attention")
 
 
 def check_sizes(pipe: Any, settings: GenerateSettings) -> None:

@@ -42,6 +42,9 @@ class GenerateSettings:
         highres: sizes of the stages of ``flexclear.highres.upscale_cascade``, in place of ``sizes``; empty: none.
         highres_method, strength, shift: of it.
         stages: folder in which the stages of each picture are kept, and from which they go on; or None.
+        parallel: share each picture among the processes that torchrun has started (``flexclear.parallel``); the first one
+            writes it.
+        text, exchange: of ``flexclear.parallel.enable``.
     """
 
     model: str
@@ -67,6 +70,9 @@ class GenerateSettings:
     strength: float | None = None
     shift: float | None = None
     stages: Path | None = None
+    parallel: bool = False
+    text: str = "exact"
+    exchange: str = "sync"
 
     @property
     def pictures(self) -> int:

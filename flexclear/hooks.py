@@ -162,13 +162,14 @@ class EntryHook(Hook):
                 proportional_gain(p.layout.seq_len, p.pooling is not None, device, switches.training_tokens)
                 for p in plans
             )
+        masks = tuple(mask_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True))
         return CallPlan(
             base=base,
-            masks=tuple(mask_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True)),
+            masks=masks,
             poolings=tuple(plan.pooling for plan in plans),
             gains=gains,
             formula=None if formula is None else formula.bind(base),
-            band=None if self.parallel is None else self.parallel.band(plans, settings.slots, call.keep),
+            band=None if self.parallel is None else self.parallel.band(plans, masks, settings.slots, call.keep),
             ntk_floor=switches.ntk_floor,
         )
 

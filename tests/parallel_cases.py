@@ -388,3 +388,20 @@ def refused(what):
 
         model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     return (run(model, call) - whole).abs().max().item()
+
+
+def compiled():
+    """A FLUX whose blocks are compiled, shared: its error, and what calls with other inputs compile anew."""
+    from torch._dynamo.utils import counters
+
+    model = tiny_flux(num_layers=1, num_single_layers=1)
+    flexclear.transform(model, r=3, backend="sdpa")
+    calls = [flux_call(16, 16, 12, seed=seed) for seed in (0, 1)]
+    whole = [run(model, call) for call in calls]
+    parallel.enable(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    shared = [run(model, calls[0])]
+    graphs = counters["stats"]["unique_graphs"]
+    shared.append(run(model, calls[1]))
+    errors = [(ours - expected).abs().max().item() for ours, expected in zip(shared, whole, strict=True)]
+    return {"error": max(errors), "graphs": graphs, "new": counters["stats"]["unique_graphs"] - graphs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +38,11 @@ def generate(
     ] = None,
     r: Annotated[
         str | None,
-        typer.Option("--r", help="Window radius in tokens, or 'dense': the plain model. Default: the weights', or 16."),
+        typer.Option(
+            "--r",
+            "--radius",  # torchrun takes --r for an abbreviation of its own options
+            help="Window radius in tokens, or 'dense': the plain model. Default: the weights', or 16.",
+        ),
     ] = None,
     down_factor: Annotated[
         int | None, typer.Option(min=1, help="Side in tokens of cells that are pooled into further keys.")
@@ -62,6 +67,18 @@ def generate(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks; pays off from some dozens of steps on.")
     ] = False,
+    parallel: Annotated[
+        bool,
+        typer.Option(
+            "--parallel", help="One picture on several GPUs: torchrun --nproc-per-node N -m flexclear generate."
+        ),
+    ] = False,
+    parallel_text: Annotated[
+        str, typer.Option(help="Of --parallel: text sees the whole picture (exact), or averages (average).")
+    ] = "exact",
+    exchange: Annotated[
+        str, typer.Option(help="Of --parallel: sync, or stale: borders of the step before while new ones travel.")
+    ] = "sync",
     out: Annotated[Path, typer.Option(help="Folder, or a .png file for one picture.")] = Path("pictures"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Number from 1 and replace. Else a folder's numbers go on.")
@@ -85,6 +102,7 @@ def generate(
 
     from flexclear import generate as job
     from flexclear.generate_settings import EMBEDDED
+    from flexclear.parallel import ParallelError, leave
 
     settings = job.GenerateSettings(
         model=model,
@@ -110,9 +128,13 @@ def generate(
         strength=strength,
         shift=shift,
         stages=None if stages is None else stages.expanduser(),
+        parallel=parallel,
+        text=parallel_text,
+        exchange=exchange,
     )
+    silent = parallel and int(os.environ.get("RANK", "0")) != 0  # the first process speaks for all
     setup = job.check(settings)
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, quiet=silent)
     if model == EMBEDDED:
         from flexclear.embedded import unknown_words
 
@@ -156,6 +178,12 @@ def generate(
     except KeyboardInterrupt:
         console.print(f"interrupted: {done} of {settings.pictures} pictures are finished and kept in {out}")
         raise typer.Exit(130) from None
+    except ParallelError as error:
+        print(f"flexclear: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    finally:
+        if parallel:
+            leave()
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ All ranks run the same script with the same prompt and seed; every rank gets the
 
 from __future__ import annotations
 
-from flexclear.parallel.enabling import attach, disable, enable, enable_dense, sent_bytes
+from flexclear.parallel.enabling import attach, disable, enable, enable_dense, leave, sent_bytes
 from flexclear.parallel.errors import ParallelError
 
-__all__ = ["ParallelError", "attach", "disable", "enable", "enable_dense", "sent_bytes"]
+__all__ = ["ParallelError", "attach", "disable", "enable", "enable_dense", "leave", "sent_bytes"]

@@ -217,6 +217,12 @@ def _ranks(mesh: Any) -> list[int]:
     return ranks
 
 
+def leave() -> None:
+    """End this process's part in the default process group, at the end of a script; nothing where there is none."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
     """Share the dense model's pictures among all ranks by diffusers' own context parallelism, for comparison.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flexclear.attention import windowed_attention
 from flexclear.masks import Layout, Window
+from flexclear.parallel.compiled import ticket_of
 from flexclear.parallel.errors import AgreedError, ParallelError
 from flexclear.parallel.facts import differences, facts_of_call, facts_of_model
 from flexclear.parallel.links import Links, Pending
@@ -62,6 +63,7 @@ class Session:
         self.options = options
         self.steps = steps
         self.current: BandCall | None = None
+        self.ticket = ticket_of(self)
         self._calls = 0
         self._place: tuple[int | None, int] = (None, 0)
         self._total: int | None = None
@@ -149,11 +151,14 @@ class Session:
         bands = self.current.bands
         return get_band_plan(layout, window, bands, self.links.rank, backend, block_size, device, text_padded)
 
-    def band(self, plans: Sequence[BandPlan], slots: Sequence[Slot], keep: Mapping[str, Tensor]) -> BandCall:
-        """The current call with its plans, one per slot."""
+    def band(
+        self, plans: Sequence[Any], masks: Sequence[Any], slots: Sequence[Slot], keep: Mapping[str, Tensor]
+    ) -> BandCall:
+        """The current call with its plans and masks, one per slot."""
         assert self.current is not None
         self.current.plans = tuple(plans)
         self.current.keep = tuple(keep.get(scope) for scope, _ in slots)
+        self.current.masks = tuple(masks)
         return self.current
 
     def end(self) -> None:
@@ -234,7 +239,7 @@ class BandCall:
         step: denoising step from 0, None where nobody knows it.
         branch: number of the call within the step: guidance may call the model several times.
         text_first: whether text precedes the image in the sequence.
-        plans, keep: of each slot: what the rank has, and which text is no padding.
+        plans, masks, keep: of each slot: what the rank has, what its image queries see, and which text is no padding.
         layer: number of attention layers that have run.
     """
 
@@ -245,8 +250,14 @@ class BandCall:
     branch: int
     text_first: bool
     plans: tuple[BandPlan, ...] = ()
+    masks: tuple[Any, ...] = ()
     keep: tuple[Tensor | None, ...] = ()
     layer: int = field(default=0)
+
+    @property
+    def ticket(self) -> Tensor:
+        """Names the session to ``flexclear::band_attend``."""
+        return self.session.ticket
 
     def attend(
         self,
@@ -296,8 +307,9 @@ class BandCall:
         if pooled is not None:
             keys.append(pooled[0])
             values.append(pooled[1])
-        image_out = image_query
-        if image_len:
+        if image_len == 0:
+            image_out = image_query.new_empty((*image_query.shape[:3], value.shape[3]))
+        else:
             image_out = windowed_attention(image_query, torch.cat(keys, 2), torch.cat(values, 2), mask, scale)
         if finish is None:
             return image_out

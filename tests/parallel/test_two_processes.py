@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+
+from flexclear.compile import why_not_compiled
 
 from parallel_group import Group
+
+CPU = torch.device("cpu")
 
 EXACT = 1e-5
 
@@ -204,3 +209,16 @@ def test_what_cannot_be_shared_is_said_before_any_work(two, what, words):
 
 def test_a_picture_that_is_too_small_may_leave_a_rank_idle(two):
     assert max(two.results("refused", "fewer")) <= EXACT
+
+
+def test_compiled_blocks_are_shared_like_others(two):
+    found = two.results("compiled", timeout=300)
+    assert largest(found, "error") <= EXACT
+    assert [(result["graphs"] > 0, result["new"]) for result in found] == [(True, 0)] * 2
+
+
+@pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
+def test_compiled_flex_attention_over_a_band_s_block_mask_is_the_whole_one(two):
+    found = two.results("flux_against_one", 24, 17, 20, 4, batch=2, backend="flex", timeout=300)
+    assert largest(found, "error") <= EXACT
+    assert min(result["window"] for result in found) > 1e-3

@@ -1,0 +1,236 @@
+"""One picture on several processes: seconds per step, bytes and speed-up; and the model on paper.
+
+torchrun --nproc-per-node 2 bench/parallel.py                       # measures; writes results/parallel.*
+python bench/parallel.py --paper                                    # the model: results/parallel_model.*
+
+On CPU every process is pinned to a core of its own. Shared outputs are compared with one process's in the same run, and
+counted bytes with the formula of ``flexclear.parallel.costs``; either being wrong ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import torch.distributed as dist
+
+import flexclear
+from flexclear import parallel
+from flexclear.masks import Disc, Layout
+from flexclear.parallel.costs import border_bytes, output_bytes, text_bytes
+from flexclear.parallel.planning import cut
+
+import parallel_model
+from machine import RESULTS, facts, write_results
+
+TEXT_LEN = 128
+HEADS, HEAD_DIM, CHANNELS = 4, 64, 16
+
+
+def make_model(device: torch.device, blocks: int) -> Any:
+    """A FLUX of ``blocks`` double- and twice as many single-stream blocks with random weights."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=CHANNELS,
+        num_layers=blocks,
+        num_single_layers=2 * blocks,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        axes_dims_rope=(8, 28, 28),
+    )
+    return model.eval().to(device)
+
+
+def make_call(height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random inputs of ``height`` x ``width`` tokens."""
+    from diffusers import FluxPipeline
+
+    generator = torch.Generator().manual_seed(0)
+    call = {
+        "hidden_states": torch.randn(1, height * width, CHANNELS, generator=generator),
+        "encoder_hidden_states": torch.randn(1, TEXT_LEN, 64, generator=generator),
+        "pooled_projections": torch.randn(1, 32, generator=generator),
+        "timestep": torch.full((1,), 0.5),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32),
+        "txt_ids": torch.zeros(TEXT_LEN, 3),
+    }
+    return {name: tensor.to(device) for name, tensor in call.items()}
+
+
+class Stepping:
+    """What ``enable`` needs of a pipeline: the model, and a scheduler that counts steps."""
+
+    def __init__(self, model: Any, steps: int) -> None:
+        self.transformer, self.scheduler = model, self
+        self.timesteps = torch.arange(steps)
+        self.step_index = 0
+
+
+def timed(model: Any, call: dict[str, Any], pipe: Stepping, device: torch.device) -> tuple[float, torch.Tensor]:
+    """Median seconds of a step over a run, the first two left out, and the last output."""
+    seconds = []
+    output = torch.empty(0)
+    for step in range(len(pipe.timesteps)):
+        pipe.step_index = step
+        begin = time.perf_counter()
+        with torch.no_grad():
+            output = model(**call).sample
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[2:]), output
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    cuda = torch.cuda.is_available()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % len(os.sched_getaffinity(0))]})
+    dist.init_process_group("nccl" if cuda else "gloo")
+    model = make_model(device, arguments.blocks)
+    pipe = Stepping(model, arguments.steps)
+    rows = []
+    for side in arguments.sides:
+        call = make_call(side, side, device)
+        layout = Layout(side, side, TEXT_LEN)
+        flexclear.transform(model, r=arguments.r, backend=arguments.backend)
+        dist.barrier()
+        # One process at a time has the machine to itself.
+        alone, expected = 0.0, torch.empty(0)
+        for turn in range(size):
+            if turn == rank:
+                alone, expected = timed(model, call, pipe, device)
+            dist.barrier()
+        for text, exchange in (("exact", "sync"), ("average", "sync"), ("exact", "stale")):
+            parallel.enable(pipe, text=text, exchange=exchange, warmup_steps=1)
+            seconds, output = timed(model, call, pipe, device)
+            sent = parallel.sent_bytes(pipe)
+            error = (output - expected).abs().max().item()
+            if text == "exact" and error > 1e-4 * max(1.0, expected.abs().max().item()):
+                raise SystemExit(f"wrong: {text} + {exchange} at {side} x {side} differs by {error}")
+            predicted = formula(layout, arguments, rank, size, text)
+            per_step = {name: sent.get(name, 0) / arguments.steps for name in predicted}
+            if exchange == "sync" and per_step != predicted:
+                raise SystemExit(f"bytes {per_step} are not those of the formula {predicted}")
+            parallel.disable(pipe)
+            rows.append(
+                {
+                    "side": side, "r": arguments.r, "processes": size, "text": text, "exchange": exchange,
+                    "seconds": seconds, "alone_seconds": alone, "speed_up": alone / seconds, "error": error, **per_step,
+                }
+            )  # fmt: skip
+        flexclear.restore(model)
+    if arguments.ring:
+        rows += ring(model, arguments, device, size)
+    if rank == 0:
+        about = facts(device, processes=size, blocks=3 * arguments.blocks, text=TEXT_LEN, steps=arguments.steps)
+        write_results("parallel", about, rows, table(rows), arguments.out)
+        print(table(rows))
+    dist.destroy_process_group()
+
+
+def formula(layout: Layout, arguments: argparse.Namespace, rank: int, size: int, text: str) -> dict[str, float]:
+    """Bytes that this rank sends in a step, by kind."""
+    bands = cut(layout, size)
+    layers = 3 * arguments.blocks
+    return {
+        "border": layers * border_bytes(layout, Disc(arguments.r), bands, rank, HEADS * HEAD_DIM, itemsize=4),
+        "text": layers * text_bytes(TEXT_LEN, HEADS, HEAD_DIM, text) if size > 1 else 0,
+        "output": output_bytes(layout, bands, CHANNELS, itemsize=4),
+    }
+
+
+def ring(model: Any, arguments: argparse.Namespace, device: torch.device, size: int) -> list[dict[str, Any]]:
+    """The dense model by diffusers' ring attention; a note where it cannot run here."""
+    rows: list[dict[str, Any]] = []
+    pipe = Stepping(model, arguments.steps)
+    alone = {}
+    for side in arguments.sides:
+        alone[side], _ = timed(model, make_call(side, side, device), pipe, device)
+    try:
+        parallel.enable_dense(model)
+        for side in arguments.sides:
+            seconds, _ = timed(model, make_call(side, side, device), pipe, device)
+            rows.append(
+                {
+                    "side": side, "r": "dense", "processes": size, "text": "", "exchange": "ring", "seconds": seconds,
+                    "alone_seconds": alone[side], "speed_up": alone[side] / seconds,
+                }
+            )  # fmt: skip
+    except Exception as error:
+        rows.append(
+            {
+                "side": arguments.sides[0],
+                "r": "dense",
+                "exchange": "ring",
+                "why_not": f"{type(error).__name__}: {error}",
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows in Markdown."""
+    lines = [
+        "| tokens | r | processes | text | exchange | s per step | one process, s | speed-up | border, KB per step | text, KB | "
+        "output, KB | largest difference |",
+        "|---" * 12 + "|",
+    ]
+    for row in rows:
+        if "why_not" in row:
+            lines.append(
+                f"| {row['side']} x {row['side']} | dense | | | ring | cannot run here: {row['why_not'][:160]} |"
+                + " |" * 6
+            )
+            continue
+        kilobytes = [f"{row[name] / 1e3:.0f}" if name in row else "" for name in ("border", "text", "output")]
+        error = f"{row['error']:.0e}" if "error" in row else ""
+        lines.append(
+            f"| {row['side']} x {row['side']} | {row['r']} | {row['processes']} | {row['text']} | {row['exchange']} | "
+            f"{row['seconds']:.3f} | {row['alone_seconds']:.3f} | {row['speed_up']:.2f} | {' | '.join(kilobytes)} | {error} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paper", action="store_true", help="the model on paper, no processes")
+    parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 96], help="tokens along each side")
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--ring", action="store_true", help="the dense model by ring attention, too")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.paper:
+        rows = parallel_model.rows()
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        about = {"model": "FLUX.1-dev, bf16, r = 16, 512 text tokens", "device": "H100 (times of arXiv 2412.16112)"}
+        write_results("parallel_model", about, rows, parallel_model.table(rows), arguments.out)
+        parallel_model.plot(rows, arguments.out / "parallel_model.png")
+        print(parallel_model.table(rows))
+        return
+    if "RANK" not in os.environ:
+        raise SystemExit("start with torchrun --nproc-per-node N bench/parallel.py, or give --paper")
+    measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Three, four and eight gloo processes: several neighbours, idle ranks, unequal bands, and one that dies."""
+
+from __future__ import annotations
+
+import pytest
+
+from parallel_group import Group
+
+EXACT = 1e-5
+
+
+@pytest.fixture
+def group(request):
+    made = Group(request.param)
+    made.results("awake")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("group", [3], indirect=True)
+def test_three_bands_and_a_rank_that_dies(group):
+    for size, r, options in (
+        ((24, 16, 12), 12, {}),  # the first and the last rank are neighbours, too
+        ((40, 10, 7), 4, {"shares": (1.0, 3.0, 1.0), "batch": 2}),
+        ((16, 13, 9), 3, {"too_small": "fewer"}),
+        ((24, 8, 9), 3, {"down_factor": 5}),
+    ):
+        found = group.results("flux_against_one", *size, r, **options)
+        assert max(result["error"] for result in found) <= EXACT, (size, r, options)
+        assert min(result["window"] for result in found) > 1e-3
+        assert len({result["sum"] for result in found}) == 1
+    found = group.results("average_against_eq_7", 24, 9, 7, 3, (0, 8, 16, 24))
+    assert max(result["error"] for result in found) <= EXACT
+    for kind in ("sd3.5 with residuals", "qwen"):
+        found = group.results("family_against_one", kind, {"r": 3}, too_small="fewer")
+        assert max(result["error"] for result in found) <= EXACT
+    errors = group.errors("breaks_in_a_step", "dies", 1, gone=(1,))
+    for rank in (0, 2):
+        kind, message = errors[rank]
+        assert kind == "ParallelError"
+        assert f"rank {rank}, step 2: rank 1 did not answer" in message
+        assert float(message.split("[after ")[1].split()[0]) < 15
+
+
+@pytest.mark.parametrize("group", [4, 8], indirect=True)
+def test_many_bands_are_the_whole_picture(group):
+    height = 8 * group.size
+    for r, options in ((3, {}), (21, {"down_factor": 4, "batch": 2})):
+        found = group.results("flux_against_one", height, 10, 12, r, **options)
+        assert max(result["error"] for result in found) <= EXACT
+        assert min(result["window"] for result in found) > 1e-3

@@ -1,0 +1,152 @@
+"""What ``enable`` refuses before there is any other process, and the merging of partial softmax results."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import flexclear
+from flexclear import parallel
+from flexclear.parallel.facts import differences, digest, sums
+from flexclear.parallel.softmax import merged, partial_attention, weighted
+
+from models import tiny_flux
+
+
+@pytest.fixture
+def model():
+    return flexclear.transform(tiny_flux(), r=3, backend="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"text": "some"}, "text must be one of"),
+        ({"exchange": "later"}, "exchange must be one of"),
+        ({"too_small": "skip"}, "too_small must be one of"),
+        ({"warmup_steps": 0}, "warmup_steps must be a number of steps from 1 on"),
+        ({"warmup_steps": True}, "warmup_steps must be"),
+        ({"timeout": 0}, "timeout must be a positive number"),
+        ({"timeout": float("nan")}, "timeout must be a positive number"),
+        ({"exchange": "stale"}, "needs to know the denoising step: give the pipeline"),
+        ({}, "no process group: start with torchrun"),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_named(model, options, words):
+    assert not dist.is_initialized()
+    with pytest.raises(ValueError, match=words):
+        parallel.enable(model, **options)
+    with pytest.raises(ValueError, match="does not run on several ranks"):
+        parallel.sent_bytes(model)
+
+
+def test_a_dense_model_is_told_what_shares_it_out():
+    with pytest.raises(ValueError, match=r"is dense.*transform\(model, r=...\) first.*enable_dense"):
+        parallel.enable(tiny_flux())
+    with pytest.raises(TypeError, match="pipeline with a transformer"):
+        parallel.enable("model")
+
+
+def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
+    from types import SimpleNamespace
+
+    with pytest.raises(ValueError, match=r"has windows: flexclear\.parallel\.enable"):
+        parallel.enable_dense(model)
+    with pytest.raises(ValueError, match="kind must be 'ring' or 'ulysses'"):
+        parallel.enable_dense(tiny_flux(), kind="star")
+    ringed = tiny_flux()
+    inner = SimpleNamespace(ring_degree=2, ulysses_degree=1)
+    ringed._parallel_config = SimpleNamespace(context_parallel_config=inner)
+    for enable in (parallel.enable, parallel.enable_dense):
+        with pytest.raises(
+            ValueError, match=r"ring_degree=2, ulysses_degree=1.*Both at once would cut the picture twice"
+        ):
+            enable(ringed)
+
+
+def test_a_formula_is_refused_with_what_can_be_shared():
+    model = flexclear.transform(tiny_flux(), attention="linear")
+    with pytest.raises(ValueError, match="attention='linear' is no softmax over a window"):
+        parallel.enable(model)
+
+
+def test_a_model_with_a_cache_is_refused(model):
+    from diffusers import FirstBlockCacheConfig
+
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"it has a cache \(enable_cache\).*disable_cache"):
+        parallel.enable(model)
+
+
+def test_z_image_and_a_qwen_that_modulates_token_by_token_are_refused():
+    from test_qwen import tiny_qwen
+    from test_zimage import tiny_zimage
+
+    with pytest.raises(ValueError, match="pads them to a multiple of 32"):
+        parallel.enable(flexclear.transform(tiny_zimage(), r=3, backend="sdpa"))
+    with pytest.raises(ValueError, match="zero_cond_t"):
+        parallel.enable(flexclear.transform(tiny_qwen(zero_cond_t=True), r=3, backend="sdpa"))
+
+
+def test_disabling_what_is_not_enabled_changes_nothing(model):
+    hooks = dict(model._forward_pre_hooks)
+    assert parallel.disable(model) is model
+    assert dict(model._forward_pre_hooks) == hooks
+    assert copy.deepcopy(model) is not model
+
+
+def reference(query, key, value, scale, keep=None):
+    scores = query.double() @ key.double().mT * scale
+    if keep is not None:
+        scores = scores.masked_fill(~keep[:, None, None], -math.inf)
+    return scores.softmax(-1) @ value.double(), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value_dim", [16, 24])
+@pytest.mark.parametrize("padded", [False, True])
+def test_parts_of_a_softmax_merge_into_the_whole(dtype, value_dim, padded):
+    query, key = torch.randn(2, 3, 7, 16, dtype=dtype), torch.randn(2, 3, 50, 16, dtype=dtype) * 9
+    value = torch.randn(2, 3, 50, value_dim, dtype=dtype)
+    keep = torch.rand(2, 50) < 0.5 if padded else None
+    expected, expected_lse = reference(query, key, value, 0.25, keep)
+    cuts = [(0, 20), (20, 20), (20, 50)]
+    parts = [
+        partial_attention(query, key[:, :, a:b], value[:, :, a:b], 0.25, None if keep is None else keep[:, a:b])
+        for a, b in cuts
+        if a < b or not padded
+    ]
+    bound = 2e-5 if dtype == torch.float32 else 2e-2
+    out, lse = merged([part for part in parts if part[0].shape == expected.shape])
+    assert (out - expected).abs().max() <= bound
+    assert (lse - expected_lse).abs().max() <= 1e-3
+    top = torch.stack([lse for _, lse in parts]).amax(0)
+    total = sum(weighted(*part, top) for part in parts)
+    assert (total[..., :-1] / total[..., -1:] - expected).abs().max() <= bound
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_of_a_gpu_tell_the_same_log_sum_exp(dtype):
+    query, key, value = (torch.randn(2, 3, n, 64, dtype=dtype, device="cuda") for n in (77, 300, 300))
+    out, lse = partial_attention(query, key, value)
+    expected, expected_lse = reference(query, key, value, 1 / 8)
+    assert (out - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 2e-2)
+    assert (lse - expected_lse).abs().max() <= 1e-2
+
+
+def test_facts_differ_with_seeds_and_weights_and_not_with_rounding():
+    tensor = torch.randn(3, 1000)
+    other = torch.randn(3, 1000)
+    said = [{"a": sums(tensor)}, {"a": sums(tensor + 1e-5 * other)}, {"a": sums(other)}]
+    assert differences(said[:2], (0, 1)) == ""
+    assert differences(said, (4, 5, 6)) == "rank 6 differs from rank 4 in a"
+    assert digest(tensor) != digest(other)
+    assert digest(tensor) == digest(tensor.clone())
+    assert digest(torch.empty(3, device="meta")) == ""
+    assert "radius: 4 against 3" in differences([{"radius": 3}, {"radius": 4}], (0, 1))
