@@ -72,10 +72,9 @@ def _pair(size: Size, shape: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 def _check_growth(size: tuple[int, int], before: tuple[int, int], multiple: int, first: bool) -> None:
     (height, width), (old_height, old_width) = size, before
-    if (
-        abs(width - height * old_width / old_height) > multiple
-        and abs(height - width * old_height / old_width) > multiple
-    ):
+    # Sides are rounded to tokens; what that did to the size before grows with it.
+    slack = multiple if first else multiple * max(1.0, max(size) / max(before))
+    if abs(width - height * old_width / old_height) > slack and abs(height - width * old_height / old_width) > slack:
         raise ValueError(
             f"{height} x {width} has another aspect ratio than {old_height} x {old_width}, from which it is enlarged: the "
             "picture would be distorted. Crop it first, or give one number, the longer side"

@@ -37,8 +37,8 @@ def growth(vae, sides, side):
 
 
 def test_memory_grows_with_the_picture_and_not_with_the_feature_maps(embedded):
-    sides = [128, 256, 512]
-    whole, tiles = growth(embedded.vae, sides, None), growth(embedded.vae, sides, 64)
+    sides = [64, 128, 256]
+    whole, tiles = growth(embedded.vae, sides, None), growth(embedded.vae, sides, 32)
     areas = np.array(sides)[:, None] ** 2
     assert np.allclose(whole / areas, whole[-1] / areas[-1], rtol=0.15), "whole: every byte is per pixel"
     assert (tiles[-1] < whole[-1] / 3).all()
@@ -74,7 +74,7 @@ def test_the_vae_s_own_tiling_comes_back(embedded, tile):
             assert side == (tile or 128)
             assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (side, side // 4)
         assert [getattr(vae, name) for name in names] == before
-        with pytest.raises(TypeError), tiled(vae, tile):
+        with pytest.raises(AttributeError), tiled(vae, tile):
             vae.decode(None)
         assert [getattr(vae, name) for name in names] == before
     finally:
