@@ -1,8 +1,9 @@
 """The embedded model distilled for every mechanism of the paper's comparison, and measured against its teacher.
 
 Run ``python bench/distillation.py``; it writes ``bench/results/distillation.json``, ``distillation.md`` and two plots, anew
-after every run of the table. About two hours on two idle cores. Killed at any moment, the same command goes on where it was,
-inside a training run with its last checkpoint. ``--rows`` chooses: the names are in ``distillation_rows.py``.
+after every run of the table. The defaults are chosen for some two hours on two idle cores. Killed at any moment, the same
+command goes on where it was, inside a training run with its last checkpoint. ``--rows`` chooses: the names are in
+``distillation_rows.py``.
 """
 
 from __future__ import annotations
