@@ -87,6 +87,27 @@ def pictures(
     print(f"{found.markdown()}\n{out / 'scores.json'}\n{out / 'scores.md'}")
 
 
+@evaluation.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file: model, prompts, variants, tables; see the README.")],
+) -> None:
+    """Draw a prompt set with several variants of a model, score them, and fill the paper's tables.
+
+    Writes results.json, results.md, sheet.png and the pictures. The same command goes on where it was stopped.
+    """
+    from flexclear.evaluation.config import read_eval_config
+    from flexclear.evaluation.run import run as job
+
+    settings = read_eval_config(config)
+    with _Bars() as bars:
+        try:
+            found = job(settings, say=bars.console.print, on_progress=bars)
+        except KeyboardInterrupt:
+            bars.console.print(f"interrupted: what is finished is kept in {settings.output}; the same command goes on")
+            raise typer.Exit(130) from None
+    print(f"{found.markdown()}\n{settings.output / 'results.json'}\n{settings.output / 'sheet.png'}")
+
+
 def _networks(given: list[str] | None, device: str, download: bool) -> Any:
     from flexclear.evaluation import Networks
     from flexclear.generate_check import choose_device

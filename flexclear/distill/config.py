@@ -278,17 +278,8 @@ def read_config(path: str | Path) -> DistillConfig:
         FileNotFoundError: there is no such file.
         TypeError, ValueError: it is no YAML, has unknown settings, lacks some, or one makes no sense.
     """
-    import yaml
-
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path} must hold settings, such as 'model: embedded'; got {type(found).__name__}")
+    found = read_mapping(path)
     try:
         config = from_mapping(found, path.parent)
         for name in ("model", "data"):
@@ -300,13 +291,33 @@ def read_config(path: str | Path) -> DistillConfig:
     return config
 
 
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """What a YAML file of settings holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML, or holds no settings.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} must hold settings, such as 'model: embedded'; got {type(found).__name__}")
+    return found
+
+
 def from_mapping(found: Mapping[str, Any], folder: Path | None = None) -> DistillConfig:
     """Settings from what YAML or JSON hold, not checked.
 
     Raises:
         TypeError, ValueError: settings are unknown, missing, or of another type.
     """
-    config = _build(DistillConfig, found, "")
+    config = build(DistillConfig, found, "")
     if folder is None:
         return config
     places = {
@@ -332,7 +343,12 @@ def as_mapping(config: DistillConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def _build(kind: Any, found: Any, where: str) -> Any:
+def build(kind: Any, found: Any, where: str) -> Any:
+    """A dataclass ``kind`` from what YAML holds; ``where`` is put before the names in messages.
+
+    Raises:
+        TypeError, ValueError: settings are unknown, missing, or of another type.
+    """
     if not isinstance(found, Mapping):
         raise TypeError(f"{where.rstrip('.')} must hold settings of its own, got {found!r}")
     hints = typing.get_type_hints(kind)
@@ -360,7 +376,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None
     (hint,) = [option for option in options if option is not type(None)]
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where + ".")
+        return build(hint, value, where + ".")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise TypeError(f"{where} must be a list, got {value!r}")

@@ -1,0 +1,367 @@
+"""``flexclear eval run``: draw every variant's pictures, score them, fill the paper's tables."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from flexclear.alternatives.names import named
+from flexclear.compile.files import whole_file
+from flexclear.convert import model_of, restore, transform
+from flexclear.evaluation.conditions import distance_to_condition
+from flexclear.evaluation.config import EvalConfig, VariantConfig
+from flexclear.evaluation.evaluate import STORE
+from flexclear.evaluation.judge import Judge, OnProgress, Score
+from flexclear.evaluation.metrics import METRICS
+from flexclear.evaluation.networks import Networks
+from flexclear.evaluation.pictures import pair_names, read_captions, read_folder, read_picture
+from flexclear.evaluation.store import Store
+from flexclear.evaluation.tables import COLUMNS, CONDITION, ITSELF, MODEL, PROMPTS, REAL, REFERENCE, TABLES, markdown
+from flexclear.families import family_of
+from flexclear.generate import check, draw, load
+from flexclear.generate_check import choose_device
+from flexclear.generate_settings import DENSE, EMBEDDED, GenerateSettings, parse_size, read_prompts
+from flexclear.hooks import entry_hook_of
+from flexclear.model_explanation import explain_model
+from flexclear.picture_files import read_settings
+from flexclear.versions import versions
+from flexclear.weights import keys, load_weights
+
+SHEET_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ``run`` has found.
+
+    Attributes:
+        config: what was asked for.
+        scores: by variant and column of ``COLUMNS``.
+    """
+
+    config: EvalConfig
+    scores: Mapping[str, Mapping[str, Score]]
+
+    def markdown(self) -> str:
+        """The tables, and what is behind them."""
+        config = self.config
+        values = {title: {column: score.value for column, score in row.items()} for title, row in self.scores.items()}
+        parts = [
+            f"Model: {config.model or 'pictures drawn elsewhere'}. Original: {config.reference_name}. "
+            f"{max((s.pictures for row in self.scores.values() for s in row.values()), default=0)} pictures a row.\n"
+        ]
+        for number in config.tables:
+            parts.append(f"## In the layout of Table {number} ({TABLES[number].title})\n")
+            parts.append(markdown(TABLES[number], values, config.columns))
+        notes = []
+        for column in config.asked_columns():
+            kind = METRICS.get(COLUMNS[column].metric or "")
+            for told in dict.fromkeys(
+                text
+                for title, row in self.scores.items()
+                if column in row
+                for text in (row[column].note, row[column].reason and f"not computed: {row[column].reason}")
+                if text
+            ):
+                notes.append(f"- {COLUMNS[column].title}: {told}.")
+            if kind is not None:
+                notes.append(f"- {COLUMNS[column].title}: {kind.rule}; {kind.sizes}.")
+        return "\n".join([*parts, *notes]) + "\n"
+
+    def write(self) -> tuple[Path, Path]:
+        """Write ``results.json`` and ``results.md`` into the output folder; returns their paths."""
+        data, page = self.config.output / "results.json", self.config.output / "results.md"
+        told = {
+            "config": json.loads(json.dumps(asdict(self.config), default=str)),
+            "versions": versions(),
+            "scores": {
+                title: {column: asdict(score) for column, score in row.items()} for title, row in self.scores.items()
+            },
+        }
+        with whole_file(data) as beside:
+            beside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        with whole_file(page) as beside:
+            beside.write_text(self.markdown(), encoding="utf-8")
+        return data, page
+
+
+def run(
+    config: EvalConfig,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    on_progress: OnProgress = lambda metric, done, total: None,
+) -> Run:
+    """Draw what is missing, score all, write ``results.json``, ``results.md`` and ``sheet.png``.
+
+    The same call goes on where it was stopped.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        TypeError, ValueError: a setting makes no sense, or the output holds pictures of other settings.
+    """
+    config.check()
+    flops = draw_variants(config, say, on_progress) if config.drawn else {}
+    folders = {
+        variant.name: read_folder(variant.pictures or picture_folder(config, variant)) for variant in config.variants
+    }
+    reference = folders[config.reference_name]
+    store = Store(config.output / STORE)
+    networks = Networks(config.networks, choose_device(config.device), config.download)
+
+    def judge_of(title: str, size: tuple[int, int] | None = None) -> Judge:
+        return Judge(
+            networks,
+            store,
+            size,
+            config.batch,
+            lambda metric, done, total: on_progress(f"{title} {metric}", done, total),
+        )
+
+    scores: dict[str, dict[str, Score]] = {}
+    for title, folder in folders.items():
+        judge, row = judge_of(title), {}
+        for column in config.asked_columns():
+            metric, against = COLUMNS[column].metric, COLUMNS[column].against
+            if against == REFERENCE and title == config.reference_name:
+                continue
+            if against == MODEL:
+                row[column] = _of_model(column, flops.get(title), len(folder))
+                continue
+            assert metric is not None
+            if against == REFERENCE and METRICS[metric].kind == "pairs":
+                names = pair_names(folder, reference)
+                row[column] = judge.pairs(metric, {n: (folder.files[n], reference.files[n]) for n in names})
+            elif against == REFERENCE:
+                row[column] = judge.sets(metric, folder.files, reference.files)
+            elif against == ITSELF:
+                row[column] = judge.sets(metric, folder.files)
+            elif against == PROMPTS:
+                row[column] = _to_prompts(metric, folder, None if title in flops else config.prompts, judge)
+            elif against == REAL:
+                row[column] = _against_real(metric, folder, config, judge_of)
+            elif against == CONDITION:
+                row[column] = _to_condition(metric, folder, config)
+        scores[title] = row
+    store.close()
+    found = Run(config, scores)
+    found.write()
+    _sheet(config, folders)
+    return found
+
+
+def picture_folder(config: EvalConfig, variant: VariantConfig) -> Path:
+    """Where the pictures of a variant are drawn to."""
+    return config.output / "pictures" / variant.name
+
+
+def _of_model(column: str, gflops: float | None, pictures: int) -> Score:
+    reason = None if gflops is not None else "pictures drawn elsewhere do not say what they cost"
+    return Score(column, gflops, pictures=pictures, reason=reason)
+
+
+def _to_prompts(metric: str, folder: Any, prompts: Path | None, judge: Judge) -> Score:
+    try:
+        captions = read_captions(prompts, folder)
+    except ValueError as error:
+        return Score(metric, None, reason=str(error))
+    return judge.texts(metric, {name: (folder.files[name], text) for name, text in captions.items()})
+
+
+def _against_real(metric: str, folder: Any, config: EvalConfig, judge_of: Callable[..., Judge]) -> Score:
+    if config.real is None:
+        return Score(metric, None, reason="no real pictures are named (real: FOLDER)")
+    real = read_folder(config.real)
+    if metric == "fid":
+        return judge_of("real").sets(metric, folder.files, real.files)
+    if len(real) != len(folder):
+        return Score(metric, None, reason=f"{len(real)} real pictures for {len(folder)} drawn ones; one each is needed")
+    pairs = dict(zip(folder.files, zip(folder.files.values(), real.files.values(), strict=True), strict=True))
+    first = read_picture(next(iter(folder.files.values())))
+    # Photographs have sizes of their own.
+    return judge_of("real", (first.shape[1], first.shape[2])).pairs(metric, pairs)
+
+
+def _to_condition(metric: str, folder: Any, config: EvalConfig) -> Score:
+    if config.conditions is None or config.condition is None:
+        return Score(metric, None, reason="no conditions are named (conditions: FOLDER, condition: KIND)")
+    conditions = read_folder(config.conditions)
+    names = pair_names(folder, conditions)
+    each = {}
+    for name in names:
+        with Image.open(folder.files[name]) as picture, Image.open(conditions.files[name]) as condition:
+            each[name] = distance_to_condition(picture, condition, config.condition)
+    values = torch.tensor(list(each.values()), dtype=torch.float64)
+    return Score(metric, float(values.mean()), float(values.std(correction=0)), len(each), each=each)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one picture goes; stands in for ``flexclear.picture_files.Target``."""
+
+    path: Path
+
+    def write(self, number: int, prompt: str, content: bytes) -> Path:
+        with whole_file(self.path) as beside:
+            beside.write_bytes(content)
+        return self.path
+
+
+def draw_variants(
+    config: EvalConfig, say: Callable[[str], None], on_progress: OnProgress = lambda metric, done, total: None
+) -> dict[str, float]:
+    """Draw the pictures that are missing; returns the GFLOPs per layer of attention of each variant, their mean.
+
+    Raises:
+        See ``run``.
+    """
+    assert config.model is not None
+    assert config.prompts is not None
+    base = GenerateSettings(
+        model=config.model,
+        prompts=read_prompts(config.prompts),
+        out=config.output / "pictures",
+        sizes=tuple(map(parse_size, config.sizes)),
+        seeds=config.seeds,
+        r=DENSE,
+        steps=config.steps,
+        guidance=config.guidance,
+        text_len=config.text_len,
+        dtype=config.dtype,
+        device=config.device,
+        backend=config.backend,
+    )
+    setup = check(base)
+    identity = _model_identity(config.model)
+    wanted = list(itertools.product(base.prompts, base.sizes or (None,), base.seeds))
+    for variant in config.drawn:
+        _check_folder(config, variant, base, identity)
+    pipe = load(base, setup, say)
+    gflops = {}
+    for variant in config.drawn:
+        folder = picture_folder(config, variant)
+        missing = [number for number in range(len(wanted)) if not (folder / f"{number:06d}.png").is_file()]
+        on_progress(f"{variant.name} pictures", len(wanted) - len(missing), len(wanted))
+        with as_variant(pipe, variant, config.backend):
+            for done, number in enumerate(missing, len(wanted) - len(missing) + 1):
+                prompt, size, seed = wanted[number]
+                settings = replace(
+                    base,
+                    prompts=(prompt,),
+                    sizes=() if size is None else (size,),
+                    seeds=(seed,),
+                    r=DENSE if variant.dense else None,
+                    weights=None if variant.weights is None else str(variant.weights),
+                )
+                place: Any = _Place(folder / f"{number:06d}.png")
+                list(draw(pipe, settings, replace(setup, target=place)))
+                on_progress(f"{variant.name} pictures", done, len(wanted))
+            gflops[variant.name] = _gflops(pipe, read_settings(folder / "000000.png")["settings"])
+    return gflops
+
+
+def _model_identity(model: str) -> str:
+    """Tells models apart; for the embedded one also its weights, which change as it is trained further."""
+    if model != EMBEDDED:
+        return model
+    from flexclear.students import teacher_fingerprint
+
+    return f"{model} {teacher_fingerprint()}"
+
+
+def _check_folder(config: EvalConfig, variant: VariantConfig, base: GenerateSettings, identity: str) -> None:
+    """Pictures of other settings in the variant's folder are an error; its own settings are written beside them."""
+    drawn = {name: value for name, value in asdict(base).items() if name not in ("out", "overwrite", "r", "weights")}
+    weights = None
+    if variant.weights is not None:
+        facts = variant.weights.stat()
+        weights = [str(variant.weights.resolve()), facts.st_size, facts.st_mtime_ns]
+    told = {"model": identity, "base": drawn, "variant": {**asdict(variant), "weights": weights}}
+    text = json.dumps(told, indent=1, default=str) + "\n"
+    file = picture_folder(config, variant) / "settings.json"
+    if not file.is_file():
+        with whole_file(file) as beside:
+            beside.write_text(text, encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{file.parent} holds pictures of other settings ({file.name}) or of another model. Name another output, or "
+            "delete that folder"
+        )
+
+
+def _gflops(pipe: Any, settings: Mapping[str, Any]) -> float:
+    """GFLOPs of attention per layer, their mean over layers, in the size that a picture says."""
+    model = model_of(pipe)
+    family, text_len = family_of(model), settings["text_len"]
+    # A family's pixels per token are those of its published VAE; the pipeline at hand may have another.
+    factor = getattr(pipe, "vae_scale_factor", None)
+    pixels = family.px_per_token if factor is None else factor * getattr(pipe, "patch_size", 2)
+    height, width = (settings[side] // pixels * family.px_per_token for side in ("height", "width"))
+    explained = explain_model(model, family, entry_hook_of(model), height, width, 512 if text_len is None else text_len)
+    return explained.flops / len(explained.layers) / 1e9
+
+
+@contextlib.contextmanager
+def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iterator[None]:
+    """Inside the block a dense pipeline is the variant; after it, what it was.
+
+    Raises:
+        TypeError, ValueError: the variant does not fit the model.
+    """
+    if variant.dense:
+        yield
+        return
+    model = model_of(pipe)
+    kept = {}
+    if variant.weights is not None:
+        projections = keys.projections(model, list(family_of(model).layers(model)))
+        kept = {name: parameter.detach().clone() for name, parameter in projections.items()}
+    try:
+        options: dict[str, Any] = {"backend": backend}
+        if variant.attention != "clear":
+            options["attention"] = named(variant.attention, **variant.sizes)
+        else:
+            options |= {"r": 16 if variant.r is None else int(variant.r), "down_factor": variant.down_factor}
+        if variant.weights is None or variant.r is not None or variant.attention != "clear":
+            transform(pipe, **options)
+        if variant.weights is not None:
+            load_weights(pipe, variant.weights)
+            if variant.r is not None:
+                transform(pipe, **options)  # The file brings its own window; this one was asked for.
+        yield
+    finally:
+        restore(pipe)
+        if kept:
+            with torch.no_grad():
+                for name, parameter in projections.items():
+                    parameter.copy_(kept[name])
+
+
+def _sheet(config: EvalConfig, folders: Mapping[str, Any]) -> None:
+    """A contact sheet of the first pictures that all variants have."""
+    from flexclear.sheet import contact_sheet
+
+    names = [n for n in folders[config.reference_name].files if all(n in f.files for f in folders.values())][
+        :SHEET_ROWS
+    ]
+    rows, labels = [], []
+    for name in names:
+        row = []
+        for folder in folders.values():
+            with Image.open(folder.files[name]) as picture:
+                row.append(picture.convert("RGB"))
+        try:
+            labels.append(str(read_settings(folders[config.reference_name].files[name])["settings"]["prompt"]))
+        except (ValueError, KeyError):
+            labels.append(name)
+        rows.append(row)
+    if rows:
+        with whole_file(config.output / "sheet.png") as beside:
+            contact_sheet(rows, labels, list(folders)).save(beside, format="PNG")

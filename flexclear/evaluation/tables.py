@@ -1,0 +1,86 @@
+"""The paper's tables of quality: which columns each has, and what a column is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+REFERENCE, REAL, PROMPTS, ITSELF, CONDITION, MODEL = "reference", "real", "prompts", "itself", "condition", "model"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        title: as the tables have it.
+        metric: of ``METRICS``; None: not of pictures.
+        against: what the pictures are compared with: those of the reference variant (``REFERENCE``), real ones
+            (``REAL``), their prompts, their conditions, or nothing (``ITSELF``); ``MODEL``: of the cost model.
+        digits: after the point.
+    """
+
+    title: str
+    metric: str | None
+    against: str
+    digits: int = 2
+
+
+COLUMNS: Mapping[str, Column] = {
+    "psnr": Column("PSNR", "psnr", REFERENCE),
+    "ssim": Column("SSIM", "ssim", REFERENCE, 4),
+    "fid_orig": Column("FID vs original", "fid", REFERENCE),
+    "lpips_orig": Column("LPIPS vs original", "lpips", REFERENCE),
+    "clip_i": Column("CLIP-I", "clip-i", REFERENCE),
+    "dino": Column("DINO", "dino", REFERENCE),
+    "fid_real": Column("FID vs real", "fid", REAL),
+    "lpips_real": Column("LPIPS vs real", "lpips", REAL),
+    "clip_t": Column("CLIP-T", "clip-t", PROMPTS),
+    "is": Column("IS", "is", ITSELF),
+    "rmse": Column("RMSE to condition", "rmse", CONDITION, 4),
+    "gflops": Column("GFLOPs per layer", None, MODEL, 1),
+}
+
+QUALITY = ("fid_orig", "lpips_orig", "clip_i", "dino", "fid_real", "lpips_real", "clip_t", "is", "gflops")
+GUIDED = ("psnr", "ssim", "fid_orig", "lpips_orig", "clip_i", "dino", "clip_t", "is", "gflops")
+CONTROLLED = ("psnr", "ssim", "fid_orig", "lpips_orig", "clip_i", "dino", "clip_t", "rmse")
+PATCHES = ("fid_orig", "lpips_orig", "clip_i", "dino", "fid_real", "lpips_real")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper: what it is of, and its columns."""
+
+    title: str
+    columns: tuple[str, ...]
+
+
+TABLES: Mapping[int, Table] = {
+    2: Table("text to image, FLUX.1-dev at 1024 px", QUALITY),
+    3: Table("image-guided, FLUX.1-dev at 2048 and 4096 px", GUIDED),
+    4: Table("the same weights on FLUX.1-schnell", QUALITY),
+    5: Table("ControlNet, FLUX.1-dev", CONTROLLED),
+    6: Table("one picture on several devices", PATCHES),
+    8: Table("text to image, SD3.5", QUALITY),
+    9: Table("ControlNet, SD3.5", CONTROLLED),
+}
+"""By the paper's number. The titles say what the paper filled them with; here they are filled for the model at hand."""
+
+
+def markdown(table: Table, rows: Mapping[str, Mapping[str, float | None]], more: Sequence[str] = ()) -> str:
+    """A table in Markdown.
+
+    Args:
+        table: its columns.
+        rows: values by row title and column; None or missing: not computed.
+        more: further columns.
+    """
+    columns = [*table.columns, *(name for name in more if name not in table.columns)]
+    lines = ["| | " + " | ".join(COLUMNS[name].title for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for title, row in rows.items():
+        cells = []
+        for name in columns:
+            value = row.get(name)
+            cells.append("-" if value is None else f"{value:.{COLUMNS[name].digits}f}")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
