@@ -306,6 +306,23 @@ def stale_picture(steps=6, warmup_steps=2):
     return {"psnr": picture_psnr(stale, sync).item(), "again": (stale - again).abs().max().item()}
 
 
+def two_pictures_at_once(r=4):
+    """Four ranks as two groups of two, each with a picture of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pictures", "bands"))
+    picture = mesh["pictures"].get_local_rank()
+    model = tiny_flux()
+    call = flux_call(16 + 8 * picture, 10, 12, seed=picture)
+    whole = run(flexclear.transform(model, r=r, backend="sdpa"), call)
+    try:
+        parallel.enable(model, mesh)
+    except ValueError as error:
+        refused = str(error)
+    shared = run(parallel.enable(model, mesh["bands"]), call)
+    return {"error": (shared - whole).abs().max().item(), "sum": whole.sum().item(), "refused": refused}
+
+
 # Faults
 
 
@@ -328,7 +345,7 @@ def disagreeing(what, rank=1):
 _broken = {}
 
 
-def breaks_in_a_step(how, rank, timeout=3.0):
+def breaks_in_a_step(how, rank, timeout=4.0):
     """A pipeline one rank of which dies, sleeps or raises in the attention of its second step."""
     import os
     import time
@@ -405,3 +422,15 @@ def compiled():
     shared.append(run(model, calls[1]))
     errors = [(ours - expected).abs().max().item() for ours, expected in zip(shared, whole, strict=True)]
     return {"error": max(errors), "graphs": graphs, "new": counters["stats"]["unique_graphs"] - graphs}
+
+
+def quantized():
+    """Eight-bit weights."""
+    from flexclear.compile import quantize
+
+    model, call = build("flux")
+    plain = run(flexclear.transform(model, r=3, backend="sdpa"), call)
+    quantize(model, "weight_only", min_features=16)
+    whole = run(model, call)
+    shared = run(parallel.enable(model), call)
+    return {"error": (shared - whole).abs().max().item(), "bits": (plain - whole).abs().max().item()}

@@ -33,6 +33,13 @@ def split_decoding(pipe: Any, links: Links) -> None:
             return whole(z, *args, **kwargs)
         links.where = "decoding"
         links.open(resume=False)
+        try:
+            return shared(z, *args, **kwargs)
+        except Exception as error:
+            links.fail(error)
+            raise
+
+    def shared(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         decoder = vae.decoder
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         asked: list[Tensor] = []

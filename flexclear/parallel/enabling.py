@@ -231,7 +231,7 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
         kind: ``"ring"`` or ``"ulysses"``.
 
     Raises:
-        ValueError: the model is transformed, or diffusers cannot.
+        ValueError: the model is transformed or runs in parallel already, or there is no accelerator.
     """
     if kind not in ("ring", "ulysses"):
         raise ValueError(f"kind must be 'ring' or 'ulysses', got {kind!r}")
@@ -241,6 +241,11 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
             f"this {type(model).__name__} has windows: flexclear.parallel.enable shares it out; or flexclear.restore it first"
         )
     _refuse_other_parallelism(model)
+    if torch.accelerator.device_count() == 0:
+        raise ValueError(
+            "diffusers' context parallelism runs on accelerators such as CUDA, and torch finds none here. Windows run on "
+            "several CPU processes: flexclear.transform, then flexclear.parallel.enable"
+        )
     from diffusers import ContextParallelConfig
 
     count = len(_ranks(None))

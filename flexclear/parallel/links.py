@@ -76,7 +76,8 @@ class Links:
         self.timeout = timeout
         self.sent: Counter[str] = Counter()
         self.where = "set-up"
-        self._store = dist.PrefixStore(f"flexclear/{name}", _get_default_store())
+        members = "-".join(map(str, self.ranks))  # several groups of one world have a store in common
+        self._store = dist.PrefixStore(f"flexclear/{name}/{members}", _get_default_store())
         self._generation = 0
         self._groups: dict[str, Any] = {}
         self._closed = True
@@ -89,11 +90,14 @@ class Links:
 
     # Opening, closing, saying why
 
-    def open(self, resume: bool) -> None:
+    def open(self, resume: bool) -> bool:
         """Make sure that there are ways.
 
         Args:
             resume: whether a run is going on, so that another rank's stop must stop this one too.
+
+        Returns:
+            Whether they were made anew, so that what was under way is lost.
 
         Raises:
             ParallelError: another rank has stopped, or is not there.
@@ -102,12 +106,14 @@ class Links:
             if resume:
                 self.fail(None)
             self._close()
-        if self._closed:
-            self._generation += 1
-            self._groups = {}
-            self._closed = False
-            self._tag = 0
-            self._group(torch.device("cpu"), "control")
+        if not self._closed:
+            return False
+        self._generation += 1
+        self._groups = {}
+        self._closed = False
+        self._tag = 0
+        self._group(torch.device("cpu"), "control")
+        return True
 
     def _key(self, rank: int) -> str:
         return f"{self._generation}/stopped/{rank}"

@@ -105,13 +105,14 @@ class Session:
         self._calls += 1
         where = f"call {self._calls}" if step is None else f"step {step + 1}"
         self.links.where = where
-        self.links.open(resume=not new_run)
+        if self.links.open(resume=not new_run):
+            self._stale.clear()
         shape = (call.grids, tuple(sorted(call.text_lens.items())), tuple(call.tokens.shape))
         if new_run or shape != self._shape:
             self._forget()
         self._shape = shape
         mine: dict[str, Any] = {"denoising step": step, **facts_of_call(kwargs, call, thorough=new_run)}
-        if new_run:
+        if new_run and (step is not None or self._calls == 1):
             mine |= facts_of_model(model, settings, self.options)
         said = self.links.tell(mine)
         found = differences(said, self.links.ranks)

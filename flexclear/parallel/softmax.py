@@ -29,7 +29,8 @@ def partial_attention(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if key.shape[2] == 0:
-        return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], -math.inf).float()
+        nothing = query.new_zeros((*query.shape[:3], value.shape[-1]), dtype=torch.float32)
+        return nothing, query.new_full(query.shape[:3], -math.inf, dtype=torch.float32)
     kernel = None if keep is not None else _kernel(query, value)
     if kernel == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

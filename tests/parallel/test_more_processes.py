@@ -42,6 +42,16 @@ def test_three_bands_and_a_rank_that_dies(group):
         assert float(message.split("[after ")[1].split()[0]) < 15
 
 
+@pytest.mark.parametrize("group", [4], indirect=True)
+def test_a_mesh_gives_each_group_a_picture_of_its_own(group):
+    found = group.results("two_pictures_at_once")
+    assert max(result["error"] for result in found) <= EXACT
+    assert len({result["sum"] for result in found}) == 2
+    assert all(
+        "mesh must have one dimension" in result["refused"] and "mesh['bands']" in result["refused"] for result in found
+    )
+
+
 @pytest.mark.parametrize("group", [4, 8], indirect=True)
 def test_many_bands_are_the_whole_picture(group):
     height = 8 * group.size

@@ -58,6 +58,9 @@ def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
         parallel.enable_dense(model)
     with pytest.raises(ValueError, match="kind must be 'ring' or 'ulysses'"):
         parallel.enable_dense(tiny_flux(), kind="star")
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match="runs on accelerators such as CUDA, and torch finds none here"):
+            parallel.enable_dense(tiny_flux())
     ringed = tiny_flux()
     inner = SimpleNamespace(ring_degree=2, ulysses_degree=1)
     ringed._parallel_config = SimpleNamespace(context_parallel_config=inner)
@@ -118,10 +121,9 @@ def test_parts_of_a_softmax_merge_into_the_whole(dtype, value_dim, padded):
     parts = [
         partial_attention(query, key[:, :, a:b], value[:, :, a:b], 0.25, None if keep is None else keep[:, a:b])
         for a, b in cuts
-        if a < b or not padded
     ]
     bound = 2e-5 if dtype == torch.float32 else 2e-2
-    out, lse = merged([part for part in parts if part[0].shape == expected.shape])
+    out, lse = merged(parts)
     assert (out - expected).abs().max() <= bound
     assert (lse - expected_lse).abs().max() <= 1e-3
     top = torch.stack([lse for _, lse in parts]).amax(0)

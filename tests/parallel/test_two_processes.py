@@ -90,6 +90,12 @@ def test_a_lora_and_another_transform_after_enable_stay_shared(two):
     assert min(result["matters"] for result in found) > 1e-3
 
 
+def test_eight_bit_weights_are_shared_like_others(two):
+    found = two.results("quantized")
+    assert largest(found, "error") <= EXACT
+    assert min(result["bits"] for result in found) > 1e-3
+
+
 @pytest.mark.parametrize(("size", "r", "edges", "options"), [
     ((16, 12, 9), 3, (0, 8, 16), {}), ((32, 9, 7), 6, (0, 24, 32), {"shares": (3.0, 1.0)}),
 ])  # fmt: skip
@@ -184,7 +190,7 @@ def test_a_rank_that_is_late_or_fails_is_named_with_the_step_and_a_second_run_wo
     assert kind == "ParallelError"
     assert "step 2" in message
     if how == "sleeps":
-        assert f"rank {rank} did not answer within 3 s" in message
+        assert f"rank {rank} did not answer within 4 s" in message
     else:
         assert f"rank {rank} stopped in step 2: MemoryError: planted" in message
         assert errors[rank][0] == "MemoryError"
@@ -219,6 +225,6 @@ def test_compiled_blocks_are_shared_like_others(two):
 
 @pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
 def test_compiled_flex_attention_over_a_band_s_block_mask_is_the_whole_one(two):
-    found = two.results("flux_against_one", 24, 17, 20, 4, batch=2, backend="flex", timeout=300)
+    found = two.results("flux_against_one", 24, 17, 20, 4, batch=2, backend="flex", timeout=900)
     assert largest(found, "error") <= EXACT
     assert min(result["window"] for result in found) > 1e-3
