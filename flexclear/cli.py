@@ -1,5 +1,5 @@
 """The command line: ``flexclear generate``, ``doctor``, ``demo``, ``explain``, ``fuzz``, ``soak``,
-``data generate``, ``data cache``, ``distill``, ``eval``."""
+``data generate``, ``data cache``, ``distill``, ``eval``, ``analyze``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from flexclear.commands.analyze import analyze
 from flexclear.commands.data import data
 from flexclear.commands.demo import demo
 from flexclear.commands.distill import distill
@@ -28,6 +29,7 @@ for command in (generate, doctor, demo, explain, fuzz, soak, distill):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(evaluation, name="eval")
+app.add_typer(analyze, name="analyze")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
