@@ -19,7 +19,8 @@ def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
     Down-sampled keys stay where all layers have them with one factor and ``r`` says nothing of them.
 
     Raises:
-        TypeError, ValueError: see ``flexclear.schedule.resolve``.
+        TypeError, ValueError: see ``flexclear.schedule.resolve``; or other windows for a model that shares its pictures among
+            several ranks.
     """
     model = model_of(pipe)
     entry, layers = entry_hook_of(model), list(family_of(model).layers(model))
@@ -31,7 +32,13 @@ def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
     factor = factors.pop() if len(factors) == 1 else None
     if factor is not None:
         windows = [w if w is None or isinstance(w, Downsampled) else Downsampled(w, factor) for w in windows]
-    return {layer.name: window for layer, window in zip(layers, windows, strict=True)}
+    asked = {layer.name: window for layer, window in zip(layers, windows, strict=True)}
+    if entry is not None and entry.parallel is not None and asked != own:
+        raise ValueError(
+            "r: this model shares each picture among several ranks, which a stage cannot change the windows of. Give them to "
+            "flexclear.transform before, and leave r out"
+        )
+    return asked
 
 
 @contextlib.contextmanager

@@ -336,6 +336,11 @@ def test_what_one_model_cannot_do_is_named_before_any_work(flux, sd3, embedded, 
         upscale_cascade(flux, **call, negative_prompt="")
     with pytest.raises(ValueError, match=r"guidance=3: this FLUX.1 has no guidance input .* give a negative_prompt"):
         upscale_cascade(embedded, **call, guidance=3)
+    flexclear.transform(flux, r=5, backend="sdpa")
+    with monkeypatch.context() as patch:
+        patch.setattr(entry_hook_of(flux.transformer), "parallel", object())
+        with pytest.raises(ValueError, match="r: this model shares each picture among several ranks"):
+            upscale_cascade(flux, **call, r=2)
     flexclear.transform(flux, attention="sigmoid", backend="sdpa")
     with pytest.raises(ValueError, match=r"proportional_attention: attention='sigmoid' has a formula of its own"):
         upscale_cascade(flux, **call, proportional_attention=True)

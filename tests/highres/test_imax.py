@@ -120,7 +120,7 @@ def by_hand(pipe, kind, picture, height, width, steps, shift, guidance, seed):
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 72)])
+@pytest.mark.parametrize(("height", "width"), [(80, 80), (72, 96)])
 def test_a_stage_is_the_loop_of_the_method(request, kind, height, width, photo):
     pipe = request.getfixturevalue(kind)
     flexclear.transform(pipe, r=3, backend="sdpa")

@@ -38,7 +38,7 @@ def growth(vae, sides, side):
 
 def test_memory_grows_with_the_picture_and_not_with_the_feature_maps(embedded):
     sides = [64, 128, 256]
-    whole, tiles = growth(embedded.vae, sides, None), growth(embedded.vae, sides, 32)
+    whole, tiles = growth(embedded.vae, sides, None), growth(embedded.vae, sides, 64)
     areas = np.array(sides)[:, None] ** 2
     assert np.allclose(whole / areas, whole[-1] / areas[-1], rtol=0.15), "whole: every byte is per pixel"
     assert (tiles[-1] < whole[-1] / 3).all()
