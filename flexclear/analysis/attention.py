@@ -98,9 +98,8 @@ def observe(
     unknown = [name for name in chosen if name not in joint]
     if unknown:
         raise ValueError(f"no joint attention layer {unknown[0]!r}; there are {joint[0]!r} to {joint[-1]!r}")
-    pooled = [
-        name for name in chosen if model.get_submodule(name).processor.pooling_weight(torch.device("cpu")) is not None
-    ]
+    processors: dict[str, Any] = {name: model.get_submodule(name).processor for name in chosen}
+    pooled = [name for name, own in processors.items() if own.pooling_weight(torch.device("cpu")) is not None]
     if pooled:
         raise ValueError(f"{pooled[0]} has pooled keys, which have no place and no distance")
     counter = None if isinstance(model_or_pipe, nn.Module) else StepCounter(model_or_pipe)
@@ -119,10 +118,9 @@ def observe(
             found.append(_look(name, step, plan, processor.slot, query, key, queries))
         return WindowProcessor.attend(processor, plan, query, key, value)
 
-    watched = []
+    watched: list[Any] = []
     try:
-        for name in chosen:
-            processor = model.get_submodule(name).processor
+        for name, processor in processors.items():
             processor.attend = functools.partial(watch, name, processor)
             watched.append(processor)
         yield found

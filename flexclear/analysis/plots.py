@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexclear.analysis.attention import Observed
 from flexclear.analysis.cost import CostRow
 from flexclear.compile.files import whole_file
@@ -35,11 +37,11 @@ def plot_mass(found: Sequence[Observed], path: Path) -> Path:
     colours = matplotlib.colormaps["viridis"]
     for number, name in enumerate(names):
         own = [one for one in found if one.layer == name]
-        mean = sum(one.mass.mean(0) for one in own) / len(own)
+        mean = torch.stack([one.mass.mean(0) for one in own]).mean(0)
         colour = colours(number / max(len(names) - 1, 1))
         label = name if len(names) <= 8 else None
-        left.plot(range(len(mean)), mean, color=colour, linewidth=1, label=label)  # type: ignore[arg-type]
-        right.plot(range(1, len(mean) + 1), mean.cumsum(0), color=colour, linewidth=1)  # type: ignore[union-attr]
+        left.plot(range(len(mean)), mean, color=colour, linewidth=1, label=label)
+        right.plot(range(1, len(mean) + 1), mean.cumsum(0), color=colour, linewidth=1)
     flat = found[0].uniform
     left.plot(range(len(flat)), flat, "k--", linewidth=1, label="equal weights")
     right.plot(range(1, len(flat) + 1), flat.cumsum(0), "k--", linewidth=1)

@@ -84,7 +84,7 @@ class LearnedDistance(nn.Module):
         return total
 
     def _maps(self, pictures: Tensor) -> list[Tensor]:
-        maps, out = [], (pictures - self.mean) / self.scale
+        maps, out = [], (pictures - self.get_buffer("mean")) / self.get_buffer("scale")
         for index, layer in enumerate(self.features):
             out = layer(out)
             if index in self.taken:

@@ -111,7 +111,7 @@ def read_picture(path: Path, size: Size | None = None) -> Tensor:
     try:
         with Image.open(path) as opened:
             opened.load()
-            picture = opened
+            picture: Image.Image = opened
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
