@@ -345,7 +345,7 @@ def disagreeing(what, rank=1):
 _broken = {}
 
 
-def breaks_in_a_step(how, rank, timeout=4.0):
+def breaks_in_a_step(how, rank, timeout=4.0, height=128):
     """A pipeline one rank of which dies, sleeps or raises in the attention of its second step."""
     import os
     import time
@@ -369,7 +369,7 @@ def breaks_in_a_step(how, rank, timeout=4.0):
     handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(trouble, with_kwargs=True)
     begin = time.monotonic()
     try:
-        draw(pipe)
+        draw(pipe, height)
     except Exception as error:
         raise type(error)(f"{error} [after {time.monotonic() - begin:.1f} s]") from None
     finally:

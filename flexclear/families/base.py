@@ -74,6 +74,9 @@ class Family(ABC):
     clips_ntk: bool = False
     """Whether ``CallPlan.ntk_floor`` is known for it."""
 
+    idles: bool = True
+    """Whether its model runs without any image tokens, as ranks do that get no part of a small picture."""
+
     pipelines: tuple[str, ...] = ()
     """diffusers pipelines that its tests run end to end, for the support table."""
 

@@ -28,6 +28,7 @@ class QwenFamily(Family):
 
     model_class = "QwenImageTransformer2DModel"
     text_first = True
+    idles = False  # its rotary embedding cannot be applied to no tokens
     pipelines = (
         "QwenImagePipeline",
         "QwenImageImg2ImgPipeline",

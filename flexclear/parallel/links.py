@@ -254,9 +254,9 @@ class Links:
             kind: under which bytes are counted.
         """
         pending = Pending(self, {source: like.new_empty(shape) for source, shape in receives.items()})
+        self._tag += 1  # on ranks that have nothing to say, too: both ends of a later transfer must give it one tag
         if not sends and not receives:
             return pending
-        self._tag += 1
         group = self._group(like.device, kind)
         batched = like.device.type == "cuda"
         with self._transfer():

@@ -128,6 +128,12 @@ class Session:
             bands = self.bands(call, family.text_first)
         except ValueError as error:
             raise AgreedError(str(error)) from None
+        if bands.busy < bands.ranks and not family.idles:
+            raise AgreedError(
+                f"a picture of {call.grids[0][0]} x {call.grids[0][1]} tokens leaves {bands.ranks - bands.busy} of "
+                f"{bands.ranks} ranks idle (too_small='fewer'), and {type(model).__name__} cannot run without image tokens. "
+                f"Use {bands.busy} ranks, or a larger picture"
+            )
         layout = Layout(*call.grids[0], 0, family.text_first, "raster", call.grids[1:])
         self.current = BandCall(self, bands, layout, step, branch, family.text_first)
 
