@@ -1,5 +1,5 @@
 """The command line: ``flexclear generate``, ``doctor``, ``demo``, ``explain``, ``fuzz``, ``soak``,
-``data generate``, ``data cache``, ``distill``, ``eval``, ``analyze``."""
+``data generate``, ``data cache``, ``distill``, ``eval``, ``analyze``, ``report``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flexclear.commands.evaluate import evaluation
 from flexclear.commands.explain import explain
 from flexclear.commands.fuzz import fuzz
 from flexclear.commands.generate import generate
+from flexclear.commands.report import report
 from flexclear.commands.soak import soak
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, doctor, demo, explain, fuzz, soak, distill):
+for command in (generate, doctor, demo, explain, fuzz, soak, distill, report):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(evaluation, name="eval")
