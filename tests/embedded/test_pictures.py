@@ -41,9 +41,6 @@ def test_default_call_draws_128_pixels(pipe):
     assert np.abs(frame - (44, 96, 206)).max() < 40
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the shipped weights ended on still pictures; see flexclear/embedded/train/RECORD.md"
-)
 def test_seeds_differ_visibly(pipe):
     pictures = [draw(pipe, APPLE, seed, max_sequence_length=32) for seed in (1, 2, 3)]
     nearness = [picture_psnr(pictures[0], other).item() for other in pictures[1:]]
@@ -79,9 +76,6 @@ def test_seen_and_held_out_pairs_are_drawn(pipe, vocabulary, retriever):
         assert found.both >= 0.8, found
 
 
-@pytest.mark.xfail(
-    strict=True, reason="256 px had too small a share of the training; see flexclear/embedded/train/RECORD.md"
-)
 def test_larger_grid_is_drawn(pipe, vocabulary, retriever):
     requests = [Request(vocabulary_index, background, seed=5) for vocabulary_index, background in ((0, 5), (12, 1))]
     pictures = generate(pipe, vocabulary, requests, steps=10, pixels=256)

@@ -16,6 +16,7 @@ from flexclear.embedded.train import corpus
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from flexclear.embedded.train.export import trained_vocabulary
 from flexclear.embedded.train.pictures import training_pairs, training_scenes
+from flexclear.embedded.train.tokenizers import kept_clip_tokenizer
 
 
 def test_shipped_vocabulary_is_the_corpus(vocabulary):
@@ -90,3 +91,14 @@ def test_checkpoints_are_whole(tmp_path):
     save_checkpoint(path, {"step": 4})
     assert load_checkpoint(path) == {"step": 4}
     assert [item.name for item in path.parent.iterdir()] == ["state.pt"]
+
+
+def test_a_run_that_is_resumed_keeps_the_first_tokenizer(tmp_path):
+    captions = ["a red apple on a blue background", "an ear of corn", "a picture of an eye at night"]
+    file = tmp_path / "folder" / "clip_tokenizer.json"
+    first = kept_clip_tokenizer(file, captions)
+    again = kept_clip_tokenizer(file, ["other captions are not read any more"])
+    assert first.get_vocab() == again.get_vocab()
+    for caption in captions:
+        assert first(caption).input_ids == again(caption).input_ids
+        assert len(again(caption).input_ids) == len(caption.split()) + 2

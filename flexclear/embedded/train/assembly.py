@@ -11,9 +11,11 @@ from flexclear.embedded.captions import all_captions
 from flexclear.embedded.train import corpus
 from flexclear.embedded.train.checkpoint import load_checkpoint
 from flexclear.embedded.train.parts import build_clip, build_scheduler, build_t5, build_transformer
-from flexclear.embedded.train.tokenizers import build_clip_tokenizer, build_t5_tokenizer
+from flexclear.embedded.train.tokenizers import build_t5_tokenizer, kept_clip_tokenizer
 from flexclear.embedded.train.transformer import CHECKPOINT_NAME, Learners
 from flexclear.embedded.train.vae import build_vae
+
+TOKENIZER_NAME = "clip_tokenizer.json"
 
 
 def corpus_captions() -> list[str]:
@@ -28,11 +30,17 @@ def load_vae(folder: Path) -> AutoencoderKL:
     return vae.eval()
 
 
-def assemble(vae: AutoencoderKL, shift: float, scaling: float, seed: int) -> tuple[FluxPipeline, Learners]:
-    """Return a pipeline of the autoencoder and freshly initialised models, and those models."""
+def assemble(
+    folder: Path, vae: AutoencoderKL, shift: float, scaling: float, seed: int
+) -> tuple[FluxPipeline, Learners]:
+    """Return a pipeline of the autoencoder and freshly initialised models, and those models.
+
+    The CLIP tokenizer is the one in ``folder``, made if it is not there.
+    """
     torch.manual_seed(seed)
     captions = corpus_captions()
-    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(captions), build_t5_tokenizer(captions)
+    clip_tokenizer = kept_clip_tokenizer(folder / TOKENIZER_NAME, captions)
+    t5_tokenizer = build_t5_tokenizer(captions)
     learners = Learners(build_transformer(), build_clip(clip_tokenizer), build_t5(t5_tokenizer))
     vae.register_to_config(shift_factor=shift, scaling_factor=scaling)
     pipeline = FluxPipeline(
@@ -56,6 +64,6 @@ def load_trained(folder: Path) -> FluxPipeline:
     """
     state = load_checkpoint(folder / CHECKPOINT_NAME)
     values = state if "shift" in state else load_checkpoint(folder / "latents.pt")
-    pipeline, learners = assemble(load_vae(folder), values["shift"], values["scaling"], seed=0)
+    pipeline, learners = assemble(folder, load_vae(folder), values["shift"], values["scaling"], seed=0)
     learners.load_state_dict(state["learners"])
     return pipeline

@@ -46,7 +46,7 @@ def run_transformer(
         folder / ("latents-still.pt" if still else "latents.pt"),
         still,
     )
-    pipeline, learners = assemble(vae, cache.shift, cache.scaling, recipe.seed)
+    pipeline, learners = assemble(folder, vae, cache.shift, cache.scaling, recipe.seed)
     maker = BatchMaker(
         cache,
         [item.name for item in emoji],

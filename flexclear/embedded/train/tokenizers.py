@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer, T5TokenizerFast
 
+from flexclear.compile.files import whole_file
 from flexclear.embedded.captions import split_words
 
 CLIP_LENGTH = 77
@@ -38,6 +39,21 @@ def build_clip_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     vocabulary["<|startoftext|>"] = len(vocabulary)
     vocabulary["<|endoftext|>"] = len(vocabulary)
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=CLIP_LENGTH)
+
+
+def kept_clip_tokenizer(file: Path, captions: Sequence[str]) -> CLIPTokenizer:
+    """Return the CLIP tokenizer in ``file``; the first call builds it and writes the file.
+
+    BPE training breaks ties between pairs that are equally frequent by chance, so that a second build may number some
+    pieces in another way: a run that is resumed, and its export, must use the first one.
+    """
+    if not file.is_file():
+        model = json.loads(build_clip_tokenizer(captions).backend_tokenizer.to_str())["model"]
+        with whole_file(file) as beside:
+            beside.write_text(json.dumps({key: model[key] for key in ("vocab", "merges")}), encoding="utf-8")
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    merges = [tuple(pair) for pair in kept["merges"]]
+    return CLIPTokenizer(vocab=kept["vocab"], merges=merges, model_max_length=CLIP_LENGTH)
 
 
 def build_t5_tokenizer(captions: Sequence[str]) -> T5TokenizerFast:
