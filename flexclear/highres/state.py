@@ -24,7 +24,9 @@ def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
     """
     model = model_of(pipe)
     entry, layers = entry_hook_of(model), list(family_of(model).layers(model))
-    own = dict(entry.settings.windows) if entry is not None else {layer.name: None for layer in layers}
+    own: dict[str, Window | None] = {layer.name: None for layer in layers}
+    if entry is not None:
+        own = dict(entry.settings.windows)
     if isinstance(r, str):
         return own
     windows = resolve(r, layers)

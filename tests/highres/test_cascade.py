@@ -18,6 +18,7 @@ from flexclear.picture_files import read_settings
 PROMPT = "a red apple on a blue background"
 FAST = {"steps": 2, "max_sequence_length": 16}
 METHODS = ("sdedit", "imax")
+PAIRS = pytest.mark.parametrize(("pipe", "method"), [("flux", "sdedit"), ("sd3", "imax")], indirect=["pipe"])
 
 
 def pixels(picture):
@@ -53,7 +54,7 @@ def state(pipe):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@PAIRS
 def test_same_seed_same_picture_and_another_seed_another(pipe, method):
     first, again, other = (
         upscale_cascade(pipe, PROMPT, [32, 48], method=method, seed=seed, **FAST) for seed in (3, 3, 4)
@@ -65,8 +66,17 @@ def test_same_seed_same_picture_and_another_seed_another(pipe, method):
     assert (first.files, first.resumed) == ((), 0)
 
 
-@pytest.mark.parametrize(("method", "number"), [("sdedit", 1), ("sdedit", 2), ("imax", 2)])
-@pytest.mark.parametrize("transformed", [True, False])
+@pytest.mark.parametrize(
+    ("pipe", "method", "number", "transformed"),
+    [
+        ("flux", "sdedit", 1, True),
+        ("flux", "sdedit", 2, False),
+        ("flux", "imax", 2, True),
+        ("sd3", "imax", 2, False),
+        ("sd3", "sdedit", 2, True),
+    ],
+    indirect=["pipe"],
+)
 def test_whatever_a_stage_changed_comes_back_after_an_error_and_after_success(pipe, method, transformed, number):
     if transformed:
         flexclear.transform(pipe, r=5, backend="sdpa", proportional_attention=True)
@@ -94,7 +104,7 @@ def test_trained_pooling_weights_outlive_stages_with_other_windows(flux, photo):
     flexclear.restore(flux)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@PAIRS
 def test_an_interrupted_stage_resumes_from_the_last_finished_one(pipe, method, tmp_path):
     call = {"sizes": [16, 24, 32], "method": method, **FAST}
     whole = upscale_cascade(pipe, PROMPT, **call)
