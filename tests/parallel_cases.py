@@ -434,3 +434,19 @@ def quantized():
     whole = run(model, call)
     shared = run(parallel.enable(model), call)
     return {"error": (shared - whole).abs().max().item(), "bits": (plain - whole).abs().max().item()}
+
+
+def command(*arguments):
+    """The command line in this process, as torchrun starts it: exit status and standard output."""
+    import contextlib
+    import io
+
+    from flexclear import cli
+
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            cli.main(list(arguments))
+        except SystemExit as end:
+            return end.code or 0, out.getvalue(), error.getvalue(), dist.is_initialized()
+    raise AssertionError("the command did not end")

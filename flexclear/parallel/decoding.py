@@ -23,7 +23,7 @@ def split_decoding(pipe: Any, links: Links) -> None:
     The VAE's own method cuts and blends: it runs once to see which tiles it asks its decoder for, the ranks decode them in
     turn and pass them on, and it runs again with their results. So every rank has the picture that one would have made.
     """
-    vae = getattr(pipe, "vae", None)
+    vae: Any = getattr(pipe, "vae", None)
     if type(vae).__name__ not in KNOWN:
         return
     whole = vae.tiled_decode
@@ -75,11 +75,11 @@ def whole_decoding(pipe: Any) -> None:
 def _with_forward(module: torch.nn.Module, forward: Callable[..., Any], call: Callable[[], Any]) -> Any:
     """``call()`` while a module's forward is another."""
     before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         return call()
     finally:
         if before is None:
             del module.forward
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before

@@ -1,17 +1,16 @@
-"""``flexclear generate --parallel`` under torchrun: the picture of one process, written and told by the first rank only."""
+"""``flexclear generate --parallel`` as torchrun starts it: one process's picture, written and told by the first rank."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from flexclear import cli
 from flexclear.picture_files import read_settings
+
+from parallel_group import Group
 
 OPTIONS = [
     "--prompt", "a red apple", "--radius", "4", "--backend", "sdpa", "--device", "cpu", "--steps", "2", "--text-len", "16",
@@ -23,23 +22,35 @@ def test_two_processes_write_one_picture_which_is_that_of_one(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["generate", "embedded", *OPTIONS, "--out", str(tmp_path / "one.png")])
     assert not end.value.code, capsys.readouterr().err
-    launcher = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", *launcher, "-m", "flexclear", "generate", "embedded", *OPTIONS, "--parallel",
-            "--out", str(tmp_path / "two.png"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    [line] = done.stdout.splitlines()
+    group = Group(2)
+    try:
+        arguments = ["generate", "embedded", *OPTIONS, "--parallel", "--out", str(tmp_path / "two.png")]
+        first, other = group.results("command", *arguments)
+    finally:
+        group.close()
+    assert [status for status, *_ in (first, other)] == [0, 0], (first, other)
+    [line] = first[1].splitlines()
     assert json.loads(line)["path"] == str(tmp_path / "two.png")
-    assert done.stderr.count("two.png") == 1, "one rank speaks"
+    assert "pictures" in first[2]
+    assert other[1] == ""
+    assert "two.png" not in other[2], "one rank speaks"
+    assert "pictures" not in other[2], "and draws the bar"
+    assert not first[3], "the process group is given back"
+    assert not other[3]
     assert read_settings(tmp_path / "two.png")["settings"]["ranks"] == 2
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert one.size == two.size == (128, 64)
         furthest = max(abs(a - b) for a, b in zip(one.tobytes(), two.tobytes(), strict=True))
     assert furthest <= 1, "rounding to whole colours"
+
+
+def test_torchrun_leaves_the_options_to_the_command():
+    from torch.distributed.run import parse_args
+
+    given = ["-m", "flexclear", "generate", "embedded", *OPTIONS, "--parallel"]
+    parsed = parse_args(["--nproc-per-node", "2", *given])
+    assert (parsed.nproc_per_node, parsed.training_script) == ("2", "flexclear")
+    assert parsed.training_script_args == given[2:]
 
 
 @pytest.mark.parametrize(
