@@ -1,7 +1,7 @@
 """One picture on several processes: seconds per step, bytes and speed-up; and the model on paper.
 
-torchrun --nproc-per-node 2 bench/parallel.py                       # measures; writes results/parallel.*
-python bench/parallel.py --paper                                    # the model: results/parallel_model.*
+    torchrun --nproc-per-node 2 bench/parallel.py                   # measures; writes results/parallel.*
+    python bench/parallel.py --paper                                # the model: results/parallel_model.*
 
 On CPU every process is pinned to a core of its own. Shared outputs are compared with one process's in the same run, and
 counted bytes with the formula of ``flexclear.parallel.costs``; either being wrong ends it.
@@ -132,7 +132,8 @@ def measure(arguments: argparse.Namespace) -> None:
             rows.append(
                 {
                     "side": side, "r": arguments.r, "processes": size, "text": text, "exchange": exchange,
-                    "seconds": seconds, "alone_seconds": alone, "speed_up": alone / seconds, "error": error, **per_step,
+                    "seconds": seconds, "alone_seconds": alone, "speed_up": alone / seconds, "error": error,
+                    **{f"{kind}_bytes": sent for kind, sent in per_step.items()},
                 }
             )  # fmt: skip
         flexclear.restore(model)
@@ -199,7 +200,9 @@ def table(rows: list[dict[str, Any]]) -> str:
                 + " |" * 6
             )
             continue
-        kilobytes = [f"{row[name] / 1e3:.0f}" if name in row else "" for name in ("border", "text", "output")]
+        kilobytes = [
+            f"{row[name] / 1e3:.0f}" if name in row else "" for name in ("border_bytes", "text_bytes", "output_bytes")
+        ]
         error = f"{row['error']:.0e}" if "error" in row else ""
         lines.append(
             f"| {row['side']} x {row['side']} | {row['r']} | {row['processes']} | {row['text']} | {row['exchange']} | "
