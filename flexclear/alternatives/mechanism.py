@@ -37,7 +37,18 @@ class Mechanism(ABC):
 
 
 class WindowMechanism(Mechanism):
-    """An alternative that is a mask: a window per layer, run by the same kernels as CLEAR's."""
+    """An alternative that is a mask: a window per layer, run by the same kernels as CLEAR's.
+
+    Made only with sizes that its windows of even and odd layers take.
+    """
+
+    def __post_init__(self) -> None:
+        for layer in (0, 1):
+            self.window(layer)
+
+    @property
+    def name(self) -> str:
+        return self.window(0).name
 
     @abstractmethod
     def window(self, layer: int) -> Window:

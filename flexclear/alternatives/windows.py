@@ -24,13 +24,6 @@ class StridedAttention(WindowMechanism):
     source: ClassVar[str] = "Child et al. 2019, Generating Long Sequences with Sparse Transformers, arXiv 1904.10509"
     stride: int = 4
 
-    def __post_init__(self) -> None:
-        self.window(0)
-
-    @property
-    def name(self) -> str:
-        return self.window(0).name
-
     def window(self, layer: int) -> Window:
         return Strided(self.stride)
 
@@ -50,9 +43,6 @@ class SwinAttention(WindowMechanism):
     kind: ClassVar[str] = "swin"
     source: ClassVar[str] = "Liu et al. 2021, Swin Transformer, arXiv 2103.14030"
     size: int = 16
-
-    def __post_init__(self) -> None:
-        self.window(1)
 
     @property
     def name(self) -> str:
@@ -75,13 +65,6 @@ class NeighborhoodAttention(WindowMechanism):
     kind: ClassVar[str] = "neighborhood"
     source: ClassVar[str] = "Hassani et al. 2023, Neighborhood Attention Transformer, arXiv 2204.07143"
     kernel: int = 16
-
-    def __post_init__(self) -> None:
-        self.window(0)
-
-    @property
-    def name(self) -> str:
-        return self.window(0).name
 
     def window(self, layer: int) -> Window:
         return Neighborhood(self.kernel)

@@ -7,15 +7,17 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flexclear.alternatives.mechanism import Formula, Mechanism
 from flexclear.alternatives.names import named
 from flexclear.attention import BACKENDS
 from flexclear.masks import Disc, Downsampled
+
+Settings = TypeVar("Settings")
 
 TRAIN = ("projections", "lora")
 TEACHERS = ("shared", "copy")
@@ -278,17 +280,31 @@ def read_config(path: str | Path) -> DistillConfig:
         FileNotFoundError: there is no such file.
         TypeError, ValueError: it is no YAML, has unknown settings, lacks some, or one makes no sense.
     """
-    path = Path(path).expanduser()
-    found = read_mapping(path)
-    try:
-        config = from_mapping(found, path.parent)
+
+    def made(found: Mapping[str, Any], folder: Path) -> DistillConfig:
+        config = from_mapping(found, folder)
         for name in ("model", "data"):
             if getattr(config, name) is None:
                 raise ValueError(f"{name} is missing")
         config.check()
+        return config
+
+    return read_settings_file(path, made)
+
+
+def read_settings_file(path: str | Path, make: Callable[[Mapping[str, Any], Path], Settings]) -> Settings:
+    """What ``make`` makes of a YAML file's mapping and the folder that it is in; its errors name the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: it is no YAML, or ``make`` says so.
+    """
+    path = Path(path).expanduser()
+    found = read_mapping(path)
+    try:
+        return make(found, path.parent)
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise type(error)(f"{path}: {error}") from error
-    return config
 
 
 def read_mapping(path: Path) -> Mapping[str, Any]:

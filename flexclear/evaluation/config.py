@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexclear.alternatives.names import named
-from flexclear.distill.config import build, read_mapping
+from flexclear.distill.config import build, read_settings_file
 from flexclear.evaluation.conditions import CONDITIONS
 from flexclear.evaluation.networks import DEFAULTS
 from flexclear.evaluation.tables import COLUMNS, TABLES
@@ -176,14 +176,13 @@ def read_eval_config(path: str | Path) -> EvalConfig:
         FileNotFoundError: there is no such file.
         TypeError, ValueError: it is no YAML, has unknown settings, lacks some, or one makes no sense.
     """
-    path = Path(path).expanduser()
-    found = read_mapping(path)
-    try:
-        config = from_mapping(found, path.parent)
+
+    def made(found: Mapping[str, Any], folder: Path) -> EvalConfig:
+        config = from_mapping(found, folder)
         config.check()
-    except (TypeError, ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{path}: {error}") from error
-    return config
+        return config
+
+    return read_settings_file(path, made)
 
 
 def from_mapping(found: Mapping[str, Any], folder: Path | None = None) -> EvalConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -20,8 +21,8 @@ from flexclear.steps import StepCounter
 
 Target = TypeVar("Target")
 
-_made = 0
-"""How many sessions this process has made: their names, alike on all ranks, which make them in the same order."""
+_numbers = itertools.count(1)
+"""Names of this process's sessions, alike on all ranks, which make them in the same order."""
 
 
 def enable(
@@ -102,9 +103,7 @@ def enable(
         timeout=float(timeout),
     )
     disable(model_or_pipe)
-    global _made
-    _made += 1
-    links = Links(ranks, options.timeout, str(_made))
+    links = Links(ranks, options.timeout, str(next(_numbers)))
     session = Session(links, options, StepCounter(pipe))
     attach(model, session)
     if pipe is not None and split_vae:
