@@ -47,6 +47,9 @@ def transformer(
     small_pictures: Annotated[int, typer.Option(help="Pictures of 128 pixels to encode.")] = 18_000,
     large_pictures: Annotated[int, typer.Option(help="Pictures of 256 pixels to encode.")] = 2_000,
     still: Annotated[bool, typer.Option(help="Pictures without jitter: first, so that names are learned.")] = False,
+    guided_from: Annotated[
+        int | None, typer.Option(help="First step that learns to do without classifier-free guidance.")
+    ] = None,
 ) -> None:
     """Train the transformer and the text encoders (over an hour on two CPU cores); SIGTERM stops it."""
     import torch
@@ -56,8 +59,40 @@ def transformer(
 
     torch.set_num_threads(threads)
     run_transformer(
-        TransformerRecipe(compiled=compiled), folder, font, small_pictures, large_pictures, steps, decay_from, still
+        TransformerRecipe(compiled=compiled, guided_from=guided_from),
+        folder,
+        font,
+        small_pictures,
+        large_pictures,
+        steps,
+        decay_from,
+        still,
     )
+
+
+@app.command()
+def measure(
+    folder: Folder = Path(".train"),
+    font: Font = None,
+    threads: Threads = 2,
+    pictures: Annotated[int, typer.Option(help="Pictures to draw, spread over the emoji.")] = 512,
+    strength: Annotated[float, typer.Option(help="What an emoji that is never right gains in weight.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Backgrounds and noise; not the seed of the results.")] = 5,
+) -> None:
+    """Draw every emoji and write how often ``transformer`` shall show each from now on."""
+    import torch
+
+    from flexclear.embedded.font import extract_bitmaps
+    from flexclear.embedded.retrieval import Retriever
+    from flexclear.embedded.train import corpus
+    from flexclear.embedded.train.assembly import load_trained
+    from flexclear.embedded.train.emphasis import measure_emphasis, write_emphasis
+    from flexclear.embedded.train.export import trained_vocabulary
+
+    torch.set_num_threads(threads)
+    retriever = Retriever(extract_bitmaps(corpus.EMOJI_CODE_POINTS, font), list(corpus.BACKGROUNDS.values()))
+    weights = measure_emphasis(load_trained(folder), retriever, trained_vocabulary(), pictures, strength, seed)
+    typer.echo(f"wrote {write_emphasis(folder, weights)}")
 
 
 @app.command()

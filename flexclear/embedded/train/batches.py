@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from flexclear.embedded.captions import random_caption
-from flexclear.embedded.train.latents import LatentCache
+from flexclear.embedded.train.latents import LatentCache, LatentSet
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Batch:
         sigmas: shape (pictures,), noise levels strictly between 0 and 1.
         clip_ids: shape (pictures, longest caption), int64.
         t5_ids: shape (pictures, text length), int64.
+        empty_clip_ids: the same shape as ``clip_ids``, for the empty caption.
+        empty_t5_ids: the same shape as ``t5_ids``, for the empty caption.
     """
 
     latents: torch.Tensor
@@ -62,11 +64,16 @@ class Batch:
     sigmas: torch.Tensor
     clip_ids: torch.Tensor
     t5_ids: torch.Tensor
+    empty_clip_ids: torch.Tensor
+    empty_t5_ids: torch.Tensor
 
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes the batch of any step number, the same one every time."""
+    """Makes the batch of any step number, the same one every time.
+
+    ``emphasis`` is how often each emoji is drawn relative to the others; all the same without it.
+    """
 
     cache: LatentCache
     emoji_names: Sequence[str]
@@ -74,13 +81,14 @@ class BatchMaker:
     clip_tokenizer: CLIPTokenizer
     t5_tokenizer: T5TokenizerFast
     seed: int
+    emphasis: Sequence[float] | None = None
 
     def make(self, step: int) -> Batch:
         """Return the batch of step ``step``."""
         choice = random.Random(f"{self.seed}/{step}")
         kind = choice.choices(BATCH_KINDS, [kind.share for kind in BATCH_KINDS])[0]
         chosen_set = self.cache.large if kind.large else self.cache.small
-        rows = [choice.randrange(len(chosen_set.latents)) for _ in range(kind.pictures)]
+        rows = self._rows(chosen_set, kind.pictures, choice)
         captions = [
             random_caption(
                 self.emoji_names[int(chosen_set.emoji[row])],
@@ -91,16 +99,28 @@ class BatchMaker:
         ]
         generator = torch.Generator().manual_seed(choice.getrandbits(62))
         latents = chosen_set.latents[rows].float()
+        clip_ids = self.clip_tokenizer(captions, padding="longest", return_tensors="pt").input_ids
         return Batch(
             latents=latents,
             noise=torch.randn(latents.shape, generator=generator),
             sigmas=torch.sigmoid(torch.randn(kind.pictures, generator=generator) + kind.noise_logit),
-            clip_ids=self.clip_tokenizer(captions, padding="longest", return_tensors="pt").input_ids,
-            t5_ids=self.t5_tokenizer(
-                captions,
-                padding="max_length",
-                max_length=kind.text_length,
-                truncation=True,
-                return_tensors="pt",
+            clip_ids=clip_ids,
+            t5_ids=self._t5_ids(captions, kind.text_length),
+            empty_clip_ids=self.clip_tokenizer(
+                [""] * kind.pictures, padding="max_length", max_length=clip_ids.shape[1], return_tensors="pt"
             ).input_ids,
+            empty_t5_ids=self._t5_ids([""] * kind.pictures, kind.text_length),
         )
+
+    def _rows(self, chosen_set: LatentSet, pictures: int, choice: random.Random) -> list[int]:
+        count = len(chosen_set.latents)
+        if self.emphasis is None:
+            return [choice.randrange(count) for _ in range(pictures)]
+        weights = torch.tensor(self.emphasis)[chosen_set.emoji].tolist()
+        return choice.choices(range(count), weights, k=pictures)
+
+    def _t5_ids(self, captions: Sequence[str], length: int) -> torch.Tensor:
+        encoded = self.t5_tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return encoded.input_ids

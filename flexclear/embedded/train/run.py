@@ -9,6 +9,7 @@ from flexclear.embedded.font import extract_bitmaps
 from flexclear.embedded.train import corpus
 from flexclear.embedded.train.assembly import assemble, load_vae
 from flexclear.embedded.train.batches import BatchMaker
+from flexclear.embedded.train.emphasis import read_emphasis
 from flexclear.embedded.train.latents import build_cache
 from flexclear.embedded.train.pictures import training_pairs
 from flexclear.embedded.train.transformer import TransformerRecipe, train_transformer
@@ -27,7 +28,8 @@ def run_transformer(
     """Train the transformer with checkpoints in ``folder`` and return the number of steps done so far.
 
     ``still`` trains on pictures without jitter. Under jitter an emoji's name explains a tenth of the latents' variance
-    only, too little to be noticed at the start; on still pictures it explains nearly all of it.
+    only, too little to be noticed at the start; on still pictures it explains nearly all of it. Where ``folder`` holds
+    an ``emphasis.json``, the emoji that it favours are shown more often.
     """
     emoji = corpus.emoji()
     names = list(corpus.BACKGROUNDS)
@@ -54,6 +56,7 @@ def run_transformer(
         pipeline.tokenizer,
         pipeline.tokenizer_2,
         recipe.seed,
+        read_emphasis(folder, [item.name for item in emoji]),
     )
     prompts = [caption(emoji[(5 * i) % len(emoji)].name, names[i % len(names)]) for i in range(24)]
     return train_transformer(recipe, learners, maker, pipeline, prompts, folder, total, decay_from)
