@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from flexclear.commands.terminal import console, progress_bars
+
 data = typer.Typer(help="Pictures to train on: drawn by the teacher, encoded once.", no_args_is_help=True)
-
-
-def _progress(console: Any) -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
 
 
 @data.command("generate")
@@ -75,16 +51,16 @@ def generate(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {out} is a file")
     total, left = len(plan.numbers()), len(plan.missing())
-    console = _console()
-    with _progress(console) as progress:
+    lines = console()
+    with progress_bars(lines) as progress:
         task = progress.add_task("pictures", total=total, completed=total - left)
         drawn = 0
         try:
-            for _ in draw_data(plan, say=console.print):
+            for _ in draw_data(plan, say=lines.print):
                 drawn += 1
                 progress.update(task, advance=1)
         except KeyboardInterrupt:
-            console.print(f"interrupted: {total - left + drawn} of {total} pictures are finished and kept in {out}")
+            lines.print(f"interrupted: {total - left + drawn} of {total} pictures are finished and kept in {out}")
             raise typer.Exit(130) from None
     print(f"{out}: {drawn} pictures drawn, {total - left} were there already")
 
@@ -119,8 +95,8 @@ def cache(
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {['auto', *DTYPES]}, got {dtype!r}")
     automatic = torch.bfloat16 if place.type == "cuda" else torch.float32
-    console = _console()
-    with _progress(console) as progress:
+    lines = console()
+    with progress_bars(lines) as progress:
         task = progress.add_task("encoding", total=None)
         done = job(
             source,
@@ -132,6 +108,6 @@ def cache(
             device=place,
             dtype=automatic if dtype == "auto" else DTYPES[dtype],
             on_item=lambda number, total: progress.update(task, completed=number, total=total),
-            say=console.print,
+            say=lines.print,
         )
     print(f"{done.folder}: {done.samples} samples, {len(done.skipped)} skipped")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flexclear.commands.terminal import progress_bars
+
 DEMO_PROMPTS = (
     "a red apple on a blue background",
     "a sunflower on a white background",
@@ -33,14 +35,6 @@ def demo(
     Where weights distilled for a window ship with the package, that window is drawn with them, too.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from flexclear import embedded
     from flexclear.masks import Disc
@@ -71,14 +65,7 @@ def demo(
         console.print(f"Without distilled weights: {error}.", markup=False, highlight=False)
     radii = radii or sorted({student.radius for student in students}) or [3, 4, 6, 8]
     students = tuple(student for student in students if student.radius in radii)
-    columns = (
-        TextColumn("{task.description:>7}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("loading", total=(1 + len(radii) + len(students)) * len(prompts) * steps)
         pipe = embedded.pipeline()
         pipe.set_progress_bar_config(disable=True)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from flexclear.commands.terminal import console, progress_bars
+
 
 def distill(
     config: Annotated[Path, typer.Argument(help="YAML file with the settings; see flexclear.distill.DistillConfig.")],
@@ -21,15 +23,6 @@ def distill(
 
     The same command goes on where it was stopped. For several GPUs: accelerate launch -m flexclear distill CONFIG.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from flexclear.distill.config import read_config
     from flexclear.generate_settings import parse_size
@@ -45,25 +38,17 @@ def distill(
 
     # Of several processes, as torchrun and accelerate launch start them, the first one speaks.
     first = os.environ.get("RANK", "0") == "0"
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, quiet=not first)
-    columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    with Progress(*columns, console=console) as progress:
+    lines = console(quiet=not first)
+    with progress_bars(lines, "{task.fields[loss]}") as progress:
         task = progress.add_task("steps", total=settings.steps, loss="")
 
         def on_step(record: dict[str, float]) -> None:
             progress.update(task, completed=int(record["step"]), loss=f"loss {record['loss']:.4f}")
 
-        done = train(config=settings, on_step=on_step, say=console.print)
+        done = train(config=settings, on_step=on_step, say=lines.print)
     if done.interrupted:
         raise typer.Exit(130)
     for record in done.held_out[-1:]:
-        console.print("held out: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
+        lines.print("held out: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
     if first:
         print(f"weights: {done.weights}")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flexclear.commands.terminal import console, progress_bars
+
 PICTURES = "pictures"
 
 
@@ -125,25 +127,8 @@ class _Bars:
     """One progress bar per metric, on standard error."""
 
     def __enter__(self) -> _Bars:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description:>8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        self.console = console()
+        self._progress = progress_bars(self.console)
         self._tasks: dict[str, Any] = {}
         self._progress.__enter__()
         return self

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from flexclear.commands.terminal import console, progress_bars
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="Pipeline folder, hub id, or 'embedded': the small one in the package.")],
@@ -90,15 +92,6 @@ def generate(
     A file that exists is never replaced unless --overwrite says so: in a folder numbers go on after the highest one,
     a single file is an error. Ctrl-C keeps what is finished.
     """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from flexclear import generate as job
     from flexclear.generate_settings import EMBEDDED
@@ -134,31 +127,24 @@ def generate(
     )
     silent = parallel and int(os.environ.get("RANK", "0")) != 0  # the first process speaks for all
     setup = job.check(settings)
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, quiet=silent)
+    lines = console(quiet=silent)
     if model == EMBEDDED:
         from flexclear.embedded import unknown_words
 
         for text in dict.fromkeys(settings.prompts):
             if strangers := unknown_words(text):
-                console.print(
+                lines.print(
                     f"The embedded model was not trained on: {', '.join(strangers)} (in {text!r}). It draws all the same."
                 )
     if setup.recipe is not None:
-        console.print(f"quantising with recipe {setup.recipe}")
-    columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+        lines.print(f"quantising with recipe {setup.recipe}")
     done = 0
     try:
         # On a terminal the bar must know of printed lines; elsewhere they must not follow it to standard error.
-        with Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as progress:
+        with progress_bars(lines, redirect_stdout=sys.stdout.isatty()) as progress:
             pictures = progress.add_task("loading", total=settings.pictures)
             inner = progress.add_task("steps", total=steps)
-            pipe = job.load(settings, setup, console.print)
+            pipe = job.load(settings, setup, lines.print)
             progress.update(pictures, description="pictures")
 
             def on_step(picture: int, step: int, total: int) -> None:
@@ -173,10 +159,10 @@ def generate(
                     f"{drawn.seconds:.2f} s" + ("" if pace is None else f", {pace:.3f} s each (median)")
                 )
                 if json:
-                    console.print(line)
+                    lines.print(line)
                 print(drawn.as_json() if json else line, flush=True)
     except KeyboardInterrupt:
-        console.print(f"interrupted: {done} of {settings.pictures} pictures are finished and kept in {out}")
+        lines.print(f"interrupted: {done} of {settings.pictures} pictures are finished and kept in {out}")
         raise typer.Exit(130) from None
     except ParallelError as error:
         print(f"flexclear: {error}", file=sys.stderr)
