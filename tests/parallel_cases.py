@@ -91,10 +91,30 @@ def build(kind):
     if kind.startswith("chroma"):
         cases = family("chroma")
         return cases.tiny_chroma(), cases.chroma_call(16, 13, 12, **batch, kind=kind.removeprefix("chroma, "))
+    if kind.startswith("zimage"):
+        return build_zimage(kind.removeprefix("zimage, "))
     cases = family("qwen")
     mask = torch.ones(2, 12)
     mask[1, 7:] = 0
     return cases.tiny_qwen(), cases.qwen_call((16, 10), ((9, 14),), 12, 2, mask=mask)
+
+
+def build_zimage(kind):
+    """Sizes with and without pads, of which a rank's own picture has other numbers than the whole one."""
+    cases = family("zimage")
+    (height, width), captions, config = {
+        "no pads": ((16, 16), (20,), {}),
+        "pads, two captions": ((25, 9), (33, 7), {}),
+        "pads, columns": ((9, 29), (7, 40), {}),
+        "no refiner": ((19, 13), (33, 7), {"n_refiner_layers": 0}),
+        "as large as positions go": ((64, 5), (33, 7), {"axes_lens": [200, 64, 5]}),
+        "residuals": ((17, 16), (33, 7), {}),
+    }[kind]
+    call = cases.call_of(height, width, captions)
+    if kind == "residuals":
+        length = cases.padded(height * width) + 64
+        call["controlnet_block_samples"] = {0: torch.randn(2, length, 32, generator=torch.Generator().manual_seed(9))}
+    return cases.tiny_zimage(**config), call
 
 
 def with_reference(call, height, width):
@@ -114,7 +134,8 @@ def with_reference(call, height, width):
 def sample(model, call):
     """A model's output as one tensor."""
     with torch.no_grad():
-        return model(**call).sample
+        found = model(**call).sample
+        return torch.stack(found) if isinstance(found, list) else found
 
 
 def family_against_one(kind, transform, **options):
@@ -212,9 +233,18 @@ def average_against_eq_7(height, width, text_len, r, edges, **options):
 _pipes = {}
 
 
+def make_pipeline(kind):
+    if kind == "embedded":
+        return flexclear.embedded.pipeline()
+    if kind == "sd3":
+        return family("sd3").pipe.__wrapped__()
+    cases = family("zimage")
+    return cases.pipeline(cases.parts.__wrapped__(), "ZImagePipeline", cases.tiny_zimage(in_channels=8))
+
+
 def pipeline(kind="embedded"):
     if kind not in _pipes:
-        made = flexclear.embedded.pipeline() if kind == "embedded" else family("sd3").pipe.__wrapped__()
+        made = make_pipeline(kind)
         made.set_progress_bar_config(disable=True)
         _pipes[kind] = made
     return flexclear.restore(_pipes[kind])
@@ -304,6 +334,27 @@ def stale_picture(steps=6, warmup_steps=2):
     stale, again = draw(pipe, **guided), draw(pipe, **guided)
     parallel.disable(pipe)
     return {"psnr": picture_psnr(stale, sync).item(), "again": (stale - again).abs().max().item()}
+
+
+def stale_where_guidance_ends():
+    """Z-Image, which leaves guidance out after some steps, so that the batch shrinks: stale, stale again and sync."""
+    pipe = flexclear.transform(pipeline("zimage"), r=4, backend="sdpa")
+    batches = []
+
+    def remember(module, args, kwargs):
+        batches.append(len(args[0] if args else kwargs["x"]))  # flexclear's own hook, if it was first, leaves no args
+
+    handle = pipe.transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    call = {"height": 136, "width": 72, "steps": 6, "cfg_truncation": 0.5}
+    whole = draw(pipe, **call)
+    found = {"batches": batches}
+    for exchange in ("sync", "stale"):
+        parallel.enable(pipe, exchange=exchange, warmup_steps=2)
+        found[exchange] = (draw(pipe, **call) - whole).abs().max().item()
+    found["again"] = (draw(pipe, **call) - whole).abs().max().item()
+    parallel.disable(pipe)
+    handle.remove()
+    return found
 
 
 def two_pictures_at_once(r=4):
@@ -407,19 +458,24 @@ def refused(what):
     return (run(model, call) - whole).abs().max().item()
 
 
-def compiled():
-    """A FLUX whose blocks are compiled, shared: its error, and what calls with other inputs compile anew."""
+def compiled(kind):
+    """A model whose blocks are compiled, shared: its error, and what calls with other inputs compile anew."""
     from torch._dynamo.utils import counters
 
-    model = tiny_flux(num_layers=1, num_single_layers=1)
+    if kind == "flux":
+        model = tiny_flux(num_layers=1, num_single_layers=1)
+        calls = [flux_call(16, 16, 12, seed=seed) for seed in (0, 1)]
+    else:
+        cases = family("zimage")
+        model = cases.tiny_zimage(n_layers=1)
+        calls = [cases.call_of(17, 13, (33, 7), seed=seed) for seed in (0, 1)]
     flexclear.transform(model, r=3, backend="sdpa")
-    calls = [flux_call(16, 16, 12, seed=seed) for seed in (0, 1)]
-    whole = [run(model, call) for call in calls]
+    whole = [sample(model, call) for call in calls]
     parallel.enable(model)
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    shared = [run(model, calls[0])]
+    shared = [sample(model, calls[0])]
     graphs = counters["stats"]["unique_graphs"]
-    shared.append(run(model, calls[1]))
+    shared.append(sample(model, calls[1]))
     errors = [(ours - expected).abs().max().item() for ours, expected in zip(shared, whole, strict=True)]
     return {"error": max(errors), "graphs": graphs, "new": counters["stats"]["unique_graphs"] - graphs}
 

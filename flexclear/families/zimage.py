@@ -14,10 +14,15 @@ attention unread. So nothing of a call is kept on the model, in a global or in a
 behind, a checkpointed block finds its plan again in the backward pass, and compiled blocks read it off an argument. The
 model's own rotary embedding, in raster order, is not used where there are image tokens: the plan holds one in its order,
 with the NTK factor on its base. The refiner of captions keeps the model's own.
+
+On one of several ranks the model gets a picture of the rank's own patches, and pads that. A hook before the first block puts
+as many pads there as the whole picture has, since they are text to the window and every rank has all of it; and one behind
+the last layer makes its output as long as the model takes it to be.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -113,7 +118,8 @@ class ZImageFamily(Family):
         lengths = [len(caption) + _padding(len(caption)) for caption in _captions(model, kwargs)]
         plan = replace(plan, rotary=rotary(model.rope_embedder, plan.base, lengths, ntk_factor))
         changed = {**kwargs, "t": Timestep(kwargs["t"], plan, pictures.dtype)}
-        changed["x"] = list(_exchange(pictures, plan.base.order, plan).unbind(0))
+        patches = plan.to_image_order(_patches(pictures, _whole(plan)), -1)
+        changed["x"] = list(_picture(patches, _inside(model, plan)).unbind(0))
         residuals = kwargs.get("controlnet_block_samples")
         if residuals is not None:
             image_len = plan.base.layout.image_len
@@ -130,15 +136,24 @@ class ZImageFamily(Family):
         blocks = [*parts.noise_refiner, *parts.layers]
         return [(parts.t_embedder, PlanToEmbedding()), *((block, PlanToBlock()) for block in blocks)]
 
-    def why_not_parallel(self, model: nn.Module) -> str | None:
-        return "it takes pictures apart inside, and pads them to a multiple of 32 tokens there"
+    def parallel_hooks(self, model: nn.Module, current: Any) -> list[tuple[nn.Module, Any]]:
+        from flexclear.families.zimage_attention import OutputOfBand, PadsOfBand
+
+        parts: Any = model
+        first = next(iter([*parts.noise_refiner, *parts.layers]))
+        output = OutputOfBand(tuple(parts.rope_embedder.axes_lens))
+        return [
+            (first, PadsOfBand(before_captions=not len(parts.noise_refiner))),
+            *((layer, output) for layer in parts.all_final_layer.values()),
+        ]
 
     def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
         return kwargs["t"].plan
 
     def leave(self, model: nn.Module, output: Any, plan: CallPlan) -> Any:
         pictures = output[0] if isinstance(output, tuple) else output.sample
-        pictures = list(_exchange(torch.stack(pictures), plan.base.inverse, plan).unbind(0))
+        patches = _patches(torch.stack(pictures), _inside(model, plan))[..., : len(plan.base.rows)]
+        pictures = list(_picture(plan.to_raster(patches, -1), _whole(plan)).unbind(0))
         if isinstance(output, tuple):
             return (pictures, *output[1:])
         output.sample = pictures
@@ -241,12 +256,51 @@ def _check_residuals(residuals: Any, length: int) -> None:
             )
 
 
-def _exchange(pictures: Tensor, order: Tensor | None, plan: CallPlan) -> Tensor:
-    """``[B, C, 1, H, W]`` with the patch that was at place ``order[i]``, row by row, at place i."""
-    if order is None:
-        return pictures
-    layout = plan.base.layout
-    grid = (layout.height, layout.width)
-    patches = pictures.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1))  # [B, C, 1, h, p, w, p]
-    tokens = patches.movedim((3, 5), (-2, -1)).flatten(-2).index_select(-1, order)  # [B, C, 1, p, p, h w]
-    return tokens.unflatten(-1, grid).movedim((-2, -1), (3, 5)).reshape(pictures.shape)
+def _whole(plan: CallPlan) -> tuple[int, int]:
+    """The grid of the picture."""
+    return plan.base.layout.height, plan.base.layout.width
+
+
+def _inside(model: nn.Module, plan: CallPlan) -> tuple[int, int]:
+    """The grid that the model gets: the picture's own, or on one of several ranks one that the rank's tokens fit into."""
+    if plan.band is None:
+        return _whole(plan)
+    embed: Any = model.rope_embedder
+    return room_for(len(plan.base.rows), pads_of(plan), tuple(embed.axes_lens))
+
+
+def pads_of(plan: CallPlan) -> int:
+    """Number of the picture's pads, those of the whole picture on every rank."""
+    return _padding(plan.base.layout.image_len)
+
+
+@functools.lru_cache(maxsize=64)
+def room_for(own: int, pads: int, positions: tuple[int, ...]) -> tuple[int, int]:
+    """The smallest grid of ``own`` tokens or more whose padding makes room for ``pads``, with one pad at least if so.
+
+    Args:
+        own: image tokens of a rank.
+        pads: of the whole picture.
+        positions: how many the model has for captions, rows and columns. Those of this grid are not used, but looked up.
+    """
+    _, rows, columns = positions
+    least = max(own, 1)
+    return next(
+        (height, width)
+        for height in range(-(-least // columns), rows + 1)
+        for width in range(-(-least // height), columns + 1)
+        if height * width + _padding(height * width) >= own + pads and (not pads or _padding(height * width))
+    )
+
+
+def _patches(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The patches of ``[B, C, 1, H, W]``, row by row: ``[B, C, 1, patch, patch, tokens]``."""
+    parts = pictures.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1))  # [B, C, 1, h, p, w, p]
+    return parts.movedim((3, 5), (-2, -1)).flatten(-2)
+
+
+def _picture(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Undoes ``_patches``; zeros where there are fewer."""
+    missing = grid[0] * grid[1] - patches.shape[-1]
+    parts = torch.nn.functional.pad(patches, (0, missing)) if missing else patches
+    return parts.unflatten(-1, grid).movedim((-2, -1), (3, 5)).flatten(-2).flatten(-3, -2)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
 from flexclear.families.processors import PLAN, WindowProcessor
+from flexclear.families.zimage import pads_of, room_for
 from flexclear.hooks import Hook
 from flexclear.masks.defaults import independent
 from flexclear.plan import Plan
@@ -72,6 +73,50 @@ class PlanToBlock(Hook):
             return args, kwargs
         rest = {name: value for name, value in kwargs.items() if name not in self.NAMES}
         return (given["x"], None, plan, given["adaln_input"], *args[len(self.NAMES) :]), rest
+
+
+class PadsOfBand(Hook):
+    """Forward pre-hook on the first windowed block: behind a rank's tokens the pads of the whole picture, in place of those
+    that the model has given the rank's own. All pads are one parameter at one position.
+
+    Attributes:
+        before_captions: whether captions follow, as they do where there is no noise refiner.
+    """
+
+    def __init__(self, before_captions: bool) -> None:
+        self.before_captions = before_captions
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        plan = args[2] if len(args) > 2 else None
+        if not isinstance(plan, CallPlan) or plan.band is None:
+            return args, kwargs  # the ControlNet's call of the refiner
+        x, own, pads = args[0], len(plan.base.rows), pads_of(plan)
+        end = x.shape[1] - (plan.base.layout.text_len - pads if self.before_captions else 0)
+        parts = [x[:, :own], x[:, end - 1 : end].expand(-1, pads, -1), x[:, end:]]
+        return (torch.cat(parts, 1), *args[1:]), kwargs
+
+
+class OutputOfBand(Hook):
+    """Forward hook on the last layer: as many tokens as the model takes a rank's picture to have, of which those behind the
+    rank's own are cut off again at the exit.
+
+    Attributes:
+        positions: see ``room_for``.
+    """
+
+    after = True
+
+    def __init__(self, positions: tuple[int, ...]) -> None:
+        self.positions = positions
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        plan = getattr(kwargs.get("c"), PLAN, None)
+        if plan is None or plan.band is None:
+            return output
+        height, width = room_for(len(plan.base.rows), pads_of(plan), self.positions)
+        return torch.nn.functional.pad(output, (0, 0, 0, max(height * width - output.shape[1], 0)))
 
 
 class ZImageWindowProcessor(WindowProcessor):
@@ -147,15 +192,14 @@ def rotary(embed: Any, base: Plan, lengths: list[int], ntk_factor: float) -> Rot
     """
     if ntk_factor != 1:
         embed = _embedder(embed.theta * ntk_factor, tuple(embed.axes_dims), tuple(embed.axes_lens))
-    layout = base.layout
     image = torch.stack([torch.zeros_like(base.rows), base.rows, base.columns], dim=1).long()
-    ids = image.new_zeros(layout.seq_len, 3)
-    ids[: layout.image_len] = image
-    start = layout.seq_len - max(lengths)
+    ids = image.new_zeros(len(image) + base.layout.text_len, 3)  # on one of several ranks: its own image tokens
+    ids[: len(image)] = image
+    start = len(ids) - max(lengths)
     tables = {}
     for length in set(lengths):
         own = ids.clone()
-        own[: layout.image_len, 0] = length + 1
+        own[: len(image), 0] = length + 1
         own[start : start + length, 0] = torch.arange(1, length + 1, device=ids.device)
         tables[length] = embed(own)
     table = torch.stack([tables[length] for length in (lengths if len(tables) > 1 else lengths[:1])]).unsqueeze(2)

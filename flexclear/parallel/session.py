@@ -332,7 +332,8 @@ class BandCall:
         batch, heads, _, dim = key.shape
         width = dim + value.shape[-1]
         receives = {other: (batch, heads, count, width) for other, count in plan.part.receives.items()}
-        return self.session.borders((self.branch, number), self.step, sends, receives, key)
+        # By batch, because guidance may end within a run; every rank decides alike.
+        return self.session.borders((self.branch, number, batch), self.step, sends, receives, key)
 
     def _begin_text(
         self,

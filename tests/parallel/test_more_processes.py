@@ -33,6 +33,9 @@ def test_three_bands_and_a_rank_that_dies(group):
     assert max(result["error"] for result in found) <= EXACT
     found = group.results("family_against_one", "sd3.5 with residuals", {"r": 3}, too_small="fewer")
     assert max(result["error"] for result in found) <= EXACT
+    for kind in ("zimage, pads, two captions", "zimage, no pads"):
+        found = group.results("family_against_one", kind, {"r": 3}, too_small="fewer")
+        assert max(result["error"] for result in found) <= EXACT
     for kind, message in group.errors("family_against_one", "qwen", {"r": 3}, too_small="fewer"):
         assert kind == "AgreedError"
         assert "leaves 1 of 3 ranks idle" in message

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexclear.families.zimage import room_for
 from flexclear.masks import Both, Disc, Downsampled, Layout, Neighborhood, Square, Strided, Swin, block_mask, dense_mask
 from flexclear.masks.layout import BAND
 from flexclear.parallel.masks import build_band_plan, dense_band_mask, key_tokens, part_of_size
@@ -217,3 +218,18 @@ def test_a_ranks_block_mask_of_the_whole_picture_is_the_mask_without_text_rows()
     whole = block_mask(layout, Disc(3), block_size=(128, 64))
     assert torch.equal(plan.mask.kv_num_blocks[0, 0], whole.kv_num_blocks[0, 0, :2])
     assert torch.equal(plan.order, layout.permutation())
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.data())
+def test_every_band_of_z_image_has_room_for_the_pads_of_the_whole_picture(height, width, ranks, data):
+    bands = cut(Layout(height, width), ranks, too_small="fewer")
+    own = part_of_size(Layout(height, width), bands, data.draw(st.integers(0, ranks - 1)))
+    pads = -height * width % 32
+    positions = (1, height + data.draw(st.integers(0, 9)), width + data.draw(st.integers(0, 9)))
+    rows, columns = room_for(own, pads, positions)
+    assert rows <= positions[1]
+    assert columns <= positions[2]
+    padded = -(-rows * columns // 32) * 32
+    assert rows * columns >= own
+    assert padded >= own + pads
+    assert not pads or padded > rows * columns, "a pad to copy"

@@ -53,7 +53,8 @@ def test_a_shared_flux_is_the_whole_one(two, size, r, options):
     "kind",
     [
         "flux with references", "flux with residuals", "flux2", "sd3", "sd3.5 with residuals", "chroma, no mask",
-        "chroma, bool", "chroma, float", "qwen",
+        "chroma, bool", "chroma, float", "qwen", "zimage, no pads", "zimage, pads, two captions", "zimage, pads, columns",
+        "zimage, no refiner", "zimage, as large as positions go", "zimage, residuals",
     ],
 )  # fmt: skip
 def test_a_shared_model_of_another_family_is_the_whole_one(two, kind):
@@ -115,6 +116,7 @@ def test_averaged_text_is_the_paper_s_equation_7(two, size, r, edges, options):
             {"width": 168},
         ),
         ("sd3", {"r": 3}, {"height": 128, "width": 80, "steps": 2, "skip_guidance_layers": [1]}),
+        ("zimage", {"r": 3}, {"height": 136, "width": 72, "steps": 2}),
     ],
     ids=str,
 )
@@ -141,6 +143,14 @@ def test_stale_borders_draw_nearly_the_same_picture_and_the_same_one_again(two):
     found = two.results("stale_picture")
     assert 20 < min(result["psnr"] for result in found) < 119
     assert largest(found, "again") == 0
+
+
+def test_stale_borders_of_another_batch_are_not_used(two):
+    found = two.results("stale_where_guidance_ends")
+    assert found[0]["batches"] == 4 * [2, 2, 2, 2, 1, 1]
+    assert largest(found, "sync") <= EXACT
+    assert EXACT < largest(found, "stale") < 0.2
+    assert largest(found, "stale") == largest(found, "again")
 
 
 def formula(height, text_len, r, itemsize=4, width=16, heads=2, dim=16, layers=4, channels=8):
@@ -217,8 +227,9 @@ def test_a_picture_that_is_too_small_may_leave_a_rank_idle(two):
     assert max(two.results("refused", "fewer")) <= EXACT
 
 
-def test_compiled_blocks_are_shared_like_others(two):
-    found = two.results("compiled", timeout=300)
+@pytest.mark.parametrize("kind", ["flux", "zimage"])
+def test_compiled_blocks_are_shared_like_others(two, kind):
+    found = two.results("compiled", kind, timeout=300)
     assert largest(found, "error") <= EXACT
     assert [(result["graphs"] > 0, result["new"]) for result in found] == [(True, 0)] * 2
 
