@@ -1,0 +1,12 @@
+"""The small FLUX that weights are loaded into."""
+
+from __future__ import annotations
+
+import pytest
+
+from models import tiny_flux
+
+
+@pytest.fixture
+def model():
+    return tiny_flux(num_attention_heads=1)
