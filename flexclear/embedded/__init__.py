@@ -1,5 +1,6 @@
 """A small, really trained text-to-image pipeline with FLUX.1's parts, shipped inside the package."""
 
+from flexclear.embedded.control import controlnet
 from flexclear.embedded.loading import pipeline
 from flexclear.embedded.vocabulary import (
     background_names,
@@ -11,6 +12,7 @@ from flexclear.embedded.vocabulary import (
 
 __all__ = [
     "background_names",
+    "controlnet",
     "emoji_names",
     "held_out_pairs",
     "model_directory",

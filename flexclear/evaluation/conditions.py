@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 BLUR = 64
 """The blur's standard deviation is the longer side over this."""
 
-TILE = 16
+TILE = 8
 """A tile condition has 1 / this of the picture's sides."""
 
 

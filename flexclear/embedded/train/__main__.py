@@ -1,4 +1,4 @@
-"""Train the embedded model: ``python -m flexclear.embedded.train`` with vae, transformer, then export."""
+"""Train the embedded model: ``python -m flexclear.embedded.train`` with vae, transformer, export, then controlnet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from flexclear.embedded.train.controlnet_command import controlnet
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
@@ -107,6 +109,8 @@ def export(
     written = export_model(folder, model_directory() if target is None else target)
     typer.echo(f"wrote {written}")
 
+
+app.command()(controlnet)
 
 if __name__ == "__main__":
     app()

@@ -1,0 +1,67 @@
+"""Load the embedded model's ControlNet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexclear.embedded.vocabulary import model_directory
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import FluxControlNetModel
+
+MODES = {"grey": 0, "blur": 1, "tile": 2}
+"""The ``control_mode`` of each condition, by its name in ``flexclear.evaluation.conditions``."""
+FACTS_NAME = "training.json"
+
+
+def controlnet_directory() -> Path:
+    """Return the folder of the ControlNet that ships with the package, a diffusers model folder."""
+    return model_directory().parent / "controlnet_model"
+
+
+def controlnet(
+    torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None, folder: Path | None = None
+) -> FluxControlNetModel:
+    """Return the embedded model's ControlNet: one net for grey, blurred and tiled pictures, told apart by ``MODES``.
+
+    >>> from diffusers import FluxControlNetPipeline                             # doctest: +SKIP
+    >>> pipe = embedded.pipeline()                                               # doctest: +SKIP
+    >>> guided = FluxControlNetPipeline(**pipe.components, controlnet=embedded.controlnet())    # doctest: +SKIP
+    >>> guided("a red apple on a blue background", control_image=grey, control_mode=MODES["grey"],
+    ...        height=128, width=128).images[0]                                  # doctest: +SKIP
+
+    Args:
+        torch_dtype: the weights' data type; float32 when not given.
+        device: where to put it; left on the CPU when not given.
+        folder: another folder than the package's.
+
+    Raises:
+        FileNotFoundError: the folder holds no ControlNet.
+        ValueError: it was trained with other weights than those of the embedded model.
+    """
+    import torch
+    from diffusers import FluxControlNetModel
+
+    from flexclear.students import teacher_fingerprint
+
+    folder = controlnet_directory() if folder is None else folder
+    facts = folder / FACTS_NAME
+    if not facts.is_file() or not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no ControlNet in {folder}: reinstall the package, or train it with "
+            "python -m flexclear.embedded.train controlnet"
+        )
+    teacher, ours = json.loads(facts.read_text(encoding="utf-8"))["teacher"], teacher_fingerprint()
+    if teacher != ours:
+        raise ValueError(
+            f"the ControlNet in {folder} was trained with another model ({teacher}, the model here is {ours}). "
+            "Train it again with python -m flexclear.embedded.train controlnet"
+        )
+    dtype = torch.float32 if torch_dtype is None else torch_dtype
+    loaded: FluxControlNetModel = FluxControlNetModel.from_pretrained(
+        str(folder), torch_dtype=dtype, local_files_only=True
+    ).eval()
+    return loaded if device is None else loaded.to(device)

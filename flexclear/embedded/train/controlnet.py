@@ -1,0 +1,219 @@
+"""Train one ControlNet for the embedded model's three conditions, by flow matching through the frozen model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flexclear.embedded.control import FACTS_NAME, MODES
+from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
+from flexclear.embedded.train.controlnet_data import ControlBatch, ControlBatchMaker
+from flexclear.embedded.train.controlnet_recipe import ControlRecipe
+from flexclear.embedded.train.export import LICENCE_NAME, NOTICE
+from flexclear.embedded.train.optimizer import SplitOptimizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CHECKPOINT_NAME = "controlnet.pt"
+LARGEST_BYTES = 3_000_000
+"""What the ControlNet may take in the package."""
+
+
+def build_controlnet(transformer: FluxTransformer2DModel, layers: int, single_layers: int) -> FluxControlNetModel:
+    """Return a ControlNet that begins with the transformer's first blocks, and with no effect."""
+    heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    plain = FluxControlNetModel.from_transformer(transformer, layers, single_layers, width, heads)
+    # Without the transformer's own entries, and without diffusers' notes, which would set the modes back.
+    config = {
+        name: value for name, value in plain.config.items() if name != "out_channels" and not name.startswith("_")
+    }
+    model = FluxControlNetModel.from_config({**config, "num_mode": len(MODES)})
+    model.load_state_dict(plain.state_dict(), strict=False)  # All but the modes' embedding.
+    return model
+
+
+def control_loss(
+    pipeline: FluxPipeline, model: FluxControlNetModel, batch: ControlBatch, half_precision: bool
+) -> torch.Tensor:
+    """Return the mean squared error of the velocity that the pipeline's frozen transformer predicts with the ControlNet."""
+    pictures, channels, height, width = batch.latents.shape
+    sigmas = batch.sigmas.view(-1, 1, 1, 1)
+
+    def pack(latents: torch.Tensor) -> torch.Tensor:
+        return FluxPipeline._pack_latents(latents, pictures, channels, height, width)
+
+    with torch.no_grad():
+        pooled = pipeline.text_encoder(batch.clip_ids).pooler_output
+        text = pipeline.text_encoder_2(batch.t5_ids)[0]
+    common = {
+        "hidden_states": pack((1 - sigmas) * batch.latents + sigmas * batch.noise),
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+        "timestep": batch.sigmas,
+        "img_ids": FluxPipeline._prepare_latent_image_ids(
+            pictures, height // 2, width // 2, torch.device("cpu"), torch.float32
+        ),
+        "txt_ids": torch.zeros(text.shape[1], 3),
+        "return_dict": False,
+    }
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_precision):
+        double, single = model(controlnet_cond=pack(batch.conditions), controlnet_mode=batch.modes, **common)
+        predicted = pipeline.transformer(
+            controlnet_block_samples=double, controlnet_single_block_samples=single, **common
+        )[0]
+    return F.mse_loss(predicted.float(), pack(batch.noise - batch.latents))
+
+
+class StopFlag:
+    """Inside its block, SIGTERM and SIGINT are noted in place of ending the process at once; calling it tells."""
+
+    def __init__(self) -> None:
+        self._raised = False
+
+    def __call__(self) -> bool:
+        return self._raised
+
+    def __enter__(self) -> StopFlag:
+        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self._raised = True
+
+
+def train_controlnet(
+    recipe: ControlRecipe,
+    pipeline: FluxPipeline,
+    maker: ControlBatchMaker,
+    folder: Path,
+    teacher: str,
+    stop: Callable[[], bool] = lambda: False,
+    sheet: Callable[[FluxControlNetModel], Image.Image] | None = None,
+) -> tuple[FluxControlNetModel, int]:
+    """Train, or go on from the checkpoint in ``folder``.
+
+    Args:
+        recipe: settings.
+        pipeline: the embedded pipeline, float32; its models are frozen.
+        maker: makes the batches.
+        folder: for the checkpoint, ``controlnet.jsonl`` and ``sheets/``.
+        teacher: fingerprint of the pipeline's weights.
+        stop: asked after each step whether to end now, with a checkpoint.
+        sheet: draws a contact sheet.
+
+    Returns:
+        The ControlNet in training precision, and the number of steps done so far.
+
+    Raises:
+        ValueError: the checkpoint is of other settings or another teacher.
+    """
+    torch.manual_seed(recipe.seed)
+    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
+        part.requires_grad_(False).eval()
+    model = build_controlnet(pipeline.transformer, recipe.layers, recipe.single_layers).train()
+    optimizer = SplitOptimizer(model, [], recipe.matrix_rate, recipe.other_rate)
+    schedule, done, path = recipe.schedule(), 0, folder / CHECKPOINT_NAME
+    identity = {"recipe": {k: v for k, v in vars(recipe).items() if not k.endswith("_every")}, "teacher": teacher}
+    if path.is_file():
+        state = load_checkpoint(path)
+        if state["identity"] != identity:
+            raise ValueError(
+                f"{path} is of another run: {_differences(state['identity'], identity)}. Name another folder, or delete it"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    if recipe.compiled:
+        torch._dynamo.config.recompile_limit = 64
+        for net in (model, pipeline.transformer):
+            for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+                block.compile(dynamic=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    folder.mkdir(parents=True, exist_ok=True)
+    started, losses = time.monotonic(), []
+    with Progress(*columns) as progress, (folder / "controlnet.jsonl").open("a", encoding="utf-8") as log:
+        task = progress.add_task("ControlNet", total=recipe.steps, completed=done)
+        while not schedule.finished(done):
+            loss = control_loss(pipeline, model, maker.make(done), recipe.half_precision)
+            loss.backward()
+            optimizer.step(schedule.factor(done))
+            losses.append(loss.item())
+            done += 1
+            progress.update(task, advance=1, description=f"ControlNet loss {losses[-1]:.4f}")
+            last = schedule.finished(done) or stop()
+            if done % 25 == 0 or last:
+                mean, seconds = sum(losses) / len(losses), round(time.monotonic() - started, 1)
+                log.write(json.dumps({"step": done, "loss": mean, "seconds": seconds}) + "\n")
+                log.flush()
+                progress.console.print(f"step {done}: loss {mean:.4f}, {seconds} s", highlight=False)
+                losses.clear()
+            if done % recipe.save_every == 0 or last:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                save_checkpoint(path, {**state, "step": done, "identity": identity})
+            if sheet is not None and (done % recipe.sheet_every == 0 or last):
+                file = folder / "sheets" / f"controlnet{done:05d}.png"
+                file.parent.mkdir(exist_ok=True)
+                with torch.compiler.set_stance("force_eager"):
+                    sheet(model.eval()).save(file)
+                model.train()
+            if last:
+                break
+    return model.eval(), done
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    pairs = {"teacher": (theirs["teacher"], ours["teacher"])}
+    pairs |= {name: (theirs["recipe"].get(name), value) for name, value in ours["recipe"].items()}
+    return ", ".join(f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new)
+
+
+def export_controlnet(model: FluxControlNetModel, target: Path, facts: dict[str, Any]) -> Path:
+    """Write a trained ControlNet as a diffusers folder in bfloat16, complete before it takes an old one's place.
+
+    Args:
+        model: is left as it is.
+        target: the folder.
+        facts: for ``training.json``; ``teacher`` among them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the weights are larger than ``LARGEST_BYTES``; nothing is written then.
+    """
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    shipped = FluxControlNetModel.from_config(config).to(torch.bfloat16)
+    shipped.load_state_dict(model.state_dict())
+    size = sum(parameter.numel() * 2 for parameter in shipped.parameters())
+    if size > LARGEST_BYTES:
+        raise ValueError(f"the ControlNet takes {size} bytes, at most {LARGEST_BYTES} ship: use fewer blocks")
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    shipped.save_pretrained(partial, safe_serialization=True)
+    (partial / FACTS_NAME).write_text(json.dumps({"modes": MODES, **facts}, indent=1) + "\n", encoding="utf-8")
+    notice = NOTICE.replace(", and\nemoji.png holds small drawings of some of its glyphs", "")
+    (partial / "NOTICE.txt").write_text(notice, encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name(LICENCE_NAME), partial / LICENCE_NAME)
+    for path in (partial, *partial.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return target
