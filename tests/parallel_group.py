@@ -1,8 +1,9 @@
-"""Processes of one group that are started once and run many cases; what they run is in ``parallel_cases``."""
+"""Processes of one group that are started once and run many cases; what they run is in the modules of ``CASES``."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import socket
@@ -11,6 +12,7 @@ import traceback
 from pathlib import Path
 
 HERE = str(Path(__file__).parent)
+CASES = ("parallel_cases", "distill_cases")
 
 
 def free_port() -> int:
@@ -31,7 +33,7 @@ class Group:
         )
         sys.path[:0] = [folder for folder in folders if folder not in sys.path]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["parallel_cases"])
+        context.set_forkserver_preload(list(CASES))
         port = free_port()
         self.size = size
         self.pipes, self.processes = [], []
@@ -44,7 +46,7 @@ class Group:
             self.processes.append(process)
 
     def run(self, name: str, *args, timeout: float = 120.0, gone: tuple[int, ...] = (), **kwargs):
-        """What ``parallel_cases.<name>(...)`` returns on each rank; an exception is given back as its type's name and text.
+        """What the function ``name`` of ``CASES`` returns on each rank; an exception is given back as its type's name and text.
 
         ``gone``: ranks that end while they run it; None is in their place.
         """
@@ -90,12 +92,14 @@ def _serve(rank, size, port, pipe):
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
-    import parallel_cases
+    os.environ["LOCAL_RANK"] = str(rank)
+    cases = [importlib.import_module(name) for name in CASES]
 
     while (task := pipe.recv()) is not None:
         name, args, kwargs = task
         try:
-            answer = ("result", getattr(parallel_cases, name)(*args, **kwargs))
+            run = next(getattr(module, name) for module in cases if hasattr(module, name))
+            answer = ("result", run(*args, **kwargs))
         except Exception as error:
             text = (type(error).__name__, str(error))
             if os.environ.get("SHOW"):

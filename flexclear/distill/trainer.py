@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import signal
 import threading
 import time
@@ -171,16 +172,42 @@ def distill(
 def _accelerator(config: DistillConfig) -> Any:
     from accelerate import Accelerator
 
+    _check_deepspeed()
     options: dict[str, Any] = {}
     if config.gradient_accumulation is not None:
         options["gradient_accumulation_steps"] = config.gradient_accumulation
     return Accelerator(
         mixed_precision=config.mixed_precision,
-        cpu=config.device == "cpu",
+        # Without an accelerator and without being told so, accelerate takes each of several processes for the only one.
+        cpu=config.device == "cpu" or (_started() > 1 and not torch.accelerator.is_available()),
         log_with=config.tracker,
         project_dir=str(config.output),
         **options,
     )
+
+
+def _started() -> int:
+    """Number of processes that torchrun or accelerate launch has started."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() else 1
+
+
+def _asked(plugin: str) -> bool:
+    """Whether accelerate's configuration asks for ``"FSDP"`` or ``"DEEPSPEED"``."""
+    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes")
+
+
+def _check_deepspeed() -> None:
+    """Raise where accelerate's configuration asks for DeepSpeed and it cannot be imported.
+
+    Raises:
+        ImportError: it cannot.
+    """
+    if _asked("DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise ImportError(
+            "accelerate's configuration asks for DeepSpeed, whose package is missing: pip install deepspeed. FSDP "
+            "(distributed_type: FSDP, fsdp_version: 2) shards weights without it"
+        )
 
 
 def _check_accelerator(accelerator: Any, config: DistillConfig) -> None:
@@ -188,7 +215,28 @@ def _check_accelerator(accelerator: Any, config: DistillConfig) -> None:
 
     if accelerator.mixed_precision not in DTYPES:
         raise ValueError(f"mixed precision {accelerator.mixed_precision!r} is not known here; {list(DTYPES)} are")
-    kind = accelerator.distributed_type
+    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    if processes < _started():
+        raise ValueError(
+            f"{_started()} processes were started, and accelerate knows of {processes}: each would train alone and write the "
+            "same files. On CPUs its Accelerator needs cpu=True, which device: cpu gives it"
+        )
+    if _asked("FSDP") and kind != DistributedType.FSDP:
+        raise ValueError(
+            f"accelerate's configuration asks for FSDP, which it has only where there are several accelerators such as GPUs; "
+            f"this run is {kind.value}, and each device would hold all weights. Take FSDP out of the configuration"
+        )
+    if _asked("DEEPSPEED") and kind != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"accelerate's configuration asks for DeepSpeed, which does not run with device: cpu; this run is {kind.value}. "
+            "Take DeepSpeed out of the configuration"
+        )
+    losses = config.losses
+    if processes > 1 and not losses.flow and not losses.prediction:
+        raise ValueError(
+            "losses: attention alone leaves the layers behind the last compared one without gradients, which several "
+            "processes cannot average. Give losses.flow or losses.prediction a weight, or use one process"
+        )
     sharded = kind == DistributedType.FSDP or (
         kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
     )
@@ -251,6 +299,13 @@ def _write_weights(model: Any, path: Path) -> None:
         save_file(tensors, beside, {"format": "pt", "attention": repr(entry.settings.formula)})
 
 
+def _unwrapped(name: str) -> str:
+    """A parameter's name without the wrappers of FSDP and of activation checkpointing."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
+
+
 def _dtype_of(model: Any) -> torch.dtype:
     return model.dtype
 
@@ -303,6 +358,7 @@ class _Run:
         model.to(self.device)
         self.teacher.to(self.device)
         self.student, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self._follow_sharding()
         self.average = None if config.ema is None else EMAModel(self.parameters, decay=config.ema)
         if self.average is not None:
             self.average.to(self.device)
@@ -321,6 +377,16 @@ class _Run:
         self.checkpoints = files.Checkpoints(
             accelerator, config.output, config.checkpoints.keep, self.trained, self.average, identity
         )
+
+    def _follow_sharding(self) -> None:
+        """Where FSDP has put shards in the place of parameters, they are what trains."""
+        from accelerate import DistributedType
+
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded:
+            now = {_unwrapped(name): parameter for name, parameter in self.model.named_parameters()}
+            self.trained = {name: now.get(name, parameter) for name, parameter in self.trained.items()}
+            self.parameters = list(self.trained.values())
 
     def run(self) -> Distilled:
         config, accelerator = self.config, self.accelerator
@@ -375,7 +441,7 @@ class _Run:
     def _step(self, step: int, ahead: Any, read: Callable[[], Any]) -> tuple[Record, Any]:
         accelerator, begin = self.accelerator, time.perf_counter()
         sums: dict[str, torch.Tensor] = {}
-        norm = None
+        norm: float | None = None
         rate = self.schedule.get_last_lr()[0]
         for _ in range(self.accumulation):
             batch, ahead = ahead.result(), read()
@@ -388,7 +454,7 @@ class _Run:
                     )
                 accelerator.backward(losses.total)
                 if accelerator.sync_gradients and self.config.max_grad_norm:
-                    norm = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                    norm = self._clip()
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
@@ -399,10 +465,16 @@ class _Run:
         means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in sums.items()}
         record: Record = {"step": step + 1, **means, "learning_rate": rate}
         if norm is not None:
-            record["gradient_norm"] = float(norm)
+            record["gradient_norm"] = norm
         if self.config.tracker is not None:
             accelerator.log(record, step=step + 1)
         return {**record, "seconds": time.perf_counter() - begin}, ahead
+
+    def _clip(self) -> float:
+        # FSDP knows the norm over all shards where it is given all that it shards.
+        clipped = list(self.student.parameters()) if self.sharded else self.parameters
+        norm = self.accelerator.clip_grad_norm_(clipped, self.config.max_grad_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _losses(self, batch: Batch) -> Losses:
         return self.objective(batch.to(self.device, self.compute), self.student)
@@ -466,37 +538,50 @@ class _Run:
             self.average.restore(self.parameters)
 
     def _output(self) -> Path:
-        """Leaves the trained weights in the model, in its own type, and writes them."""
-        from accelerate import DistributedType
-
+        """Leaves the trained weights in the model, in its own type, and writes them; of sharded ones, writes only."""
         accelerator, path = self.accelerator, self.config.output / WEIGHTS
-        kind = accelerator.distributed_type
-        gathered = accelerator.get_state_dict(self.student) if kind == DistributedType.FSDP else None
-        if self.average is not None:
-            self.average.copy_to(self.parameters)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            model = self.model
-            if gathered is not None:
-                # Sharded: the teacher, a whole model, takes the student's windows and numbers.
-                model = self.teacher
-                entry = entry_hook_of(self.model)
-                assert entry is not None
-                if entry.settings.formula is not None:
-                    transform(model, attention=entry.settings.formula, backend="sdpa")
-                else:
-                    windows: dict[int | str, Radius] = dict(entry.settings.windows.items())
-                    transform(model, windows, backend="sdpa")
-                for name, parameter in trained_parameters(model).items():
-                    parameter.data.copy_(gathered[name])
-            if self.config.train == "lora":
-                model.save_lora_adapter(str(self.config.output / LORA), adapter_name=ADAPTER)
-                merge_lora(self.model)
+        if self.sharded:
+            gathered = accelerator.get_state_dict(self.student)
+            if accelerator.is_main_process:
+                model = self._whole(gathered)
+                self._merge(model)
+                _write_weights(model, path)
+        else:
+            if self.average is not None:
+                self.average.copy_to(self.parameters)
+            self._merge(self.model)
             for parameter in self.parameters:
                 parameter.data = parameter.data.to(self.dtype)
-            _write_weights(model, path)
+            if accelerator.is_main_process:
+                _write_weights(self.model, path)
         accelerator.wait_for_everyone()
         return path
+
+    def _merge(self, model: Any) -> None:
+        """Write the LoRA for itself, if there is one, and make it part of the weights below it."""
+        if self.config.train == "lora":
+            if self.accelerator.is_main_process:
+                model.save_lora_adapter(str(self.config.output / LORA), adapter_name=ADAPTER)
+            merge_lora(model)
+
+    def _whole(self, gathered: dict[str, torch.Tensor]) -> Any:
+        """The teacher, a whole model, with the sharded student's windows and numbers."""
+        model: Any = self.teacher
+        entry = entry_hook_of(self.model)
+        assert entry is not None
+        if entry.settings.formula is not None:
+            transform(model, attention=entry.settings.formula, backend="sdpa")
+        else:
+            windows: dict[int | str, Radius] = dict(entry.settings.windows.items())
+            transform(model, windows, backend="sdpa")
+        if self.config.train == "lora":
+            add_lora(model, self.config.lora.rank, self.config.lora.alpha, self.config.seed)
+        numbers = {_unwrapped(name): tensor for name, tensor in gathered.items()}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(numbers[name])
+        return model
 
     def _resume(self) -> int:
         found = files.latest(self.config.output)
