@@ -335,6 +335,10 @@ def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iter
             load_weights(pipe, variant.weights)
             if variant.r is not None:
                 transform(pipe, **options)  # The file brings its own window; this one was asked for.
+            elif backend != "auto":
+                entry = entry_hook_of(model)
+                assert entry is not None
+                transform(pipe, r=dict(entry.settings.windows.items()), backend=backend)
         yield
     finally:
         restore(pipe)

@@ -32,7 +32,11 @@ LARGEST_BYTES = 3_000_000
 
 
 def build_controlnet(transformer: FluxTransformer2DModel, layers: int, single_layers: int) -> FluxControlNetModel:
-    """Return a ControlNet that begins with the transformer's first blocks, and with no effect."""
+    """Return a ControlNet that begins with the transformer's first blocks, and with no effect.
+
+    Conditions are pictures in the latent space of the transformer's own, so it reads them as the transformer reads those
+    from the start; only its outputs begin at zero.
+    """
     heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     plain = FluxControlNetModel.from_transformer(transformer, layers, single_layers, width, heads)
     # Without the transformer's own entries, and without diffusers' notes, which would set the modes back.
@@ -41,6 +45,7 @@ def build_controlnet(transformer: FluxTransformer2DModel, layers: int, single_la
     }
     model = FluxControlNetModel.from_config({**config, "num_mode": len(MODES)})
     model.load_state_dict(plain.state_dict(), strict=False)  # All but the modes' embedding.
+    model.controlnet_x_embedder.load_state_dict(transformer.x_embedder.state_dict())
     return model
 
 
