@@ -289,6 +289,39 @@ def tiled_decoding():
     return {"error": (shared - whole).abs().max().item(), "sent": sent, "left": own}
 
 
+def cascade(method, folder):
+    """Pictures of two stages of ``upscale_cascade`` on a shared pipeline against those of one that is not shared."""
+    import numpy as np
+
+    from flexclear.highres import upscale_cascade
+
+    pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
+
+    def drawn(**more):
+        done = upscale_cascade(
+            pipe, "a red apple on a blue background", [(96, 64), (144, 96)], method=method, steps=2, seed=3, tile=64,
+            max_sequence_length=16, **more,
+        )  # fmt: skip
+        return [np.asarray(picture).astype(int) for picture in done.images]
+
+    whole = drawn()
+    parallel.enable(pipe)
+    shared = drawn()
+    try:
+        drawn(folder=folder)
+    except ValueError as error:
+        refused = str(error)
+    sent = parallel.sent_bytes(pipe)
+    parallel.disable(pipe)
+    return {
+        "differences": [abs(ours - theirs).max() for ours, theirs in zip(shared, whole, strict=True)],
+        "stages": abs(whole[1][:96, :64] - whole[0]).max(),
+        "sum": shared[1].sum(),
+        "sent": sent,
+        "refused": refused,
+    }
+
+
 def stale_with_the_same_input(steps=6, warmup_steps=2):
     """Outputs of every step of a shared model whose input never changes, sync and stale."""
     pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")

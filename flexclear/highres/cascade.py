@@ -164,6 +164,11 @@ def upscale_cascade(
         "wavelet": [wavelet, wavelet_level] if method == "imax" else None,
         **_identity(pipe),
     }
+    if folder is not None and plan.entry is not None and plan.entry.parallel is not None:
+        raise ValueError(
+            f"folder={str(folder)!r}: this model shares each picture among several ranks, and all of them would write there. "
+            "Leave folder out, and save Cascade.image on one rank"
+        )
     kept = None if folder is None else Folder(folder, common, stages)
     run = _Run(pipe, kind, prompt, negative_prompt, length, (wavelet, wavelet_level), progress, on_step)
     images: list[Image.Image] = []

@@ -133,6 +133,18 @@ def test_tiles_of_the_vae_are_decoded_by_both_into_the_same_picture(two):
     assert not any(result["left"] for result in found)
 
 
+@pytest.mark.parametrize("method", ["sdedit", "imax"])
+def test_a_cascade_of_stages_is_shared_and_its_tiles_too(two, method, tmp_path):
+    found = two.results("cascade", method, tmp_path / "stages")
+    for result in found:
+        assert max(result["differences"]) <= 1, "rounding to whole colours"
+        assert result["stages"] > 1
+        assert result["sent"]["vae"] > 0
+        assert "all of them would write there. Leave folder out" in result["refused"]
+    assert len({result["sum"] for result in found}) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_stale_borders_are_those_of_now_where_the_input_does_not_change(two):
     found = two.results("stale_with_the_same_input")
     assert largest(found, "error") <= EXACT
