@@ -228,8 +228,8 @@ def _check_accelerator(accelerator: Any, config: DistillConfig) -> None:
         )
     if _asked("DEEPSPEED") and kind != DistributedType.DEEPSPEED:
         raise ValueError(
-            f"accelerate's configuration asks for DeepSpeed, which does not run with device: cpu; this run is {kind.value}. "
-            "Take DeepSpeed out of the configuration"
+            f"accelerate's configuration asks for DeepSpeed, which accelerate leaves out on CPUs; this run is {kind.value}. Take "
+            "DeepSpeed out of the configuration"
         )
     losses = config.losses
     if processes > 1 and not losses.flow and not losses.prediction:

@@ -14,20 +14,24 @@ from parallel_group import Group
 
 OPTIONS = [
     "--prompt", "a red apple", "--radius", "4", "--backend", "sdpa", "--device", "cpu", "--steps", "2", "--text-len", "16",
-    "--size", "64x128", "--json",
+    "--json",
 ]  # fmt: skip
 
 
-def test_two_processes_write_one_picture_which_is_that_of_one(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["generate", "embedded", *OPTIONS, "--out", str(tmp_path / "one.png")])
-    assert not end.value.code, capsys.readouterr().err
+@pytest.fixture
+def two():
     group = Group(2)
-    try:
-        arguments = ["generate", "embedded", *OPTIONS, "--parallel", "--out", str(tmp_path / "two.png")]
-        first, other = group.results("command", *arguments)
-    finally:
-        group.close()
+    yield group
+    group.close()
+
+
+@pytest.mark.parametrize("sizes", [("--size", "64x128"), ("--highres", "64x96,96x144")], ids=" ".join)
+def test_two_processes_write_one_picture_which_is_that_of_one(two, sizes, tmp_path, capsys):
+    arguments = ["generate", "embedded", *OPTIONS, *sizes, "--out"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*arguments, str(tmp_path / "one.png")])
+    assert not end.value.code, capsys.readouterr().err
+    first, other = two.results("command", *arguments, str(tmp_path / "two.png"), "--parallel")
     assert [status for status, *_ in (first, other)] == [0, 0], (first, other)
     [line] = first[1].splitlines()
     assert json.loads(line)["path"] == str(tmp_path / "two.png")
@@ -38,9 +42,9 @@ def test_two_processes_write_one_picture_which_is_that_of_one(tmp_path, capsys):
     assert not first[3], "the process group is given back"
     assert not other[3]
     assert read_settings(tmp_path / "two.png")["settings"]["ranks"] == 2
-    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
-        assert one.size == two.size == (128, 64)
-        furthest = max(abs(a - b) for a, b in zip(one.tobytes(), two.tobytes(), strict=True))
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two_:
+        assert one.size == two_.size == ((144, 96) if "--highres" in sizes else (128, 64))
+        furthest = max(abs(a - b) for a, b in zip(one.tobytes(), two_.tobytes(), strict=True))
     assert furthest <= 1, "rounding to whole colours"
 
 
@@ -68,3 +72,14 @@ def test_options_that_do_not_go_together_are_named(options, words, tmp_path, cap
         cli.main(["generate", "embedded", "--prompt", "a red apple", *options, "--out", str(tmp_path / "no.png")])
     assert end.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_folder_of_stages_is_refused_where_several_processes_would_write_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--parallel", "--highres", "64,128", "--stages", str(tmp_path / "kept")]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", "embedded", "--prompt", "a red apple", *options, "--out", str(tmp_path / "no.png")])
+    assert end.value.code == 2
+    assert "--stages keeps files that several processes would write" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
