@@ -1,0 +1,92 @@
+"""What the processes of ``parallel_group.Group`` run into: ranks that differ, die, are late, or ask for what there is not."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+import flexclear
+from flexclear import parallel
+
+from models import flux_call, tiny_flux
+from parallel_cases import build, draw, pipeline, run
+
+
+def disagreeing(what, rank=1):
+    """A call in which one rank differs; then one in which none does."""
+    mine = dist.get_rank() == rank
+    model = tiny_flux(seed=1 if mine and what == "weights" else 0)
+    flexclear.transform(model, r=4 if mine and what == "radius" else 3, backend="sdpa")
+    height = 24 if mine and what == "size" else 16
+    call = flux_call(height, 16, 12, seed=1 if mine and what == "seed" else 0)
+    if mine and what == "prompt":
+        call["encoder_hidden_states"] = -call["encoder_hidden_states"]
+    parallel.enable(model, timeout=20, text="average" if mine and what == "settings" else "exact")
+    try:
+        run(model, call)
+    finally:
+        parallel.disable(model)
+
+
+_broken = {}
+
+
+def breaks_in_a_step(how, rank, timeout=4.0, height=128):
+    """A pipeline one rank of which dies, sleeps or raises in the attention of its second step."""
+    import os
+    import time
+
+    pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
+    parallel.enable(pipe, timeout=timeout)
+    _broken["pipe"] = pipe
+    calls = []
+
+    def trouble(module, args, kwargs):
+        calls.append(1)
+        if len(calls) != 2 or dist.get_rank() != rank:
+            return
+        if how == "dies":
+            os._exit(1)
+        if how == "sleeps":
+            time.sleep(timeout + 5)
+        if how == "raises":
+            raise MemoryError("planted")
+
+    handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(trouble, with_kwargs=True)
+    begin = time.monotonic()
+    try:
+        draw(pipe, height)
+    except Exception as error:
+        raise type(error)(f"{error} [after {time.monotonic() - begin:.1f} s]") from None
+    finally:
+        handle.remove()
+
+
+def works_again():
+    """The same pipeline once more, without a new ``enable``."""
+    pipe = _broken["pipe"]
+    shared = draw(pipe)
+    parallel.disable(pipe)
+    return (draw(pipe) - shared).abs().max().item()
+
+
+def refused(what):
+    """Something that cannot be shared."""
+    options = {}
+    if what in ("too small", "fewer"):
+        model, call = tiny_flux(), flux_call(8, 8, 12)
+        options = {"too_small": "fewer"} if what == "fewer" else {}
+    elif what == "skipped":
+        model, call = build("sd3")
+        call["skip_layers"] = [0]
+    else:
+        model, call = build("flux")
+    flexclear.transform(model, r=3, backend="sdpa")
+    whole = None if what == "skipped" else run(model, call)
+    parallel.enable(model, timeout=20, **options)
+    if what == "gradients":
+        return model(**call).sample
+    if what == "dense cache":
+        from diffusers import FirstBlockCacheConfig
+
+        model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    return (run(model, call) - whole).abs().max().item()
