@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,26 +17,27 @@ import torch
 from torch import nn
 
 from flexclear.compile.files import whole_file
-from flexclear.convert import model_of, transform, transform_again
+from flexclear.convert import model_of, transform
 from flexclear.distill import checkpoints as files
 from flexclear.distill.batches import Batch, BatchMaker, held_out_batches, held_out_indices
 from flexclear.distill.config import DistillConfig
 from flexclear.distill.losses import Losses, Objective
-from flexclear.distill.models import SUPPORTED, check_class, fingerprint, load_pipeline, pipeline_folder, skeleton
-from flexclear.distill.optimizers import check_optimizer, make_optimizer
-from flexclear.distill.samples import CachedSamples, Samples, check_samples
+from flexclear.distill.model_state import as_found, start_from, unwrapped, write_weights
+from flexclear.distill.models import load_pipeline
+from flexclear.distill.optimizers import make_optimizer
+from flexclear.distill.preparing import Prepared, prepare
+from flexclear.distill.processes import DTYPES, check_accelerator, make_accelerator
+from flexclear.distill.samples import Samples
 from flexclear.distill.students import ADAPTER, add_lora, make_teacher, merge_lora, trained_parameters
 from flexclear.generate_settings import EMBEDDED
 from flexclear.hooks import entry_hook_of
 from flexclear.schedule import Radius
-from flexclear.weights import load_weights, save_weights
 
 WEIGHTS = "weights.safetensors"
 LOSSES = "losses.jsonl"
 HELD_OUT = "held_out.jsonl"
 LORA = "lora"
 SHEETS = "sheets"
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Record = dict[str, float]
 OnStep = Callable[[Record], None]
@@ -64,52 +62,6 @@ class Distilled:
     @property
     def interrupted(self) -> bool:
         return self.weights is None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What ``prepare`` has found out before any weight is read."""
-
-    samples: Samples
-    folder: Path | None
-    fingerprint: str | None
-
-
-def prepare(config: DistillConfig, model_or_pipe: Any = None, data: Samples | None = None) -> Prepared:
-    """Everything that can be wrong with a run, looked for before weights are read.
-
-    Raises:
-        FileNotFoundError: there is no such model, cache or file.
-        ImportError: an optional package that the settings ask for is missing.
-        TypeError, ValueError: a setting makes no sense, the model cannot be trained, or the data are of another model.
-    """
-    config.check()
-    check_optimizer(config.optimizer)
-    if config.tracker is not None and importlib.util.find_spec(config.tracker) is None:
-        raise ImportError(f"tracker: {config.tracker} is not installed (pip install {config.tracker})")
-    if config.sheets.every and model_or_pipe is not None and isinstance(model_or_pipe, nn.Module):
-        raise ValueError("sheets.every needs the pipeline, which draws them; a bare model was given")
-    if data is None and config.data is None:
-        raise ValueError("data is missing: a folder of flexclear data cache")
-    folder = made = None
-    if model_or_pipe is None:
-        if config.model is None:
-            raise ValueError("model is missing: a pipeline folder, a hub id or 'embedded'")
-        folder = pipeline_folder(config.model)
-        model = skeleton(folder)
-        made = fingerprint(folder)
-    else:
-        model = model_of(model_or_pipe)
-        check_class(
-            next((base.__name__ for base in type(model).__mro__ if base.__name__ in SUPPORTED), type(model).__name__)
-        )
-        if config.model is not None:
-            made = fingerprint(pipeline_folder(config.model))
-    if data is None:
-        data = CachedSamples(config.data)  # type: ignore[arg-type]
-    check_samples(data, model, made, f"the cache {config.data}" if config.data else "the data")
-    held_out_indices(config.held_out.count, len(data), config.seed)
-    return Prepared(data, folder, made if made is not None else data.fingerprint)
 
 
 def distill(
@@ -148,8 +100,8 @@ def distill(
     if config is None:
         raise TypeError("distill needs its settings: distill(pipe, DistillConfig(output=...), data)")
     ready = prepare(config, model_or_pipe, data)
-    accelerator = _accelerator(config) if accelerator is None else accelerator
-    _check_accelerator(accelerator, config)
+    accelerator = make_accelerator(config) if accelerator is None else accelerator
+    check_accelerator(accelerator, config)
     if model_or_pipe is None:
         assert config.model is not None
         assert ready.folder is not None
@@ -165,145 +117,8 @@ def distill(
             transform(model_or_pipe, config.radius, down_factor=config.down_factor, backend=config.backend)
         else:
             transform(model_or_pipe, attention=mechanism, backend=config.backend)
-    with _as_found(model):
+    with as_found(model):
         return _Run(model_or_pipe, config, ready, accelerator, on_step, say).run()
-
-
-def _accelerator(config: DistillConfig) -> Any:
-    from accelerate import Accelerator
-
-    _check_deepspeed()
-    options: dict[str, Any] = {}
-    if config.gradient_accumulation is not None:
-        options["gradient_accumulation_steps"] = config.gradient_accumulation
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        # Without an accelerator and without being told so, accelerate takes each of several processes for the only one.
-        cpu=config.device == "cpu" or (_started() > 1 and not torch.accelerator.is_available()),
-        log_with=config.tracker,
-        project_dir=str(config.output),
-        **options,
-    )
-
-
-def _started() -> int:
-    """Number of processes that torchrun or accelerate launch has started."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    return int(count) if count.isdecimal() else 1
-
-
-def _asked(plugin: str) -> bool:
-    """Whether accelerate's configuration asks for ``"FSDP"`` or ``"DEEPSPEED"``."""
-    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes")
-
-
-def _check_deepspeed() -> None:
-    """Raise where accelerate's configuration asks for DeepSpeed and it cannot be imported.
-
-    Raises:
-        ImportError: it cannot.
-    """
-    if _asked("DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
-        raise ImportError(
-            "accelerate's configuration asks for DeepSpeed, whose package is missing: pip install deepspeed. FSDP "
-            "(distributed_type: FSDP, fsdp_version: 2) shards weights without it"
-        )
-
-
-def _check_accelerator(accelerator: Any, config: DistillConfig) -> None:
-    from accelerate import DistributedType
-
-    if accelerator.mixed_precision not in DTYPES:
-        raise ValueError(f"mixed precision {accelerator.mixed_precision!r} is not known here; {list(DTYPES)} are")
-    kind, processes = accelerator.distributed_type, accelerator.num_processes
-    if processes < _started():
-        raise ValueError(
-            f"{_started()} processes were started, and accelerate knows of {processes}: each would train alone and write the "
-            "same files. On CPUs its Accelerator needs cpu=True, which device: cpu gives it"
-        )
-    if _asked("FSDP") and kind != DistributedType.FSDP:
-        raise ValueError(
-            f"accelerate's configuration asks for FSDP, which it has only where there are several accelerators such as GPUs; "
-            f"this run is {kind.value}, and each device would hold all weights. Take FSDP out of the configuration"
-        )
-    if _asked("DEEPSPEED") and kind != DistributedType.DEEPSPEED:
-        raise ValueError(
-            f"accelerate's configuration asks for DeepSpeed, which accelerate leaves out on CPUs; this run is {kind.value}. Take "
-            "DeepSpeed out of the configuration"
-        )
-    losses = config.losses
-    if processes > 1 and not losses.flow and not losses.prediction:
-        raise ValueError(
-            "losses: attention alone leaves the layers behind the last compared one without gradients, which several "
-            "processes cannot average. Give losses.flow or losses.prediction a weight, or use one process"
-        )
-    sharded = kind == DistributedType.FSDP or (
-        kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
-    )
-    if sharded and config.teacher == "shared":
-        raise ValueError(f"teacher: shared needs whole weights on every device, {kind} shards them; teacher: copy")
-    if sharded and config.ema is not None:
-        raise ValueError(f"ema needs whole weights on every device, {kind} shards them")
-    if kind == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
-
-
-@contextlib.contextmanager
-def _as_found(model: Any) -> Iterator[None]:
-    """What training sets on the model besides its weights is put back: gradients, types, mode, checkpointing, forward."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
-    training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
-    forward = model.__dict__.get("forward")
-    try:
-        yield
-    finally:
-        if ADAPTER in getattr(model, "peft_config", {}):
-            model.delete_adapters(ADAPTER)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtypes[parameter])
-        model.train(training)
-        if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
-            model.disable_gradient_checkpointing()
-        model.__dict__.pop("forward", None)
-        if forward is not None:
-            model.forward = forward
-
-
-def _start_from(model: Any, path: Path) -> None:
-    """Load a weights file and keep the model's own windows, whatever the file was trained for."""
-    entry = entry_hook_of(model)
-    assert entry is not None
-    windows = dict(entry.settings.windows)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*was trained for another window than the model has")
-        load_weights(model, path)
-    now = entry_hook_of(model)
-    if now is not None and dict(now.settings.windows) != windows:
-        transform_again(model, windows)
-
-
-def _write_weights(model: Any, path: Path) -> None:
-    """A file for ``load_weights``; of attention with a formula of its own, the same tensors under the model's own names,
-    for ``load_state_dict(..., strict=False)`` of a model that is transformed alike."""
-    entry = entry_hook_of(model)
-    if entry is None or entry.settings.formula is None:
-        save_weights(model, path)
-        return
-    from safetensors.torch import save_file
-
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
-    with whole_file(path) as beside:
-        save_file(tensors, beside, {"format": "pt", "attention": repr(entry.settings.formula)})
-
-
-def _unwrapped(name: str) -> str:
-    """A parameter's name without the wrappers of FSDP and of activation checkpointing."""
-    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _dtype_of(model: Any) -> torch.dtype:
@@ -334,7 +149,7 @@ class _Run:
         own = () if config.train == "lora" and config.initial_weights is None else projections.values()
         self.teacher = make_teacher(model, own if config.teacher == "shared" else None)
         if config.initial_weights is not None:
-            _start_from(model, config.initial_weights)
+            start_from(model, config.initial_weights)
             projections = trained_parameters(model)
         model.requires_grad_(False)
         self.trained = (
@@ -384,7 +199,7 @@ class _Run:
 
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded:
-            now = {_unwrapped(name): parameter for name, parameter in self.model.named_parameters()}
+            now = {unwrapped(name): parameter for name, parameter in self.model.named_parameters()}
             self.trained = {name: now.get(name, parameter) for name, parameter in self.trained.items()}
             self.parameters = list(self.trained.values())
 
@@ -546,7 +361,7 @@ class _Run:
             if accelerator.is_main_process:
                 model = self._whole(gathered)
                 self._merge(model)
-                _write_weights(model, path)
+                write_weights(model, path)
         else:
             if self.average is not None:
                 self.average.copy_to(self.parameters)
@@ -554,7 +369,7 @@ class _Run:
             for parameter in self.parameters:
                 parameter.data = parameter.data.to(self.dtype)
             if accelerator.is_main_process:
-                _write_weights(self.model, path)
+                write_weights(self.model, path)
         accelerator.wait_for_everyone()
         return path
 
@@ -577,7 +392,7 @@ class _Run:
             transform(model, windows, backend="sdpa")
         if self.config.train == "lora":
             add_lora(model, self.config.lora.rank, self.config.lora.alpha, self.config.seed)
-        numbers = {_unwrapped(name): tensor for name, tensor in gathered.items()}
+        numbers = {unwrapped(name): tensor for name, tensor in gathered.items()}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(numbers[name])

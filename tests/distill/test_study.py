@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from flexclear import embedded, students
 from flexclear.distill.losses import pack
+from flexclear.distill.model_state import write_weights
 from flexclear.distill.samples import CachedSamples
 from flexclear.distill.students import trained_parameters
-from flexclear.distill.trainer import _write_weights
 from flexclear.embedded.evaluation import Request, evaluate
 from flexclear.embedded.retrieval import Retriever
 from flexclear.embedded.vocabulary import read_vocabulary
@@ -196,7 +196,7 @@ def test_trained_weights_of_every_kind_come_back(tmp_path, name):
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(torch.randn_like(parameter))
-    _write_weights(pipe.transformer, tmp_path / "weights.safetensors")
+    write_weights(pipe.transformer, tmp_path / "weights.safetensors")
     row.apply(again, tmp_path / "weights.safetensors")
     for key, parameter in trained_parameters(again.transformer).items():
         assert torch.equal(parameter, trained[key]), key

@@ -28,7 +28,6 @@ from flexclear.embedded.train import corpus
 from flexclear.embedded.train.checkpoint import load_checkpoint
 from flexclear.embedded.train.controlnet import (
     LARGEST_BYTES,
-    StopFlag,
     build_controlnet,
     control_loss,
     export_controlnet,
@@ -37,6 +36,7 @@ from flexclear.embedded.train.controlnet import (
 from flexclear.embedded.train.controlnet_data import ControlBatchMaker, conditioned_set
 from flexclear.embedded.train.controlnet_recipe import ControlRecipe
 from flexclear.embedded.train.pictures import training_pairs, training_scenes
+from flexclear.embedded.train.stopping import StopFlag
 from flexclear.evaluation.conditions import CONDITIONS, distance_to_condition
 from flexclear.students import teacher_fingerprint
 

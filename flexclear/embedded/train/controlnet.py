@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,27 +77,6 @@ def control_loss(
             controlnet_block_samples=double, controlnet_single_block_samples=single, **common
         )[0]
     return F.mse_loss(predicted.float(), pack(batch.noise - batch.latents))
-
-
-class StopFlag:
-    """Inside its block, SIGTERM and SIGINT are noted in place of ending the process at once; calling it tells."""
-
-    def __init__(self) -> None:
-        self._raised = False
-
-    def __call__(self) -> bool:
-        return self._raised
-
-    def __enter__(self) -> StopFlag:
-        self._before = {number: signal.signal(number, self._raise) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self._raised = True
 
 
 def train_controlnet(

@@ -47,9 +47,10 @@ def controlnet(
     from flexclear.embedded.control import controlnet_directory
     from flexclear.embedded.font import extract_bitmaps
     from flexclear.embedded.train import corpus
-    from flexclear.embedded.train.controlnet import StopFlag, export_controlnet, train_controlnet
+    from flexclear.embedded.train.controlnet import export_controlnet, train_controlnet
     from flexclear.embedded.train.controlnet_data import ControlBatchMaker, conditioned_set
     from flexclear.embedded.train.pictures import training_pairs, training_scenes
+    from flexclear.embedded.train.stopping import StopFlag
     from flexclear.students import teacher_fingerprint
 
     torch.set_num_threads(threads)

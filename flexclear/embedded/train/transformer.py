@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from flexclear.embedded.train.optimizer import SplitOptimizer
 from flexclear.embedded.train.schedule import Schedule, decide_end
 from flexclear.embedded.train.sheets import save_sheet
+from flexclear.embedded.train.stopping import StopFlag
 
 CHECKPOINT_NAME = "transformer.pt"
 
@@ -153,18 +152,6 @@ def train_transformer(
     return int(load_checkpoint(path)["step"])
 
 
-class _StopFlag:
-    """Becomes true on SIGTERM or SIGINT."""
-
-    def __init__(self) -> None:
-        self.raised = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._raise)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
-
-
 def _run(
     recipe: TransformerRecipe,
     learners: Learners,
@@ -176,21 +163,20 @@ def _run(
     schedule: Schedule,
     done: int,
 ) -> None:
-    stop = _StopFlag()
     started = time.monotonic()
     losses: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, (folder / "transformer.jsonl").open("a") as log:
+    with StopFlag() as stop, Progress(*columns) as progress, (folder / "transformer.jsonl").open("a") as log:
         task = progress.add_task("transformer", total=schedule.total, completed=done)
         step = done
-        while not (schedule.finished(step) or stop.raised):
+        while not (schedule.finished(step) or stop()):
             loss = flow_loss(learners, maker.make(step), recipe.half_precision, recipe.guidance_at(step))
             loss.backward()
             optimizer.step(schedule.factor(step))
             losses.append(loss.item())
             step += 1
             progress.update(task, advance=1, description=f"transformer loss {losses[-1]:.4f}")
-            last = schedule.finished(step) or stop.raised
+            last = schedule.finished(step) or stop()
             if step % 50 == 0 or last:
                 entry = {
                     "step": step,

@@ -1,0 +1,73 @@
+"""A model's weights before and after training, and its state, which training leaves as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flexclear.compile.files import whole_file
+from flexclear.convert import transform_again
+from flexclear.distill.students import ADAPTER, trained_parameters
+from flexclear.hooks import entry_hook_of
+from flexclear.weights import load_weights, save_weights
+
+
+@contextlib.contextmanager
+def as_found(model: Any) -> Iterator[None]:
+    """What training sets on the model besides its weights is put back: gradients, types, mode, checkpointing, forward."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+    training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
+    forward = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        if ADAPTER in getattr(model, "peft_config", {}):
+            model.delete_adapters(ADAPTER)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[parameter])
+        model.train(training)
+        if not checkpointing and getattr(model, "is_gradient_checkpointing", False):
+            model.disable_gradient_checkpointing()
+        model.__dict__.pop("forward", None)
+        if forward is not None:
+            model.forward = forward
+
+
+def start_from(model: Any, path: Path) -> None:
+    """Load a weights file and keep the model's own windows, whatever the file was trained for."""
+    entry = entry_hook_of(model)
+    assert entry is not None
+    windows = dict(entry.settings.windows)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was trained for another window than the model has")
+        load_weights(model, path)
+    now = entry_hook_of(model)
+    if now is not None and dict(now.settings.windows) != windows:
+        transform_again(model, windows)
+
+
+def write_weights(model: Any, path: Path) -> None:
+    """A file for ``load_weights``; of attention with a formula of its own, the same tensors under the model's own names,
+    for ``load_state_dict(..., strict=False)`` of a model that is transformed alike."""
+    entry = entry_hook_of(model)
+    if entry is None or entry.settings.formula is None:
+        save_weights(model, path)
+        return
+    from safetensors.torch import save_file
+
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
+    with whole_file(path) as beside:
+        save_file(tensors, beside, {"format": "pt", "attention": repr(entry.settings.formula)})
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without the wrappers of FSDP and of activation checkpointing."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name

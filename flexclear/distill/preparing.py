@@ -1,0 +1,63 @@
+"""What can be wrong with a run, looked for before any weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flexclear.convert import model_of
+from flexclear.distill.batches import held_out_indices
+from flexclear.distill.config import DistillConfig
+from flexclear.distill.models import SUPPORTED, check_class, fingerprint, pipeline_folder, skeleton
+from flexclear.distill.optimizers import check_optimizer
+from flexclear.distill.samples import CachedSamples, Samples, check_samples
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare`` has found out before any weight is read."""
+
+    samples: Samples
+    folder: Path | None
+    fingerprint: str | None
+
+
+def prepare(config: DistillConfig, model_or_pipe: Any = None, data: Samples | None = None) -> Prepared:
+    """Everything that can be wrong with a run, looked for before weights are read.
+
+    Raises:
+        FileNotFoundError: there is no such model, cache or file.
+        ImportError: an optional package that the settings ask for is missing.
+        TypeError, ValueError: a setting makes no sense, the model cannot be trained, or the data are of another model.
+    """
+    config.check()
+    check_optimizer(config.optimizer)
+    if config.tracker is not None and importlib.util.find_spec(config.tracker) is None:
+        raise ImportError(f"tracker: {config.tracker} is not installed (pip install {config.tracker})")
+    if config.sheets.every and model_or_pipe is not None and isinstance(model_or_pipe, nn.Module):
+        raise ValueError("sheets.every needs the pipeline, which draws them; a bare model was given")
+    if data is None and config.data is None:
+        raise ValueError("data is missing: a folder of flexclear data cache")
+    folder = made = None
+    if model_or_pipe is None:
+        if config.model is None:
+            raise ValueError("model is missing: a pipeline folder, a hub id or 'embedded'")
+        folder = pipeline_folder(config.model)
+        model = skeleton(folder)
+        made = fingerprint(folder)
+    else:
+        model = model_of(model_or_pipe)
+        check_class(
+            next((base.__name__ for base in type(model).__mro__ if base.__name__ in SUPPORTED), type(model).__name__)
+        )
+        if config.model is not None:
+            made = fingerprint(pipeline_folder(config.model))
+    if data is None:
+        data = CachedSamples(config.data)  # type: ignore[arg-type]
+    check_samples(data, model, made, f"the cache {config.data}" if config.data else "the data")
+    held_out_indices(config.held_out.count, len(data), config.seed)
+    return Prepared(data, folder, made if made is not None else data.fingerprint)
