@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
+from PIL import Image
 
 from flexclear import embedded
 from flexclear.embedded.evaluation import Request
 from flexclear.embedded.retrieval import Match
 from flexclear.embedded.train.batches import BATCH_KINDS, BatchMaker
-from flexclear.embedded.train.emphasis import read_emphasis, weigh, write_emphasis
+from flexclear.embedded.train.emphasis import faintness, read_emphasis, weigh, write_emphasis
 from flexclear.embedded.train.latents import LatentCache, LatentSet
 from flexclear.embedded.train.transformer import Learners, TransformerRecipe, flow_loss
 
@@ -27,8 +28,9 @@ def _latents(side: int) -> LatentSet:
 
 
 def _maker(pipe, emphasis=None) -> BatchMaker:
+    weights = None if emphasis is None else torch.tensor(emphasis)
     cache = LatentCache(_latents(32), _latents(64), 0.0, 1.0)
-    return BatchMaker(cache, NAMES, ["blue"], pipe.tokenizer, pipe.tokenizer_2, seed=3, emphasis=emphasis)
+    return BatchMaker(cache, NAMES, ["blue"], pipe.tokenizer, pipe.tokenizer_2, seed=3, emphasis=weights)
 
 
 def _shown(maker: BatchMaker, steps: int) -> Counter[int]:
@@ -45,13 +47,13 @@ def _shown(maker: BatchMaker, steps: int) -> Counter[int]:
 def test_emphasis_decides_how_often_an_emoji_is_shown(pipe):
     even = _shown(_maker(pipe), 60)
     assert max(even.values()) < 1.5 * min(even.values())
-    favoured = _shown(_maker(pipe, [8.0, 1.0, 1.0]), 60)
+    favoured = _shown(_maker(pipe, [[8.0], [1.0], [1.0]]), 60)
     assert favoured[0] > 2.5 * (favoured[1] + favoured[2])
-    assert _shown(_maker(pipe, [1.0, 0.0, 1.0]), 20)[1] == 0
+    assert _shown(_maker(pipe, [[1.0], [0.0], [1.0]]), 20)[1] == 0
 
 
 def test_a_step_is_the_same_every_time(pipe):
-    first, again = (_maker(pipe, [2.0, 1.0, 1.0]).make(11) for _ in range(2))
+    first, again = (_maker(pipe, [[2.0], [1.0], [1.0]]).make(11) for _ in range(2))
     assert torch.equal(first.latents, again.latents)
     assert torch.equal(first.noise, again.noise)
     assert torch.equal(first.t5_ids, again.t5_ids)
@@ -81,6 +83,20 @@ def test_weights_are_read_back_and_must_be_about_the_same_emoji(tmp_path):
     assert read_emphasis(tmp_path, NAMES) == [1.0, 3.0, 2.0]
     with pytest.raises(ValueError, match="cactus"):
         read_emphasis(tmp_path, [*NAMES, "cactus"])
+
+
+def test_a_pair_weighs_more_the_fainter_it_is():
+    yellow, half = Image.new("RGBA", (8, 8), (250, 210, 80, 255)), Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    colours = [(252, 214, 84), (0, 0, 0), (255, 255, 255), (200, 160, 30)]
+    weights = faintness([yellow, half], colours, 0.5)
+    assert weights.shape == (2, 4)
+    assert weights[0, 0] == weights[1, 1] == 4
+    assert weights[0, 1] == 1
+    assert torch.equal(faintness([yellow, half], colours, 0.0), torch.ones(2, 4))
+    contrast = [((c - torch.tensor([250, 210, 80])) / 255).square().mean() for c in map(torch.tensor, colours)]
+    contrast += [((128 / 255) * c / 255).square().mean() for c in map(torch.tensor, colours)]
+    by_hand = (torch.stack(contrast).median() / contrast[3]).sqrt()
+    torch.testing.assert_close(weights[0, 3], by_hand.clamp(1, 4))
 
 
 def test_guidance_begins_where_it_is_told_to():

@@ -49,6 +49,9 @@ def transformer(
     small_pictures: Annotated[int, typer.Option(help="Pictures of 128 pixels to encode.")] = 18_000,
     large_pictures: Annotated[int, typer.Option(help="Pictures of 256 pixels to encode.")] = 2_000,
     still: Annotated[bool, typer.Option(help="Pictures without jitter: first, so that names are learned.")] = False,
+    faint: Annotated[
+        float, typer.Option(min=0, help="Show pairs of little contrast more often: the power of their weight.")
+    ] = 0.0,
     guided_from: Annotated[
         int | None, typer.Option(help="First step that learns to do without classifier-free guidance.")
     ] = None,
@@ -69,6 +72,7 @@ def transformer(
         steps,
         decay_from,
         still,
+        faint,
     )
 
 

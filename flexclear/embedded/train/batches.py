@@ -72,7 +72,7 @@ class Batch:
 class BatchMaker:
     """Makes the batch of any step number, the same one every time.
 
-    ``emphasis`` is how often each emoji is drawn relative to the others; all the same without it.
+    ``emphasis``, shape (emoji, backgrounds), is how often each pair is drawn relative to the others; all the same without it.
     """
 
     cache: LatentCache
@@ -81,7 +81,7 @@ class BatchMaker:
     clip_tokenizer: CLIPTokenizer
     t5_tokenizer: T5TokenizerFast
     seed: int
-    emphasis: Sequence[float] | None = None
+    emphasis: torch.Tensor | None = None
 
     def make(self, step: int) -> Batch:
         """Return the batch of step ``step``."""
@@ -116,7 +116,7 @@ class BatchMaker:
         count = len(chosen_set.latents)
         if self.emphasis is None:
             return [choice.randrange(count) for _ in range(pictures)]
-        weights = torch.tensor(self.emphasis)[chosen_set.emoji].tolist()
+        weights = self.emphasis[chosen_set.emoji, chosen_set.backgrounds].tolist()
         return choice.choices(range(count), weights, k=pictures)
 
     def _t5_ids(self, captions: Sequence[str], length: int) -> torch.Tensor:

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+from PIL import Image
+
 from flexclear.embedded.evaluation import Request, generate, trained_requests
 from flexclear.embedded.retrieval import Match, Retriever
+from flexclear.embedded.scenes import Colour
 from flexclear.embedded.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -47,6 +52,28 @@ def weigh(
     return {
         item.name: 1.0 + strength * wrong[index] / max(1, drawn[index]) for index, item in enumerate(vocabulary.emoji)
     }
+
+
+def faintness(bitmaps: Sequence[Image.Image], colours: Sequence[Colour], power: float) -> torch.Tensor:
+    """Return how often to show each pair for how little it differs from its plain background.
+
+    A yellow trumpet on yellow leaves the loss almost nothing to see, and is learned last.
+
+    Args:
+        bitmaps: of the emoji, RGBA.
+        colours: of the backgrounds, 0 to 255.
+        power: weights are ``(median contrast / contrast) ** power``, between 1 and 4; all 1 at 0.
+
+    Returns:
+        Shape (emoji, backgrounds), float32.
+    """
+    contrasts = torch.empty(len(bitmaps), len(colours))
+    for row, bitmap in enumerate(bitmaps):
+        pixels = torch.from_numpy(np.array(bitmap.convert("RGBA"))).float() / 255
+        for column, colour in enumerate(colours):
+            difference = pixels[..., 3:] * (pixels[..., :3] - torch.tensor(colour) / 255)
+            contrasts[row, column] = difference.square().mean()
+    return (contrasts.median() / contrasts.clamp_min(1e-6)).pow(power).clamp(1.0, 4.0)
 
 
 def write_emphasis(folder: Path, weights: dict[str, float]) -> Path:

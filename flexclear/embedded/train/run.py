@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from flexclear.embedded.captions import caption
 from flexclear.embedded.font import extract_bitmaps
 from flexclear.embedded.train import corpus
 from flexclear.embedded.train.assembly import assemble, load_vae
 from flexclear.embedded.train.batches import BatchMaker
-from flexclear.embedded.train.emphasis import read_emphasis
+from flexclear.embedded.train.emphasis import faintness, read_emphasis
 from flexclear.embedded.train.latents import build_cache
 from flexclear.embedded.train.pictures import training_pairs
 from flexclear.embedded.train.transformer import TransformerRecipe, train_transformer
@@ -24,12 +26,13 @@ def run_transformer(
     total: int | None,
     decay_from: int | None,
     still: bool = False,
+    faint: float = 0.0,
 ) -> int:
     """Train the transformer with checkpoints in ``folder`` and return the number of steps done so far.
 
     ``still`` trains on pictures without jitter. Under jitter an emoji's name explains a tenth of the latents' variance
     only, too little to be noticed at the start; on still pictures it explains nearly all of it. Where ``folder`` holds
-    an ``emphasis.json``, the emoji that it favours are shown more often.
+    an ``emphasis.json``, the emoji that it favours are shown more often; ``faint`` favours pairs of little contrast.
     """
     emoji = corpus.emoji()
     names = list(corpus.BACKGROUNDS)
@@ -49,6 +52,10 @@ def run_transformer(
         still,
     )
     pipeline, learners = assemble(folder, vae, cache.shift, cache.scaling, recipe.seed)
+    favoured = read_emphasis(folder, [item.name for item in emoji])
+    emphasis = None
+    if favoured is not None or faint:
+        emphasis = torch.tensor(favoured or [1.0] * len(emoji))[:, None] * faintness(bitmaps, colours, faint)
     maker = BatchMaker(
         cache,
         [item.name for item in emoji],
@@ -56,7 +63,7 @@ def run_transformer(
         pipeline.tokenizer,
         pipeline.tokenizer_2,
         recipe.seed,
-        read_emphasis(folder, [item.name for item in emoji]),
+        emphasis,
     )
     prompts = [caption(emoji[(5 * i) % len(emoji)].name, names[i % len(names)]) for i in range(24)]
     return train_transformer(recipe, learners, maker, pipeline, prompts, folder, total, decay_from)
