@@ -113,15 +113,15 @@ def table(rows: Sequence[dict[str, Any]], found: dict[str, Run], pictures: int) 
         cells = ["-" if row[name] is None else f"{row[name]:.{COLUMNS[name].digits}f}" for name in columns]
         cells += [f"{100 * row[name]:.0f} %" for name in ("emoji", "background", "both")]
         lines.append(f"| {row['condition']} | {row['row']} | {' | '.join(cells)} |")
-    reasons = {
-        f"{COLUMNS[column].title}: {score.reason}"
+    missing = {
+        COLUMNS[column].title
         for result in found.values()
         for scores in result.scores.values()
         for column, score in scores.items()
         if score.reason is not None
     }
-    if reasons:
-        lines += ["", "Not computed: " + "; ".join(sorted(reasons)) + "."]
+    if missing:
+        lines += ["", f"Not computed, for want of their networks: {', '.join(sorted(missing))}."]
     return "\n".join(lines) + "\n"
 
 
