@@ -203,4 +203,6 @@ def test_dense_steps_follow_the_scheduler_that_pipelines_share(pipe):
     dense = draw(other, **start)
     assert (draw(flexclear.transform(other, r=3, backend="sdpa"), **start) - dense).abs().max() > 1e-3
     flexclear.restore(pipe)
-    assert (draw(other, **start) - dense).abs().max() <= 1e-5
+    # The plain model sums in another order of tokens.
+    error = (draw(other, **start) - dense).norm() / dense.norm()
+    assert error <= 5e-6
