@@ -13,13 +13,24 @@ from flexclear.compile import (
     why_not_compiled,
 )
 
-from models import flux_call
+from models import flux_call, tiny_flux
 
 CPU = torch.device("cpu")
 RECIPES = ["weight_only", "int8"]
 FLOOR = {"weight_only": 24.0, "int8": 28.0}
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
 WHY_NOT = why_not_compiled(CPU)
+
+
+def quantizable_flux():
+    """A FLUX of 1 + 1 blocks, 4 heads x 64, bfloat16, whose blocks do something."""
+    model = tiny_flux(
+        num_attention_heads=4, attention_head_dim=64, axes_dims_rope=(16, 24, 24), num_layers=1, num_single_layers=1
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.to(torch.bfloat16)
 
 
 def lora_file(path, model, seed, rank, layers):

@@ -121,10 +121,6 @@ def distill(
         return _Run(model_or_pipe, config, ready, accelerator, on_step, say).run()
 
 
-def _dtype_of(model: Any) -> torch.dtype:
-    return model.dtype
-
-
 class _Run:
     def __init__(
         self, model_or_pipe: Any, config: DistillConfig, ready: Prepared, accelerator: Any, on_step: OnStep, say: Any
@@ -134,7 +130,7 @@ class _Run:
         self.config, self.ready, self.accelerator = config, ready, accelerator
         self.on_step, self.say = on_step, say
         self.device = accelerator.device
-        self.dtype = _dtype_of(self.model)
+        self.dtype = self.model.dtype
         precision = accelerator.mixed_precision
         self.compute = self.dtype if precision == "no" else DTYPES[precision]
         self.stop = False

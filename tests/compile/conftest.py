@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eight_bit import ATTENTION, lora_file
-
-from models import tiny_flux
+from eight_bit import ATTENTION, lora_file, quantizable_flux
 
 
 @pytest.fixture(scope="module")
 def base():
-    """A FLUX of 1 + 1 blocks, 4 heads x 64, bfloat16, whose blocks do something."""
-    model = tiny_flux(
-        num_attention_heads=4, attention_head_dim=64, axes_dims_rope=(16, 24, 24), num_layers=1, num_single_layers=1
-    )
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.to(torch.bfloat16)
+    return quantizable_flux()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from eight_bit import eight_bit, local, quantizable_flux
 
 import flexclear
 from flexclear import embedded
@@ -44,30 +45,7 @@ def recipe(request):
 
 @pytest.fixture(scope="module")
 def base():
-    """A FLUX of 1 + 1 blocks, 4 heads x 64, bfloat16, on the GPU, whose blocks do something."""
-    model = tiny_flux(
-        num_attention_heads=4, attention_head_dim=64, axes_dims_rope=(16, 24, 24), num_layers=1, num_single_layers=1
-    )
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.to(GPU, torch.bfloat16)
-
-
-@pytest.fixture
-def graphs():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def local(model, r=3, backend="sdpa"):
-    return flexclear.transform(copy.deepcopy(model), r=r, backend=backend)
-
-
-def eight_bit(model, recipe):
-    quantize(model, recipe)
-    return model
+    return quantizable_flux().to(GPU)
 
 
 def run(model, height=16, width=16):

@@ -47,7 +47,6 @@ RECIPE = ControlRecipe(
     steps=4, batch=3, pictures=4, single_layers=1, half_precision=False, compiled=False, save_every=1, seed=3
 )
 COLOURS = list(corpus.BACKGROUNDS.values())
-SHIPPED = pytest.mark.skipif(not (controlnet_directory() / FACTS_NAME).is_file(), reason="no ControlNet ships yet")
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +375,6 @@ def test_the_command_trains_writes_and_shows_and_finds_itself_done(tmp_path, mon
     assert (target / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
-@SHIPPED
 def test_the_shipped_controlnet_is_small_and_holds_pictures_to_their_conditions(pipe, vocabulary, bitmaps):
     folders = (controlnet_directory(), embedded.model_directory(), embedded.model_directory().parent / "students")
     assert sum(path.stat().st_size for path in folders[0].iterdir()) <= LARGEST_BYTES

@@ -6,12 +6,14 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from flexclear.embedded.captions import random_caption
-from flexclear.embedded.train.latents import LatentCache, LatentSet
+from flexclear.embedded.train.latents import LatentCache
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class BatchMaker:
         choice = random.Random(f"{self.seed}/{step}")
         kind = choice.choices(BATCH_KINDS, [kind.share for kind in BATCH_KINDS])[0]
         chosen_set = self.cache.large if kind.large else self.cache.small
-        rows = self._rows(chosen_set, kind.pictures, choice)
+        rows = self._rows(kind, len(chosen_set.latents), choice)
         captions = [
             random_caption(
                 self.emoji_names[int(chosen_set.emoji[row])],
@@ -112,12 +114,20 @@ class BatchMaker:
             empty_t5_ids=self._t5_ids([""] * kind.pictures, kind.text_length),
         )
 
-    def _rows(self, chosen_set: LatentSet, pictures: int, choice: random.Random) -> list[int]:
-        count = len(chosen_set.latents)
+    @cached_property
+    def _shares(self) -> dict[bool, list[float]]:
+        """Running sums of how often each picture is drawn, of the small and of the large ones."""
+        assert self.emphasis is not None
+        sets = {False: self.cache.small, True: self.cache.large}
+        return {
+            large: list(accumulate(self.emphasis[shown.emoji, shown.backgrounds].tolist()))
+            for large, shown in sets.items()
+        }
+
+    def _rows(self, kind: BatchKind, count: int, choice: random.Random) -> list[int]:
         if self.emphasis is None:
-            return [choice.randrange(count) for _ in range(pictures)]
-        weights = self.emphasis[chosen_set.emoji, chosen_set.backgrounds].tolist()
-        return choice.choices(range(count), weights, k=pictures)
+            return [choice.randrange(count) for _ in range(kind.pictures)]
+        return choice.choices(range(count), cum_weights=self._shares[kind.large], k=kind.pictures)
 
     def _t5_ids(self, captions: Sequence[str], length: int) -> torch.Tensor:
         encoded = self.t5_tokenizer(
