@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -130,7 +130,7 @@ class _Run:
         self.config, self.ready, self.accelerator = config, ready, accelerator
         self.on_step, self.say = on_step, say
         self.device = accelerator.device
-        self.dtype = self.model.dtype
+        self.dtype = cast(torch.dtype, self.model.dtype)
         precision = accelerator.mixed_precision
         self.compute = self.dtype if precision == "no" else DTYPES[precision]
         self.stop = False
