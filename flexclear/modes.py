@@ -7,13 +7,18 @@ from typing import Any
 from torch import nn
 
 
+def context_parallelism_of(model: nn.Module) -> Any:
+    """diffusers' settings of it, or None."""
+    return getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+
+
 def refuse_context_parallelism(model: nn.Module) -> None:
     """Raise if every process of a group holds a part of the sequence.
 
     Raises:
         ValueError: it does.
     """
-    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    config = context_parallelism_of(model)
     if config is not None:
         raise ValueError(
             f"this {type(model).__name__} has context parallelism (ring_degree={config.ring_degree}, "

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import flexclear
 from flexclear import parallel
 from flexclear.families import flux_attention, sd3_attention  # noqa: F401
+from flexclear.parallel.group import ranks_of
 
 from models import flux_call, tiny_flux
 
@@ -21,7 +22,7 @@ warnings.filterwarnings("ignore", message="flexclear: ")
 
 def awake():
     """So that the bars of a pipeline are quiet, and to know that a process is there."""
-    parallel.enabling._ranks(None)
+    ranks_of(None)
     return dist.get_rank()
 
 
@@ -51,6 +52,29 @@ def flux_against_one(
         "window": (dense - whole).abs().max().item(),
         "sent": sent,
         "sum": shared.double().sum().item(),
+    }
+
+
+def dense_against_one(kind, height, width, text_len, batch=1):
+    """Greatest difference of a dense FLUX that diffusers shares to a whole one, and of a whole one afterwards."""
+
+    def outcome(model, call):
+        with torch.no_grad():
+            return model(**call)[0]
+
+    model = tiny_flux()
+    # As pipelines call it: diffusers splits and gathers tensors only.
+    call = {**flux_call(height, width, text_len, batch), "return_dict": False}
+    whole = outcome(model, call)
+    shared = outcome(parallel.enable_dense(model, kind=kind), call)
+    enabled = model._parallel_config is not None
+    parallel.disable(model)
+    after = outcome(model, call)
+    return {
+        "error": (shared - whole).abs().max().item(),
+        "after": (after - whole).abs().max().item(),
+        "enabled": enabled,
+        "left": model._parallel_config,
     }
 
 

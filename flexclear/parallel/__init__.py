@@ -9,7 +9,9 @@ All ranks run the same script with the same prompt and seed; every rank gets the
 
 from __future__ import annotations
 
-from flexclear.parallel.enabling import attach, disable, enable, enable_dense, leave, sent_bytes
+from flexclear.parallel.dense import enable_dense
+from flexclear.parallel.enabling import attach, disable, enable, sent_bytes
 from flexclear.parallel.errors import ParallelError
+from flexclear.parallel.group import leave
 
 __all__ = ["ParallelError", "attach", "disable", "enable", "enable_dense", "leave", "sent_bytes"]

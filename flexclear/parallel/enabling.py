@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
 from flexclear.convert import model_of
 from flexclear.hooks import EntryHook, entry_hook_of, install_inner
 from flexclear.parallel.decoding import split_decoding, whole_decoding
+from flexclear.parallel.dense import disable_dense, refuse_other_parallelism
+from flexclear.parallel.group import ranks_of
 from flexclear.parallel.links import Links
 from flexclear.parallel.planning import TOO_SMALL, check_shares
 from flexclear.parallel.session import EXCHANGES, TEXTS, Options, Session, why_not_cached
@@ -79,7 +78,7 @@ def enable(
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
     if entry is None:
-        _refuse_other_parallelism(model)
+        refuse_other_parallelism(model)
         raise ValueError(
             f"this {type(model).__name__} is dense, and borders are those of a window: flexclear.transform(model, r=...) "
             "first. flexclear.parallel.enable_dense runs the dense model on several ranks"
@@ -93,7 +92,7 @@ def enable(
             "exchange='stale' needs to know the denoising step: give the pipeline, whose scheduler counts steps "
             "(step_index)"
         )
-    ranks = _ranks(mesh)
+    ranks = ranks_of(mesh)
     options = Options(
         text=text,
         exchange=exchange,
@@ -127,7 +126,7 @@ def attach(model: nn.Module, session: Session) -> None:
 
 
 def disable(model_or_pipe: Target) -> Target:
-    """Undo ``enable``: the model runs whole on this rank again. Others are left as they are.
+    """Undo ``enable`` or ``enable_dense``: the model runs whole on this rank again. Others are left as they are.
 
     Returns:
         What was given.
@@ -140,6 +139,7 @@ def disable(model_or_pipe: Target) -> Target:
         entry.parallel.close()
         entry.parallel = None
         transform_again(model)
+    disable_dense(model)
     if model_or_pipe is not model:
         whole_decoding(model_or_pipe)
     return model_or_pipe
@@ -166,87 +166,3 @@ def why_not(model: nn.Module, entry: EntryHook) -> str | None:
             "masks can"
         )
     return why_not_cached(model) or entry.family.why_not_parallel(model)
-
-
-def _refuse_other_parallelism(model: nn.Module) -> None:
-    config = getattr(model, "_parallel_config", None)
-    inner = getattr(config, "context_parallel_config", None)
-    if inner is not None:
-        raise ValueError(
-            f"this {type(model).__name__} has diffusers' context parallelism (ring_degree={inner.ring_degree}, "
-            f"ulysses_degree={inner.ulysses_degree}), which shares out the dense attention. Either that, dense; or windows: "
-            "load the model without enable_parallelism, flexclear.transform, flexclear.parallel.enable. Both at once would "
-            "cut the picture twice"
-        )
-
-
-def _ranks(mesh: Any) -> list[int]:
-    """Global ranks of the group.
-
-    Raises:
-        TypeError: ``mesh`` is no DeviceMesh.
-        ValueError: it has several dimensions, or does not hold this rank; or there is no process group.
-    """
-    if not dist.is_available():
-        raise ValueError("this build of torch has no torch.distributed")
-    if not dist.is_initialized():
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            raise ValueError(
-                "there is no process group: start with torchrun --nproc-per-node N, or call "
-                "torch.distributed.init_process_group first"
-            )
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if mesh is None:
-        return list(range(dist.get_world_size()))
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"mesh must be a torch.distributed DeviceMesh or None, got {type(mesh).__name__}")
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"mesh must have one dimension, that of the bands; this one has {mesh.ndim}. Take one, such as "
-            f"mesh[{(mesh.mesh_dim_names or ('bands',))[-1]!r}]"
-        )
-    ranks = mesh.mesh.flatten().tolist()
-    if dist.get_rank() not in ranks:
-        raise ValueError(f"rank {dist.get_rank()} is not in the mesh, which holds {ranks}")
-    return ranks
-
-
-def leave() -> None:
-    """End this process's part in the default process group, at the end of a script; nothing where there is none."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
-    """Share the dense model's pictures among all ranks by diffusers' own context parallelism, for comparison.
-
-    Args:
-        model_or_pipe: a model that is not transformed, or a pipeline with one.
-        kind: ``"ring"`` or ``"ulysses"``.
-
-    Raises:
-        ValueError: the model is transformed or runs in parallel already, or there is no accelerator.
-    """
-    if kind not in ("ring", "ulysses"):
-        raise ValueError(f"kind must be 'ring' or 'ulysses', got {kind!r}")
-    model = model_of(model_or_pipe)
-    if entry_hook_of(model) is not None:
-        raise ValueError(
-            f"this {type(model).__name__} has windows: flexclear.parallel.enable shares it out; or flexclear.restore it first"
-        )
-    _refuse_other_parallelism(model)
-    if torch.accelerator.device_count() == 0:
-        raise ValueError(
-            "diffusers' context parallelism runs on accelerators such as CUDA, and torch finds none here. Windows run on "
-            "several CPU processes: flexclear.transform, then flexclear.parallel.enable"
-        )
-    from diffusers import ContextParallelConfig
-
-    count = len(_ranks(None))
-    model.enable_parallelism(config=ContextParallelConfig(**{f"{kind}_degree": count}))  # type: ignore[operator]
-    return model_or_pipe

@@ -58,9 +58,8 @@ def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
         parallel.enable_dense(model)
     with pytest.raises(ValueError, match="kind must be 'ring' or 'ulysses'"):
         parallel.enable_dense(tiny_flux(), kind="star")
-    if not torch.accelerator.is_available():
-        with pytest.raises(ValueError, match="runs on accelerators such as CUDA, and torch finds none here"):
-            parallel.enable_dense(tiny_flux())
+    with pytest.raises(ValueError, match="no process group: start with torchrun"):
+        parallel.enable_dense(tiny_flux(), kind="ulysses")
     ringed = tiny_flux()
     inner = SimpleNamespace(ring_degree=2, ulysses_degree=1)
     ringed._parallel_config = SimpleNamespace(context_parallel_config=inner)
@@ -69,6 +68,34 @@ def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
             ValueError, match=r"ring_degree=2, ulysses_degree=1.*Both at once would cut the picture twice"
         ):
             enable(ringed)
+
+
+@pytest.mark.skipif(torch.accelerator.device_count() > 0, reason="about machines without accelerators")
+def test_a_ring_is_refused_on_cpus_with_what_runs_there():
+    with pytest.raises(ValueError, match=r"finds none here.*kind='ulysses' runs on CPUs, and so do windows"):
+        parallel.enable_dense(tiny_flux())
+
+
+def test_a_ring_is_refused_with_an_attention_that_gives_no_log_sum_exp(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    model = tiny_flux()
+    with pytest.raises(ValueError, match=r"'native'.*does not give: model\.set_attention_backend\('_native_cudnn'\)"):
+        parallel.enable_dense(model)
+    # What gives it gets further, to the next thing that is missing here.
+    for module in model.modules():
+        if hasattr(module, "processor"):
+            module.processor._attention_backend = "_native_cudnn"
+    with pytest.raises(ValueError, match="no process group"):
+        parallel.enable_dense(model)
+
+
+def test_disabling_leaves_what_somebody_else_enabled():
+    from types import SimpleNamespace
+
+    dense = tiny_flux()
+    dense._parallel_config = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2, ulysses_degree=1))
+    theirs = dense._parallel_config
+    assert parallel.disable(dense)._parallel_config is theirs
 
 
 def test_a_formula_is_refused_with_what_can_be_shared():

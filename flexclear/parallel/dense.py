@@ -1,0 +1,125 @@
+"""The dense model on several ranks, by diffusers' own context parallelism."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import nn
+
+from flexclear.convert import model_of
+from flexclear.hooks import entry_hook_of
+from flexclear.modes import context_parallelism_of
+from flexclear.parallel.group import ranks_of
+
+Target = TypeVar("Target")
+
+KINDS = ("ring", "ulysses")
+MARK = "flexclear.parallel.enable_dense"
+
+
+def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
+    """Share the dense model's pictures among all ranks by diffusers' own context parallelism, for comparison.
+
+    Call it on every rank; ``disable`` undoes it. Image and text tokens must each be a multiple of the number of ranks.
+
+    Args:
+        model_or_pipe: a model that is not transformed, or a pipeline with one.
+        kind: ``"ring"``: keys and values go round, and partial results are merged by their log-sum-exp. Needs an
+            accelerator and an attention backend that returns it, such as ``model.set_attention_backend("_native_cudnn")``
+            in bfloat16. ``"ulysses"``: each rank attends over the whole picture with its share of the heads; on CPUs, too.
+
+    Returns:
+        What was given.
+
+    Raises:
+        ValueError: the model is transformed, runs in parallel already or cannot be shared like this, or there is no
+            process group.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be 'ring' or 'ulysses', got {kind!r}")
+    model: Any = model_of(model_or_pipe)
+    name = type(model).__name__
+    if entry_hook_of(model) is not None:
+        raise ValueError(
+            f"this {name} has windows: flexclear.parallel.enable shares it out; or flexclear.restore it first"
+        )
+    refuse_other_parallelism(model)
+    if getattr(model, "_cp_plan", None) is None:
+        raise ValueError(f"diffusers has no plan for sharing the dense {name} (_cp_plan)")
+    if kind == "ring":
+        _refuse_without_log_sum_exp(model)
+    count = len(ranks_of(None))
+    if count == 1:
+        raise ValueError("there is one rank, and nothing to share: start with torchrun --nproc-per-node N, N from 2 on")
+    heads = getattr(model.config, "num_attention_heads", None)
+    if kind == "ulysses" and heads is not None and heads % count:
+        raise ValueError(
+            f"kind='ulysses' shares out heads, and the {heads} of this {name} do not divide by {count} ranks"
+        )
+    from diffusers import ContextParallelConfig
+
+    config: Any = ContextParallelConfig(**{f"{kind}_degree": count})
+    config.enabled_by = MARK
+    if torch.accelerator.device_count():
+        model.enable_parallelism(config=config)
+    else:
+        # diffusers numbers the devices modulo their count, which torch gives as 0 where there are only CPUs.
+        with mock.patch.object(torch.accelerator, "device_count", return_value=1):
+            model.enable_parallelism(config=config)
+    return model_or_pipe
+
+
+def disable_dense(model: nn.Module) -> None:
+    """Undo ``enable_dense``; what somebody else enabled is left."""
+    if getattr(context_parallelism_of(model), "enabled_by", None) != MARK:
+        return
+    from diffusers.hooks.context_parallel import remove_context_parallel
+
+    remove_context_parallel(model, model._cp_plan)
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = None  # type: ignore[union-attr]
+    model._parallel_config = None  # type: ignore[assignment]
+
+
+def refuse_other_parallelism(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the model has diffusers' context parallelism.
+    """
+    inner = context_parallelism_of(model)
+    if inner is not None:
+        raise ValueError(
+            f"this {type(model).__name__} has diffusers' context parallelism (ring_degree={inner.ring_degree}, "
+            f"ulysses_degree={inner.ulysses_degree}), which shares out the dense attention. Either that, dense; or windows: "
+            "load the model without enable_parallelism, flexclear.transform, flexclear.parallel.enable. Both at once would "
+            "cut the picture twice"
+        )
+
+
+def _refuse_without_log_sum_exp(model: Any) -> None:
+    """
+    Raises:
+        ValueError: the backend that attention runs with gives no log-sum-exp, which a ring merges by.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    if torch.accelerator.device_count() == 0:
+        raise ValueError(
+            "diffusers' ring attention runs on accelerators such as CUDA, and torch finds none here: none of its attention "
+            "backends for CPUs gives log-sum-exps. kind='ulysses' runs on CPUs, and so do windows: flexclear.transform, "
+            "then flexclear.parallel.enable"
+        )
+    named = {getattr(getattr(module, "processor", None), "_attention_backend", None) for module in model.modules()}
+    backend = next((AttentionBackendName(name) for name in named if name is not None), None)
+    if backend is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    if backend == AttentionBackendName.NATIVE:
+        raise ValueError(
+            "a ring merges results by their log-sum-exp, which the attention backend 'native' of this "
+            f"{type(model).__name__} does not give: model.set_attention_backend('_native_cudnn') with the model in "
+            "bfloat16, or kind='ulysses'"
+        )

@@ -1,0 +1,51 @@
+"""The process group that the ranks are of."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def ranks_of(mesh: Any) -> list[int]:
+    """Global ranks of the group.
+
+    Raises:
+        TypeError: ``mesh`` is no DeviceMesh.
+        ValueError: it has several dimensions, or does not hold this rank; or there is no process group.
+    """
+    if not dist.is_available():
+        raise ValueError("this build of torch has no torch.distributed")
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                "there is no process group: start with torchrun --nproc-per-node N, or call "
+                "torch.distributed.init_process_group first"
+            )
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if mesh is None:
+        return list(range(dist.get_world_size()))
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed DeviceMesh or None, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh must have one dimension, that of the bands; this one has {mesh.ndim}. Take one, such as "
+            f"mesh[{(mesh.mesh_dim_names or ('bands',))[-1]!r}]"
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    if dist.get_rank() not in ranks:
+        raise ValueError(f"rank {dist.get_rank()} is not in the mesh, which holds {ranks}")
+    return ranks
+
+
+def leave() -> None:
+    """End this process's part in the default process group, at the end of a script; nothing where there is none."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
