@@ -46,10 +46,12 @@ import distillation_data
 import distillation_report
 from distillation_few_steps import reflow
 from distillation_measure import Examiner
-from distillation_rows import ALL, BEFORE, FEW, FLOW, REAL, ROWS, Job, Row, dense_flops, jobs
+from distillation_rows import ALL, BEFORE, FEW, FLOW, LONG, LONGER, REAL, ROWS, Job, Row, dense_flops, jobs
 from machine import RESULTS, facts
 
-LOSS_WEIGHTS = {FLOW: LossConfig(prediction=0, attention=0), ALL: LossConfig(), REAL: LossConfig()}
+LOSS_WEIGHTS = {
+    FLOW: LossConfig(prediction=0, attention=0), ALL: LossConfig(), REAL: LossConfig(), LONG: LossConfig()
+}  # fmt: skip
 POINTS = 60
 
 
@@ -62,7 +64,7 @@ class Settings:
     """What the numbers depend on; a study goes on only with the same ones.
 
     Attributes:
-        steps, batch_size, learning_rate: of every training run.
+        steps, batch_size, learning_rate: of every training run; the longer ones take ``LONGER`` times as many steps.
         few_rate: learning rate of the few-step model.
         pictures: in each set, self-generated and real.
         held_out: of them, kept out of training for its curves.
@@ -225,12 +227,13 @@ class Study:
     def _train(self, job: Job, row: Row) -> None:
         chosen = self.settings
         samples = self.samples(distillation_data.REAL if job.stage == REAL else distillation_data.SELF)
+        steps = chosen.steps * (LONGER if job.stage == LONG else 1)
         config = DistillConfig(
             output=self.folder / "runs" / job.name,
             model=EMBEDDED,
             data=samples.folder,
             backend="sdpa",
-            steps=chosen.steps,
+            steps=steps,
             batch_size=chosen.batch_size,
             gradient_accumulation=1,
             mixed_precision="no",
@@ -238,17 +241,17 @@ class Study:
             device="cpu" if self.device == "cpu" else None,
             losses=LOSS_WEIGHTS[job.stage],
             optimizer=OptimizerConfig(
-                learning_rate=chosen.learning_rate, schedule="cosine", warmup_steps=max(1, chosen.steps // 20)
+                learning_rate=chosen.learning_rate, schedule="cosine", warmup_steps=max(1, steps // 20)
             ),
-            checkpoints=CheckpointConfig(every=max(1, min(50, chosen.steps // 4)), keep=1),
-            held_out=HeldOutConfig(chosen.held_out, every=max(1, chosen.steps // 10), batch_size=16),
+            checkpoints=CheckpointConfig(every=max(1, min(50, steps // 4)), keep=1),
+            held_out=HeldOutConfig(chosen.held_out, every=max(1, steps // 10), batch_size=16),
             **row.options,
         )
         title = f"{job.title}: training"
         done = distill(
             config=config,
             data=samples,
-            on_step=lambda record: self._on_item(title, int(record["step"]), chosen.steps),
+            on_step=lambda record: self._on_item(title, int(record["step"]), steps),
             say=self._say,
         )
         if done.interrupted:
@@ -312,10 +315,10 @@ class Study:
         return found
 
     def export(self) -> list[dict[str, Any]]:
-        """Write the better student of each CLEAR window, in bfloat16, and the index that names their teacher."""
+        """Write the best student of each CLEAR window, in bfloat16, and the index that names their teacher."""
         best = []
         for row in ROWS:
-            runs = [(stage, self._result(Job(row, stage))) for stage in (FLOW, ALL)] if row.is_clear else []
+            runs = [(stage, self._result(Job(row, stage))) for stage in (FLOW, ALL, LONG)] if row.is_clear else []
             finished = [(run["measured"]["psnr"], stage) for stage, run in runs if "measured" in run]
             best += [(row, *max(finished))] if finished else []
         if best == self._exported[0]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distillation_rows import ALL, BEFORE, FLOW, REAL, ROWS
+from distillation_rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS
 
 NONE = "–"  # noqa: RUF001
 STAGES = (BEFORE, FLOW, ALL)
@@ -74,6 +74,7 @@ def markdown(report: dict[str, Any]) -> str:
         "![training and held-out losses of all rows](distillation-curves.png)",
         "",
         *_data(report),
+        *_longer(report),
         *_few_steps(report),
         *_students(report),
     ]
@@ -159,6 +160,26 @@ def _data(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _longer(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Longer training",
+        "",
+        f"All losses, {LONGER} times as many steps, everything else the same.",
+        "",
+        "| | steps | PSNR, dB | SSIM | feature distance | retrieval |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    known = False
+    for row in LONG_ROWS:
+        found = report["rows"].get(row.name, {})
+        for stage, factor in ((ALL, 1), (LONG, LONGER)):
+            if "measured" in found.get(LONG, {}) and "measured" in found.get(stage, {}):
+                known = True
+                steps = report["settings"]["steps"] * factor
+                lines.append(f"| {row.title} | {steps} | {_line(found[stage]['measured'])} |")
+    return [*lines, ""] if known else []
+
+
 def _few_steps(report: dict[str, Any]) -> list[str]:
     found, settings = report.get("few_steps"), report["settings"]
     if not found or "model" not in found:
@@ -197,7 +218,7 @@ def _students(report: dict[str, Any]) -> list[str]:
     return [
         "## Students",
         "",
-        f"The better one of each CLEAR window, bfloat16, in the released format, {total / 1e6:.2f} MB together, best first: "
+        f"The best one of each CLEAR window, bfloat16, in the released format, {total / 1e6:.2f} MB together, best first: "
         f"{listed}.",
         "",
     ]

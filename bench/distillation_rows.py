@@ -22,9 +22,18 @@ from flexclear.masks import Disc, Downsampled, Layout
 TEXT_LEN = 32
 SIDE = 16
 LAYOUT = Layout(SIDE, SIDE, TEXT_LEN)
-BEFORE, FLOW, ALL, REAL = "before", "flow", "all", "real"
-STAGES = {BEFORE: "before", FLOW: "L_flow alone", ALL: "all losses", REAL: "all losses, real pictures"}
+BEFORE, FLOW, ALL, REAL, LONG = "before", "flow", "all", "real", "long"
+STAGES = {
+    BEFORE: "before",
+    FLOW: "L_flow alone",
+    ALL: "all losses",
+    REAL: "all losses, real pictures",
+    LONG: "all losses, longer",
+}
+LONGER = 4
+"""How many times as many steps ``LONG`` trains."""
 FEW = "few-steps"
+LONG_ROW = "longer"
 REAL_ROW = "real-pictures"
 
 
@@ -101,7 +110,8 @@ ROWS = (
     Row("linear", "linear", {"attention": "linear"}),
     Row("sigmoid", "sigmoid", {"attention": "sigmoid"}),
 )
-NAMES = (*(row.name for row in ROWS), REAL_ROW, FEW)
+LONG_ROWS = tuple(row for row in ROWS if row.name in ("clear-r4", "clear-r2-down4"))
+NAMES = (*(row.name for row in ROWS), REAL_ROW, LONG_ROW, FEW)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ def jobs(names: Sequence[str] = ()) -> list[Job]:
     found = [Job(row, stage) for row in (*clear, *others) for stage in (BEFORE, ALL)]
     found += [Job(row, FLOW) for row in clear]
     found += [Job(ROWS[0], stage) for stage in (BEFORE, ALL, REAL) if REAL_ROW in wanted]
+    found += [Job(row, stage) for row in LONG_ROWS for stage in (BEFORE, ALL, LONG) if LONG_ROW in wanted]
     found += [Job(None, FEW)] if FEW in wanted else []
     found += [Job(row, FLOW) for row in others]
     return list(dict.fromkeys(found))

@@ -32,7 +32,7 @@ import distillation_few_steps
 import distillation_measure
 import distillation_report
 import distillation_rows
-from distillation_rows import ALL, BEFORE, FLOW, REAL, ROWS, jobs
+from distillation_rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS, Job, jobs
 
 SETTINGS = bench.Settings(
     steps=3, batch_size=2, learning_rate=1e-3, few_rate=5e-4, pictures=6, held_out=1, measured=2, denoising=1,
@@ -169,10 +169,41 @@ def test_the_exported_students_are_the_trained_weights_in_bfloat16_and_name_thei
 def test_what_says_most_comes_first_and_every_row_has_its_stages():
     names = [job.name for job in jobs()]
     assert names[:2] == ["clear-r4-before", "clear-r4-all"]
-    assert len(names) == len(set(names)) == 3 * len(ROWS) + 2
+    assert len(names) == len(set(names)) == 3 * len(ROWS) + 2 + len(LONG_ROWS)
     last_clear = max(names.index(f"{row.name}-{ALL}") for row in ROWS if row.is_clear)
     assert last_clear < min(names.index(f"{row.name}-{BEFORE}") for row in ROWS if not row.is_clear)
     assert [job.name for job in jobs(["real-pictures"])] == ["clear-r4-before", "clear-r4-all", "clear-r4-real"]
+    longer = [job.name for job in jobs(["longer"])]
+    assert longer == [f"{row}-{stage}" for row in ("clear-r4", "clear-r2-down4") for stage in (BEFORE, ALL, LONG)]
+
+
+def test_the_longer_runs_take_so_many_times_as_many_steps_and_all_else_alike(finished, monkeypatch):
+    taken = {}
+
+    def keep(config, **given):
+        taken[config.output.name] = config
+        raise FloatingPointError("enough")
+
+    monkeypatch.setattr(bench, "distill", keep)
+    study = bench.Study(finished, SETTINGS, "cpu", finished / "students", lambda *given: None, lambda text: None)
+    for stage in (ALL, LONG):
+        with pytest.raises(FloatingPointError):
+            study._train(Job(LONG_ROWS[0], stage), LONG_ROWS[0])
+    usual, longer = taken["clear-r4-all"], taken["clear-r4-long"]
+    assert (usual.steps, longer.steps) == (SETTINGS.steps, LONGER * SETTINGS.steps)
+    assert (longer.losses, longer.data, longer.seed, longer.optimizer.learning_rate) == (
+        usual.losses, usual.data, usual.seed, usual.optimizer.learning_rate,
+    )  # fmt: skip
+
+
+def test_longer_training_has_its_own_table():
+    measured = {"ssim": 0.5, "features": 0.1, "both": 0.25}
+    rows = {"clear-r4": {stage: {"measured": {"psnr": p, **measured}} for stage, p in ((ALL, 20.0), (LONG, 23.0))}}
+    lines = distillation_report._longer({"rows": rows, "settings": {"steps": 600}})
+    assert "| CLEAR, r = 4 | 600 | 20.0 | 0.500 | 0.100 | 25.0 % |" in lines
+    assert "| CLEAR, r = 4 | 2400 | 23.0 | 0.500 | 0.100 | 25.0 % |" in lines
+    del rows["clear-r4"][LONG]
+    assert distillation_report._longer({"rows": rows, "settings": {"steps": 600}}) == []
 
 
 def test_costs_relative_to_dense_attention_are_about_the_published_ones(vocabulary):
