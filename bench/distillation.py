@@ -39,8 +39,8 @@ from flexclear.distill.config import CheckpointConfig, HeldOutConfig
 from flexclear.distill.samples import CachedSamples
 from flexclear.distill.trainer import LOSSES, WEIGHTS
 from flexclear.embedded.vocabulary import read_vocabulary
-from flexclear.generate_settings import EMBEDDED
 from flexclear.students import Student, file_name, teacher_fingerprint, write_index
+from flexclear.weights.files import EMBEDDED
 
 import distillation_data
 import distillation_report

@@ -21,7 +21,8 @@ from flexclear.embedded.font import DEFAULT_FONT_PATH, extract_bitmaps
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.scenes import draw, random_scene
 from flexclear.embedded.vocabulary import Vocabulary
-from flexclear.generate_settings import DENSE, EMBEDDED, GenerateSettings
+from flexclear.generate_settings import DENSE, GenerateSettings
+from flexclear.weights.files import EMBEDDED
 
 from distillation_rows import TEXT_LEN
 

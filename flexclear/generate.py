@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from flexclear.generate_check import Setup, check, check_sizes, loading
-from flexclear.generate_settings import DENSE, EMBEDDED, GenerateSettings, parse_radius, parse_size, read_prompts
+from flexclear.generate_settings import DENSE, GenerateSettings, parse_radius, parse_size, read_prompts
 from flexclear.masks import Disc, Downsampled
 from flexclear.picture_files import png_bytes, slug
 from flexclear.versions import versions
+from flexclear.weights.files import EMBEDDED
 
 __all__ = [
     "Drawn",

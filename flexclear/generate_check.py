@@ -14,9 +14,10 @@ import torch
 
 from flexclear.attention import BACKENDS
 from flexclear.families import FAMILIES
-from flexclear.generate_settings import BEST, DENSE, DTYPES, EMBEDDED, GenerateSettings
+from flexclear.generate_settings import BEST, DENSE, DTYPES, GenerateSettings
 from flexclear.masks import Disc, Downsampled
 from flexclear.picture_files import Target
+from flexclear.weights.files import EMBEDDED
 
 
 @dataclass(frozen=True)

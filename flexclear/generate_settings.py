@@ -11,7 +11,6 @@ import torch
 from flexclear.compile.quantize import MIN_FEATURES
 from flexclear.masks import Disc
 
-EMBEDDED = "embedded"
 DENSE = "dense"
 BEST = "best"
 
@@ -30,7 +29,8 @@ class GenerateSettings:
         seeds: of the noise, which is made on the CPU: the same on every device.
         r: window radius in tokens; ``"dense"``: the plain model; None: what the weights say, or else 16.
         down_factor: side of the pooled cells in tokens, or None.
-        weights: for ``flexclear.load_weights``: a file, or ``PLACE:FILE`` in a folder or hub repository.
+        weights: for ``flexclear.load_weights``: a file, or ``PLACE:FILE`` in a folder or hub repository, or of those that
+            ship with the embedded model: ``embedded:clear_local_8.safetensors``.
         recipe: a name of ``flexclear.compile.RECIPES``, ``"best"`` for the best FP8 one here, or None.
         min_features: linears smaller than this are not quantised.
         steps, guidance, text_len: None: the pipeline's own.

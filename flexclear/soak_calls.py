@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import flexclear
 from flexclear.compile import compile_blocks, repeated_blocks
 from flexclear.convert import model_of
+from flexclear.weights.files import EMBEDDED
 
-EMBEDDED = "embedded"
 PROMPTS = (
     "a red apple on a blue background",
     "a sunflower on a white background",

@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import flexclear
 from flexclear import cli, embedded, students
 from flexclear.distill.students import trained_parameters
+from flexclear.embedded.evaluation import generate, held_out_requests, picture_psnr
+from flexclear.embedded.vocabulary import read_vocabulary
 from flexclear.students import Student, as_student, read_students, teacher_fingerprint, write_index
 
 PROMPT = "a rocket on a yellow background"
@@ -70,6 +73,46 @@ def test_students_of_another_teacher_are_refused(shipped, tmp_path):
         read_students()
     with pytest.raises(FileNotFoundError, match="no weights in"):
         teacher_fingerprint(tmp_path / "nowhere")
+
+
+def test_students_are_weights_that_can_be_named(shipped, tmp_path, monkeypatch):
+    pipe = embedded.pipeline()
+    loaded = flexclear.load_weights(pipe, "embedded", filename="clear_local_2_down_4.safetensors")
+    assert (loaded.radius, loaded.down_factor) == (2, 4)
+    out = tmp_path / "out"
+    options = ["--prompt", PROMPT, "--out", str(out), "--steps", "1", "--size", "64x64", "--text-len", "16"]
+    done = CliRunner().invoke(
+        cli.app, ["generate", "embedded", "--weights", "embedded:clear_local_4.safetensors", *options]
+    )
+    assert done.exit_code == 0, done.output
+    assert len(list(out.glob("*.png"))) == 1
+    with pytest.raises(FileNotFoundError, match=r"no file .*clear_local_9\.safetensors.*clear_local_4\.safetensors"):
+        flexclear.load_weights(pipe, "embedded", filename="clear_local_9.safetensors")
+    # A folder of that name is what the name means, as for every folder.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no file embedded/clear_local_4\.safetensors"):
+        flexclear.load_weights(pipe, "embedded", filename="clear_local_4.safetensors")
+
+
+def test_what_ships_is_nearer_to_the_model_that_ships_than_its_own_weights_are():
+    found = read_students()
+    assert {(student.radius, student.down_factor) for student in found} == {(2, None), (2, 4), (4, None), (8, None)}
+    assert sum(student.path.stat().st_size for student in found) <= students.LARGEST_BYTES
+    vocabulary = read_vocabulary(embedded.model_directory())
+    requests = held_out_requests(vocabulary, 1, seed=7)[::10]
+
+    def drawn(pipe):
+        return generate(pipe, vocabulary, requests, steps=8)
+
+    plain = drawn(embedded.pipeline())
+    for student in found:
+        pipe = embedded.pipeline()
+        flexclear.transform(pipe, r=student.radius, down_factor=student.down_factor, backend="sdpa")
+        own = drawn(pipe)
+        flexclear.load_weights(pipe, student.path)
+        distilled, undistilled = (picture_psnr(pictures, plain).mean().item() for pictures in (drawn(pipe), own))
+        assert distilled > undistilled + 2, student.label
 
 
 def test_an_index_forgets_files_that_it_no_longer_names_and_limits_their_size(shipped, monkeypatch):

@@ -31,7 +31,8 @@ def _pipeline(
 ) -> tuple[Any, dict[str, Any]]:
     """The dense pipeline and the arguments of its call."""
     from flexclear.generate import EMBEDDED_DEFAULTS, check, load
-    from flexclear.generate_settings import DENSE, EMBEDDED, GenerateSettings, parse_size
+    from flexclear.generate_settings import DENSE, GenerateSettings, parse_size
+    from flexclear.weights.files import EMBEDDED
 
     sizes = () if size is None else (parse_size(size),)
     settings = GenerateSettings(model, (prompt,), out, sizes=sizes, r=DENSE, steps=steps, dtype=dtype, device=device)

@@ -89,7 +89,8 @@ def cache(
 
     from flexclear.distill.caching import cache as job
     from flexclear.generate_check import choose_device
-    from flexclear.generate_settings import DTYPES, EMBEDDED, parse_size
+    from flexclear.generate_settings import DTYPES, parse_size
+    from flexclear.weights.files import EMBEDDED
 
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:

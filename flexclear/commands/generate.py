@@ -50,7 +50,7 @@ def generate(
         int | None, typer.Option(min=1, help="Side in tokens of cells that are pooled into further keys.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Weights for local attention: a file, or FOLDER_OR_HUB_ID:FILE.")
+        str | None, typer.Option(help="Weights for local attention: a file, FOLDER_OR_HUB_ID:FILE, or embedded:FILE.")
     ] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Quantise with the best FP8 recipe that runs here.")] = False,
     recipe: Annotated[
@@ -94,8 +94,8 @@ def generate(
     """
 
     from flexclear import generate as job
-    from flexclear.generate_settings import EMBEDDED
     from flexclear.parallel import ParallelError, leave
+    from flexclear.weights.files import EMBEDDED
 
     settings = job.GenerateSettings(
         model=model,

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from flexclear.generate_settings import EMBEDDED
-from flexclear.weights.files import HUB_ID
+from flexclear.weights.files import EMBEDDED, HUB_ID
 
 SUPPORTED = ("FluxTransformer2DModel",)
 """Classes whose calls the trainer makes."""

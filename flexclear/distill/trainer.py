@@ -29,9 +29,9 @@ from flexclear.distill.preparing import Prepared, prepare
 from flexclear.distill.processes import DTYPES, check_accelerator, make_accelerator
 from flexclear.distill.samples import Samples
 from flexclear.distill.students import ADAPTER, add_lora, make_teacher, merge_lora, trained_parameters
-from flexclear.generate_settings import EMBEDDED
 from flexclear.hooks import entry_hook_of
 from flexclear.schedule import Radius
+from flexclear.weights.files import EMBEDDED
 
 WEIGHTS = "weights.safetensors"
 LOSSES = "losses.jsonl"

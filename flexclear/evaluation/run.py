@@ -28,12 +28,13 @@ from flexclear.evaluation.tables import COLUMNS, CONDITION, ITSELF, MODEL, PROMP
 from flexclear.families import family_of
 from flexclear.generate import check, draw, load
 from flexclear.generate_check import choose_device
-from flexclear.generate_settings import DENSE, EMBEDDED, GenerateSettings, parse_size, read_prompts
+from flexclear.generate_settings import DENSE, GenerateSettings, parse_size, read_prompts
 from flexclear.hooks import entry_hook_of
 from flexclear.model_explanation import explain_model
 from flexclear.picture_files import read_settings
 from flexclear.versions import versions
 from flexclear.weights import keys, load_weights
+from flexclear.weights.files import EMBEDDED
 
 SHEET_ROWS = 6
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 SUFFIX = ".safetensors"
+EMBEDDED = "embedded"
+"""The model inside the package, where a folder or hub id may be named."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Element types that weights may be stored in."""
@@ -44,6 +46,8 @@ def locate(
 ) -> Path:
     """The file: ``path``, or ``filename`` inside the folder or the hub repository ``path``.
 
+    With ``"embedded"`` for ``path``, where no such folder is here: of the embedded model's distilled weights.
+
     Raises:
         TypeError: ``path`` is no path.
         FileNotFoundError: there is no such file; the message names what is nearby.
@@ -53,6 +57,10 @@ def locate(
     if not isinstance(path, str | Path):
         raise TypeError(f"path must be a str or Path of a {SUFFIX} file, or a hub id, got {type(path).__name__}")
     place = Path(path).expanduser()
+    if path == EMBEDDED and filename is not None and not place.exists():
+        from flexclear.students import students_directory
+
+        place = students_directory()
     if filename is not None and not place.is_dir():
         if place.is_file():
             raise ValueError(f"{place} is a file already; leave filename={filename!r} out")

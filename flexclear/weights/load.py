@@ -65,7 +65,8 @@ def load_weights(
 
     Args:
         model_or_pipe: a model of a supported class, or a pipeline with one as ``transformer``.
-        path: a local safetensors file; or a folder or hub id, with the file in it as ``filename``.
+        path: a local safetensors file; or a folder or hub id, with the file in it as ``filename``; or ``"embedded"``: the
+            folder of the embedded model's distilled weights.
         filename: see ``path``.
         revision, cache_dir, token, local_files_only: for the hub, as ``huggingface_hub.hf_hub_download`` takes them.
 
