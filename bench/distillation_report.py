@@ -11,6 +11,8 @@ from distillation_rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, 
 
 NONE = "–"  # noqa: RUF001
 STAGES = (BEFORE, FLOW, ALL)
+EVEN = 0.3
+"""dB; two single runs that are nearer to each other than this say nothing about what they differ in."""
 CLEAR = [row.name for row in ROWS if row.is_clear]
 DISCS = [row.name for row in sorted(ROWS, key=lambda row: row.options.get("r", 0)) if set(row.options) == {"r"}]
 
@@ -133,9 +135,10 @@ def findings(report: dict[str, Any]) -> list[str]:
         )
     own, other = psnr(ROWS[0].name, ALL), psnr(ROWS[0].name, REAL)
     if own is not None and other is not None:
+        answer = "hardly a difference" if abs(own - other) < EVEN else "yes" if own > other else "NO"
         said.append(
-            f"Self-generated pictures teach more than real ones: {'yes' if own > other else 'NO'} ({ROWS[0].title}: "
-            f"{own:.1f} dB against {other:.1f} dB)."
+            f"Self-generated pictures teach more than real ones: {answer} ({ROWS[0].title}: {own:.1f} dB against "
+            f"{other:.1f} dB)."
         )
     return said or ["Nothing to say yet."]
 

@@ -7,7 +7,7 @@ Run ``python bench/highres.py`` (needs ``pip install -e '.[eval]'``); it writes 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +31,7 @@ from flexclear.embedded.vocabulary import Vocabulary, read_vocabulary
 from flexclear.highres import seam_ratio, tiled, upscale_cascade
 from flexclear.highres.tiling import OVERLAP, tile_size
 from flexclear.sheet import contact_sheet
+from flexclear.students import as_student, read_students
 
 from machine import RESULTS, facts, write_results
 
@@ -45,6 +46,7 @@ class Settings:
     """How everything is drawn; see ``main``."""
 
     r: int
+    weights: str
     steps: int
     strength: float
     sdedit_shift: float
@@ -59,7 +61,29 @@ DIRECT: dict[str, tuple[bool, bool, bool]] = {
     "CLEAR + NTK + proportional": (True, True, True),
 }
 """Rows that draw at the larger size at once: windows, NTK factor, proportional attention."""
+OWN, DISTILLED = "own", "distilled"
 CASCADES = {"SDEdit": "sdedit", "I-Max": "imax"}
+
+
+@contextlib.contextmanager
+def windowed(pipe: Any, settings: Settings) -> Iterator[None]:
+    """Inside the block the pipeline has windows, and the weights that were distilled for them if those are wanted.
+
+    Raises:
+        ValueError: no weights for this radius ship.
+    """
+    if settings.weights == OWN:
+        flexclear.transform(pipe, r=settings.r)
+        try:
+            yield
+        finally:
+            flexclear.restore(pipe)
+        return
+    discs = {student.radius: student for student in read_students() if student.down_factor is None}
+    if settings.r not in discs:
+        raise ValueError(f"weights for r = {sorted(discs)} ship, not for {settings.r}; or --weights {OWN}")
+    with as_student(pipe, discs[settings.r]):
+        yield
 
 
 def direct(
@@ -75,8 +99,7 @@ def direct(
     windows, ntk, proportional = DIRECT[row]
     with contextlib.ExitStack() as stack:
         if windows:
-            flexclear.transform(pipe, r=settings.r)
-            stack.callback(flexclear.restore, pipe)
+            stack.enter_context(windowed(pipe, settings))
             stack.enter_context(
                 flexclear.override(
                     ntk_factor=settings.ntk_factor if ntk else 1.0,
@@ -95,31 +118,32 @@ def cascaded(
     row: str,
     settings: Settings,
     done: Callable,
+    base: torch.Tensor,
 ) -> torch.Tensor:
-    """The same of a row of ``CASCADES``: dense at the native size, doubled under windows until ``pixels``."""
-    sizes = [NATIVE]
+    """The same of a row of ``CASCADES``: the dense pictures ``base`` doubled under windows until ``pixels``."""
+    sizes = [2 * NATIVE]
     while sizes[-1] < pixels:
         sizes.append(2 * sizes[-1])
-    larger, method = len(sizes) - 1, CASCADES[row]
-    shift = settings.sdedit_shift if method == "sdedit" else settings.imax_shift
+    method = CASCADES[row]
     backgrounds = list(vocabulary.backgrounds)
     drawn = []
-    for request in requests:
-        images = upscale_cascade(
-            pipe,
-            caption(vocabulary.emoji[request.emoji].name, backgrounds[request.background]),
-            sizes,
-            method=method,
-            r=[None] + [settings.r] * larger,
-            steps=settings.steps,
-            strength=settings.strength if method == "sdedit" else None,
-            shift=["own"] + [shift] * larger,
-            ntk_factor=settings.ntk_factor,
-            seed=request.seed,
-            max_sequence_length=TEXT,
-        ).images
-        drawn.append(as_tensor(images[-1]))
-        done(1)
+    with windowed(pipe, settings):
+        for request, picture in zip(requests, base, strict=True):
+            image = upscale_cascade(
+                pipe,
+                caption(vocabulary.emoji[request.emoji].name, backgrounds[request.background]),
+                sizes,
+                method=method,
+                image=as_picture(picture),
+                steps=settings.steps,
+                strength=settings.strength if method == "sdedit" else None,
+                shift=settings.sdedit_shift if method == "sdedit" else settings.imax_shift,
+                ntk_factor=settings.ntk_factor,
+                seed=request.seed,
+                max_sequence_length=TEXT,
+            ).image
+            drawn.append(as_tensor(image))
+            done(1)
     return torch.stack(drawn)
 
 
@@ -213,6 +237,9 @@ def main(
     shown: Annotated[int, typer.Option(min=1, help="Prompts on the contact sheet.")] = 3,
     sizes: Annotated[str, typer.Option(help="Sides in pixels, doublings of 128.")] = "256,512",
     r: Annotated[int, typer.Option(help="Window radius in tokens of 8 px.")] = 8,
+    weights: Annotated[
+        str, typer.Option(help=f"Under windows: {DISTILLED!r} for them, or the model's {OWN!r}.")
+    ] = DISTILLED,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of every stage.")] = 16,
     strength: Annotated[float, typer.Option(help="Of SDEdit.")] = 0.7,
     sdedit_shift: Annotated[float, typer.Option(help="Time shift of SDEdit; 10 is released for FLUX.1.")] = 3.0,
@@ -226,7 +253,9 @@ def main(
     """Draw, measure, and write JSON, Markdown and a contact sheet."""
     torch.set_num_threads(threads)
     sides = [int(side) for side in sizes.split(",")]
-    settings = Settings(r, steps, strength, sdedit_shift, imax_shift, ntk_factor)
+    if weights not in (OWN, DISTILLED):
+        raise typer.BadParameter(f"--weights must be {OWN!r} or {DISTILLED!r}, got {weights!r}")
+    settings = Settings(r, weights, steps, strength, sdedit_shift, imax_shift, ntk_factor)
     vocabulary = read_vocabulary(embedded.model_directory())
     drawings = read_reference_sheet(embedded.model_directory(), len(vocabulary.emoji))
     retriever = Retriever(drawings, list(vocabulary.backgrounds.values()))
@@ -250,8 +279,8 @@ def main(
             sheet[pixels] = [base]
             for row in (*DIRECT, *CASCADES):
                 progress.update(task, description=f"{pixels} px, {row}")
-                way = direct if row in DIRECT else cascaded
-                drawn = way(pipe, vocabulary, requests, pixels, row, settings, done)
+                given = (pipe, vocabulary, requests, pixels, row, settings, done)
+                drawn = direct(*given) if row in DIRECT else cascaded(*given, base)
                 rows.append({"pixels": pixels, "row": row, **measures(drawn, base, requests, retriever, vae_stride)})
                 sheet[pixels].append(drawn)
     used = vae_memory(pipe, [int(side) for side in memory.split(",")])
