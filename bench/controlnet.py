@@ -36,6 +36,7 @@ from flexclear.evaluation.config import VariantConfig, read_eval_config
 from flexclear.evaluation.run import Run, as_variant, run
 from flexclear.evaluation.tables import COLUMNS, TABLES
 from flexclear.sheet import contact_sheet
+from flexclear.students import read_students
 
 from machine import RESULTS, facts, write_results
 
@@ -45,14 +46,17 @@ TABLE = 5
 """Table 9, of SD3.5, has the same columns."""
 
 
-def variants_of(radii: Sequence[int], weights: Sequence[str]) -> list[VariantConfig]:
-    """The rows below the dense ones.
+def variants_of(radii: Sequence[int], weights: Sequence[str] | None) -> list[VariantConfig]:
+    """The rows below the dense ones; weights: those that ship, unless others are named.
 
     Raises:
         typer.BadParameter: weights are not given as NAME=FILE, or two rows have one name.
     """
     found = [VariantConfig(f"clear_r{radius}", r=str(radius)) for radius in radii]
-    for text in weights:
+    if weights is None:
+        for student in read_students():
+            found.append(VariantConfig(f"{student.path.stem}_distilled", weights=student.path))
+    for text in weights or ():
         name, equals, file = text.partition("=")
         if not equals or not name or not file:
             raise typer.BadParameter(f"--weights is NAME=FILE, got {text!r}")
@@ -133,9 +137,12 @@ def label(vocabulary: Vocabulary, request: Request) -> str:
 def main(
     pictures: Annotated[int, typer.Option(min=1, help="Pictures per row and condition, at most.")] = 51,
     shown: Annotated[int, typer.Option(min=1, help="Prompts per condition on the contact sheet.")] = 2,
-    radii: Annotated[str, typer.Option(help="Window radii in tokens of 8 px, without training.")] = "8,6,4",
+    radii: Annotated[str, typer.Option(help="Window radii in tokens of 8 px, without training.")] = "8,4,2",
     weights: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE of distilled weights, which bring their window; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE of distilled weights, which bring their window; repeatable. Default: those that ship."
+        ),
     ] = None,
     kinds: Annotated[str, typer.Option(help="Conditions.")] = ",".join(MODES),
     pixels: Annotated[int, typer.Option(help="Side of the pictures, a multiple of 128.")] = 128,
@@ -155,7 +162,7 @@ def main(
     asked = kinds.split(",")
     if unknown := [kind for kind in asked if kind not in MODES]:
         raise typer.BadParameter(f"--kinds are {', '.join(MODES)}; got {', '.join(unknown)}")
-    variants = variants_of([int(radius) for radius in radii.split(",") if radius], weights or [])
+    variants = variants_of([int(radius) for radius in radii.split(",") if radius], weights)
     if pictures_in is not None and pictures_in.exists():
         raise typer.BadParameter(f"{pictures_in} is there already; name a new folder")
     work = Path(tempfile.mkdtemp()) if pictures_in is None else pictures_in

@@ -38,7 +38,7 @@ from flexclear.embedded.train.controlnet_recipe import ControlRecipe
 from flexclear.embedded.train.pictures import training_pairs, training_scenes
 from flexclear.embedded.train.stopping import StopFlag
 from flexclear.evaluation.conditions import CONDITIONS, distance_to_condition
-from flexclear.students import teacher_fingerprint
+from flexclear.students import read_students, teacher_fingerprint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import controlnet as bench
@@ -278,6 +278,13 @@ def run_bench(*options):
     return CliRunner().invoke(
         app, ["--pictures", "2", "--shown", "1", "--steps", "1", "--threads", "1", *map(str, options)]
     )
+
+
+def test_the_benchmarks_rows_are_windows_and_the_weights_that_ship_or_those_named(tmp_path):
+    names = [variant.name for variant in bench.variants_of([8], None)]
+    assert names[0] == "clear_r8"
+    assert {f"{student.path.stem}_distilled" for student in read_students()} == set(names[1:]) != set()
+    assert [variant.name for variant in bench.variants_of([8, 4], [])] == ["clear_r8", "clear_r4"]
 
 
 def test_the_benchmark_fills_the_papers_table_from_pictures_that_it_keeps(folder, pipe, tmp_path):
