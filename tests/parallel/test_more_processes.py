@@ -40,6 +40,9 @@ def test_three_bands_and_a_rank_that_dies(group):
         assert kind == "AgreedError"
         assert "leaves 1 of 3 ranks idle" in message
         assert "QwenImageTransformer2DModel cannot run without image tokens. Use 2 ranks" in message
+    for kind, message in group.errors("dense_against_one", "ulysses", 24, 8, 9):
+        assert kind == "ValueError"
+        assert "the 2 of this FluxTransformer2DModel do not divide by 3 ranks" in message
     errors = group.errors("breaks_in_a_step", "dies", 1, gone=(1,), height=192)
     for rank in (0, 2):
         kind, message = errors[rank]

@@ -89,6 +89,16 @@ def test_a_ring_is_refused_with_an_attention_that_gives_no_log_sum_exp(monkeypat
         parallel.enable_dense(model)
 
 
+def test_a_model_that_diffusers_cannot_share_and_a_single_rank_are_refused(monkeypatch):
+    from test_sd3 import tiny_sd3
+
+    with pytest.raises(ValueError, match=r"no plan for sharing the dense SD3Transformer2DModel \(_cp_plan\)"):
+        parallel.enable_dense(tiny_sd3(), kind="ulysses")
+    monkeypatch.setattr(parallel.dense, "ranks_of", lambda mesh: [0])
+    with pytest.raises(ValueError, match="one rank, and nothing to share"):
+        parallel.enable_dense(tiny_flux(), kind="ulysses")
+
+
 def test_disabling_leaves_what_somebody_else_enabled():
     from types import SimpleNamespace
 
