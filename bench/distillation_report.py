@@ -9,6 +9,7 @@ from typing import Any
 
 from distillation_rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS
 
+COLOURS = (*(f"C{number}" for number in range(10)), "black")
 NONE = "–"  # noqa: RUF001
 STAGES = (BEFORE, FLOW, ALL)
 EVEN = 0.3
@@ -242,21 +243,22 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
     ]
 
     def draw(axes: Any) -> None:
-        for title, run, style in series:
-            axes[0].plot(run["curve"]["step"], run["curve"]["flow"], style, label=title, linewidth=1.3)
+        for number, (title, run, style) in enumerate(series):
+            look = {"linewidth": 1.3, "color": COLOURS[number]}
+            axes[0].plot(run["curve"]["step"], run["curve"]["flow"], style, label=title, **look)
             axes[1].plot(
                 [record["step"] for record in run["held_out"]],
                 [record["prediction"] for record in run["held_out"]],
                 style,
                 marker=".",
-                linewidth=1.3,
+                **look,
             )
         axes[0].set_title("training, all losses: L_flow")
         axes[0].set_yscale("log")
         axes[1].set_title("held-out pictures: L_pred")
         axes[1].set_yscale("log")
         if series:
-            axes[0].legend(fontsize=7)
+            axes[0].figure.legend(loc="outside lower center", ncols=4, fontsize=8)
 
     _figure(path, draw)
 
@@ -283,7 +285,7 @@ def _figure(path: Path, draw: Callable[[Any], None]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     draw(axes)
