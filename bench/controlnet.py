@@ -34,7 +34,7 @@ from flexclear.embedded.vocabulary import Vocabulary, read_vocabulary
 from flexclear.evaluation.conditions import CONDITIONS
 from flexclear.evaluation.config import VariantConfig, read_eval_config
 from flexclear.evaluation.run import Run, as_variant, run
-from flexclear.evaluation.tables import COLUMNS, TABLES
+from flexclear.evaluation.tables import COLUMNS, TABLES, cell
 from flexclear.sheet import contact_sheet
 from flexclear.students import read_students
 
@@ -114,7 +114,7 @@ def table(rows: Sequence[dict[str, Any]], found: dict[str, Run], pictures: int) 
         "|---|---|" + "---:|" * (len(columns) + 3),
     ]
     for row in rows:
-        cells = ["-" if row[name] is None else f"{row[name]:.{COLUMNS[name].digits}f}" for name in columns]
+        cells = [cell(name, row[name]) for name in columns]
         cells += [f"{100 * row[name]:.0f} %" for name in ("emoji", "background", "both")]
         lines.append(f"| {row['condition']} | {row['row']} | {' | '.join(cells)} |")
     missing = {

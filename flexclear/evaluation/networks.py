@@ -5,6 +5,7 @@ Nothing is downloaded unless asked for. A network that cannot be had raises ``Ne
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,9 @@ class Networks:
         for file in known:
             if (cache / file).is_file():
                 return cache / file
+        with contextlib.suppress(ValueError):
+            # Results are read elsewhere, too, where it is another home.
+            cache = "~" / cache.relative_to(Path.home())
         raise NetworkMissing(f"no {' or '.join(known)} in {cache}. Put it there, or name it: --network {name}=PATH")
 
 

@@ -67,6 +67,14 @@ TABLES: Mapping[int, Table] = {
 """By the paper's number. The titles say what the paper filled them with; here they are filled for the model at hand."""
 
 
+def cell(name: str, value: float | None) -> str:
+    """A column's value as the tables have it; of small models' costs two digits that are not zero."""
+    if value is None:
+        return "-"
+    text = f"{value:.{COLUMNS[name].digits}f}"
+    return f"{value:.2g}" if value and not float(text) else text
+
+
 def markdown(table: Table, rows: Mapping[str, Mapping[str, float | None]], more: Sequence[str] = ()) -> str:
     """A table in Markdown.
 
@@ -78,9 +86,6 @@ def markdown(table: Table, rows: Mapping[str, Mapping[str, float | None]], more:
     columns = [*table.columns, *(name for name in more if name not in table.columns)]
     lines = ["| | " + " | ".join(COLUMNS[name].title for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for title, row in rows.items():
-        cells = []
-        for name in columns:
-            value = row.get(name)
-            cells.append("-" if value is None else f"{value:.{COLUMNS[name].digits}f}")
+        cells = [cell(name, row.get(name)) for name in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -16,8 +16,9 @@ from flexclear.cli import app
 from flexclear.evaluation import evaluate
 from flexclear.evaluation.conditions import CONDITIONS, distance_to_condition
 from flexclear.evaluation.config import read_eval_config
+from flexclear.evaluation.networks import NetworkMissing, Networks
 from flexclear.evaluation.run import as_variant, run
-from flexclear.evaluation.tables import COLUMNS, TABLES
+from flexclear.evaluation.tables import COLUMNS, TABLES, cell
 from flexclear.masks import Disc, Layout
 
 from evaluation_pictures import disturbed, picture
@@ -189,3 +190,15 @@ def test_a_mistake_in_the_file_is_named(tmp_path, old, new, message):
     assert old in CONFIG
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         read_eval_config(written(tmp_path, CONFIG.replace(old, new)))
+
+
+def test_a_cell_has_its_columns_digits_and_never_shows_a_small_cost_as_nothing():
+    assert [cell("gflops", value) for value in (260.91, 0.0427, 0.0, None)] == ["260.9", "0.043", "0.0", "-"]
+    assert cell("ssim", 0.81234) == "0.8123"
+
+
+def test_where_a_network_should_lie_is_told_relative_to_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache" / "hub"))
+    with pytest.raises(NetworkMissing, match=r"no alexnet-owt-7be5be79\.pth in ~/cache/hub/checkpoints\. Put it there"):
+        _ = Networks().lpips
