@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -38,13 +39,16 @@ def contact_sheet(
         )
     font = ImageFont.load_default(size=14)
     width = LABEL_WIDTH + columns * (cell + MARGIN) + MARGIN
-    sheet = Image.new("RGB", (width, HEADER_HEIGHT + len(rows) * (cell + MARGIN)), "white")
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [measure.multiline_textbbox((0, 0), label, font) for label in column_labels]
+    header = max([HEADER_HEIGHT, *(math.ceil(bottom - top) + MARGIN for _, top, _, bottom in boxes)])
+    sheet = Image.new("RGB", (width, header + len(rows) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, label in enumerate(column_labels):
         left = LABEL_WIDTH + column * (cell + MARGIN)
-        draw.multiline_text((left + cell / 2, HEADER_HEIGHT / 2), label, "black", font, anchor="mm", align="center")
+        draw.multiline_text((left + cell / 2, header / 2), label, "black", font, anchor="mm", align="center")
     for index, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
-        top = HEADER_HEIGHT + index * (cell + MARGIN)
+        top = header + index * (cell + MARGIN)
         draw.multiline_text((MARGIN, top + cell / 2), textwrap.fill(label, 20), "black", font, anchor="lm")
         for column, picture in enumerate(row):
             scale = cell / max(picture.size)
