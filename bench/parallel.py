@@ -163,7 +163,10 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.dense != "none":
         rows += dense(model, arguments, device, dtype)
     if rank == 0:
-        about = facts(device, processes=size, blocks=3 * arguments.blocks, text=TEXT_LEN, steps=arguments.steps)
+        about = facts(
+            device, processes=size, dtype=str(dtype).removeprefix("torch."), blocks=3 * arguments.blocks, text=TEXT_LEN,
+            steps=arguments.steps,
+        )  # fmt: skip
         write_results("parallel", about, rows, table(rows), arguments.out)
         print(table(rows))
     dist.destroy_process_group()

@@ -78,6 +78,21 @@ def dense_against_one(kind, height, width, text_len, batch=1):
     }
 
 
+def dense_with_an_attention_that_diffusers_cannot_share():
+    """What is said of it, what is left in the model, and how far its output then is from what it was."""
+    model, call = tiny_flux(), flux_call(8, 8, 8)
+    before = run(model, call)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.processor._attention_backend = "flex"
+    try:
+        parallel.enable_dense(model, kind="ulysses")
+    except ValueError as error:
+        said = str(error)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.processor._attention_backend = None
+    return {"said": said, "left": model._parallel_config, "error": (run(model, call) - before).abs().max().item()}
+
+
 # Families
 
 

@@ -35,7 +35,7 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
 
     Raises:
         ValueError: the model is transformed, runs in parallel already or cannot be shared like this, or there is no
-            process group.
+            process group. The model is as it was.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be 'ring' or 'ulysses', got {kind!r}")
@@ -62,12 +62,15 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
 
     config: Any = ContextParallelConfig(**{f"{kind}_degree": count})
     config.enabled_by = MARK
-    if torch.accelerator.device_count():
-        model.enable_parallelism(config=config)
-    else:
-        # diffusers numbers the devices modulo their count, which torch gives as 0 where there are only CPUs.
-        with mock.patch.object(torch.accelerator, "device_count", return_value=1):
+    # diffusers numbers the devices modulo their count, which torch gives as 0 where there are only CPUs.
+    devices = max(1, torch.accelerator.device_count())
+    try:
+        with mock.patch.object(torch.accelerator, "device_count", return_value=devices):
             model.enable_parallelism(config=config)
+    except Exception:
+        # diffusers notes the settings in the model before it looks at the attention backend.
+        disable_dense(model)
+        raise
     return model_or_pipe
 
 
