@@ -1,7 +1,7 @@
 """The embedded model distilled for every mechanism of the paper's comparison, and measured against its teacher.
 
 Run ``python bench/distillation.py``; it writes ``bench/results/distillation.json``, ``distillation.md`` and two plots, anew
-after every run of the table. The defaults take some three hours on two idle cores. Killed at any moment, the same
+after every run of the table. The defaults took 225 minutes of one core. Killed at any moment, the same
 command goes on where it was, inside a training run with its last checkpoint. ``--rows`` chooses: the names are in
 ``distillation_rows.py``. Once the pictures are drawn, several processes may work in one folder, each with rows of its own;
 single-threaded ones get through sooner than one process with as many threads.
