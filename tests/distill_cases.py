@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distill_samples import random_samples
 
 from flexclear.distill import DistillConfig, OptimizerConfig, distill
-from flexclear.distill.config import CheckpointConfig, HeldOutConfig
+from flexclear.distill.config import CheckpointConfig, HeldOutConfig, SheetConfig
 from flexclear.distill.students import trained_parameters
 
 from models import tiny_flux
@@ -44,11 +44,11 @@ def config(output, **changed):
     return DistillConfig(**{**settings, **changed})
 
 
-def train(output, own_output=False, accelerator=None, **changed):
+def train(output, own_output=False, accelerator=None, dtype=torch.float32, **changed):
     """A run of a tiny FLUX: its records, and the weights that it leaves in the model."""
     if own_output:
         output = Path(output) / str(dist.get_rank() if dist.is_initialized() else os.environ.get("RANK", "0"))
-    model = tiny_flux(num_single_layers=3)
+    model = tiny_flux(num_single_layers=3).to(dtype)
     done = distill(model, config(output, **changed), random_samples(10), accelerator=accelerator)
     return {
         "losses": [{name: value for name, value in record.items() if name != "seconds"} for record in done.losses],
@@ -64,20 +64,20 @@ def whole_weights(model):
     """Trained parameters as arrays, which processes can hand over; none of a sharded model."""
     if any(type(parameter) is not torch.nn.Parameter for parameter in model.parameters()):
         return {}
-    return {name: parameter.detach().numpy().copy() for name, parameter in trained_parameters(model).items()}
+    return {name: parameter.detach().float().numpy().copy() for name, parameter in trained_parameters(model).items()}
 
 
 @contextlib.contextmanager
-def accelerate_with_fsdp():
-    """accelerate with its FSDP on CPUs. It has that on accelerators only, so it is told that these are some."""
+def accelerate_as_on_gpus(environment):
+    """accelerate with FSDP or DeepSpeed on CPUs. It has them on accelerators only, so it is told that these are some."""
     from accelerate import DistributedType, PartialState
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    before = {name: os.environ.get(name) for name in SHARDED}
-    os.environ.update(SHARDED)
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         yield
     finally:
@@ -91,8 +91,54 @@ def accelerate_with_fsdp():
 
 def train_sharded(output, **changed):
     """The same run under FSDP."""
-    with accelerate_with_fsdp():
+    with accelerate_as_on_gpus(SHARDED):
         return train(output, teacher="copy", **changed)
+
+
+def draw_sheets(output, accelerator=None, teacher="copy"):
+    """The sheet that a run of one step draws with the embedded pipeline, as an array."""
+    import numpy as np
+    from PIL import Image
+
+    sheets = SheetConfig(every=1, steps=2, prompts=("a red apple on a blue background",), height=64, width=64)
+    samples = random_samples(4, 16, 16, channels=8, text_width=96, pooled_width=96)
+    settings = config(
+        output, model="embedded", steps=1, sheets=sheets, teacher=teacher, held_out=HeldOutConfig(count=0)
+    )
+    done = distill(None, settings, samples, accelerator=accelerator)
+    [sheet] = (Path(output) / "sheets").iterdir()
+    return {"sheet": np.asarray(Image.open(sheet)).astype(int), "steps": done.steps}
+
+
+def draw_sheets_sharded(output):
+    """The same under FSDP."""
+    with accelerate_as_on_gpus(SHARDED):
+        return draw_sheets(output)
+
+
+def draw_sheets_by_deepspeed(output, file):
+    """The same by DeepSpeed."""
+    with deepspeed_as_on_gpus(file) as made:
+        return draw_sheets(output, made)
+
+
+@contextlib.contextmanager
+def deepspeed_as_on_gpus(file, gradient_accumulation=1, mixed_precision="no"):
+    """An accelerator with DeepSpeed, which computes on CPUs, and the configuration in ``file``."""
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), "DS_ACCELERATOR": "cpu"}
+    with accelerate_as_on_gpus(asked):
+        import deepspeed
+        from accelerate import Accelerator
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles one in place of gloo's
+        yield Accelerator(gradient_accumulation_steps=gradient_accumulation, mixed_precision=mixed_precision)
+
+
+def train_by_deepspeed(output, file, **changed):
+    """The same run by DeepSpeed with the configuration in ``file``."""
+    asked = {name: changed[name] for name in ("gradient_accumulation", "mixed_precision") if name in changed}
+    with deepspeed_as_on_gpus(file, **asked) as made:
+        return {**train(output, accelerator=made, **changed), "kind": made.distributed_type.value}
 
 
 def fsdp_on_cpus(output):

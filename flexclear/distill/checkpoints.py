@@ -123,7 +123,8 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial), **self._frozen_left_out())
+        # Frozen weights are left out; of the others' files only DeepSpeed's would hold them.
+        accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._deepspeed() else {}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if self._average is not None:
@@ -148,7 +149,7 @@ class Checkpoints:
             ValueError: it is of a run with other settings.
         """
         check_identity(place, self._identity)
-        self._accelerator.load_state(str(place))
+        self._accelerator.load_state(str(place), **({"load_module_strict": False} if self._deepspeed() else {}))
         if self._average is not None:
             self._average.load_state_dict(torch.load(place / AVERAGE, map_location="cpu", weights_only=True))
             self._average.to(self._accelerator.device)
@@ -159,11 +160,10 @@ class Checkpoints:
             for left in self._folder.glob(".step_*.partial"):
                 shutil.rmtree(left)
 
-    def _frozen_left_out(self) -> dict[str, Any]:
+    def _deepspeed(self) -> bool:
         from accelerate import DistributedType
 
-        deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
-        return {"exclude_frozen_parameters": True} if deepspeed else {}
+        return bool(self._accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def _write_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         if not weights:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flexclear.distill.config import DistillConfig
+from flexclear.distill.sharding import sharding_of
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,12 +92,49 @@ def check_accelerator(accelerator: Any, config: DistillConfig) -> None:
             "losses: attention alone leaves the layers behind the last compared one without gradients, which several "
             "processes cannot average. Give losses.flow or losses.prediction a weight, or use one process"
         )
-    sharded = kind == DistributedType.FSDP or (
-        kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
-    )
+    sharded = sharding_of(accelerator) is not None
     if sharded and config.teacher == "shared":
         raise ValueError(f"teacher: shared needs whole weights on every device, {kind} shards them; teacher: copy")
     if sharded and config.ema is not None:
         raise ValueError(f"ema needs whole weights on every device, {kind} shards them")
     if kind == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+        match_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, config)
+
+
+def check_precision(accelerator: Any, dtype: torch.dtype) -> None:
+    """Compare the accelerator's precision with the weights' data type.
+
+    Raises:
+        ValueError: weights of that type cannot train in it.
+    """
+    from accelerate import DistributedType
+
+    precision = accelerator.mixed_precision
+    if dtype in (torch.bfloat16, torch.float16) and precision == "no":
+        fitting = "bf16" if dtype == torch.bfloat16 else "fp16"
+        raise ValueError(f"a model in {dtype} trains with mixed_precision: {fitting}")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and dtype != DTYPES[precision]:
+        raise ValueError(
+            f"DeepSpeed in {precision} casts the whole model, and the teacher stays in {dtype}: load the model in "
+            f"{DTYPES[precision]}"
+        )
+
+
+def match_deepspeed(own: dict[str, Any], config: DistillConfig) -> None:
+    """Fill in what DeepSpeed's configuration leaves open, "auto" or not named, from the settings.
+
+    Raises:
+        ValueError: it names another value than the settings.
+    """
+    wanted: dict[str, tuple[str, float]] = {
+        "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
+        "gradient_clipping": ("max_grad_norm", config.max_grad_norm),
+    }
+    if config.gradient_accumulation is not None:
+        wanted["gradient_accumulation_steps"] = ("gradient_accumulation", config.gradient_accumulation)
+    for name, (setting, value) in wanted.items():
+        if own.get(name, "auto") not in ("auto", value):
+            raise ValueError(
+                f'DeepSpeed\'s configuration has {name}: {own[name]}, the settings {setting}: {value}; let it be "auto"'
+            )
+        own[name] = value

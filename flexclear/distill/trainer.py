@@ -22,15 +22,15 @@ from flexclear.distill import checkpoints as files
 from flexclear.distill.batches import Batch, BatchMaker, held_out_batches, held_out_indices
 from flexclear.distill.config import DistillConfig
 from flexclear.distill.losses import Losses, Objective
-from flexclear.distill.model_state import as_found, start_from, unwrapped, write_weights
+from flexclear.distill.model_state import as_found, start_from, write_weights
 from flexclear.distill.models import load_pipeline
 from flexclear.distill.optimizers import make_optimizer
 from flexclear.distill.preparing import Prepared, prepare
-from flexclear.distill.processes import DTYPES, check_accelerator, make_accelerator
+from flexclear.distill.processes import DTYPES, check_accelerator, check_precision, make_accelerator
 from flexclear.distill.samples import Samples
+from flexclear.distill.sharding import clip, fill, follow, gather, loaded_whole, sharding_of, window_like
 from flexclear.distill.students import ADAPTER, add_lora, make_teacher, merge_lora, trained_parameters
 from flexclear.hooks import entry_hook_of
-from flexclear.schedule import Radius
 from flexclear.weights.files import EMBEDDED
 
 WEIGHTS = "weights.safetensors"
@@ -106,11 +106,10 @@ def distill(
         assert config.model is not None
         assert ready.folder is not None
         dtype = DTYPES[accelerator.mixed_precision]
-        model_or_pipe = load_pipeline(config.model, ready.folder, dtype, bool(config.sheets.every))
+        with loaded_whole(accelerator):
+            model_or_pipe = load_pipeline(config.model, ready.folder, dtype, bool(config.sheets.every))
     model = model_of(model_or_pipe)
-    if model.dtype in (torch.bfloat16, torch.float16) and accelerator.mixed_precision == "no":
-        fitting = "bf16" if model.dtype == torch.bfloat16 else "fp16"
-        raise ValueError(f"a model in {model.dtype} trains with mixed_precision: {fitting}")
+    check_precision(accelerator, cast(torch.dtype, model.dtype))
     if entry_hook_of(model) is None:
         mechanism = config.mechanism
         if mechanism is None:
@@ -169,7 +168,9 @@ class _Run:
         model.to(self.device)
         self.teacher.to(self.device)
         self.student, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
-        self._follow_sharding()
+        self.sharding = sharding_of(accelerator)
+        self.trained = follow(self.sharding, model, self.trained)
+        self.parameters = list(self.trained.values())
         self.average = None if config.ema is None else EMAModel(self.parameters, decay=config.ema)
         if self.average is not None:
             self.average.to(self.device)
@@ -188,16 +189,6 @@ class _Run:
         self.checkpoints = files.Checkpoints(
             accelerator, config.output, config.checkpoints.keep, self.trained, self.average, identity
         )
-
-    def _follow_sharding(self) -> None:
-        """Where FSDP has put shards in the place of parameters, they are what trains."""
-        from accelerate import DistributedType
-
-        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        if self.sharded:
-            now = {unwrapped(name): parameter for name, parameter in self.model.named_parameters()}
-            self.trained = {name: now.get(name, parameter) for name, parameter in self.trained.items()}
-            self.parameters = list(self.trained.values())
 
     def run(self) -> Distilled:
         config, accelerator = self.config, self.accelerator
@@ -265,7 +256,7 @@ class _Run:
                     )
                 accelerator.backward(losses.total)
                 if accelerator.sync_gradients and self.config.max_grad_norm:
-                    norm = self._clip()
+                    norm = clip(accelerator, self.sharding, self.student, self.parameters, self.config.max_grad_norm)
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
@@ -280,12 +271,6 @@ class _Run:
         if self.config.tracker is not None:
             accelerator.log(record, step=step + 1)
         return {**record, "seconds": time.perf_counter() - begin}, ahead
-
-    def _clip(self) -> float:
-        # FSDP knows the norm over all shards where it is given all that it shards.
-        clipped = list(self.student.parameters()) if self.sharded else self.parameters
-        norm = self.accelerator.clip_grad_norm_(clipped, self.config.max_grad_norm)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _losses(self, batch: Batch) -> Losses:
         return self.objective(batch.to(self.device, self.compute), self.student)
@@ -311,7 +296,8 @@ class _Run:
     def _draw(self, step: int) -> None:
         from PIL import Image
 
-        if not self.accelerator.is_main_process or self.pipe is None:
+        # Sharded weights come together only where every process computes with them.
+        if self.pipe is None or not (self.accelerator.is_main_process or self.sharding):
             return
         sheets = self.config.sheets
         size = {name: side for name in ("height", "width") if (side := getattr(sheets, name)) is not None}
@@ -327,6 +313,8 @@ class _Run:
                 ).images[0]
                 for number, prompt in enumerate(sheets.prompts)
             ]
+        if not self.accelerator.is_main_process:
+            return
         sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
         left = 0
         for picture in pictures:
@@ -352,12 +340,10 @@ class _Run:
         """Leaves the trained weights in the model, in its own type, and writes them; of sharded ones, writes only."""
         accelerator, path = self.accelerator, self.config.output / WEIGHTS
         accelerator.wait_for_everyone()
-        if self.sharded:
-            gathered = accelerator.get_state_dict(self.student)
+        if self.sharding:
+            gathered = gather(accelerator, self.sharding, self.student, self.model)
             if accelerator.is_main_process:
-                model = self._whole(gathered)
-                self._merge(model)
-                write_weights(model, path)
+                self._write_gathered(gathered, path)
         else:
             if self.average is not None:
                 self.average.copy_to(self.parameters)
@@ -376,23 +362,15 @@ class _Run:
                 model.save_lora_adapter(str(self.config.output / LORA), adapter_name=ADAPTER)
             merge_lora(model)
 
-    def _whole(self, gathered: dict[str, torch.Tensor]) -> Any:
-        """The teacher, a whole model, with the sharded student's windows and numbers."""
+    def _write_gathered(self, gathered: dict[str, torch.Tensor], path: Path) -> None:
+        """Write the sharded student by way of the teacher, which is whole and no longer needed."""
         model: Any = self.teacher
-        entry = entry_hook_of(self.model)
-        assert entry is not None
-        if entry.settings.formula is not None:
-            transform(model, attention=entry.settings.formula, backend="sdpa")
-        else:
-            windows: dict[int | str, Radius] = dict(entry.settings.windows.items())
-            transform(model, windows, backend="sdpa")
+        window_like(model, self.model)
         if self.config.train == "lora":
             add_lora(model, self.config.lora.rank, self.config.lora.alpha, self.config.seed)
-        numbers = {unwrapped(name): tensor for name, tensor in gathered.items()}
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(numbers[name])
-        return model
+        fill(model, gathered)
+        self._merge(model)
+        write_weights(model, path)
 
     def _resume(self) -> int:
         found = files.latest(self.config.output)

@@ -42,3 +42,13 @@ def settings(tmp_path):
         )
 
     return make
+
+
+@pytest.fixture
+def any_precision():
+    """accelerate keeps the precision of a process's first run; this forgets it before and after."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
