@@ -160,8 +160,8 @@ def measure(arguments: argparse.Namespace) -> None:
                 }
             )  # fmt: skip
         flexclear.restore(model)
-    if arguments.dense != "none":
-        rows += dense(model, arguments, device, dtype)
+    for kind in arguments.dense:
+        rows += dense(kind, model, arguments, device, dtype)
     if rank == 0:
         about = facts(
             device, processes=size, dtype=str(dtype).removeprefix("torch."), blocks=3 * arguments.blocks, text=TEXT_LEN,
@@ -185,25 +185,26 @@ def formula(
     }
 
 
-def dense(model: Any, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+def dense(
+    kind: str, model: Any, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """The dense model by diffusers' context parallelism, beside it."""
-    if device.type == "cuda":
-        # One kernel for one process and several; a ring needs the log-sum-exp, which it gives in bfloat16.
-        model.set_attention_backend("_native_cudnn")
+    # One kernel for one process and several; a ring needs its log-sum-exp, which cuDNN's gives in bfloat16.
+    model.set_attention_backend("_native_cudnn" if device.type == "cuda" else "_native_flash")
     rows: list[dict[str, Any]] = []
     pipe = Stepping(model, arguments.steps)
     size = dist.get_world_size()
     for side in arguments.sides:
         call = make_call(side, side, device, dtype)
         alone, expected = timed_alone(model, call, pipe, device)
-        parallel.enable_dense(model, kind=arguments.dense)
+        parallel.enable_dense(model, kind=kind)
         seconds, output = timed(model, call, pipe, device)
         parallel.disable(model)
         error = difference(output, expected)
-        check(error, expected, f"dense, {arguments.dense} at {side} x {side}")
+        check(error, expected, f"dense, {kind} at {side} x {side}")
         rows.append(
             {
-                "side": side, "r": "dense", "processes": size, "text": "", "exchange": arguments.dense,
+                "side": side, "r": "dense", "processes": size, "text": "", "exchange": kind,
                 "seconds": seconds, "alone_seconds": alone, "speed_up": alone / seconds, "error": error,
             }
         )  # fmt: skip
@@ -240,9 +241,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument(
         "--dense",
-        choices=["none", "ring", "ulysses"],
-        default="ring" if torch.cuda.is_available() else "ulysses",
-        help="the dense model beside it, by diffusers' context parallelism; a ring runs on CUDA only",
+        choices=["ring", "ulysses"],
+        nargs="*",
+        default=["ring", "ulysses"],
+        help="the dense model beside it, by diffusers' context parallelism; without a name: not at all",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -63,6 +63,8 @@ def dense_against_one(kind, height, width, text_len, batch=1):
             return model(**call)[0]
 
     model = tiny_flux()
+    if kind == "ring":
+        model.set_attention_backend("_native_flash")
     # As pipelines call it: diffusers splits and gathers tensors only.
     call = {**flux_call(height, width, text_len, batch), "return_dict": False}
     whole = outcome(model, call)

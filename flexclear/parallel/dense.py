@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -27,8 +28,9 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
     Args:
         model_or_pipe: a model that is not transformed, or a pipeline with one.
         kind: ``"ring"``: keys and values go round, and partial results are merged by their log-sum-exp. Needs an
-            accelerator and an attention backend that returns it, such as ``model.set_attention_backend("_native_cudnn")``
-            in bfloat16. ``"ulysses"``: each rank attends over the whole picture with its share of the heads; on CPUs, too.
+            attention backend that returns it: ``model.set_attention_backend("_native_cudnn")`` in bfloat16 on CUDA,
+            ``"_native_flash"`` on CPUs. ``"ulysses"``: each rank attends over the whole picture with its share of the
+            heads, with any backend.
 
     Returns:
         What was given.
@@ -60,6 +62,8 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
         )
     from diffusers import ContextParallelConfig
 
+    if kind == "ring" and _only_cpus():
+        _flash_attention_on_cpus()
     config: Any = ContextParallelConfig(**{f"{kind}_degree": count})
     config.enabled_by = MARK
     # diffusers numbers the devices modulo their count, which torch gives as 0 where there are only CPUs.
@@ -110,19 +114,53 @@ def _refuse_without_log_sum_exp(model: Any) -> None:
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-    if torch.accelerator.device_count() == 0:
-        raise ValueError(
-            "diffusers' ring attention runs on accelerators such as CUDA, and torch finds none here: none of its attention "
-            "backends for CPUs gives log-sum-exps. kind='ulysses' runs on CPUs, and so do windows: flexclear.transform, "
-            "then flexclear.parallel.enable"
-        )
     named = {getattr(getattr(module, "processor", None), "_attention_backend", None) for module in model.modules()}
     backend = next((AttentionBackendName(name) for name in named if name is not None), None)
     if backend is None:
         backend, _ = _AttentionBackendRegistry.get_active_backend()
-    if backend == AttentionBackendName.NATIVE:
+    if _only_cpus():
+        enough, fitting = backend == AttentionBackendName._NATIVE_FLASH, "model.set_attention_backend('_native_flash')"
+    else:
+        enough = backend != AttentionBackendName.NATIVE
+        fitting = "model.set_attention_backend('_native_cudnn') with the model in bfloat16"
+    if not enough:
         raise ValueError(
-            "a ring merges results by their log-sum-exp, which the attention backend 'native' of this "
-            f"{type(model).__name__} does not give: model.set_attention_backend('_native_cudnn') with the model in "
-            "bfloat16, or kind='ulysses'"
+            f"a ring merges results by their log-sum-exp, which the attention backend {backend.value!r} of this "
+            f"{type(model).__name__} does not give here: {fitting}, or kind='ulysses'"
         )
+
+
+def _only_cpus() -> bool:
+    return torch.accelerator.device_count() == 0
+
+
+@cache
+def _flash_attention_on_cpus() -> torch.library.Library | None:
+    """Give the operator behind diffusers' "_native_flash" a kernel for CPUs, if torch has none.
+
+    torch has flash attention with log-sum-exps on CPUs, under another name and without what only dropout needs. The
+    kernel stays until the process ends: nothing else calls an operator that has none.
+    """
+    name = "_scaled_dot_product_flash_attention"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
+        return None
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        return_debug_mask: bool = False,
+        *,
+        scale: float | None = None,
+    ) -> tuple[torch.Tensor | int, ...]:
+        out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )
+        none = torch.empty(0, dtype=torch.int64)
+        return out, log_sum_exp, none, none, query.shape[2], key.shape[2], none, none, query.new_empty(0)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl(name, attend, "CPU")
+    return library

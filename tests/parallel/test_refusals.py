@@ -70,21 +70,16 @@ def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
             enable(ringed)
 
 
-@pytest.mark.skipif(torch.accelerator.device_count() > 0, reason="about machines without accelerators")
-def test_a_ring_is_refused_on_cpus_with_what_runs_there():
-    with pytest.raises(ValueError, match=r"finds none here.*kind='ulysses' runs on CPUs, and so do windows"):
-        parallel.enable_dense(tiny_flux())
-
-
-def test_a_ring_is_refused_with_an_attention_that_gives_no_log_sum_exp(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+@pytest.mark.parametrize(("devices", "fitting"), [(0, "_native_flash"), (2, "_native_cudnn")])
+def test_a_ring_is_refused_with_an_attention_that_gives_no_log_sum_exp(monkeypatch, devices, fitting):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
     model = tiny_flux()
-    with pytest.raises(ValueError, match=r"'native'.*does not give: model\.set_attention_backend\('_native_cudnn'\)"):
+    with pytest.raises(ValueError, match=rf"'native'.*not give here: model\.set_attention_backend\('{fitting}'\)"):
         parallel.enable_dense(model)
     # What gives it gets further, to the next thing that is missing here.
     for module in model.modules():
         if hasattr(module, "processor"):
-            module.processor._attention_backend = "_native_cudnn"
+            module.processor._attention_backend = fitting
     with pytest.raises(ValueError, match="no process group"):
         parallel.enable_dense(model)
 

@@ -49,9 +49,10 @@ def test_a_shared_flux_is_the_whole_one(two, size, r, options):
     assert len({result["sum"] for result in found}) == 1, "every rank has the same bits"
 
 
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
 @pytest.mark.parametrize(("size", "options"), [((16, 16, 32), {}), ((24, 9, 20), {"batch": 2})], ids=str)
-def test_a_dense_flux_that_diffusers_shares_is_the_whole_one_until_disabled(two, size, options):
-    found = two.results("dense_against_one", "ulysses", *size, **options)
+def test_a_dense_flux_that_diffusers_shares_is_the_whole_one_until_disabled(two, kind, size, options):
+    found = two.results("dense_against_one", kind, *size, **options)
     assert largest(found, "error") <= EXACT
     assert all(result["enabled"] and result["left"] is None for result in found)
     assert largest(found, "after") == 0
