@@ -25,6 +25,7 @@ import torch.distributed as dist
 import flexclear
 from flexclear import parallel
 from flexclear.masks import Disc, Layout
+from flexclear.parallel.check import Steps
 from flexclear.parallel.costs import border_bytes, output_bytes, text_bytes
 from flexclear.parallel.planning import cut
 
@@ -71,16 +72,7 @@ def make_call(height: int, width: int, device: torch.device, dtype: torch.dtype)
     return {name: tensor.to(device, torch.float32 if name.endswith("_ids") else dtype) for name, tensor in call.items()}
 
 
-class Stepping:
-    """What ``enable`` needs of a pipeline: the model, and a scheduler that counts steps."""
-
-    def __init__(self, model: Any, steps: int) -> None:
-        self.transformer, self.scheduler = model, self
-        self.timesteps = torch.arange(steps)
-        self.step_index = 0
-
-
-def timed(model: Any, call: dict[str, Any], pipe: Stepping, device: torch.device) -> tuple[float, torch.Tensor]:
+def timed(model: Any, call: dict[str, Any], pipe: Steps, device: torch.device) -> tuple[float, torch.Tensor]:
     """Median seconds of a step over a run, the first two left out, and the last output."""
     seconds = []
     output = torch.empty(0)
@@ -95,7 +87,7 @@ def timed(model: Any, call: dict[str, Any], pipe: Stepping, device: torch.device
     return statistics.median(seconds[2:]), output
 
 
-def timed_alone(model: Any, call: dict[str, Any], pipe: Stepping, device: torch.device) -> tuple[float, torch.Tensor]:
+def timed_alone(model: Any, call: dict[str, Any], pipe: Steps, device: torch.device) -> tuple[float, torch.Tensor]:
     """``timed`` of the whole model on each rank, one rank at a time, so that each has the machine to itself."""
     found = 0.0, torch.empty(0)
     dist.barrier()
@@ -132,7 +124,7 @@ def measure(arguments: argparse.Namespace) -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if cuda else "float32"))
     model = make_model(device, dtype, arguments.blocks)
-    pipe = Stepping(model, arguments.steps)
+    pipe = Steps(model, arguments.steps)
     rows = []
     for side in arguments.sides:
         call = make_call(side, side, device, dtype)
@@ -192,7 +184,7 @@ def dense(
     # One kernel for one process and several; a ring needs its log-sum-exp, which cuDNN's gives in bfloat16.
     model.set_attention_backend("_native_cudnn" if device.type == "cuda" else "_native_flash")
     rows: list[dict[str, Any]] = []
-    pipe = Stepping(model, arguments.steps)
+    pipe = Steps(model, arguments.steps)
     size = dist.get_world_size()
     for side in arguments.sides:
         call = make_call(side, side, device, dtype)

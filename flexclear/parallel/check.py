@@ -1,8 +1,9 @@
 """``torchrun --nproc-per-node N -m flexclear.parallel.check``: random shared models against whole ones, on this machine.
 
 Models are small FLUX transformers with random weights; sizes, radii, text lengths, batches, shares, pooled keys and ways of
-exchanging are drawn from a seed, alike on every rank. Ends with status 1 at the first difference. On a GPU it runs NCCL and
-compiled FlexAttention, which is how to see that a machine's ways between devices work before a large run.
+exchanging are drawn from a seed, alike on every rank; borders of the step before are compared over steps of one input, where
+they are those of now. Ends with status 1 at the first difference. On a GPU it runs NCCL and compiled FlexAttention, which is how
+to see that a machine's ways between devices work before a large run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ from flexclear.parallel import disable, enable, leave
 
 LIMIT = 1e-4
 """Greatest difference in float32; half precision is not compared."""
+
+
+class Steps:
+    """What ``enable`` needs of a pipeline, for a bare model: the model, and a scheduler that counts steps."""
+
+    def __init__(self, model: Any, steps: int) -> None:
+        self.transformer, self.scheduler = model, self
+        self.timesteps = torch.arange(steps)
+        self.step_index = 0
 
 
 def small_flux(device: torch.device) -> Any:
@@ -81,17 +91,23 @@ def check(cases: int, seed: int, backend: str) -> float:
         radii = [draw.choice([1, 2, 4, 7, 15, 30]) for _ in range(4)]
         down_factor = draw.choice([None, None, 3, 4])
         shares = draw.choice([None, [draw.uniform(0.5, 2) for _ in range(ranks)]])
+        exchange = draw.choice(["sync", "stale"])
+        pipe = Steps(model, 1 if exchange == "sync" else 4)
         transform(model, radii, down_factor=down_factor, backend=backend)
+        error = 0.0
         with torch.no_grad():
             whole = model(**call).sample
-            enable(model, shares=shares, timeout=120)
-            error = (model(**call).sample - whole).abs().max().item()
-        disable(model)
+            enable(pipe, exchange=exchange, warmup_steps=1, shares=shares, timeout=120)
+            for step in range(len(pipe.timesteps)):
+                pipe.step_index = step
+                error = max(error, (model(**call).sample - whole).abs().max().item())
+        disable(pipe)
         restore(model)
         worst = max(worst, error)
         size = tuple(int(n) + 1 for n in call["img_ids"].amax(0)[1:])
         told = (
-            f"case {number + 1} of {cases}: {size} tokens, r {radii}, down_factor {down_factor}, difference {error:.1e}"
+            f"case {number + 1} of {cases}: {size} tokens, r {radii}, down_factor {down_factor}, {exchange}, "
+            f"difference {error:.1e}"
         )
         if dist.get_rank() == 0:
             print(told, flush=True)
