@@ -62,16 +62,20 @@ def dense_against_one(kind, height, width, text_len, batch=1):
         with torch.no_grad():
             return model(**call)[0]
 
+    from diffusers import attention_backend
+
     model = tiny_flux()
-    if kind == "ring":
-        model.set_attention_backend("_native_flash")
     # As pipelines call it: diffusers splits and gathers tensors only.
     call = {**flux_call(height, width, text_len, batch), "return_dict": False}
-    whole = outcome(model, call)
-    shared = outcome(parallel.enable_dense(model, kind=kind), call)
-    enabled = model._parallel_config is not None
-    parallel.disable(model)
-    after = outcome(model, call)
+    # set_attention_backend changes the default of the whole process too; leaving the context puts that back.
+    with attention_backend("native"):
+        if kind == "ring":
+            model.set_attention_backend("_native_flash")
+        whole = outcome(model, call)
+        shared = outcome(parallel.enable_dense(model, kind=kind), call)
+        enabled = model._parallel_config is not None
+        parallel.disable(model)
+        after = outcome(model, call)
     return {
         "error": (shared - whole).abs().max().item(),
         "after": (after - whole).abs().max().item(),

@@ -29,8 +29,9 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
         model_or_pipe: a model that is not transformed, or a pipeline with one.
         kind: ``"ring"``: keys and values go round, and partial results are merged by their log-sum-exp. Needs an
             attention backend that returns it: ``model.set_attention_backend("_native_cudnn")`` in bfloat16 on CUDA,
-            ``"_native_flash"`` on CPUs. ``"ulysses"``: each rank attends over the whole picture with its share of the
-            heads, with any backend.
+            ``"_native_flash"`` on CPUs; neither takes attention masks, and diffusers makes it the default of every
+            model in the process: ``with diffusers.attention_backend("native"):`` around all of it puts that back.
+            ``"ulysses"``: each rank attends over the whole picture with its share of the heads, with any backend.
 
     Returns:
         What was given.
