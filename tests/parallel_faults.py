@@ -8,7 +8,9 @@ import flexclear
 from flexclear import parallel
 
 from models import flux_call, tiny_flux
-from parallel_cases import build, draw, pipeline, run
+from parallel_cases import run
+from parallel_families import build
+from parallel_pipelines import draw, pipeline
 
 
 def disagreeing(what, rank=1):

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 HERE = str(Path(__file__).parent)
-CASES = ("parallel_cases", "parallel_faults", "distill_cases")
+CASES = ("parallel_cases", "parallel_families", "parallel_pipelines", "parallel_faults", "distill_cases")
 
 
 def free_port() -> int:
