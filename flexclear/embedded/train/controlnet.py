@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexclear.embedded.control import FACTS_NAME, MODES
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from flexclear.embedded.train.controlnet_data import ControlBatch, ControlBatchMaker
 from flexclear.embedded.train.controlnet_recipe import ControlRecipe
 from flexclear.embedded.train.export import LICENCE_NAME, NOTICE
+from flexclear.embedded.train.loop import Intervals, run_steps
 from flexclear.embedded.train.optimizer import SplitOptimizer
 
 if TYPE_CHECKING:
     from PIL import Image
 
 CHECKPOINT_NAME = "controlnet.pt"
+LOG_EVERY = 25
 LARGEST_BYTES = 3_000_000
 """What the ControlNet may take in the package."""
 
@@ -126,36 +126,28 @@ def train_controlnet(
         for net in (model, pipeline.transformer):
             for block in (*net.transformer_blocks, *net.single_transformer_blocks):
                 block.compile(dynamic=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    folder.mkdir(parents=True, exist_ok=True)
-    started, losses = time.monotonic(), []
-    with Progress(*columns) as progress, (folder / "controlnet.jsonl").open("a", encoding="utf-8") as log:
-        task = progress.add_task("ControlNet", total=recipe.steps, completed=done)
-        while not schedule.finished(done):
-            loss = control_loss(pipeline, model, maker.make(done), recipe.half_precision)
-            loss.backward()
-            optimizer.step(schedule.factor(done))
-            losses.append(loss.item())
-            done += 1
-            progress.update(task, advance=1, description=f"ControlNet loss {losses[-1]:.4f}")
-            last = schedule.finished(done) or stop()
-            if done % 25 == 0 or last:
-                mean, seconds = sum(losses) / len(losses), round(time.monotonic() - started, 1)
-                log.write(json.dumps({"step": done, "loss": mean, "seconds": seconds}) + "\n")
-                log.flush()
-                progress.console.print(f"step {done}: loss {mean:.4f}, {seconds} s", highlight=False)
-                losses.clear()
-            if done % recipe.save_every == 0 or last:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                save_checkpoint(path, {**state, "step": done, "identity": identity})
-            if sheet is not None and (done % recipe.sheet_every == 0 or last):
-                file = folder / "sheets" / f"controlnet{done:05d}.png"
-                file.parent.mkdir(exist_ok=True)
-                with torch.compiler.set_stance("force_eager"):
-                    sheet(model.eval()).save(file)
-                model.train()
-            if last:
-                break
+
+    def train(step: int, factor: float) -> float:
+        loss = control_loss(pipeline, model, maker.make(step), recipe.half_precision)
+        loss.backward()
+        optimizer.step(factor)
+        return loss.item()
+
+    def save(step: int) -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(path, {**state, "step": step, "identity": identity})
+
+    def draw(step: int) -> None:
+        if sheet is None:
+            return
+        file = folder / "sheets" / f"controlnet{step:05d}.png"
+        file.parent.mkdir(exist_ok=True)
+        with torch.compiler.set_stance("force_eager"):
+            sheet(model.eval()).save(file)
+        model.train()
+
+    every = Intervals(LOG_EVERY, recipe.save_every, recipe.sheet_every)
+    done = run_steps("controlnet", folder, schedule, done, every, train, save, draw, stop)
     return model.eval(), done
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from flexclear.embedded.train.batches import Batch, BatchMaker
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
+from flexclear.embedded.train.loop import Intervals, run_steps
 from flexclear.embedded.train.optimizer import SplitOptimizer
 from flexclear.embedded.train.schedule import Schedule, decide_end
 from flexclear.embedded.train.sheets import save_sheet
 from flexclear.embedded.train.stopping import StopFlag
 
 CHECKPOINT_NAME = "transformer.pt"
+LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,15 @@ def train_transformer(
     )
     path = folder / CHECKPOINT_NAME
     done = 0
-    schedule: Schedule | None = None
+    begun: Schedule | None = None
     if path.is_file():
         state = load_checkpoint(path)
         learners.load_state_dict(state["learners"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
         if state["schedule"]["total"] is not None and total in (None, state["schedule"]["total"]):
-            schedule = Schedule(**state["schedule"])
-    if schedule is None:
-        schedule = decide_end(recipe.warmup, done, total, decay_from)
+            begun = Schedule(**state["schedule"])
+    schedule = begun or decide_end(recipe.warmup, done, total, decay_from)
     if recipe.compiled:
         torch._dynamo.config.recompile_limit = 64
         for block in [
@@ -148,58 +146,30 @@ def train_transformer(
             *learners.transformer.single_transformer_blocks,
         ]:
             block.compile(dynamic=False)
-    _run(recipe, learners, maker, pipeline, sheet_prompts, folder, optimizer, schedule, done)
-    return int(load_checkpoint(path)["step"])
 
+    def train(step: int, factor: float) -> float:
+        loss = flow_loss(learners, maker.make(step), recipe.half_precision, recipe.guidance_at(step))
+        loss.backward()
+        optimizer.step(factor)
+        return loss.item()
 
-def _run(
-    recipe: TransformerRecipe,
-    learners: Learners,
-    maker: BatchMaker,
-    pipeline: FluxPipeline,
-    sheet_prompts: list[str],
-    folder: Path,
-    optimizer: SplitOptimizer,
-    schedule: Schedule,
-    done: int,
-) -> None:
-    started = time.monotonic()
-    losses: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with StopFlag() as stop, Progress(*columns) as progress, (folder / "transformer.jsonl").open("a") as log:
-        task = progress.add_task("transformer", total=schedule.total, completed=done)
-        step = done
-        while not (schedule.finished(step) or stop()):
-            loss = flow_loss(learners, maker.make(step), recipe.half_precision, recipe.guidance_at(step))
-            loss.backward()
-            optimizer.step(schedule.factor(step))
-            losses.append(loss.item())
-            step += 1
-            progress.update(task, advance=1, description=f"transformer loss {losses[-1]:.4f}")
-            last = schedule.finished(step) or stop()
-            if step % 50 == 0 or last:
-                entry = {
-                    "step": step,
-                    "loss": sum(losses) / len(losses),
-                    "rate_factor": schedule.factor(step - 1),
-                    "seconds": round(time.monotonic() - started, 1),
-                }
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-                progress.console.print(entry, highlight=False)
-                losses.clear()
-            if step % recipe.save_every == 0 or last:
-                state = {
-                    "learners": learners.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "schedule": asdict(schedule),
-                    "shift": pipeline.vae.config.shift_factor,
-                    "scaling": pipeline.vae.config.scaling_factor,
-                }
-                save_checkpoint(folder / CHECKPOINT_NAME, state)
-            if step % recipe.sheet_every == 0 or last:
-                save_sheet(sample(pipeline, sheet_prompts, steps=12), 8, folder / "sheets" / f"step{step:05d}.png")
+    def save(step: int) -> None:
+        state = {
+            "learners": learners.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "schedule": asdict(schedule),
+            "shift": pipeline.vae.config.shift_factor,
+            "scaling": pipeline.vae.config.scaling_factor,
+        }
+        save_checkpoint(path, state)
+
+    def draw(step: int) -> None:
+        save_sheet(sample(pipeline, sheet_prompts, steps=12), 8, folder / "sheets" / f"step{step:05d}.png")
+
+    every = Intervals(LOG_EVERY, recipe.save_every, recipe.sheet_every)
+    with StopFlag() as stop:
+        return run_steps("transformer", folder, schedule, done, every, train, save, draw, stop)
 
 
 def sample(pipeline: FluxPipeline, prompts: list[str], steps: int, pixels: int = 128) -> torch.Tensor:
