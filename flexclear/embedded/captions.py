@@ -46,13 +46,13 @@ def caption(emoji: str, background: str, template: str = FULL_TEMPLATES[0]) -> s
     )
 
 
-def random_caption(emoji: str, background: str, generator: random.Random) -> str:
-    """Return a training caption: empty, the emoji alone, or both parts in a random pattern."""
+def random_caption(emoji: str, background: str | None, generator: random.Random) -> str:
+    """Return a training caption: empty, the emoji alone, or both parts in a random pattern; never both without a background."""
     draw = generator.random()
     if draw < EMPTY_SHARE:
         return ""
-    templates = BARE_TEMPLATES if draw < EMPTY_SHARE + BARE_SHARE else FULL_TEMPLATES
-    text = caption(emoji, background, generator.choice(templates))
+    bare = background is None or draw < EMPTY_SHARE + BARE_SHARE
+    text = caption(emoji, background or "", generator.choice(BARE_TEMPLATES if bare else FULL_TEMPLATES))
     return text + "." if generator.random() < FULL_STOP_SHARE else text
 
 

@@ -23,6 +23,9 @@ FLIPPED_SHARE = 0.3
 Colour: TypeAlias = tuple[int, int, int]
 Pair: TypeAlias = tuple[int, int]
 
+UNNAMED = -1
+"""Background index of a scene whose background has a colour of its own, which no caption names."""
+
 
 @dataclass(frozen=True)
 class Emoji:
@@ -38,11 +41,12 @@ class Scene:
 
     Attributes:
         emoji: index of the emoji.
-        background: index of the background colour.
+        background: index of the background colour, or ``UNNAMED``.
         size: side of the square that the emoji's bitmap is scaled into.
         left: x of that square's left edge.
         top: y of that square's top edge.
         flipped: whether the emoji is mirrored left to right.
+        colour: of a background without a name; None where ``background`` tells it.
     """
 
     emoji: int
@@ -51,6 +55,7 @@ class Scene:
     left: int
     top: int
     flipped: bool
+    colour: Colour | None = None
 
 
 def still_scene(emoji: int, background: int) -> Scene:
@@ -108,7 +113,8 @@ def draw(
     if pixels < SCENE_PIXELS or pixels % SCENE_PIXELS:
         raise ValueError(f"pixels must be a positive multiple of {SCENE_PIXELS}, got {pixels}")
     factor = pixels // SCENE_PIXELS
-    canvas = Image.new("RGB", (pixels, pixels), colours[scene.background])
+    colour = colours[scene.background] if scene.colour is None else scene.colour
+    canvas = Image.new("RGB", (pixels, pixels), colour)
     square = scale_bitmap(bitmaps[scene.emoji], scene.size * factor, scene.flipped)
     canvas.paste(square, (scene.left * factor, scene.top * factor), square)
     return np.asarray(canvas)

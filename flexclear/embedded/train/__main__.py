@@ -39,6 +39,18 @@ def vae(folder: Folder = Path(".train"), font: Font = None, threads: Threads = 2
 
 
 @app.command()
+def begin(
+    folder: Folder = Path(".train"),
+    source: Annotated[Path | None, typer.Option(help="A folder that export wrote; the package's by default.")] = None,
+) -> None:
+    """Write checkpoints that go on from an exported model, for ``transformer`` and ``export``."""
+    from flexclear.embedded import model_directory
+    from flexclear.embedded.train.assembly import begin_with
+
+    typer.echo(f"wrote {begin_with(model_directory() if source is None else source, folder)}")
+
+
+@app.command()
 def transformer(
     folder: Folder = Path(".train"),
     font: Font = None,
@@ -52,6 +64,11 @@ def transformer(
     faint: Annotated[
         float, typer.Option(min=0, help="Show pairs of little contrast more often: the power of their weight.")
     ] = 0.0,
+    unnamed: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of pictures on backgrounds of other colours, which no caption names."),
+    ] = 0.0,
+    matrix_rate: Annotated[float, typer.Option(help="Muon's learning rate.")] = 7e-3,
     guided_from: Annotated[
         int | None, typer.Option(help="First step that learns to do without classifier-free guidance.")
     ] = None,
@@ -64,7 +81,7 @@ def transformer(
 
     torch.set_num_threads(threads)
     run_transformer(
-        TransformerRecipe(compiled=compiled, guided_from=guided_from),
+        TransformerRecipe(matrix_rate=matrix_rate, compiled=compiled, guided_from=guided_from),
         folder,
         font,
         small_pictures,
@@ -73,6 +90,7 @@ def transformer(
         decay_from,
         still,
         faint,
+        unnamed,
     )
 
 

@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, FluxPipeline
 
 from flexclear.embedded.captions import all_captions
 from flexclear.embedded.train import corpus
-from flexclear.embedded.train.checkpoint import load_checkpoint
+from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from flexclear.embedded.train.parts import build_clip, build_scheduler, build_t5, build_transformer
-from flexclear.embedded.train.tokenizers import build_t5_tokenizer, kept_clip_tokenizer
+from flexclear.embedded.train.tokenizers import build_t5_tokenizer, keep_clip_tokenizer, kept_clip_tokenizer
 from flexclear.embedded.train.transformer import CHECKPOINT_NAME, Learners
 from flexclear.embedded.train.vae import build_vae
 
@@ -54,6 +54,43 @@ def assemble(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, learners
+
+
+def kept_normalisation(folder: Path) -> tuple[float, float] | None:
+    """Return the latents' shift and scaling of the run in ``folder``, None where there is none yet.
+
+    A run keeps them: other ones would change what the model has learned to expect.
+    """
+    path = folder / CHECKPOINT_NAME
+    state = load_checkpoint(path) if path.is_file() else {}
+    return (state["shift"], state["scaling"]) if "shift" in state else None
+
+
+def begin_with(source: Path, folder: Path) -> Path:
+    """Write checkpoints to ``folder`` that go on from an exported pipeline, with fresh optimisers, and return the folder.
+
+    Args:
+        source: a folder that ``export`` wrote, such as the package's own.
+        folder: for ``vae.pt``, ``transformer.pt`` and the tokenizer.
+
+    Raises:
+        FileExistsError: ``folder`` holds a run already.
+        FileNotFoundError: ``source`` is no pipeline folder.
+    """
+    if (folder / CHECKPOINT_NAME).exists():
+        raise FileExistsError(f"{folder} holds a run already; name another --folder, or go on with it")
+    if not (source / "model_index.json").is_file():
+        raise FileNotFoundError(f"no pipeline in {source}: name a folder that export wrote")
+    pipeline = FluxPipeline.from_pretrained(str(source), torch_dtype=torch.float32, local_files_only=True)
+    keep_clip_tokenizer(folder / TOKENIZER_NAME, pipeline.tokenizer)
+    save_checkpoint(folder / "vae.pt", {"model": pipeline.vae.state_dict()})
+    learners = Learners(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
+    normalisation = {"shift": pipeline.vae.config.shift_factor, "scaling": pipeline.vae.config.scaling_factor}
+    save_checkpoint(
+        folder / CHECKPOINT_NAME,
+        {"learners": learners.state_dict(), "optimizer": None, "step": 0, "schedule": None, **normalisation},
+    )
+    return folder
 
 
 def load_trained(folder: Path) -> FluxPipeline:

@@ -13,6 +13,7 @@ import torch
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from flexclear.embedded.captions import random_caption
+from flexclear.embedded.scenes import UNNAMED
 from flexclear.embedded.train.latents import LatentCache
 
 
@@ -75,6 +76,7 @@ class BatchMaker:
     """Makes the batch of any step number, the same one every time.
 
     ``emphasis``, shape (emoji, backgrounds), is how often each pair is drawn relative to the others; all the same without it.
+    A picture whose background has no name counts as its emoji does on average.
     """
 
     cache: LatentCache
@@ -94,7 +96,7 @@ class BatchMaker:
         captions = [
             random_caption(
                 self.emoji_names[int(chosen_set.emoji[row])],
-                self.background_names[int(chosen_set.backgrounds[row])],
+                self._background_name(int(chosen_set.backgrounds[row])),
                 choice,
             )
             for row in rows
@@ -114,14 +116,18 @@ class BatchMaker:
             empty_t5_ids=self._t5_ids([""] * kind.pictures, kind.text_length),
         )
 
+    def _background_name(self, index: int) -> str | None:
+        return None if index == UNNAMED else self.background_names[index]
+
     @cached_property
     def _shares(self) -> dict[bool, list[float]]:
         """Running sums of how often each picture is drawn, of the small and of the large ones."""
         assert self.emphasis is not None
         sets = {False: self.cache.small, True: self.cache.large}
+        # The last column, which UNNAMED reaches.
+        emphasis = torch.cat([self.emphasis, self.emphasis.mean(1, keepdim=True)], dim=1)
         return {
-            large: list(accumulate(self.emphasis[shown.emoji, shown.backgrounds].tolist()))
-            for large, shown in sets.items()
+            large: list(accumulate(emphasis[shown.emoji, shown.backgrounds].tolist())) for large, shown in sets.items()
         }
 
     def _rows(self, kind: BatchKind, count: int, choice: random.Random) -> list[int]:

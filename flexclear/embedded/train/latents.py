@@ -12,9 +12,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from rich.progress import track
 
-from flexclear.embedded.scenes import Colour, Pair, Scene, draw
+from flexclear.embedded.scenes import Colour, Scene, draw
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
-from flexclear.embedded.train.pictures import training_scenes
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class LatentSet:
     Attributes:
         latents: shape (pictures, 8, side, side), dtype float16, mean about 0 and deviation about 1.
         emoji: shape (pictures,), int64 emoji indices.
-        backgrounds: shape (pictures,), int64 background indices.
+        backgrounds: shape (pictures,), int64 background indices, ``UNNAMED`` among them.
     """
 
     latents: torch.Tensor
@@ -44,25 +43,31 @@ class LatentCache:
 
 def build_cache(
     vae: AutoencoderKL,
-    pairs: Sequence[Pair],
+    scenes: tuple[Sequence[Scene], Sequence[Scene]],
     bitmaps: Sequence[Image.Image],
     colours: Sequence[Colour],
-    small_count: int,
-    large_count: int,
-    seed: int,
     path: Path,
-    still: bool = False,
+    shift_and_scaling: tuple[float, float] | None = None,
 ) -> LatentCache:
-    """Return the cached latents, from ``path`` when they are there, else drawn, encoded and saved to it."""
+    """Return the cached latents, from ``path`` when they are there, else drawn, encoded and saved to it.
+
+    Args:
+        vae: encodes.
+        scenes: of the 128-pixel and of the 256-pixel pictures.
+        bitmaps: one RGBA picture per emoji index.
+        colours: one per background index.
+        path: of the cache.
+        shift_and_scaling: what latents are normalised with; without it they come out with mean 0 and deviation 1.
+    """
     if path.is_file():
         return _from_state(load_checkpoint(path))
     vae = vae.eval()
-    raw = [
-        _encode(vae, training_scenes(pairs, count, seed + offset, still), bitmaps, colours, pixels)
-        for offset, (count, pixels) in enumerate(((small_count, 128), (large_count, 256)))
-    ]
-    sample = raw[0].latents[:4096].float()
-    shift, scaling = sample.mean().item(), 1 / sample.std().item()
+    raw = [_encode(vae, part, bitmaps, colours, pixels) for part, pixels in zip(scenes, (128, 256), strict=True)]
+    if shift_and_scaling is None:
+        sample = raw[0].latents[:4096].float()
+        shift, scaling = sample.mean().item(), 1 / sample.std().item()
+    else:
+        shift, scaling = shift_and_scaling
     state: dict[str, Any] = {"shift": shift, "scaling": scaling}
     for name, part in zip(("small", "large"), raw, strict=True):
         normalised = torch.empty_like(part.latents)

@@ -9,11 +9,12 @@ import torch
 from flexclear.embedded.captions import caption
 from flexclear.embedded.font import extract_bitmaps
 from flexclear.embedded.train import corpus
-from flexclear.embedded.train.assembly import assemble, load_vae
+from flexclear.embedded.train.assembly import assemble, kept_normalisation, load_vae
+from flexclear.embedded.train.backgrounds import unname
 from flexclear.embedded.train.batches import BatchMaker
 from flexclear.embedded.train.emphasis import faintness, read_emphasis
 from flexclear.embedded.train.latents import build_cache
-from flexclear.embedded.train.pictures import training_pairs
+from flexclear.embedded.train.pictures import training_pairs, training_scenes
 from flexclear.embedded.train.transformer import TransformerRecipe, train_transformer
 
 
@@ -27,30 +28,32 @@ def run_transformer(
     decay_from: int | None,
     still: bool = False,
     faint: float = 0.0,
+    unnamed: float = 0.0,
 ) -> int:
     """Train the transformer with checkpoints in ``folder`` and return the number of steps done so far.
 
     ``still`` trains on pictures without jitter. Under jitter an emoji's name explains a tenth of the latents' variance
     only, too little to be noticed at the start; on still pictures it explains nearly all of it. Where ``folder`` holds
     an ``emphasis.json``, the emoji that it favours are shown more often; ``faint`` favours pairs of little contrast.
+    ``unnamed`` is the share of pictures on backgrounds of other colours, see :mod:`backgrounds`. Latents are kept, and
+    made anew where these settings change; a run that is gone on with keeps the normalisation that it began with.
     """
     emoji = corpus.emoji()
     names = list(corpus.BACKGROUNDS)
     colours = list(corpus.BACKGROUNDS.values())
-    pairs = training_pairs(len(emoji), len(colours), corpus.held_out_pairs())
+    held_out = corpus.held_out_pairs()
+    pairs = training_pairs(len(emoji), len(colours), held_out)
     vae = load_vae(folder)
     bitmaps = extract_bitmaps(corpus.EMOJI_CODE_POINTS, font)
-    cache = build_cache(
-        vae,
-        pairs,
-        bitmaps,
-        colours,
-        small_pictures,
-        large_pictures,
-        recipe.seed,
-        folder / ("latents-still.pt" if still else "latents.pt"),
-        still,
+    counts = (small_pictures, large_pictures)
+    small, large = (
+        unname(
+            training_scenes(pairs, count, recipe.seed + i, still), unnamed, bitmaps, colours, held_out, recipe.seed + i
+        )
+        for i, count in enumerate(counts)
     )
+    kind = ("-still" if still else "") + (f"-unnamed-{unnamed:g}" if unnamed else "")
+    cache = build_cache(vae, (small, large), bitmaps, colours, folder / f"latents{kind}.pt", kept_normalisation(folder))
     pipeline, learners = assemble(folder, vae, cache.shift, cache.scaling, recipe.seed)
     favoured = read_emphasis(folder, [item.name for item in emoji])
     emphasis = None

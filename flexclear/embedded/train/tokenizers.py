@@ -48,12 +48,17 @@ def kept_clip_tokenizer(file: Path, captions: Sequence[str]) -> CLIPTokenizer:
     pieces in another way: a run that is resumed, and its export, must use the first one.
     """
     if not file.is_file():
-        model = json.loads(build_clip_tokenizer(captions).backend_tokenizer.to_str())["model"]
-        with whole_file(file) as beside:
-            beside.write_text(json.dumps({key: model[key] for key in ("vocab", "merges")}), encoding="utf-8")
+        keep_clip_tokenizer(file, build_clip_tokenizer(captions))
     kept = json.loads(file.read_text(encoding="utf-8"))
     merges = [tuple(pair) for pair in kept["merges"]]
     return CLIPTokenizer(vocab=kept["vocab"], merges=merges, model_max_length=CLIP_LENGTH)
+
+
+def keep_clip_tokenizer(file: Path, tokenizer: CLIPTokenizer) -> None:
+    """Write what :func:`kept_clip_tokenizer` reads back."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    with whole_file(file) as beside:
+        beside.write_text(json.dumps({key: model[key] for key in ("vocab", "merges")}), encoding="utf-8")
 
 
 def build_t5_tokenizer(captions: Sequence[str]) -> T5TokenizerFast:

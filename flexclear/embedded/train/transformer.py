@@ -134,10 +134,12 @@ def train_transformer(
     if path.is_file():
         state = load_checkpoint(path)
         learners.load_state_dict(state["learners"])
-        optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"] is not None:  # It is in a run that begins with exported weights.
+            optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
-        if state["schedule"]["total"] is not None and total in (None, state["schedule"]["total"]):
-            begun = Schedule(**state["schedule"])
+        kept = state["schedule"]
+        if kept is not None and kept["total"] is not None and total in (None, kept["total"]):
+            begun = Schedule(**kept)
     schedule = begun or decide_end(recipe.warmup, done, total, decay_from)
     if recipe.compiled:
         torch._dynamo.config.recompile_limit = 64
