@@ -64,6 +64,7 @@ def test_students_of_another_teacher_are_refused(shipped, tmp_path):
     index.write_text(json.dumps({**content, "teacher": "another"}))
     with pytest.raises(ValueError, match=f"another teacher .another, the model here is {teacher_fingerprint()}"):
         read_students()
+    assert len(read_students(of_any_teacher=True)) == 2
     index.write_text("{}")
     with pytest.raises(ValueError, match="no index of students"):
         read_students()

@@ -14,7 +14,7 @@ from flexclear import embedded
 from flexclear.embedded.evaluation import Request
 from flexclear.embedded.retrieval import Match
 from flexclear.embedded.train.batches import BATCH_KINDS, BatchMaker
-from flexclear.embedded.train.emphasis import faintness, read_emphasis, weigh, write_emphasis
+from flexclear.embedded.train.emphasis import LARGEST_ERROR_WEIGHT, faintness, read_emphasis, weigh, write_emphasis
 from flexclear.embedded.train.latents import LatentCache, LatentSet
 from flexclear.embedded.train.transformer import Learners, TransformerRecipe, flow_loss
 
@@ -75,6 +75,15 @@ def test_an_emoji_weighs_more_the_more_often_it_is_wrong(vocabulary):
     weights = weigh(vocabulary, requests, [Match(emoji, 0, 0.01, 9, 0.02) for emoji in answers], strength=4.0)
     names = [item.name for item in vocabulary.emoji]
     assert [weights[names[i]] for i in range(4)] == [1.0, 3.0, 5.0, 1.0]
+
+
+def test_an_emoji_weighs_more_the_worse_it_is_drawn(vocabulary):
+    requests = [Request(emoji, 0, seed) for emoji in range(5) for seed in range(2)]
+    errors = [0.01, 0.01, 0.02, 0.02, 0.02, 0.02, 0.03, 0.03, 0.5, 0.9]
+    matches = [Match(r.emoji, 0, error, 9, 1.0) for r, error in zip(requests, errors, strict=True)]
+    weights = weigh(vocabulary, requests, matches, strength=4.0)
+    names = [item.name for item in vocabulary.emoji]
+    assert [weights[names[i]] for i in range(6)] == pytest.approx([1.0, 1.0, 1.0, 1.5, LARGEST_ERROR_WEIGHT, 1.0])
 
 
 def test_weights_are_read_back_and_must_be_about_the_same_emoji(tmp_path):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 EMPHASIS_NAME = "emphasis.json"
+LARGEST_ERROR_WEIGHT = 2.0
+"""What an emoji that is drawn badly gains at most."""
 
 
 def measure_emphasis(
@@ -46,12 +49,27 @@ def measure_emphasis(
 def weigh(
     vocabulary: Vocabulary, requests: Sequence[Request], matches: Sequence[Match], strength: float
 ) -> dict[str, float]:
-    """Return 1 + ``strength`` times the share of wrong pictures, for each emoji by name."""
+    """Return what each emoji, by name, gains by being wrong and by being drawn badly.
+
+    The first factor is 1 + ``strength`` times the share of wrong pictures. The second is the emoji's mean squared difference
+    to its nearest clean drawing over the median emoji's, between 1 and ``LARGEST_ERROR_WEIGHT``: details that do not matter
+    to retrieval on most backgrounds decide it where the emoji has nearly the background's colour.
+    """
     drawn = Counter(request.emoji for request in requests)
-    wrong = Counter(r.emoji for r, match in zip(requests, matches, strict=True) if r.emoji != match.emoji)
-    return {
-        item.name: 1.0 + strength * wrong[index] / max(1, drawn[index]) for index, item in enumerate(vocabulary.emoji)
-    }
+    wrong: Counter[int] = Counter()
+    errors: defaultdict[int, list[float]] = defaultdict(list)
+    for request, match in zip(requests, matches, strict=True):
+        wrong[request.emoji] += request.emoji != match.emoji
+        errors[request.emoji].append(match.error)
+    means = {emoji: fmean(values) for emoji, values in errors.items()}
+    usual = median(means.values())
+
+    def weight(index: int) -> float:
+        share = wrong[index] / max(1, drawn[index])
+        detail = means.get(index, usual) / usual if usual else 1.0
+        return (1.0 + strength * share) * min(max(detail, 1.0), LARGEST_ERROR_WEIGHT)
+
+    return {item.name: weight(index) for index, item in enumerate(vocabulary.emoji)}
 
 
 def faintness(bitmaps: Sequence[Image.Image], colours: Sequence[Colour], power: float) -> torch.Tensor:

@@ -1,0 +1,99 @@
+"""bench/students.py: students that ship go on from their own weights when their teacher has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from flexclear.students import read_students, students_directory, teacher_fingerprint
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
+import students as bench
+
+NAMES = ("clear_local_2.safetensors", "clear_local_2_down_4.safetensors")
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """Two of the students that ship, said to be of another teacher."""
+    place = tmp_path / "students"
+    place.mkdir()
+    for name in NAMES:
+        shutil.copyfile(students_directory() / name, place / name)
+    entries = [{"path": NAMES[0], "radius": 2, "down_factor": None}, {"path": NAMES[1], "radius": 2, "down_factor": 4}]
+    (place / "students.json").write_text(json.dumps({"teacher": "another", "students": entries}))
+    return place
+
+
+def invoke(source: Path, *more: str):
+    app = typer.Typer()
+    app.command()(bench.main)
+    home = source.parent
+    return CliRunner().invoke(
+        app,
+        [
+            "--steps",
+            "3",
+            "--batch-size",
+            "2",
+            "--pictures",
+            "6",
+            "--measure",
+            "2",
+            "--threads",
+            "2",
+            "--folder",
+            str(home / "work"),
+            "--source",
+            str(source),
+            "--output",
+            str(home / "out"),
+            *more,
+        ],
+    )
+
+
+def test_students_go_on_from_their_weights_one_process_after_the_other(source, monkeypatch):
+    monkeypatch.setattr(bench, "DENOISING", 2)
+    before = {name: load_file(source / name) for name in NAMES}
+    assert invoke(source, "--draw-only").exit_code == 0
+    first = invoke(source, "--only", NAMES[0])
+    assert first.exit_code == 0, first.output
+    assert f"missing: {NAMES[1]}" in first.output
+    assert all(torch.equal(before[NAMES[0]][k], v) for k, v in load_file(source / NAMES[0]).items())
+    assert not (source.parent / "out").exists()
+
+    done = invoke(source)
+    assert done.exit_code == 0, done.output
+    assert [student.path.name for student in read_students(source)] == list(NAMES)
+    for name in NAMES:
+        after = load_file(source / name)
+        assert after.keys() == before[name].keys()
+        moved = torch.stack([(after[k].float() - before[name][k].float()).abs().max() for k in after])
+        assert 0 < moved.max() < 0.02, name  # Three steps on from its own weights, not from the teacher's.
+    report = json.loads((source.parent / "out" / "students.json").read_text())
+    assert report["settings"]["teacher"] == teacher_fingerprint()
+    assert list(report["students"]) == ["r = 2, distilled", "r = 2 + pooled 4 x 4, distilled"]
+    for row in report["students"].values():
+        assert row["before"]["pictures"] == row["after"]["pictures"] == 2
+        assert abs(row["before"]["psnr"] - row["after"]["psnr"]) < 3
+    page = (source.parent / "out" / "students.md").read_text()
+    assert "r = 2 + pooled 4 x 4, distilled" in page
+    assert teacher_fingerprint() in page
+
+    with pytest.raises(ValueError, match=r"steps: 3 then, 4 now"):
+        raise invoke(source, "--steps", "4").exception
+
+
+def test_an_unknown_student_is_named(source):
+    found = invoke(source, "--only", "clear_local_3.safetensors")
+    assert found.exit_code == 2
+    assert "clear_local_3.safetensors" in found.output
