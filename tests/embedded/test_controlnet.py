@@ -161,6 +161,13 @@ def test_the_batch_of_a_step_is_always_the_same_and_holds_every_mode(maker, data
         assert 0.9 < away.std() < 1.1
 
 
+def test_training_can_begin_with_a_trained_controlnet(pipe, maker, tmp_path, folder, lively):
+    recipe = dataclasses.replace(RECIPE, steps=1, single_layers=2, matrix_rate=0.0, other_rate=0.0)
+    model, _ = train_controlnet(recipe, pipe, maker, tmp_path, "teacher", start=folder)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, lively.state_dict()[name].bfloat16().float(), rtol=0, atol=0)
+
+
 def test_training_goes_on_where_it_stopped_to_the_bit_and_leaves_the_model_alone(pipe, maker, tmp_path):
     frozen = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     whole, done = train_controlnet(RECIPE, pipe, maker, tmp_path / "whole", "teacher")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -57,6 +58,15 @@ def test_a_step_is_the_same_every_time(pipe):
     assert torch.equal(first.latents, again.latents)
     assert torch.equal(first.noise, again.noise)
     assert torch.equal(first.t5_ids, again.t5_ids)
+
+
+def test_noisier_steps_see_the_same_pictures_at_higher_levels(pipe):
+    plain = _maker(pipe)
+    for step in range(4):
+        first, noisier = plain.make(step), dataclasses.replace(plain, noisier=1.2).make(step)
+        assert torch.equal(first.latents, noisier.latents)
+        assert torch.equal(first.noise, noisier.noise)
+        torch.testing.assert_close(noisier.sigmas.logit(), first.sigmas.logit() + 1.2, rtol=1e-4, atol=1e-4)
 
 
 def test_the_empty_caption_has_the_shape_of_the_others(pipe):

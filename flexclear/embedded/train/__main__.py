@@ -68,6 +68,7 @@ def transformer(
         float,
         typer.Option(min=0, max=1, help="Share of pictures on backgrounds of other colours, which no caption names."),
     ] = 0.0,
+    noisier: Annotated[float, typer.Option(help="Added to the noise levels' logits, whose median is 0.5.")] = 0.0,
     matrix_rate: Annotated[float, typer.Option(help="Muon's learning rate.")] = 7e-3,
     guided_from: Annotated[
         int | None, typer.Option(help="First step that learns to do without classifier-free guidance.")
@@ -91,6 +92,7 @@ def transformer(
         still,
         faint,
         unnamed,
+        noisier,
     )
 
 

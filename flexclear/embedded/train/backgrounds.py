@@ -6,6 +6,7 @@ draws too faintly. Here some pictures get any colour, and some a colour of the e
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +16,12 @@ from PIL import Image
 
 from flexclear.embedded.scenes import UNNAMED, Colour, Pair, Scene
 
-OWN_SHARE = 0.5
-"""Share of these backgrounds that have about the colour of one of the emoji's own pixels."""
+OWN_SHARE = 0.7
+"""Share of these backgrounds that have a colour between the emoji's mean and one of its own pixels."""
 OWN_SPREAD = 16
-"""Largest difference from that pixel, per channel, of 255."""
+"""Largest difference from that colour, per channel, of 255."""
+KEPT_AWAY = 64.0
+"""Distance in RGB, of 255 a channel, that a background keeps from the named colour of a held-out pair of its emoji."""
 TRIES = 200
 
 
@@ -32,7 +35,8 @@ def unname(
 ) -> list[Scene]:
     """Return the scenes, about ``share`` of them with a background colour that has no name.
 
-    A colour whose nearest named one makes a held-out pair with the emoji is never taken: the pair stays unseen.
+    A colour that is nearer than ``KEPT_AWAY`` to one that makes a held-out pair with the emoji is never taken: the pair stays
+    unseen, both in words and to the eye.
 
     Args:
         scenes: on named backgrounds.
@@ -49,23 +53,16 @@ def unname(
         raise ValueError(f"the share of backgrounds without a name must lie between 0 and 1, got {share}")
     generator = random.Random(seed)
     pixels = [_opaque(bitmap) for bitmap in bitmaps]
-    hidden: dict[int, set[int]] = {}
+    hidden: dict[int, list[Colour]] = {}
     for emoji, background in held_out:
-        hidden.setdefault(emoji, set()).add(background)
+        hidden.setdefault(emoji, []).append(colours[background])
     changed = []
     for scene in scenes:
         if generator.random() < share:
-            avoided = hidden.get(scene.emoji, set())
-            colour = _colour(pixels[scene.emoji], colours, avoided, generator)
+            colour = _colour(pixels[scene.emoji], hidden.get(scene.emoji, []), generator)
             scene = replace(scene, background=UNNAMED, colour=colour)
         changed.append(scene)
     return changed
-
-
-def nearest_colour(colour: Colour, colours: Sequence[Colour]) -> int:
-    """Return the index of the named colour at the least squared distance, which retrieval takes a background for."""
-    distances = [sum((a - b) ** 2 for a, b in zip(colour, named, strict=True)) for named in colours]
-    return distances.index(min(distances))
 
 
 def _opaque(bitmap: Image.Image) -> np.ndarray:
@@ -73,19 +70,16 @@ def _opaque(bitmap: Image.Image) -> np.ndarray:
     return values[values[:, 3] > 200, :3]
 
 
-def _colour(own: np.ndarray, colours: Sequence[Colour], avoided: set[int], generator: random.Random) -> Colour:
+def _colour(own: np.ndarray, avoided: Sequence[Colour], generator: random.Random) -> Colour:
     for _ in range(TRIES):
         if len(own) and generator.random() < OWN_SHARE:
-            red, green, blue = (int(value) for value in own[generator.randrange(len(own))])
+            mean, pixel = own.mean(0), own[generator.randrange(len(own))]
+            near = mean + generator.random() * (pixel - mean)
             spread = [generator.randint(-OWN_SPREAD, OWN_SPREAD) for _ in range(3)]
-            near = (red + spread[0], green + spread[1], blue + spread[2])
+            red, green, blue = (max(0, min(255, round(float(n) + s))) for n, s in zip(near, spread, strict=True))
         else:
-            near = (generator.randrange(256), generator.randrange(256), generator.randrange(256))
-        colour = (_byte(near[0]), _byte(near[1]), _byte(near[2]))
-        if nearest_colour(colour, colours) not in avoided:
+            red, green, blue = (generator.randrange(256) for _ in range(3))
+        colour = (red, green, blue)
+        if all(math.dist(colour, other) >= KEPT_AWAY for other in avoided):
             return colour
-    raise ValueError(f"no background colour found in {TRIES} tries that keeps {sorted(avoided)} unseen")
-
-
-def _byte(value: int) -> int:
-    return max(0, min(255, value))
+    raise ValueError(f"no background colour found in {TRIES} tries that keeps away from {list(avoided)}")

@@ -76,7 +76,7 @@ class BatchMaker:
     """Makes the batch of any step number, the same one every time.
 
     ``emphasis``, shape (emoji, backgrounds), is how often each pair is drawn relative to the others; all the same without it.
-    A picture whose background has no name counts as its emoji does on average.
+    A picture whose background has no name counts as its emoji does on average. ``noisier`` is added to the noise levels' logits.
     """
 
     cache: LatentCache
@@ -86,6 +86,7 @@ class BatchMaker:
     t5_tokenizer: T5TokenizerFast
     seed: int
     emphasis: torch.Tensor | None = None
+    noisier: float = 0.0
 
     def make(self, step: int) -> Batch:
         """Return the batch of step ``step``."""
@@ -107,7 +108,7 @@ class BatchMaker:
         return Batch(
             latents=latents,
             noise=torch.randn(latents.shape, generator=generator),
-            sigmas=torch.sigmoid(torch.randn(kind.pictures, generator=generator) + kind.noise_logit),
+            sigmas=torch.sigmoid(torch.randn(kind.pictures, generator=generator) + kind.noise_logit + self.noisier),
             clip_ids=clip_ids,
             t5_ids=self._t5_ids(captions, kind.text_length),
             empty_clip_ids=self.clip_tokenizer(

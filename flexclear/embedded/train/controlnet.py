@@ -87,6 +87,7 @@ def train_controlnet(
     teacher: str,
     stop: Callable[[], bool] = lambda: False,
     sheet: Callable[[FluxControlNetModel], Image.Image] | None = None,
+    start: Path | None = None,
 ) -> tuple[FluxControlNetModel, int]:
     """Train, or go on from the checkpoint in ``folder``.
 
@@ -98,6 +99,7 @@ def train_controlnet(
         teacher: fingerprint of the pipeline's weights.
         stop: asked after each step whether to end now, with a checkpoint.
         sheet: draws a contact sheet.
+        start: folder of a ControlNet of the same blocks to begin with, such as one trained for an earlier model.
 
     Returns:
         The ControlNet in training precision, and the number of steps done so far.
@@ -109,6 +111,8 @@ def train_controlnet(
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
         part.requires_grad_(False).eval()
     model = build_controlnet(pipeline.transformer, recipe.layers, recipe.single_layers).train()
+    if start is not None:
+        model.load_state_dict(FluxControlNetModel.from_pretrained(start, torch_dtype=torch.float32).state_dict())
     optimizer = SplitOptimizer(model, [], recipe.matrix_rate, recipe.other_rate)
     schedule, done, path = recipe.schedule(), 0, folder / CHECKPOINT_NAME
     identity = {"recipe": {k: v for k, v in vars(recipe).items() if not k.endswith("_every")}, "teacher": teacher}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,13 +39,16 @@ def controlnet(
     noise_logit: Annotated[float, typer.Option(help="Median of the noise levels' logit.")] = DEFAULT.noise_logit,
     compiled: Annotated[bool, typer.Option(help="Compile the blocks.")] = DEFAULT.compiled,
     seed: Annotated[int, typer.Option(help="Of everything.")] = DEFAULT.seed,
+    begin_with: Annotated[
+        Path | None, typer.Option(help="Folder of a ControlNet to begin with, trained for an earlier model, say.")
+    ] = None,
     target: Annotated[Path | None, typer.Option(help="The folder to write; the package's by default.")] = None,
 ) -> None:
     """Train the ControlNet of the embedded model as it is shipped (minutes); SIGTERM stops it, the same call goes on."""
     import torch
 
     from flexclear import embedded
-    from flexclear.embedded.control import controlnet_directory
+    from flexclear.embedded.control import FACTS_NAME, controlnet_directory
     from flexclear.embedded.font import extract_bitmaps
     from flexclear.embedded.train import corpus
     from flexclear.embedded.train.controlnet import export_controlnet, train_controlnet
@@ -83,11 +87,15 @@ def controlnet(
         data, names, list(corpus.BACKGROUNDS), pipeline.tokenizer, pipeline.tokenizer_2, batch, noise_logit, seed
     )
     with StopFlag() as stop:
-        model, done = train_controlnet(recipe, pipeline, maker, folder, teacher, stop, _sheet(pipeline, bitmaps))
+        model, done = train_controlnet(
+            recipe, pipeline, maker, folder, teacher, stop, _sheet(pipeline, bitmaps), begin_with
+        )
     if done < steps:
         typer.echo(f"stopped after {done} of {steps} steps; the same command goes on")
         raise typer.Exit(1)
-    facts = {"teacher": teacher, "steps": steps, "batch": batch, "seed": seed}
+    facts: dict[str, Any] = {"teacher": teacher, "steps": steps, "batch": batch, "seed": seed}
+    if begin_with is not None:
+        facts["began_with"] = json.loads((begin_with / FACTS_NAME).read_text(encoding="utf-8"))
     typer.echo(f"wrote {export_controlnet(model, controlnet_directory() if target is None else target, facts)}")
 
 

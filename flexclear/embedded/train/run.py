@@ -29,14 +29,18 @@ def run_transformer(
     still: bool = False,
     faint: float = 0.0,
     unnamed: float = 0.0,
+    noisier: float = 0.0,
 ) -> int:
     """Train the transformer with checkpoints in ``folder`` and return the number of steps done so far.
 
     ``still`` trains on pictures without jitter. Under jitter an emoji's name explains a tenth of the latents' variance
     only, too little to be noticed at the start; on still pictures it explains nearly all of it. Where ``folder`` holds
     an ``emphasis.json``, the emoji that it favours are shown more often; ``faint`` favours pairs of little contrast.
-    ``unnamed`` is the share of pictures on backgrounds of other colours, see :mod:`backgrounds`. Latents are kept, and
-    made anew where these settings change; a run that is gone on with keeps the normalisation that it began with.
+    ``unnamed`` is the share of pictures on backgrounds of other colours, see :mod:`backgrounds`; ``noisier`` moves the
+    noise levels up, to where place, size and direction of an emoji are decided.
+
+    Latents are kept, in a file for each ``still`` and ``unnamed``. A run that is gone on with keeps the normalisation that
+    it began with.
     """
     emoji = corpus.emoji()
     names = list(corpus.BACKGROUNDS)
@@ -67,6 +71,7 @@ def run_transformer(
         pipeline.tokenizer_2,
         recipe.seed,
         emphasis,
+        noisier,
     )
     prompts = [caption(emoji[(5 * i) % len(emoji)].name, names[i % len(names)]) for i in range(24)]
     return train_transformer(recipe, learners, maker, pipeline, prompts, folder, total, decay_from)
