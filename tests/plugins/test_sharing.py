@@ -87,11 +87,15 @@ def test_two_pipelines_draw_at_once_with_one_transformed_model(pipe):
     jobs = {pipe: (HEIGHT, WIDTH), second: (72, 104)}
     alone = {which: draw(which, 1, *size) for which, size in jobs.items()}
     wrong = []
+    # A busy machine now and then gives a thread another share of a sum, which rounds in another way: measured 1.3e-5 in 3 of
+    # 1,000 draws. One step's plan in the other's place would be worlds apart.
+    rounding = 1e-4
 
     def work(which, size):
         for _ in range(3):
-            if not torch.equal(draw(which, 1, *size), alone[which]):
-                wrong.append(size)
+            away = (draw(which, 1, *size) - alone[which]).abs().max().item()
+            if away > rounding:
+                wrong.append((size, away))
 
     threads = [threading.Thread(target=work, args=job) for job in jobs.items()]
     for thread in threads:
@@ -99,6 +103,8 @@ def test_two_pipelines_draw_at_once_with_one_transformed_model(pipe):
     for thread in threads:
         thread.join()
     assert not wrong
+    flexclear.transform(pipe, r=4, backend="sdpa")
+    assert (draw(pipe, 1, HEIGHT, WIDTH) - alone[pipe]).abs().max() > 10 * rounding
 
 
 @pytest.mark.parametrize("down_factor", [None, 2])
