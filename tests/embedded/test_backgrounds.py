@@ -124,6 +124,12 @@ def test_latents_keep_a_normalisation_that_is_given(pipe, tmp_path):
     torch.testing.assert_close(raw, own.small.latents.float() / own.scaling + own.shift, rtol=0.01, atol=0.01)
     again = build_cache(pipe.vae, scenes, BITMAPS, COLOURS, tmp_path / "given.pt")
     assert torch.equal(again.small.latents, given_.small.latents)
+    with pytest.raises(
+        ValueError, match=r"own\.pt is normalised by .*, the run expects \(0\.25, 2\.0\): delete the file"
+    ):
+        build_cache(pipe.vae, scenes, BITMAPS, COLOURS, tmp_path / "own.pt", (0.25, 2.0))
+    same = (own.shift, own.scaling)
+    assert build_cache(pipe.vae, scenes, BITMAPS, COLOURS, tmp_path / "own.pt", same).shift == own.shift
 
 
 def test_a_run_can_begin_with_the_exported_model(pipe, tmp_path):

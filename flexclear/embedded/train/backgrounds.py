@@ -1,7 +1,7 @@
-"""Backgrounds that no caption names, so that the model learns what an emoji is apart from what is behind it.
+"""Backgrounds that no caption names: any colour, or one of the emoji itself.
 
-With eight colours a model can learn each pair by heart; what it was never shown, such as a yellow trumpet on yellow, it then
-draws too faintly. Here some pictures get any colour, and some a colour of the emoji itself.
+Meant for pairs that the model was never shown and draws too faintly, such as a yellow trumpet on yellow; as the last
+thousands of steps they did not mend those (RECORD.md). From the start of a training they have not been tried.
 """
 
 from __future__ import annotations

@@ -58,9 +58,17 @@ def build_cache(
         colours: one per background index.
         path: of the cache.
         shift_and_scaling: what latents are normalised with; without it they come out with mean 0 and deviation 1.
+
+    Raises:
+        ValueError: the latents at ``path`` are normalised in another way.
     """
     if path.is_file():
-        return _from_state(load_checkpoint(path))
+        kept = _from_state(load_checkpoint(path))
+        if shift_and_scaling not in (None, (kept.shift, kept.scaling)):
+            raise ValueError(
+                f"{path} is normalised by {(kept.shift, kept.scaling)}, the run expects {shift_and_scaling}: delete the file"
+            )
+        return kept
     vae = vae.eval()
     raw = [_encode(vae, part, bitmaps, colours, pixels) for part, pixels in zip(scenes, (128, 256), strict=True)]
     if shift_and_scaling is None:
