@@ -49,6 +49,7 @@ from distillation_few_steps import reflow
 from distillation_measure import Examiner
 from distillation_rows import ALL, BEFORE, FEW, FLOW, LONG, LONGER, REAL, ROWS, Job, Row, dense_flops, jobs
 from machine import RESULTS, facts
+from resume import check_settings
 
 LOSS_WEIGHTS = {
     FLOW: LossConfig(prediction=0, attention=0), ALL: LossConfig(), REAL: LossConfig(), LONG: LossConfig()
@@ -105,25 +106,11 @@ class Study:
         self.folder, self.settings, self.device, self.students = folder, settings, device, students
         self._on_item, self._say = on_item, say
         self.teacher = teacher_fingerprint()
-        self._check()
+        check_settings(self.folder / "study.json", {**asdict(self.settings), "teacher": self.teacher})
         self.vocabulary = read_vocabulary(embedded.model_directory())
         self._examiner: Examiner | None = None
         self._samples: dict[str, CachedSamples] = {}
         self._exported: tuple[list[Any], list[dict[str, Any]]] = ([], [])
-
-    def _check(self) -> None:
-        file = self.folder / "study.json"
-        now = {**asdict(self.settings), "teacher": self.teacher}
-        if not file.is_file():
-            with whole_file(file) as beside:
-                beside.write_text(json.dumps(now, indent=1), encoding="utf-8")
-            return
-        then = json.loads(file.read_text(encoding="utf-8"))
-        differing = [f"{k}: {then.get(k)} then, {now.get(k)} now" for k in {**then, **now} if then.get(k) != now.get(k)]
-        if differing:
-            raise ValueError(
-                f"{self.folder} holds a study with other settings ({'; '.join(differing)}). Name another --folder, or delete it"
-            )
 
     @property
     def examiner(self) -> Examiner:

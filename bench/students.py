@@ -37,6 +37,7 @@ from flexclear.weights.files import EMBEDDED
 import distillation_data
 from distillation_measure import Examiner
 from machine import RESULTS, facts
+from resume import check_settings
 
 DENOISING = 16
 
@@ -72,22 +73,6 @@ def goes_on(student: Student, samples: CachedSamples, folder: Path, steps: int, 
     if distill(config=config, data=samples, on_step=on_step, say=say).interrupted:
         raise KeyboardInterrupt
     return run / WEIGHTS
-
-
-def check(file: Path, settings: dict[str, Any]) -> None:
-    """Write what the weights depend on, or compare it with what was written.
-
-    Raises:
-        ValueError: the folder was begun with other settings.
-    """
-    if not file.is_file():
-        with whole_file(file) as beside:
-            beside.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    then = json.loads(file.read_text(encoding="utf-8"))
-    if differing := [
-        f"{name}: {then.get(name)} then, {now} now" for name, now in settings.items() if then.get(name) != now
-    ]:
-        raise ValueError(f"{file.parent} was begun with other settings ({'; '.join(differing)}). Name another --folder")
 
 
 def measured(examiner: Examiner, student: Student, reference: torch.Tensor) -> dict[str, Any]:
@@ -170,7 +155,7 @@ def main(
         "teacher": teacher, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
         "pictures": pictures, "measured": measure,
     }  # fmt: skip
-    check(home / "settings.json", settings)
+    check_settings(home / "settings.json", settings)
     vocabulary = read_vocabulary(embedded.model_directory())
     samples = distillation_data.self_generated(
         home / "self-generated", vocabulary, pictures, DENOISING, 0, "cpu", lambda *done: None
