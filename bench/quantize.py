@@ -1,7 +1,8 @@
 """What eight-bit weights cost and save: SQNR of layers and model, PSNR of pictures, bytes of weights, peak memory.
 
 Run ``python bench/quantize.py``; it writes ``bench/results/quantize.json`` and ``quantize.md``. The model is the embedded
-pipeline in bfloat16, whose linears are small: ``min_features`` is lowered for it.
+pipeline in bfloat16, whose linears are small: ``min_features`` is lowered for it. The last rows have the weights that ship for
+the window, if any do: undistilled ones leave it undecided what to draw, and now and then rounding decides it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from flexclear import embedded
 from flexclear.compile import RECIPES, quantize, sqnr, weight_bytes, why_not_recipe
 from flexclear.embedded.evaluation import Request, generate, picture_psnr, trained_requests
 from flexclear.embedded.vocabulary import Vocabulary, read_vocabulary
+from flexclear.students import file_name, students_directory
 
 from machine import RESULTS, facts, write_results
 
@@ -64,7 +66,7 @@ class Tape:
 
 
 def main(
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures per recipe and window.")] = 8,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures per recipe and window.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 8,
     seed: Annotated[int, typer.Option(help="Chooses prompts and noise.")] = 1,
     radius: Annotated[int, typer.Option(min=1, help="Window of the transformed rows, in tokens.")] = 4,
@@ -79,18 +81,20 @@ def main(
     vocabulary = read_vocabulary(embedded.model_directory())
     requests = trained_requests(vocabulary, pictures, seed)
     rows: list[dict[str, Any]] = []
-    for window in (None, radius):
-        pipe, bare = _pipeline(place, window)
+    ships = (students_directory() / file_name(radius)).is_file()
+    for window, distilled in ((None, False), (radius, False), *[(radius, True)] * ships):
+        pipe, bare = _pipeline(place, window, distilled)
         tape = Tape()
         tape.record(bare, lambda pipe=pipe: generate(pipe, vocabulary, requests[:1], 1))
         drawn, peak = _draw(pipe, vocabulary, requests, steps, place)
         size = weight_bytes(bare)
-        rows.append({"recipe": "bfloat16", "r": window, "bytes_after": size, "bytes_before": size, "peak": peak})
+        kept = {"recipe": "bfloat16", "r": window, "distilled": distilled, "bytes_after": size, "bytes_before": size}
+        rows.append({**kept, "peak": peak})
         del pipe, bare
         for recipe in RECIPES:
             obstacle = why_not_recipe(recipe, place)
             if obstacle is None:
-                rows.append(_measure(recipe, window, place, vocabulary, requests, steps, tape, drawn))
+                rows.append(_measure(recipe, window, distilled, place, vocabulary, requests, steps, tape, drawn))
                 typer.echo(rows[-1])
             elif window is None:
                 rows.append({"recipe": recipe, "r": None, "not_run": obstacle})
@@ -107,11 +111,13 @@ def main(
     typer.echo(_table(rows))
 
 
-def _pipeline(device: torch.device, window: int | None) -> tuple[Any, nn.Module]:
+def _pipeline(device: torch.device, window: int | None, distilled: bool) -> tuple[Any, nn.Module]:
     pipe = embedded.pipeline(torch_dtype=torch.bfloat16, device=device)
     pipe.set_progress_bar_config(disable=True)
     if window is not None:
         flexclear.transform(pipe, r=window, backend="auto" if device.type == "cuda" else "sdpa")
+        if distilled:
+            flexclear.load_weights(pipe, "embedded", filename=file_name(window))
     return pipe, pipe.transformer
 
 
@@ -129,6 +135,7 @@ def _draw(
 def _measure(
     recipe: str,
     window: int | None,
+    distilled: bool,
     device: torch.device,
     vocabulary: Vocabulary,
     requests: list[Request],
@@ -136,7 +143,7 @@ def _measure(
     tape: Tape,
     drawn: Tensor,
 ) -> dict[str, Any]:
-    pipe, model = _pipeline(device, window)
+    pipe, model = _pipeline(device, window, distilled)
     report = quantize(model, recipe, min_features=MIN_FEATURES)
     with torch.no_grad():
         levels = [
@@ -148,6 +155,7 @@ def _measure(
     return {
         "recipe": recipe,
         "r": window,
+        "distilled": distilled,
         "linears": len(report.quantized),
         "kept": len(report.kept),
         "bytes_before": report.bytes_before,
@@ -175,7 +183,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "not_run" in row:
             continue
-        window = "none" if row["r"] is None else f"r = {row['r']}"
+        window = "none" if row["r"] is None else f"r = {row['r']}{', distilled' * row['distilled']}"
         peak = NOT_MEASURED if row["peak"] is None else f"{row['peak'] / 2**20:.1f} MiB"
         measured = [
             f"{row[key]:.1f} dB" if key in row else ""

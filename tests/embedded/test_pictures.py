@@ -70,10 +70,15 @@ def test_padding_changes_little(pipe):
     assert picture_psnr(short, long).item() > 22
 
 
-def test_seen_and_held_out_pairs_are_drawn(pipe, vocabulary, retriever):
-    for requests in (trained_requests(vocabulary, 16, seed=3), held_out_requests(vocabulary, 1, seed=3)[:16]):
-        found = evaluate(retriever, requests, generate(pipe, vocabulary, requests, steps=10))
-        assert found.both >= 0.8, found
+@pytest.mark.parametrize("kind", ["trained", "held out"])
+def test_nineteen_pictures_in_twenty_are_right(pipe, vocabulary, retriever, kind):
+    """On pairs that training showed, and on every pair that it did not; bench/retrieval.py measures more of them."""
+    requests = (
+        trained_requests(vocabulary, 102, seed=3) if kind == "trained" else held_out_requests(vocabulary, 2, seed=3)
+    )
+    assert len(requests) == 102
+    found = evaluate(retriever, requests, generate(pipe, vocabulary, requests, steps=16))
+    assert found.both >= 0.95, found
 
 
 def test_larger_grid_is_drawn(pipe, vocabulary, retriever):
