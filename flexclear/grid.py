@@ -37,16 +37,20 @@ def read_grids(ids: Tensor) -> Grids:
     equal the grid's id rounded to the same dtype.
 
     Raises:
-        ValueError: the ids are no full raster grids that start at row and column 0.
+        ValueError: the ids are no full raster grids that start at row and column 0, or not finite.
     """
     given = f"image ids of shape {tuple(ids.shape)}, {ids.dtype}"
+    finite = torch.isfinite(ids)
+    if not bool(finite.all()):
+        place = tuple(torch.nonzero(~finite)[0].tolist())
+        raise ValueError(f"{given} hold {ids[place].item()} at {list(place)}; positions must be finite")
     if ids.ndim == 3 and len(ids) and bool((ids == ids[:1]).all()):
         ids = ids[0]
     if ids.ndim != 2 or ids.shape[1] < 3 or len(ids) == 0:
         raise ValueError(
             f"image ids must have shape [tokens, 3] with columns (index, y, x), the same for the whole batch, got {given}"
         )
-    if int(ids[0, 0]) != 0:
+    if float(ids[0, 0]) != 0:
         raise ValueError(f"{given} begin with a picture of index {ids[0, 0].item():g}; the image itself has index 0")
     changes = torch.nonzero(ids[1:, 0] != ids[:-1, 0])[:, 0] + 1
     edges = [0, *changes.tolist(), len(ids)]
@@ -68,8 +72,9 @@ def _read_one(ids: Tensor, given: str) -> tuple[int, int]:
         if torch.equal(ids, expected.to(ids.dtype)):
             return height, width
     raise ValueError(
-        f"{given} are not full grids of height x width tokens in raster order that start at row 0 and column 0: the first "
-        f"row has {width} of {len(ids)} tokens. Windows need whole pictures"
+        f"{given} are not full grids of height x width tokens in raster order that start at row 0 and column 0: they start "
+        f"at row {ids[0, 1].item():g} and column {ids[0, 2].item():g}, and the first row has {width} of {len(ids)} tokens. "
+        "Windows need whole pictures"
     )
 
 

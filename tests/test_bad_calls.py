@@ -111,6 +111,16 @@ def shifted(ids):
     return ids
 
 
+def unknown_row(ids):
+    ids[5, 1] = torch.nan
+    return ids
+
+
+def half_index(ids):
+    ids[:, 0] = 0.5
+    return ids
+
+
 CALL = {
     "attention mask": (
         {"joint_attention_kwargs": {"attention_mask": torch.ones(52, 52, dtype=torch.bool)}},
@@ -122,7 +132,18 @@ CALL = {
         {"img_ids": ids_with(second_picture)},
         "begin with a picture of index 1; the image itself has index 0",
     ),
-    "shifted ids": ({"img_ids": ids_with(shifted)}, "not full grids"),
+    "shifted ids": (
+        {"img_ids": ids_with(shifted)},
+        "not full grids .* start at row 3 and column 0, and the first row has 8 of 48 tokens",
+    ),
+    "row not a number": (
+        {"img_ids": ids_with(unknown_row)},
+        r"image ids of shape \(48, 3\), torch.float32 hold nan at \[5, 1\]; positions must be finite",
+    ),
+    "index between pictures": (
+        {"img_ids": ids_with(half_index)},
+        "begin with a picture of index 0.5; the image itself has index 0",
+    ),
     "two columns": (
         {"img_ids": ids_with(lambda ids: ids[:, :2])},
         r"shape \[tokens, 3\].*got image ids of shape \(48, 2\)",
