@@ -81,7 +81,7 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     state, left = unflatten_tensor_state_dict(tensors, metadata)
-    present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    present = model.state_dict()
     missing, unexpected = sorted(present.keys() - state.keys()), sorted([*(state.keys() - present.keys()), *left])
     wrong = [n for n in state.keys() & present.keys() if state[n].shape != present[n].shape]
     if missing or unexpected or wrong:

@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -102,7 +103,7 @@ def load_artifacts(path: str | Path, configuration: Mapping[str, Any] | None = N
                 _unpack(file, name)
             if _PORTABLE in names and torch.compiler.load_cache_artifacts(file.read(_PORTABLE)) is None:
                 return WarmStart(False, f"{path} was refused by torch")
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, RuntimeError) as error:
         return WarmStart(False, f"{path} is damaged: {type(error).__name__}: {error}")
     return WarmStart(True, binaries=len(libraries))
 

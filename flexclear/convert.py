@@ -56,6 +56,18 @@ def model_of(model_or_pipe: Any) -> nn.Module:
     return model
 
 
+def px_per_token(model_or_pipe: Any) -> int:
+    """Pixels per token and side: of a pipeline's VAE and patches; for a model alone, of its family's published VAE.
+
+    Raises:
+        TypeError: neither a model that flexclear supports nor a pipeline with one.
+    """
+    factor = getattr(model_or_pipe, "vae_scale_factor", None)
+    if factor is None:
+        return family_of(model_of(model_or_pipe)).px_per_token
+    return factor * getattr(model_or_pipe, "patch_size", 2)
+
+
 def transform(
     model_or_pipe: Target,
     r: Radii = DEFAULT_RADIUS,

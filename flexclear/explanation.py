@@ -37,7 +37,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
     ``flexclear.window_explanation.explain_window``.
 
     ``explain(model_or_pipe)``: what each attention layer of a model does, transformed or not; with ``height=`` and
-    ``width=`` in pixels (and ``text_len=``, 512 by default) also what that costs.
+    ``width=`` in pixels (and ``text_len=``, 512 by default) also what that costs. Of a pipeline, its VAE says how many pixels
+    make a token; of a model alone, the VAE that its family was published with (16 pixels a side).
 
     >>> print(explain(1024, 1024, r=16))                            # doctest: +ELLIPSIS
     64 x 64 image tokens and 512 of text (text first), window radius 16, tiled order, blocks 128 x 64
@@ -60,10 +61,11 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
 def _explain_model(
     model_or_pipe: Any, *, height: int | None = None, width: int | None = None, text_len: int = 512
 ) -> ModelExplanation:
-    from flexclear.convert import model_of
+    from flexclear.convert import model_of, px_per_token
     from flexclear.families import family_of
     from flexclear.hooks import entry_hook_of
     from flexclear.model_explanation import explain_model
 
     model = model_of(model_or_pipe)
-    return explain_model(model, family_of(model), entry_hook_of(model), height, width, text_len)
+    px = px_per_token(model_or_pipe)
+    return explain_model(model, family_of(model), entry_hook_of(model), height, width, text_len, px)

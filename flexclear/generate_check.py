@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flexclear.attention import BACKENDS
+from flexclear.convert import px_per_token
 from flexclear.families import FAMILIES
 from flexclear.generate_settings import BEST, DENSE, DTYPES, GenerateSettings
 from flexclear.masks import Disc, Downsampled
@@ -231,10 +232,9 @@ def check_sizes(pipe: Any, settings: GenerateSettings) -> None:
         from flexclear.highres.sizes import stage_sizes
 
         stage_sizes(settings.highres, kind_of(pipe).px_per_token(pipe), None)
-    factor = getattr(pipe, "vae_scale_factor", None)
-    if factor is None:
+    if getattr(pipe, "vae_scale_factor", None) is None:
         return
-    multiple = factor * getattr(pipe, "patch_size", 2)
+    multiple = px_per_token(pipe)
     for height, width in settings.sizes:
         if height % multiple or width % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]

@@ -67,7 +67,7 @@ def _read_one(ids: Tensor, given: str) -> tuple[int, int]:
     height = len(ids) // width
     if height * width == len(ids):
         place = torch.arange(len(ids), device=ids.device)
-        expected = torch.zeros(len(ids), ids.shape[1], device=ids.device)
+        expected = torch.zeros(len(ids), ids.shape[1], dtype=torch.float32, device=ids.device)
         expected[:, 0], expected[:, 1], expected[:, 2] = ids[0, 0].float(), place // width, place % width
         if torch.equal(ids, expected.to(ids.dtype)):
             return height, width

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_leaves
 
 from flexclear.alternatives.mechanism import Formula
 from flexclear.attention import choose_backend
@@ -53,6 +54,17 @@ class Settings:
     switches: Switches
     steps: StepCounter
     formula: Formula | None = None
+
+
+def _needs_grad(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether attention of this call is differentiated: for the model, or for any tensor that it is given.
+
+    A frozen model has gradients from ControlNet residuals, text, or pictures of an IP-Adapter.
+    """
+    return torch.is_grad_enabled() and (
+        any(isinstance(given, Tensor) and given.requires_grad for given in tree_leaves(dict(kwargs)))
+        or any(parameter.requires_grad for parameter in model.parameters())
+    )
 
 
 def check_formula(formula: Formula | None, switches: Switches) -> None:
@@ -115,18 +127,15 @@ class EntryHook(Hook):
             )
         if self.parallel is not None:
             self.parallel.begin(model, kwargs, call, self.family, self.settings)
-        plan = self.plan(model, call, switches)
+        plan = self.plan(model, call, switches, _needs_grad(model, kwargs))
         return (), self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)
 
-    def plan(self, model: nn.Module, call: Call, switches: Switches) -> CallPlan:
-        """The plan of one call."""
+    def plan(self, model: nn.Module, call: Call, switches: Switches, needs_grad: bool) -> CallPlan:
+        """The plan of one call; ``needs_grad``: whether its attention will be differentiated."""
         settings = self.settings
         device, dtype = call.tokens.device, call.tokens.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        needs_grad = torch.is_grad_enabled() and (
-            call.tokens.requires_grad or any(p.requires_grad for p in model.parameters())
-        )
         if needs_grad and self.parallel is not None:
             raise ValueError(
                 "one picture on several ranks is for inference, and this call needs gradients: call the model under "

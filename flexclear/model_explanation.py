@@ -111,15 +111,15 @@ def explain_model(
     height: int | None,
     width: int | None,
     text_len: int,
+    px: int,
 ) -> ModelExplanation:
-    """The explanation of ``model``; ``height`` and ``width`` in pixels, both or neither.
+    """The explanation of ``model``; ``height`` and ``width`` in pixels, both or neither, ``px`` of them per token and side.
 
     Raises:
         TypeError, ValueError: a size makes no sense, or only one is given.
     """
     if (height is None) != (width is None):
         raise ValueError(f"give height and width in pixels, or neither; got height={height!r} and width={width!r}")
-    px = family.px_per_token
     check_int("text_len", text_len, 0, None, "in tokens")
     for name, side in (("height", height), ("width", width)):
         if side is not None:

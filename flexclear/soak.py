@@ -28,7 +28,7 @@ from torch import Tensor
 from flexclear.compile import repeated_blocks, report
 from flexclear.compile.regional import GRAPHS_PER_SIZE
 from flexclear.compile.report import remember_all_graphs
-from flexclear.convert import model_of
+from flexclear.convert import model_of, px_per_token
 from flexclear.hooks import Hook
 from flexclear.plan import plans
 from flexclear.soak_calls import (
@@ -39,7 +39,6 @@ from flexclear.soak_calls import (
     can_swap_lora,
     load,
     perform,
-    pixels_per_token,
     set_up,
 )
 
@@ -175,7 +174,7 @@ def _run(
     memory: list[tuple[int, float]] = []
     shapes: set[tuple[int, int, int]] = set()
     lora = None
-    for call in calls(settings, pixels_per_token(pipe)):
+    for call in calls(settings, px_per_token(pipe)):
         if time.monotonic() > until or call.number == max_calls:
             break
         found.swaps += call.lora != lora

@@ -160,11 +160,6 @@ def calls(settings: Settings, px: int) -> Iterator[Call]:
         number += 1
 
 
-def pixels_per_token(pipe: Any) -> int:
-    """What height and width of the pipeline's pictures must be multiples of."""
-    return 2 * int(getattr(pipe, "vae_scale_factor", 8))
-
-
 def adapter(pipe: Any, seed: int | None) -> dict[str, Tensor]:
     """A LoRA of random weights for the projections of every block; None: one that changes nothing."""
     model = model_of(pipe)

@@ -150,6 +150,14 @@ CALL = {
     ),
     "no ids": ({"img_ids": None}, "needs img_ids as a tensor, got None"),
     "no text": ({"encoder_hidden_states": None}, "needs encoder_hidden_states as a tensor, got None"),
+    "longer residuals": (
+        {"controlnet_block_samples": [torch.randn(1, 48, 32), torch.randn(1, 60, 32)]},
+        r"controlnet_block_samples\[1\] of shape \(1, 60, 32\) does not hold one residual for each of the 48 tokens",
+    ),
+    "shorter residuals": (
+        {"controlnet_single_block_samples": (torch.randn(1, 40, 32),)},
+        r"controlnet_single_block_samples\[0\] of shape \(1, 40, 32\)",
+    ),
     "other grid": (
         {"hidden_states": torch.randn(1, 40, 8)},
         r"hidden_states of shape \(1, 40, 8\) do not hold the 6 x 8",

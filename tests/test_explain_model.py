@@ -37,6 +37,12 @@ def test_a_pipeline_is_explained_through_its_transformer():
     assert "dense in the first 2 and the last 1 denoising steps" in str(flexclear.explain(pipe))
 
 
+def test_a_pipelines_vae_says_how_many_pixels_make_a_token():
+    pipe = flexclear.transform(flexclear.embedded.pipeline(), r=4)
+    assert "at 256 x 128 px: 32 x 16 image tokens" in str(flexclear.explain(pipe, height=256, width=128))
+    assert "at 256 x 128 px: 16 x 8 image tokens" in str(flexclear.explain(pipe.transformer, height=256, width=128))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

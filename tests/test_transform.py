@@ -164,6 +164,11 @@ def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(height,
     exact = raster_ids(height, width, torch.float32)
     assert len(ids.unique(dim=0)) < len(exact), "these ids are not rounded"
     assert read_grids(ids) == read_grids(exact) == ((height, width),)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert read_grids(ids) == read_grids(exact) == ((height, width),)
+    finally:
+        torch.set_default_dtype(torch.float32)
     seen = {}
     model = tiny_flux(num_layers=0, num_single_layers=1)
     flexclear.transform(model, r=1, order="raster", backend="sdpa")
@@ -227,6 +232,22 @@ def test_training_on_cpu_goes_through_masked_sdpa_with_the_gradients_of_the_dens
     original(**call, joint_attention_kwargs={"attention_mask": mask}).sample.square().mean().backward()
     for (name, ours), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "given", ["hidden_states", "encoder_hidden_states", "pooled_projections", "controlnet_block_samples"]
+)
+def test_a_frozen_model_is_differentiated_by_whatever_it_is_given(given):
+    frozen = tiny_flux(num_layers=2, num_single_layers=0).requires_grad_(False)
+    call = {**flux_call(8, 8, 16), "controlnet_block_samples": [torch.randn(1, 64, 32)]}
+    entered = call[given][0] if given == "controlnet_block_samples" else call[given]
+    entered.requires_grad_()
+    gradients = []
+    for backend in ("auto", "sdpa"):
+        flexclear.transform(frozen, r=3, backend=backend)
+        gradients += torch.autograd.grad(frozen(**call).sample.square().mean(), [entered])
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model):

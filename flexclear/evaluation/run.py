@@ -15,7 +15,7 @@ from PIL import Image
 
 from flexclear.alternatives.names import named
 from flexclear.compile.files import whole_file
-from flexclear.convert import model_of, restore, transform
+from flexclear.convert import model_of, px_per_token, restore, transform
 from flexclear.evaluation.conditions import distance_to_condition
 from flexclear.evaluation.config import EvalConfig, VariantConfig
 from flexclear.evaluation.evaluate import STORE
@@ -300,12 +300,16 @@ def _check_folder(config: EvalConfig, variant: VariantConfig, base: GenerateSett
 def _gflops(pipe: Any, settings: Mapping[str, Any]) -> float:
     """GFLOPs of attention per layer, their mean over layers, in the size that a picture says."""
     model = model_of(pipe)
-    family, text_len = family_of(model), settings["text_len"]
-    # A family's pixels per token are those of its published VAE; the pipeline at hand may have another.
-    factor = getattr(pipe, "vae_scale_factor", None)
-    pixels = family.px_per_token if factor is None else factor * getattr(pipe, "patch_size", 2)
-    height, width = (settings[side] // pixels * family.px_per_token for side in ("height", "width"))
-    explained = explain_model(model, family, entry_hook_of(model), height, width, 512 if text_len is None else text_len)
+    text_len = 512 if settings["text_len"] is None else settings["text_len"]
+    explained = explain_model(
+        model,
+        family_of(model),
+        entry_hook_of(model),
+        settings["height"],
+        settings["width"],
+        text_len,
+        px_per_token(pipe),
+    )
     return explained.flops / len(explained.layers) / 1e9
 
 

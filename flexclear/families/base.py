@@ -36,7 +36,7 @@ class Call:
     """One call of a model as the entry hook sees it, read before any work.
 
     Attributes:
-        tokens: a floating-point input, for its device, type and need of gradients.
+        tokens: a floating-point input, for its device and type.
         grids: (height, width) in tokens of the image, then of each reference picture.
         text_lens: number of text tokens by scope.
         keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent where nothing is.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
 from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, required_tensor
-from flexclear.families.flux import check_tokens, flux_layers, permuted, with_ntk
+from flexclear.families.flux import check_residuals, check_tokens, flux_layers, permuted, with_ntk
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader
 
@@ -72,6 +72,7 @@ class ChromaFamily(Family):
         refuse_mask(kwargs.get("joint_attention_kwargs") or {}, "joint_attention_kwargs")
         found = grids(ids)
         check_tokens(model, kwargs, found)
+        check_residuals(kwargs)
         keep = _keep(kwargs.get("attention_mask"), text, tokens, grids)
         return Call(tokens, found, {JOINT: text.shape[1]}, {} if keep is None else {JOINT: keep})
 

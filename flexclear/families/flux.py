@@ -15,6 +15,9 @@ from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, req
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader, exact_ids
 
+RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
+"""Arguments with which FLUX-like models take a ControlNet's residuals, one row per image token."""
+
 
 def flux_layers(model: nn.Module) -> Iterator[Layer]:
     """The attention layers of a model with FLUX's two stacks of blocks; see ``Family.layers``."""
@@ -70,6 +73,25 @@ def check_tokens(
         )
 
 
+def check_residuals(kwargs: dict[str, Any], names: tuple[str, ...] = RESIDUALS) -> None:
+    """Raise unless a ControlNet's residuals have a row for each of ``hidden_states``' tokens, which have been checked.
+
+    Without this, putting them into the tokens' order would take the first rows of longer ones.
+
+    Raises:
+        ValueError: they have not.
+    """
+    length = kwargs["hidden_states"].shape[1]
+    for name in names:
+        residuals = kwargs.get(name)
+        for number, residual in enumerate(() if residuals is None else residuals):
+            if residual.ndim != 3 or residual.shape[1] != length:
+                raise ValueError(
+                    f"{name}[{number}] of shape {tuple(residual.shape)} does not hold one residual for each of the {length} "
+                    "tokens of hidden_states"
+                )
+
+
 def permuted(kwargs: dict[str, Any], plan: CallPlan, exact: bool) -> dict[str, Any]:
     """FLUX-like arguments in the plan's order: image tokens, their ids, ControlNet residuals; the plan among them."""
     changed = dict(kwargs)
@@ -80,7 +102,7 @@ def permuted(kwargs: dict[str, Any], plan: CallPlan, exact: bool) -> dict[str, A
         # Batched ids are batched for a reason in some families (FLUX.2); the batch shares its grid.
         ids = ids if kwargs["img_ids"].ndim == 2 else ids[None].expand(len(kwargs["img_ids"]), -1, -1)
     changed["img_ids"] = ids
-    for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+    for name in RESIDUALS:
         if kwargs.get(name) is not None:
             changed[name] = [plan.to_image_order(residual) for residual in kwargs[name]]
     changed["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), PLAN: plan}
@@ -188,6 +210,7 @@ class FluxFamily(Family):
         refuse_mask(kwargs.get("joint_attention_kwargs") or {}, "joint_attention_kwargs")
         found = grids(ids)
         check_tokens(model, kwargs, found)
+        check_residuals(kwargs)
         return Call(tokens, found, {JOINT: text.shape[1]})
 
     def enter(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
 from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, required_tensor
-from flexclear.families.flux import check_tokens
+from flexclear.families.flux import check_residuals, check_tokens
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader, Grids
 from flexclear.masks.defaults import independent
@@ -78,12 +78,7 @@ class QwenFamily(Family):
         refuse_mask(kwargs.get("attention_kwargs") or {}, "attention_kwargs")
         found = grids_of(kwargs.get("img_shapes"))
         check_tokens(model, kwargs, found, "img_shapes describes")
-        for number, residual in enumerate(kwargs.get("controlnet_block_samples") or ()):
-            if residual.shape[1] != tokens.shape[1]:
-                raise ValueError(
-                    f"controlnet_block_samples[{number}] of shape {tuple(residual.shape)} does not hold one residual for "
-                    f"each of the {tokens.shape[1]} tokens of hidden_states"
-                )
+        check_residuals(kwargs)
         return Call(tokens, found, {JOINT: text.shape[1]}, _kept_text(kwargs, text, grids))
 
     def enter(

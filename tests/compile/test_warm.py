@@ -73,8 +73,8 @@ def test_another_process_compiles_no_kernel_that_the_file_holds(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["artefacts.zip", "first", "result.pt", "second"]
 
 
-def archive(path, **entries):
-    with zipfile.ZipFile(path, "w") as file:
+def archive(path, compression=zipfile.ZIP_STORED, **entries):
+    with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in entries.items():
             file.writestr(name.replace("__", "/").replace("_json", ".json").replace("_bin", ".bin"), content)
     return path
@@ -104,6 +104,17 @@ def test_a_truncated_or_changed_file_is_noticed(tmp_path):
     changed[len(whole) // 2] ^= 255
     path.write_bytes(bytes(changed))
     assert "is damaged" in load_artifacts(path).reason
+
+
+def test_compressed_data_that_cannot_be_read_is_noticed(tmp_path):
+    content = {"key_json": json.dumps(artifact_key()), "portable_bin": bytes(range(256)) * 40}
+    path = archive(tmp_path / "a.zip", zipfile.ZIP_DEFLATED, **content)
+    changed = bytearray(path.read_bytes())
+    changed[changed.index(b"portable.bin") + len(b"portable.bin")] |= 7
+    path.write_bytes(bytes(changed))
+    start = load_artifacts(path)
+    assert not start.loaded
+    assert "is damaged: error: " in start.reason
 
 
 @pytest.mark.parametrize(

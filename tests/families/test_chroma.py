@@ -226,11 +226,23 @@ def test_other_bad_calls_are_named_before_any_work():
         run(model, call | {"img_ids": raster_ids(4, 8)})
     with pytest.raises(ValueError, match="needs img_ids as a tensor, got None"):
         run(model, call | {"img_ids": None})
+    with pytest.raises(ValueError, match=r"controlnet_block_samples\[0\] of shape \(1, 65, 32\) does not hold one"):
+        run(model, call, controlnet_block_samples=[torch.randn(1, 65, 32)])
     with pytest.raises(ValueError, match="joint_attention_kwargs holds an attention_mask"):
         run(model, call, joint_attention_kwargs={"attention_mask": torch.ones(68, 68)})
     assert plans.stats().misses == 0
     with pytest.raises(ValueError, match="down_factor: down-sampled keys are defined for FluxTransformer2DModel"):
         flexclear.transform(tiny_chroma(), r=2, down_factor=2)
+
+
+def test_eight_bit_weights_come_back_from_a_file_although_a_buffer_is_not_in_it(tmp_path):
+    from flexclear.compile import load_quantized, quantize, save_quantized
+
+    model, call = tiny_chroma(), chroma_call(8, 8, 4)
+    assert {name for name, _ in model.named_buffers()} - model.state_dict().keys(), "all of its buffers are saved"
+    quantize(model, "weight_only", min_features=16)
+    file = save_quantized(model, tmp_path / "model.safetensors")
+    assert torch.equal(run(load_quantized(tiny_chroma(seed=1), file), call), run(model, call))
 
 
 def test_restore_is_bit_identical_and_leaves_nothing_behind():
