@@ -1,6 +1,6 @@
 # make demo | test | lint | bench : each sets itself up in .venv and works alone on a fresh machine.
 #
-#   PYTHON=python3.12      interpreter to build .venv with (3.10 or later; default: python3.11, else python3)
+#   PYTHON=python3.12      interpreter to build .venv with (3.11 or later; default: python3.11, else python3)
 #   TORCH='torch==2.13.0'  what pip installs as torch; default: the CPU version that is tested here, or the newest
 #                          default wheel where a CUDA device is visible. pip options may follow the requirement.
 #   WORKERS=2              processes that run the tests, a file at a time; default: one per core, at most 4
@@ -29,8 +29,8 @@ $(READY): pyproject.toml constraints.txt
 .PHONY: .system
 .system:
 	@missing=; \
-	test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.10 or later, or name one: make PYTHON=..."; exit 1; }; \
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10"; exit 1; }; \
+	test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or later, or name one: make PYTHON=..."; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11"; exit 1; }; \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
 	command -v g++ >/dev/null || command -v c++ >/dev/null || missing="$$missing g++"; \
 	test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || missing="$$missing python3-dev"; \

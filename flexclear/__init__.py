@@ -10,7 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexclear import compile, embedded, evaluation, highres, masks, parallel
+    from flexclear import (
+        alternatives,
+        analysis,
+        compile,
+        distill,
+        embedded,
+        evaluation,
+        families,
+        highres,
+        masks,
+        parallel,
+        weights,
+    )
+    from flexclear import testing as testing
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
     from flexclear.optimization import optimize
@@ -21,10 +34,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "alternatives",
+    "analysis",
     "compile",
+    "distill",
     "embedded",
     "evaluation",
     "explain",
+    "families",
     "highres",
     "load_weights",
     "masks",
@@ -34,6 +51,7 @@ __all__ = [
     "restore",
     "save_weights",
     "transform",
+    "weights",
 ]
 
 _HOME = {
@@ -45,7 +63,8 @@ _HOME = {
     "save_weights": "flexclear.weights",
     "transform": "flexclear.convert",
 }
-_PACKAGES = ("compile", "embedded", "highres", "masks", "parallel")
+# All but testing can be imported without an extra, as ``from flexclear import *`` does.
+_PACKAGES = frozenset(__all__) - {"__version__", *_HOME} | {"testing"}
 
 
 def __getattr__(name: str) -> Any:
@@ -60,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def python(code):
@@ -33,6 +39,59 @@ def test_names_load_on_first_use_whatever_was_imported_before():
     assert python("import flexclear; print(callable(flexclear.transform), callable(flexclear.restore))") == "True True"
     assert python("import flexclear.convert, flexclear; print(callable(flexclear.transform))") == "True"
     assert python("from flexclear import transform, masks; print(masks.Layout(2, 3).image_len)") == "6"
+
+
+def documented_names():
+    """Each dotted name below ``flexclear`` that the README writes, without the prefix."""
+    return sorted(set(re.findall(r"\bflexclear\.([a-z_]\w*(?:\.[a-z_]\w*)*)", (ROOT / "README.md").read_text())))
+
+
+def public_packages():
+    """Each package of the library but ``commands``, which is the command line's own; two lie beside ``flexclear/``."""
+    inside = {path.parent.name for path in (ROOT / "flexclear").glob("*/__init__.py")}
+    return sorted(inside - {"commands"} | {"compile", "masks"})
+
+
+def test_every_public_name_resolves_after_import_flexclear_alone():
+    # The module's own __getattr__ is asked: an attribute may be there because some other module has been imported.
+    told = python(
+        "import flexclear\n"
+        f"names = set(flexclear.__all__) - {{'__version__'}} | set({public_packages()!r})\n"
+        "for name in sorted(names):\n"
+        "    flexclear.__getattr__(name)\n"
+        "print(len(names), names <= set(dir(flexclear)), sorted(names - set(flexclear.__all__)))"
+    )
+    count, shown, listed = told.split()
+    assert int(count) >= 19
+    assert (shown, listed) == ("True", "['testing']"), "testing needs an extra, which a star import must not"
+
+
+def test_every_name_that_the_readme_writes_resolves():
+    names = documented_names()
+    assert {"transform", "compile.report", "parallel.enable_dense"} <= set(names)
+    missing = python(
+        "import importlib, flexclear\n"
+        "def resolves(name):\n"
+        "    thing, path = flexclear, 'flexclear'\n"
+        "    for part in name.split('.'):\n"
+        "        path += '.' + part\n"
+        "        try:\n"
+        "            thing = getattr(thing, part)\n"
+        "        except AttributeError:\n"
+        "            try:\n"
+        "                thing = importlib.import_module(path)\n"
+        "            except ImportError:\n"
+        "                return False\n"
+        "    return True\n"
+        f"print([name for name in {names!r} if not resolves(name)])"
+    )
+    assert missing == "[]"
+
+
+@pytest.mark.parametrize("package", public_packages())
+def test_every_name_in_a_package_s_all_is_there(package):
+    module = __import__(f"flexclear.{package}", fromlist=["__all__"])
+    assert [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)] == []
 
 
 def test_an_unknown_name_is_an_attribute_error():
