@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -82,6 +83,56 @@ def _all(mask: Tensor) -> bool:
     return bool(mask.all())
 
 
+class _Memory(Generic[Fact]):
+    """What was read off a tensor, and how to tell without a read on its device whether it has been written to since.
+
+    Tensors have a version that every write in place raises; those made under ``torch.inference_mode`` have none. On CPU
+    their contents are compared. On a GPU looking at them would wait for the device, so that the device compares them
+    itself with a copy, into a flag that ``GridReader.guarded`` lets the call's output depend on.
+    """
+
+    def __init__(self, tensor: Tensor, read: Callable[[Tensor], Fact]) -> None:
+        self.read, self.fact = read, read(tensor)
+        self.version = self.written = None
+        if not tensor.is_inference():
+            self.version = tensor._version
+            return
+        with torch.inference_mode(False):  # these outlive the call and are written to
+            self.copy = tensor.clone()
+            if not _is_in_host_memory(tensor):
+                self.written = torch.zeros((), dtype=torch.bool, device=tensor.device)
+                self.arrived = torch.zeros((), dtype=torch.bool, pin_memory=tensor.is_cuda)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the fact still holds, as far as the host knows.
+
+        Raises:
+            RuntimeError: word has come from the device that it did not hold in an earlier call.
+        """
+        if self.version is not None:
+            return not tensor.is_inference() and tensor._version == self.version
+        if self.written is None:
+            return np.array_equal(_bytes(tensor), _bytes(self.copy))
+        if self.arrived.numpy():
+            raise RuntimeError(
+                f"the position ids or text mask of shape {tuple(tensor.shape)}, {tensor.dtype}, were written to in place "
+                "after an earlier call of this model, which torch.inference_mode leaves no trace of; the output of the calls "
+                "since is NaN. Pass a new tensor for other positions, or make this one outside inference mode"
+            )
+        self.written.logical_or_((tensor != self.copy).any())
+        self.arrived.copy_(self.written, non_blocking=True)
+        return True
+
+
+def _is_in_host_memory(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The memory of a tensor on CPU; not a copy, unless it is strided."""
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
 class GridReader:
     """``read_grids`` once per tensor: on a GPU each reading is a synchronisation, and ids live for a whole generation."""
 
@@ -97,15 +148,33 @@ class GridReader:
         return self.once(mask, _all)
 
     def once(self, tensor: Tensor, read: Callable[[Tensor], Fact]) -> Fact:
-        """``read(tensor)``, from memory where the tensor was not written to since; ``read`` is a function of a module."""
-        # Inference tensors keep no version and cannot be changed outside inference mode.
-        version = None if tensor.is_inference() else tensor._version
+        """``read(tensor)``, from memory where the tensor was not written to since; ``read`` is a function of a module.
+
+        Raises:
+            RuntimeError: a tensor made in inference mode, on a GPU, was written to in place after it had been read.
+        """
         known = self._seen.get(tensor)
-        if known is not None and known[:2] == (version, read) and version is not None:
-            return known[2]
-        found = read(tensor)
-        self._seen[tensor] = (version, read, found)
-        return found
+        if known is not None and known.read is read:
+            try:
+                if known.holds(tensor):
+                    return known.fact
+            except RuntimeError:
+                del self._seen[tensor]
+                raise
+        self._seen[tensor] = known = _Memory(tensor, read)
+        return known.fact
+
+    def guarded(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments, with ``hidden_states`` NaN if the device finds that any of them was written to in place since
+        it was read: without a synchronisation nobody can raise in time, and a window of another grid would be wrong
+        without a word."""
+        for tensor in [value for value in kwargs.values() if isinstance(value, Tensor)]:
+            known = self._seen.get(tensor)
+            if known is not None and known.written is not None:
+                tokens = kwargs["hidden_states"]
+                written = known.written.to(tokens.device, non_blocking=True)
+                kwargs = {**kwargs, "hidden_states": tokens.masked_fill(written, float("nan"))}
+        return kwargs
 
     def __deepcopy__(self, memo: dict[int, object]) -> GridReader:
         return GridReader()

@@ -119,6 +119,7 @@ class EntryHook(Hook):
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         self._check_processors(model)
         call = self.family.read(model, kwargs, self._reader)
+        kwargs = self._reader.guarded(kwargs)
         refuse_frequency_caches(model, call.order or self.settings.order)
         switches = in_force(self.settings.switches)
         if switches.ntk_floor and not self.family.clips_ntk:

@@ -62,8 +62,10 @@ def _unpadded(inner: MaskMod, keep: Tensor, start: int) -> MaskMod:
     table = torch.ones(bucket, dtype=torch.bool, device=device)
     table[: keep.numel()] = keep.reshape(-1)
     torch._dynamo.mark_static(table)
-    first, count, last = (torch.tensor(n, dtype=torch.int32, device=device) for n in (start, length, length - 1))
-    zero = torch.tensor(0, dtype=torch.int32, device=device)
+    # Filled on the device: torch.tensor would copy each number to it and wait, in every call of a model.
+    first, count, last, zero = (
+        torch.full((), n, dtype=torch.int32, device=device) for n in (start, length, length - 1, 0)
+    )
 
     def unpadded(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         place = kv_idx - first

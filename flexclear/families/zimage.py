@@ -34,6 +34,7 @@ from flexclear.call_plan import CallPlan
 from flexclear.families.base import JOINT, Call, Family, Layer, required_tensor
 from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
+from flexclear.masks.defaults import independent
 
 IMAGE = "image"
 """Scope of the refiner blocks, which see the picture and its padding."""
@@ -104,8 +105,7 @@ class ZImageFamily(Family):
         _check_residuals(kwargs.get("controlnet_block_samples"), height * width + text_len)
         keep = {}
         if min(lengths) < max(lengths):
-            kept = torch.arange(text_len, device="cpu") < torch.tensor(lengths, device="cpu")[:, None] + pads
-            keep[JOINT] = kept.to(pictures[0].device)
+            keep[JOINT] = _kept(text_len, tuple(pads + length for length in lengths), pictures[0].device)
         tokens = next((picture for picture in pictures if picture.requires_grad), pictures[0])
         return Call(tokens, ((height, width),), {JOINT: text_len, IMAGE: pads}, keep)
 
@@ -158,6 +158,14 @@ class ZImageFamily(Family):
             return (pictures, *output[1:])
         output.sample = pictures
         return output
+
+
+@functools.lru_cache(maxsize=64)
+@independent
+def _kept(text_len: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which text tokens are within each sample's own length, bool ``[B, text_len]``; kept, so that a GPU is not waited
+    for in every step."""
+    return (torch.arange(text_len) < torch.tensor(lengths)[:, None]).to(device)
 
 
 def _padding(length: int) -> int:
