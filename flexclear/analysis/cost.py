@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from flexclear.masks import Disc, Layout, cost
 from flexclear.masks.checks import check_int
+from flexclear.reading import parse_json, read_text
 
 _PUBLISHED = {
     None: (4.45, 20.90, 148.97, 1842.48),
@@ -118,7 +118,7 @@ def read_measured(folder: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted(folder.glob("attention*.json")):
         try:
-            rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+            rows = parse_json(read_text(file))["rows"]
             found += [{**row, "file": file.name} for row in rows if needed <= set(row)]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no result of bench/attention.py: {error!r}") from error

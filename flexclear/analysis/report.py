@@ -14,6 +14,8 @@ from typing import Any
 from PIL import Image
 
 from flexclear.compile.files import whole_file
+from flexclear.image_reading import read_image
+from flexclear.reading import lines_of, parse_json, read_text
 from flexclear.versions import versions
 
 NAME = "report.html"
@@ -69,7 +71,7 @@ def write_report(folder: str | Path, most_pairs: int = 12) -> Path:
         for file in sorted(folder.rglob(name)):
             where = file.parent.relative_to(folder).as_posix()
             parts.append(f"<section><h2>{html.escape(title if where == '.' else f'{title}: {where}')}</h2>")
-            parts.append(_from_markdown(file.read_text(encoding="utf-8")))
+            parts.append(_from_markdown(read_text(file)))
             pairs = list(_pairs(file))[:most_pairs]
             if pairs:
                 parts.append('<div class="pairs">' + "".join(_slider(*pair) for pair in pairs) + "</div>")
@@ -119,7 +121,9 @@ def _pairs(file: Path) -> Iterator[tuple[Path, Path, str, str, str]]:
                     yield picture, places[name] / inside, reference, name, inside.stem
     elif file.name == "scores.md":
         told = _json(file.with_name("scores.json"))
-        a, b = Path(told.get("a", "")), Path(told.get("b", ""))
+        if "a" not in told or "b" not in told:
+            return  # Path("") would be the working folder.
+        a, b = Path(told["a"]), Path(told["b"])
         if a.is_dir() and b.is_dir():
             for picture in sorted(a.rglob("*.png")):
                 if (b / picture.relative_to(a)).is_file():
@@ -135,7 +139,13 @@ def _settings(file: Path) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        found = parse_json(read_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _slider(left: Path, right: Path, left_name: str, right_name: str, caption: str) -> str:
@@ -150,8 +160,7 @@ def _slider(left: Path, right: Path, left_name: str, right_name: str, caption: s
 
 def _image(path: Path, alternative: str, largest: int = LARGEST, kind: str = "") -> str:
     """A picture inside the page; larger ones are scaled down."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    picture = read_image(path).convert("RGB")
     if max(picture.size) > largest:
         picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
@@ -167,7 +176,7 @@ def _from_markdown(text: str) -> str:
     """The Markdown that flexclear writes: headings, tables, lists, lines of text."""
     out: list[str] = []
     for block in re.split(r"\n\s*\n|(?<=\n)(?=## )", text.strip()):
-        lines = block.strip().splitlines()
+        lines = lines_of(block.strip())
         while lines and lines[0].startswith("#"):
             out.append(f"<h3>{html.escape(lines.pop(0).lstrip('# '))}</h3>")
         table = [line for line in lines if line.startswith("|")]

@@ -16,6 +16,7 @@ from flexclear.alternatives.mechanism import Formula, Mechanism
 from flexclear.alternatives.names import named
 from flexclear.attention import BACKENDS
 from flexclear.masks import Disc, Downsampled
+from flexclear.reading import check_unicode, parse_yaml, read_text, shown
 
 Settings = TypeVar("Settings")
 
@@ -48,7 +49,7 @@ class LossConfig:
     def check(self) -> None:
         for name in ("flow", "prediction", "attention"):
             _number(f"losses.{name}", getattr(self, name), 0)
-        _whole("losses.attention_every", self.attention_every, 1)
+        check_whole("losses.attention_every", self.attention_every, 1)
         if not (self.flow or self.prediction or self.attention):
             raise ValueError("losses: all three weights are 0, so there is nothing to learn from")
 
@@ -81,7 +82,8 @@ class OptimizerConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas!r}")
         _number("optimizer.weight_decay", self.weight_decay, 0)
-        _whole("optimizer.warmup_steps", self.warmup_steps, 0)
+        _number("optimizer.epsilon", self.epsilon, 0)
+        check_whole("optimizer.warmup_steps", self.warmup_steps, 0)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class LoraConfig:
     alpha: int = 16
 
     def check(self) -> None:
-        _whole("lora.rank", self.rank, 1)
-        _whole("lora.alpha", self.alpha, 1)
+        check_whole("lora.rank", self.rank, 1)
+        check_whole("lora.alpha", self.alpha, 1)
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ class CheckpointConfig:
     keep: int = 2
 
     def check(self) -> None:
-        _whole("checkpoints.every", self.every, 1)
-        _whole("checkpoints.keep", self.keep, 1)
+        check_whole("checkpoints.every", self.every, 1)
+        check_whole("checkpoints.keep", self.keep, 1)
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,9 @@ class HeldOutConfig:
     batch_size: int = 4
 
     def check(self) -> None:
-        _whole("held_out.count", self.count, 0)
-        _whole("held_out.every", self.every, 0)
-        _whole("held_out.batch_size", self.batch_size, 1)
+        check_whole("held_out.count", self.count, 0)
+        check_whole("held_out.every", self.every, 0)
+        check_whole("held_out.batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,11 @@ class SheetConfig:
     width: int | None = None
 
     def check(self) -> None:
-        _whole("sheets.every", self.every, 0)
-        _whole("sheets.steps", self.steps, 1)
+        check_whole("sheets.every", self.every, 0)
+        check_whole("sheets.steps", self.steps, 1)
+        for name in ("height", "width"):
+            if (side := getattr(self, name)) is not None:
+                check_whole(f"sheets.{name}", side, 1)
         if self.every and not self.prompts:
             raise ValueError("sheets.every is set, and sheets.prompts names nothing to draw")
 
@@ -237,6 +242,7 @@ class DistillConfig:
         Raises:
             TypeError, ValueError, FileNotFoundError: a setting makes no sense; the message begins with its name.
         """
+        check_values(self)
         mechanism = self.mechanism
         if mechanism is not None and (self.r is not None or self.down_factor is not None):
             raise ValueError(f"r and down_factor are those of attention: clear; leave them out of {self.attention}")
@@ -256,10 +262,10 @@ class DistillConfig:
             _one_of("tracker", self.tracker, TRACKERS)
         if self.device not in (None, "cpu"):
             raise ValueError(f"device must be 'cpu' or left out: accelerate chooses the GPU; got {self.device!r}")
-        _whole("steps", self.steps, 1)
-        _whole("batch_size", self.batch_size, 1)
+        check_whole("steps", self.steps, 1)
+        check_whole("batch_size", self.batch_size, 1)
         if self.gradient_accumulation is not None:
-            _whole("gradient_accumulation", self.gradient_accumulation, 1)
+            check_whole("gradient_accumulation", self.gradient_accumulation, 1)
         _number("max_grad_norm", self.max_grad_norm, 0)
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be a decay between 0 and 1, got {self.ema!r}")
@@ -312,16 +318,15 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML, or holds no settings.
+        ValueError: it is no YAML, gives a setting twice, or holds no settings.
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    text = read_text(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        found = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} must hold settings, such as 'model: embedded'; got {type(found).__name__}")
     return found
@@ -366,7 +371,7 @@ def build(kind: Any, found: Any, where: str) -> Any:
         TypeError, ValueError: settings are unknown, missing, or of another type.
     """
     if not isinstance(found, Mapping):
-        raise TypeError(f"{where.rstrip('.')} must hold settings of its own, got {found!r}")
+        raise TypeError(f"{where.rstrip('.')} must hold settings of its own, got {shown(found)}")
     hints = typing.get_type_hints(kind)
     unknown = [str(name) for name in found if name not in hints]
     if unknown:
@@ -395,23 +400,50 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return build(hint, value, where + ".")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise TypeError(f"{where} must be a list, got {value!r}")
+            raise TypeError(f"{where} must be a list, got {shown(value)}")
         element = typing.get_args(hint)[0]
         return tuple(_value(element, part, f"{where}[{index}]") for index, part in enumerate(value))
     if typing.get_origin(hint) is dict:
         if not isinstance(value, Mapping):
-            raise TypeError(f"{where} must hold names and values, got {value!r}")
+            raise TypeError(f"{where} must hold names and values, got {shown(value)}")
         return {str(name): _value(typing.get_args(hint)[1], part, f"{where}.{name}") for name, part in value.items()}
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)
+        except OverflowError:
+            raise ValueError(f"{where} is too large: {shown(value)}") from None
         except ValueError:
             pass
     elif (isinstance(value, bool) == (hint is bool)) and isinstance(value, hint):
         return value
-    raise TypeError(f"{where} must be {'a path' if hint is Path else hint.__name__}, got {value!r}")
+    raise TypeError(f"{where} must be {'a path' if hint is Path else hint.__name__}, got {shown(value)}")
+
+
+def check_values(settings: Any, where: str = "") -> None:
+    """Raise for a number that no computation takes and for text that no tokenizer takes, in a dataclass of settings.
+
+    Raises:
+        ValueError: a number is not finite or exceeds 64 bits, or text is not valid Unicode; the message begins with its
+            name.
+    """
+    if dataclasses.is_dataclass(settings):
+        for part in dataclasses.fields(settings):
+            check_values(getattr(settings, part.name), f"{where}.{part.name}" if where else part.name)
+    elif isinstance(settings, Mapping):
+        for name, value in settings.items():
+            check_values(value, f"{where}.{name}")
+    elif isinstance(settings, tuple | list):
+        for index, value in enumerate(settings):
+            check_values(value, f"{where}[{index}]")
+    elif isinstance(settings, int | float):
+        if isinstance(settings, int) and not -(1 << 63) <= settings < 1 << 63:
+            raise ValueError(f"{where} must fit into 64 bits, got {shown(settings)}")
+        if not math.isfinite(settings):
+            raise ValueError(f"{where} must be finite, got {settings!r}")
+    elif isinstance(settings, str):
+        check_unicode(settings, where)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -419,7 +451,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
 
 
-def _whole(name: str, value: int, least: int) -> None:
+def check_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
 

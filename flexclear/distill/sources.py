@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
+import hashlib
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from flexclear.image_reading import read_image
+from flexclear.reading import check_unicode, lines_of, parse_json, read_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
@@ -41,13 +43,32 @@ class Item:
     caption: str
     read: Callable[[], bytes]
 
-    def picture(self) -> Image.Image:
-        """Raises ``ValueError`` if the picture is damaged, ``OSError`` if it cannot be read."""
+    def digest(self) -> str:
+        """Of the file's bytes; ``"unreadable"`` where it cannot be read."""
         try:
-            with Image.open(io.BytesIO(self.read())) as picture:
-                picture.load()
-                return picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return hashlib.sha256(self.read()).hexdigest()
+        except OSError:
+            return "unreadable"
+
+    def picture(self, digest: str | None = None) -> Image.Image:
+        """The picture in RGB.
+
+        Args:
+            digest: what the file had before, or None: not known.
+
+        Raises:
+            OSError: the file has another digest now.
+            ValueError: it is damaged, cannot be read, or has more pixels than Pillow takes.
+        """
+        try:
+            content = self.read()
+        except OSError as error:
+            raise ValueError(f"it cannot be read: {error}") from error
+        if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+            raise OSError(f"{self.name} was replaced while it was being encoded; run the same command again")
+        try:
+            return read_image(content, "").convert("RGB")
+        except (OSError, ValueError, MemoryError) as error:
             raise ValueError(f"damaged picture: {' '.join(str(error).split())}") from error
 
 
@@ -75,8 +96,8 @@ def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
         name = file.relative_to(source).as_posix()
         beside = file.with_suffix(".txt")
         try:
-            caption = listed.get(name) if not beside.is_file() else beside.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            caption = listed.get(name) if not beside.is_file() else read_text(beside).strip()
+        except (OSError, ValueError) as error:
             skipped.append(Skipped(name, f"caption cannot be read: {error}"))
             continue
         if caption is None:
@@ -97,11 +118,13 @@ def _listed(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if not path.is_file():
         return found
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
+            if record["file_name"] in found:
+                raise ValueError(f"{record['file_name']!r} is named twice")
             found[record["file_name"]] = _caption_in(record)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -113,7 +136,7 @@ def _listed(path: Path) -> dict[str, str]:
 def _caption_in(record: Any) -> str:
     for key in CAPTION_KEYS:
         if isinstance(record, dict) and isinstance(record.get(key), str):
-            return record[key].strip()
+            return check_unicode(record[key].strip(), "the caption")
     raise ValueError(f"no {' or '.join(CAPTION_KEYS)}")
 
 
@@ -139,12 +162,12 @@ def _in_shards(shards: list[Path]) -> tuple[list[Item], list[Skipped]]:
                 continue
             try:
                 if ".txt" in parts:
-                    caption = _reader(shard, parts[".txt"])().decode("utf-8").strip()
+                    caption = _reader(shard, parts[".txt"])().decode("utf-8-sig").strip()
                 elif ".json" in parts:
-                    caption = _caption_in(json.loads(_reader(shard, parts[".json"])()))
+                    caption = _caption_in(parse_json(_reader(shard, parts[".json"])()))
                 else:
                     raise ValueError("neither .txt nor .json beside the picture")
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 skipped.append(Skipped(name, f"no caption: {error}"))
                 continue
             items.append(Item(name, caption, _reader(shard, picture)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexclear.alternatives.names import named
-from flexclear.distill.config import build, read_settings_file
+from flexclear.distill.config import build, check_values, check_whole, read_settings_file
 from flexclear.evaluation.conditions import CONDITIONS
 from flexclear.evaluation.networks import DEFAULTS
 from flexclear.evaluation.tables import COLUMNS, TABLES
@@ -135,6 +135,7 @@ class EvalConfig:
         """Raises:
         TypeError, ValueError, FileNotFoundError: a setting makes no sense.
         """
+        check_values(self)
         if not self.variants:
             raise ValueError("variants is empty; name at least the plain model: {name: original, r: dense}")
         names = [variant.name for variant in self.variants]
@@ -160,6 +161,11 @@ class EvalConfig:
             parse_size(text)
         if not self.seeds:
             raise ValueError("seeds is empty, so there is nothing to draw")
+        for index, seed in enumerate(self.seeds):
+            check_whole(f"seeds[{index}]", seed, 0)
+        for name in ("steps", "text_len", "batch"):
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value, 1)
         unknown = [name for name in self.networks if name not in DEFAULTS]
         if unknown:
             raise ValueError(f"networks are {', '.join(DEFAULTS)}; got {', '.join(unknown)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from flexclear.generate_settings import read_prompts
+from flexclear.image_reading import image_size, read_image
 from flexclear.picture_files import read_settings
+from flexclear.reading import check_unicode, lines_of, parse_json, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -106,14 +107,9 @@ def read_picture(path: Path, size: Size | None = None) -> Tensor:
         size: scale to it by PIL's Lanczos filter, which averages where it shrinks; None: as it is.
 
     Raises:
-        ValueError: the file is no picture.
+        ValueError: the file is no picture, or has more pixels than Pillow takes.
     """
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            picture: Image.Image = opened
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    picture = read_image(path)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -141,7 +137,7 @@ def read_captions(file: str | Path | None, folder: Folder) -> dict[str, str]:
         for name, path in folder.files.items():
             try:
                 found[name] = str(read_settings(path)["settings"]["prompt"])
-            except (ValueError, KeyError, OSError, SyntaxError) as error:
+            except (ValueError, KeyError, OSError) as error:
                 raise ValueError(f"no prompts: --prompts FILE is missing, and {path} carries none") from error
         return found
     file = Path(file).expanduser()
@@ -163,16 +159,20 @@ def read_captions(file: str | Path | None, folder: Folder) -> dict[str, str]:
 
 
 def _named_prompts(file: Path) -> dict[str, str]:
+    whole: dict[str, str] = {}
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         if file.suffix.lower() == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            found = {line["file_name"]: line["text"] for line in lines}
+            lines = [parse_json(line) for line in lines_of(text) if line.strip()]
+            found = [(line["file_name"], line["text"]) for line in lines]
         else:
-            found = json.loads(text)
-        whole = {_bare(name): prompt for name, prompt in found.items()}
-        if not all(isinstance(prompt, str) for prompt in whole.values()):
-            raise TypeError("a prompt is no text")
+            found = list(parse_json(text).items())
+        for name, prompt in found:
+            if not isinstance(prompt, str):
+                raise TypeError(f"the prompt of {name!r} is no text")
+            if _bare(name) in whole:
+                raise ValueError(f"{_bare(name)!r} is named twice")
+            whole[_bare(name)] = check_unicode(prompt, f"the prompt of {name!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} must hold names of pictures and their prompts: {error!r}") from error
     return whole
@@ -188,17 +188,9 @@ def batches(paths: Sequence[tuple[Path, ...]], size: Size | None, most: int) -> 
     groups: list[list[tuple[Path, ...]]] = []
     last: object = None
     for row in paths:
-        sizes = size or tuple(_size_of(path) for path in row)
+        sizes = size or tuple(image_size(path) for path in row)
         if not groups or sizes != last or len(groups[-1]) == most:
             groups.append([])
         groups[-1].append(row)
         last = sizes
     return groups
-
-
-def _size_of(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error

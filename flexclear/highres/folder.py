@@ -10,7 +10,9 @@ from typing import Any
 from PIL import Image
 
 from flexclear.highres.stages import Stage
+from flexclear.image_reading import read_own_png
 from flexclear.picture_files import png_bytes, write_whole
+from flexclear.reading import parse_json, read_text
 from flexclear.versions import versions
 
 MANIFEST = "cascade.json"
@@ -64,10 +66,10 @@ class Folder:
         if not file.is_file():
             del self.done[stage.number - 1 :]
             return None
-        if _digest(file.read_bytes()) != self.done[stage.number - 1]["sha256"]:
+        content = file.read_bytes()
+        if _digest(content) != self.done[stage.number - 1]["sha256"]:
             raise ValueError(f"{file} was changed since its stage was finished; remove it to draw it again")
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
+        return read_own_png(content, file).convert("RGB")
 
     def save(self, stage: Stage, picture: Image.Image) -> None:
         """Write a stage's picture, then the manifest."""
@@ -80,9 +82,11 @@ class Folder:
 
     def _read(self, manifest: Path) -> None:
         try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))
-            version, common, done = found["format"], found["common"], list(found["stages"])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            found = parse_json(read_text(manifest))
+            version, common, done = found["format"], dict(found["common"]), list(found["stages"])
+            if not all(isinstance(stage["settings"], dict) and isinstance(stage["sha256"], str) for stage in done):
+                raise TypeError("a stage has no settings or no digest")
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{manifest} is no manifest of a cascade: {error}") from error
         if version != FORMAT:
             raise ValueError(f"{manifest} has format {version!r}, this version reads {FORMAT}; choose another folder")
