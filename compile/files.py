@@ -3,27 +3,102 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+_NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What ``os.link`` reports on file systems without hard links, such as FAT and some network mounts."""
+
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""Of the messages of ``torch.save`` where it cannot write, which do not say why."""
+
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
     """Gives a place to write to; what is there at the end becomes ``path``, readable as the user's umask says.
 
-    Folders on the way are made. After an exception nothing is left and an older ``path`` is as it was.
+    Another process sees the old file or the new one, never an empty or partial one. Folders on the way are made. After an
+    exception nothing is left and an older ``path`` is as it was.
+
+    Args:
+        path: the file.
+        overwrite: whether a file that exists is replaced.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``overwrite`` is false; of several writers one succeeds.
+        OSError: writing failed, such as on a full disk; it names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        # Made empty first, for its mode: what safetensors writes itself has 0600.
-        with beside.open("xb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode & 0o777
-        yield beside
-        beside.chmod(mode)
-        os.replace(beside, path)
+        with write_errors(path, beside):
+            # Made empty first, for its mode: what safetensors writes itself has 0600.
+            with beside.open("xb") as stream:
+                mode = os.fstat(stream.fileno()).st_mode & 0o777
+            yield beside
+            beside.chmod(mode)
+            with beside.open("r+b") as stream:
+                os.fsync(stream.fileno())  # A full disk is reported here at the latest.
+            if overwrite:
+                os.replace(beside, path)
+            else:
+                _publish_new(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Inside the block a failure to write is an ``OSError`` that names ``path``.
+
+    Python's own errors of a full disk name no file, those of a temporary file (``beside``) name that one, and safetensors
+    and ``torch.save`` raise exceptions of their own.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(errno.EIO if number is None else int(number[1]), str(error), str(path)) from error
+    except RuntimeError as error:
+        if not any(mark in str(error) for mark in _TORCH_SAVE):
+            raise
+        first = next(line for line in str(error).splitlines() if line.strip())
+        raise OSError(errno.EIO, f"it cannot be written, as on a full disk: {first}", str(path)) from error
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(beside)) and error.filename2 is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _publish_new(beside: Path, path: Path) -> None:
+    """Give a finished file its name unless there is a file of that name already."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, "the file exists already", str(path)) from None
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        with _reserved(path):
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, "the file exists already", str(path)) from None
+            os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _reserved(path: Path) -> Iterator[None]:
+    """The exclusive right to create ``path``; a FileExistsError where another process has it."""
+    claim = path.with_name(f".{path.name}.claim")
+    with claim.open("xb"):
+        pass
+    try:
+        yield
+    finally:
+        claim.unlink()

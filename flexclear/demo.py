@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flexclear.compile.files import whole_file
 from flexclear.convert import restore, transform
 from flexclear.embedded.evaluation import picture_psnr
 from flexclear.masks import Cost, Disc, Downsampled, Layout, cost
@@ -161,10 +162,11 @@ def markdown_table(variants: Sequence[Variant]) -> str:
 
 def write(variants: Sequence[Variant], prompts: Sequence[str], out: Path) -> tuple[Path, Path]:
     """Write ``contact_sheet.png`` and ``table.md`` into the folder ``out``, made if missing; return both paths."""
-    out.mkdir(parents=True, exist_ok=True)
     labels = [v.label if v.psnr is None else f"{v.label.replace(', ', chr(10))}\n{v.psnr:.1f} dB" for v in variants]
     rows = [list(row) for row in zip(*(v.pictures for v in variants), strict=True)]
     picture, table = out / "contact_sheet.png", out / "table.md"
-    contact_sheet(rows, prompts, labels).save(picture)
-    table.write_text(markdown_table(variants), encoding="utf-8")
+    with whole_file(picture) as beside:
+        contact_sheet(rows, prompts, labels).save(beside, format="PNG")
+    with whole_file(table) as beside:
+        beside.write_text(markdown_table(variants), encoding="utf-8")
     return picture, table

@@ -23,6 +23,7 @@ from flexclear.generate_check import Setup, check, check_sizes, loading
 from flexclear.generate_settings import DENSE, GenerateSettings, parse_radius, parse_size, read_prompts
 from flexclear.masks import Disc, Downsampled
 from flexclear.picture_files import png_bytes, slug
+from flexclear.resuming import find_finished
 from flexclear.versions import versions
 from flexclear.weights.files import EMBEDDED
 
@@ -166,7 +167,11 @@ def _window_names(pipe: Any) -> str:
 
 
 def draw(
-    pipe: Any, settings: GenerateSettings, setup: Setup, on_step: OnStep = lambda picture, step, steps: None
+    pipe: Any,
+    settings: GenerateSettings,
+    setup: Setup,
+    on_step: OnStep = lambda picture, step, steps: None,
+    on_kept: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[Drawn]:
     """Draw and write one picture after the other; what was yielded is on disk. Of several processes that share pictures
     (``parallel``), the first one writes and yields.
@@ -177,9 +182,12 @@ def draw(
         setup: of ``check``.
         on_step: called after each denoising step with the picture's number from 1, the step's number from 1, and all
             steps of the picture.
+        on_kept: called with the path of each image of the set that is finished already (``resume``), before the first
+            one is drawn.
 
     Raises:
-        ValueError: the pipeline has no such option, or cannot draw this.
+        ValueError: the pipeline has no such option, or cannot draw this; or ``resume``, and the images there are of
+            other sets.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
@@ -188,8 +196,24 @@ def draw(
     fixed = _call_arguments(type(pipe).__name__, settings, defaults)
     common = _metadata(pipe, settings, setup, {**defaults, **fixed})
     synchronize = torch.cuda.synchronize if setup.device.type == "cuda" else lambda device: None
-    combinations = itertools.product(settings.prompts, settings.sizes or (None,), settings.seeds)
+    combinations = list(itertools.product(settings.prompts, settings.sizes or (None,), settings.seeds))
+    target, kept = setup.target, {}
+    if settings.resume:
+        wanted = [
+            {
+                "prompt": prompt,
+                **({} if size is None else {"height": size[0], "width": size[1]}),
+                "seed": seed,
+                **common,
+            }
+            for prompt, size, seed in combinations
+        ]
+        kept, target = find_finished(target, wanted, versions())
+        for path in kept.values():
+            on_kept(path)
     for number, (prompt, size, seed) in enumerate(combinations, 1):
+        if number in kept:
+            continue
         ends: list[float] = []
 
         def ended(step: int, steps: int, ends: list[float] = ends, number: int = number) -> None:
@@ -222,7 +246,7 @@ def draw(
         if settings.parallel and torch.distributed.get_rank() != 0:
             continue
         told = {"prompt": prompt, "height": picture.height, "width": picture.width, "seed": seed, **common, **stages}
-        path = setup.target.write(number, prompt, png_bytes(picture, told, versions()))
+        path = target.write(number, prompt, png_bytes(picture, told, versions()))
         yield Drawn(
             path=path,
             prompt=prompt,
@@ -262,7 +286,7 @@ def _cascade(
         on_step=lambda stage, step, steps: ended(step, steps),
     )
     stages = [{name: value for name, value in stage.as_json().items() if name != "windows"} for stage in done.stages]
-    return done.image, {"steps": settings.steps, "guidance": settings.guidance, "stages": stages}
+    return done.image, {"stages": stages}
 
 
 def _call_arguments(kind: str, settings: GenerateSettings, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -294,12 +318,14 @@ def _metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: di
     return {
         "steps": arguments["num_inference_steps"],
         "guidance": arguments.get(guidance),
+        **(_highres(settings) if settings.highres else {}),
         "model": settings.model,
         "pipeline": type(pipe).__name__,
         "r": DENSE if settings.r == DENSE else inner.radius if isinstance(inner, Disc) else None,
         "down_factor": window.factor if isinstance(window, Downsampled) else None,
         "window": _window_names(pipe),
         "weights": settings.weights,
+        "fingerprints": list(setup.fingerprints),
         "recipe": setup.recipe,
         "min_features": settings.min_features if setup.recipe else None,
         "text_len": arguments.get("max_sequence_length"),
@@ -309,6 +335,17 @@ def _metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: di
         "compile": settings.compile,
         **(_ranks(settings) if settings.parallel else {}),
     }
+
+
+def _highres(settings: GenerateSettings) -> dict[str, Any]:
+    """What was asked of all stages; None is each stage's own."""
+    asked = {
+        "sizes": settings.highres,
+        "method": settings.highres_method,
+        "strength": settings.strength,
+        "shift": settings.shift,
+    }
+    return {"steps": settings.steps, "guidance": settings.guidance, "highres": asked}
 
 
 def _ranks(settings: GenerateSettings) -> dict[str, Any]:

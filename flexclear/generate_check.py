@@ -15,6 +15,7 @@ import torch
 from flexclear.attention import BACKENDS
 from flexclear.convert import px_per_token
 from flexclear.families import FAMILIES
+from flexclear.fingerprints import fingerprint_files, fingerprint_pipeline
 from flexclear.generate_settings import BEST, DENSE, DTYPES, GenerateSettings
 from flexclear.masks import Disc, Downsampled
 from flexclear.picture_files import Target
@@ -23,7 +24,10 @@ from flexclear.weights.files import EMBEDDED
 
 @dataclass(frozen=True)
 class Setup:
-    """What ``check`` has found out: settings with nothing left to choose."""
+    """What ``check`` has found out: settings with nothing left to choose.
+
+    ``fingerprints``: of the model's files, where it is a folder, and of the weights file.
+    """
 
     folder: str
     device: torch.device
@@ -31,6 +35,7 @@ class Setup:
     recipe: str | None
     weights: Path | None
     target: Target
+    fingerprints: tuple[str, ...] = ()
 
 
 def check(settings: GenerateSettings) -> Setup:
@@ -52,6 +57,7 @@ def check(settings: GenerateSettings) -> Setup:
         raise ValueError("--weights brings its own window; give --r as well to choose --down-factor yourself")
     if settings.down_factor is not None:
         Downsampled(Disc(1), settings.down_factor)
+    _check_resume(settings)
     _check_highres(settings)
     _check_parallel(settings)
     device = choose_device(settings.device)
@@ -63,8 +69,11 @@ def check(settings: GenerateSettings) -> Setup:
     folder = _folder(settings.model)
     _check_model(folder, settings, dense)
     weights = None if settings.weights is None else _weights(settings.weights)
-    target = Target.of(settings.out, settings.pictures, settings.overwrite)
-    return Setup(folder, device, dtype, recipe, weights, target)
+    target = Target.of(settings.out, settings.pictures, settings.overwrite, settings.resume)
+    fingerprints = [fingerprint_pipeline(Path(folder))] if Path(folder).is_dir() else []
+    if weights is not None:
+        fingerprints.append(fingerprint_files(weights.parent, [weights]))
+    return Setup(folder, device, dtype, recipe, weights, target, tuple(fingerprints))
 
 
 def choose_device(name: str) -> torch.device:
@@ -179,6 +188,14 @@ def _skeleton(folder: str, config: dict[str, Any]) -> Any:
         return kind(**{**dict.fromkeys(needed), "vae": vae})
     except (AttributeError, TypeError, ValueError):
         return None  # It looks into a part that is not there yet; sizes are checked again after loading.
+
+
+def _check_resume(settings: GenerateSettings) -> None:
+    """What --resume does not go with."""
+    if settings.resume and settings.overwrite:
+        raise ValueError("--resume keeps the finished images, --overwrite replaces them; leave one out")
+    if settings.resume and settings.parallel:
+        raise ValueError("--resume reads a folder that not every process need see; leave it out with --parallel")
 
 
 def _check_highres(settings: GenerateSettings) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from flexclear.compile.quantize import MIN_FEATURES
 from flexclear.masks import Disc
+from flexclear.reading import lines_of, read_text
 
 DENSE = "dense"
 BEST = "best"
@@ -39,6 +40,7 @@ class GenerateSettings:
         backend: of ``flexclear.transform``.
         compile: compile the blocks (``flexclear.optimize``); the first picture of each size takes longer.
         overwrite: see ``flexclear.picture_files.Target``.
+        resume: keep the finished images of this set in ``out`` and draw the missing ones under their own numbers.
         highres: sizes of the stages of ``flexclear.highres.upscale_cascade``, in place of ``sizes``; empty: none.
         highres_method, strength, shift: of it.
         stages: folder in which the stages of each picture are kept, and from which they go on; or None.
@@ -65,6 +67,7 @@ class GenerateSettings:
     backend: str = "auto"
     compile: bool = False
     overwrite: bool = False
+    resume: bool = False
     highres: tuple[int | tuple[int, int], ...] = ()
     highres_method: str = "sdedit"
     strength: float | None = None
@@ -111,6 +114,8 @@ def parse_radius(text: str) -> int | str:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt per line of a UTF-8 file; blank lines and lines that begin with ``#`` are left out.
 
+    Lines end at newlines only: a prompt may hold U+2028 or U+0085.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is a folder, no UTF-8 text, or holds no prompt.
@@ -121,9 +126,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not path.exists():
         raise FileNotFoundError(f"--prompts: no file {path}")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts must be a UTF-8 text file, {path} is not: {error}") from error
+        lines = [line.strip() for line in lines_of(read_text(path))]
+    except ValueError as error:
+        raise ValueError(f"--prompts must be a UTF-8 text file: {error}") from error
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise ValueError(f"--prompts {path} holds no prompt, only blank lines and # comments")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import tempfile
 import unicodedata
@@ -15,6 +14,10 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from flexclear.compile.files import whole_file
+from flexclear.image_reading import png_text
+from flexclear.reading import parse_json
 
 CHUNK = "flexclear"
 """Name of the text chunk that holds settings and versions in JSON."""
@@ -59,13 +62,18 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it carries no settings of flexclear.
+        ValueError: it is no PNG, is damaged, or carries no settings of flexclear.
     """
-    with Image.open(path) as picture:
-        text = getattr(picture, "text", {}).get(CHUNK)
+    text = png_text(Path(path), CHUNK)
     if text is None:
         raise ValueError(f"{path} has no text chunk {CHUNK!r}: it was not written by flexclear generate")
-    return json.loads(text)
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} has a damaged text chunk {CHUNK!r}: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise ValueError(f"{path} has a text chunk {CHUNK!r} without settings")
+    return found
 
 
 @dataclass(frozen=True)
@@ -77,15 +85,19 @@ class Target:
         is_file: which of the two.
         overwrite: replace files that are there. Without it a folder's pictures are numbered on from the highest number
             in it, and a file that exists is an error.
+        first: number of a resumed set's first image in its folder; None: of no resumed set.
     """
 
     path: Path
     is_file: bool
     overwrite: bool
+    first: int | None = None
 
     @classmethod
-    def of(cls, out: Path, pictures: int, overwrite: bool) -> Target:
+    def of(cls, out: Path, pictures: int, overwrite: bool, resume: bool = False) -> Target:
         """The target that ``out`` names: a file if it ends in ``.png`` and is no folder, else a folder, made if missing.
+
+        ``resume`` permits a file that exists; ``flexclear.resuming`` compares it with what was asked for.
 
         Raises:
             ValueError: ``out`` cannot be written, is a file of another kind, exists, or is a file for several pictures.
@@ -97,7 +109,7 @@ class Target:
             raise ValueError(f"--out must end in .png, the format that carries the settings, or be a folder; got {out}")
         if is_file and pictures > 1:
             raise ValueError(f"--out names one file, {out}, for {pictures} pictures; name a folder")
-        if is_file and out.exists() and not overwrite:
+        if is_file and out.exists() and not overwrite and not resume:
             raise ValueError(f"--out {out} exists already; --overwrite replaces it")
         folder = out.parent if is_file else out
         try:
@@ -118,31 +130,25 @@ class Target:
             return write_whole(self.path, content, self.overwrite)
         if self.overwrite:
             return write_whole(self.path / f"{number:04d}_{slug(prompt)}.png", content, True)
+        taken = {number for number, _ in numbered(self.path)}
+        place = 0 if self.first is None else self.first + number - 1
+        if self.first is None or place in taken:
+            place = max(taken, default=0) + 1
         while True:
             try:
-                return write_whole(self.path / f"{_highest(self.path) + 1:04d}_{slug(prompt)}.png", content, False)
-            except FileExistsError:
-                continue  # Another process has taken the number since; it counts now.
+                return write_whole(self.path / f"{place:04d}_{slug(prompt)}.png", content, False)
+            except FileExistsError:  # Another process has taken the name since.
+                place = max([place, *(number for number, _ in numbered(self.path))]) + 1
 
 
-def _highest(folder: Path) -> int:
-    found = (re.match(r"(\d+)_.*\.png$", entry.name) for entry in folder.iterdir())
-    return max((int(match[1]) for match in found if match), default=0)
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Number and path of the images of ``flexclear generate`` in a folder, by number."""
+    found = ((re.match(r"(\d+)_.*\.png$", entry.name), entry) for entry in folder.iterdir())
+    return sorted((int(match[1]), entry) for match, entry in found if match)
 
 
 def write_whole(path: Path, content: bytes, overwrite: bool) -> Path:
     """Write a file that appears whole or not at all; without ``overwrite`` a FileExistsError if it is there already."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    beside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)
-        if not overwrite:
-            path.open("xb").close()  # Takes the name, or raises FileExistsError.
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(path, overwrite) as beside:
+        beside.write_bytes(content)
     return path

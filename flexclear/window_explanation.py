@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexclear.compile.files import whole_file
 from flexclear.masks import Cost, Disc, Layout, block_pairs, cost
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
@@ -66,14 +67,14 @@ class Explanation:
     def save(self, path: str | Path) -> Path:
         """Draw one query's window and the block map into a PNG file; returns its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         pairs = block_pairs(self.layout, self.window, self.block_size)
         window = window_picture(self.layout, self.window)
         titles = [
             f"what one query sees of {self.layout.height} x {self.layout.width} tokens: {self.window.name}",
             f"{pairs.q_blocks} x {pairs.kv_blocks} blocks: {pairs.full_count} full (dark), {pairs.partial_count} partial",
         ]
-        side_by_side([window, block_picture(pairs)], titles).save(path)
+        with whole_file(path) as beside:
+            side_by_side([window, block_picture(pairs)], titles).save(beside, format="PNG")
         return path
 
 

@@ -55,6 +55,13 @@ def _draw(pipe: Any, call: dict[str, Any], seed: int) -> Any:
     return pipe(**call, generator=torch.Generator().manual_seed(seed)).images[0]
 
 
+def _save(picture: Any, path: Path) -> None:
+    from flexclear.compile.files import whole_file
+
+    with whole_file(path) as beside:
+        picture.save(beside, format="PNG")
+
+
 def _place(text: str) -> tuple[int, int]:
     row, _, column = text.lower().partition("x")
     if not (row.isdigit() and column.isdigit()):
@@ -114,13 +121,13 @@ def attention(
         raise ValueError(f"--at {max(wanted)}: the run has steps 0 to {total - 1}")
     with observe(pipe, chosen or None, wanted, places) as found:
         picture = _draw(pipe, call, seed)
-    picture.save(out / "picture.png")
+    _save(picture, out / "picture.png")
     written = [out / "picture.png"]
     for one in found:
         if places:
             heads = list(head) if head else list(range(min(4, len(one.mass))))
             name = f"maps_{one.layer.replace('.', '_')}_step_{one.step}.png"
-            attention_pictures(picture, one, heads).save(out / name)
+            _save(attention_pictures(picture, one, heads), out / name)
             written.append(out / name)
     written.append(plot_mass(found, out / "mass.png"))
     told = [
@@ -194,7 +201,7 @@ def perturb(
     rows = {}
     for title, tensor in as_tensor.items():
         name = title.replace(" ", "_") + ".png"
-        pictures[title].save(out / name)
+        _save(pictures[title], out / name)
         pair = (tensor, as_tensor["as it is"])
         rows[title] = {"psnr": float(psnr(*pair)), "ssim": float(ssim(*pair)), "file": name}
     lines = ["| relative distances | PSNR to as it is | SSIM |", "|---|---|---|"]
@@ -204,7 +211,7 @@ def perturb(
         with whole_file(out / name) as beside:
             beside.write_text(content, encoding="utf-8")
     titles = [title.replace(" clipped", "\nclipped") for title in pictures]
-    contact_sheet([list(pictures.values())], [prompt], titles).save(out / "perturb.png")
+    _save(contact_sheet([list(pictures.values())], [prompt], titles), out / "perturb.png")
     print(f"{page}\n{out / 'perturb.png'}")
 
 

@@ -85,12 +85,16 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Number from 1 and replace. Else a folder's numbers go on.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep the finished images of this set in the folder, draw the missing ones."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON per picture on standard output.")] = False,
 ) -> None:
     """Draw every prompt at every size with every seed. Each PNG carries its settings; same seed, same picture.
 
     A file that exists is never replaced unless --overwrite says so: in a folder numbers go on after the highest one,
-    a single file is an error. Ctrl-C keeps what is finished.
+    a single file is an error. Ctrl-C keeps what is finished; the same command with --resume completes the set.
     """
 
     from flexclear import generate as job
@@ -116,6 +120,7 @@ def generate(
         backend=backend,
         compile=compile,
         overwrite=overwrite,
+        resume=resume,
         highres=_stage_sizes(highres),
         highres_method=highres_method,
         strength=strength,
@@ -150,7 +155,13 @@ def generate(
             def on_step(picture: int, step: int, total: int) -> None:
                 progress.update(inner, completed=step, total=total)
 
-            for drawn in job.draw(pipe, settings, setup, on_step):
+            def on_kept(path: Path) -> None:
+                nonlocal done
+                done += 1
+                progress.update(pictures, completed=done)
+                lines.print(f"{path}: finished already")
+
+            for drawn in job.draw(pipe, settings, setup, on_step, on_kept):
                 done += 1
                 progress.update(pictures, completed=done)
                 pace = drawn.median_step_seconds

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexclear.fingerprints import counts, fingerprint_files
 from flexclear.weights.files import EMBEDDED, HUB_ID
 
 SUPPORTED = ("FluxTransformer2DModel",)
 """Classes whose calls the trainer makes."""
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-SAMPLED = 1 << 16
 
 
 def pipeline_folder(model: str) -> Path:
@@ -99,15 +98,5 @@ def fingerprint(folder: Path) -> str:
 
     Two pipelines with equal files of these parts (FLUX.1-dev and schnell) have equal fingerprints.
     """
-    digest = hashlib.sha256()
-    for part in ENCODERS:
-        for file in sorted((folder / part).glob("*")) if (folder / part).is_dir() else ():
-            if not file.is_file() or file.name.startswith(".") or file.suffix == ".md":
-                continue
-            size = file.stat().st_size
-            digest.update(f"{part}/{file.name}:{size};".encode())
-            with file.open("rb") as stream:
-                for step in range(8):
-                    stream.seek(max(0, size - SAMPLED) * step // 7)
-                    digest.update(stream.read(SAMPLED))
-    return digest.hexdigest()[:24]
+    files = (file for part in ENCODERS for file in sorted((folder / part).glob("*")))
+    return fingerprint_files(folder, (file for file in files if counts(file)))

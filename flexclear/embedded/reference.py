@@ -7,7 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from flexclear.compile.files import whole_file
 from flexclear.embedded.scenes import scale_bitmap
+from flexclear.image_reading import read_image
 
 FILE_NAME = "emoji.png"
 CELL_PIXELS = 96
@@ -20,7 +22,8 @@ def write_reference_sheet(bitmaps: Sequence[Image.Image], folder: Path) -> None:
     sheet = Image.new("RGBA", (COLUMNS * CELL_PIXELS, rows * CELL_PIXELS), (0, 0, 0, 0))
     for index, bitmap in enumerate(bitmaps):
         sheet.paste(scale_bitmap(bitmap, CELL_PIXELS), _corner(index))
-    sheet.save(folder / FILE_NAME, optimize=True)
+    with whole_file(folder / FILE_NAME) as beside:
+        sheet.save(beside, format="PNG", optimize=True)
 
 
 def read_reference_sheet(folder: Path, count: int) -> list[Image.Image]:
@@ -33,8 +36,7 @@ def read_reference_sheet(folder: Path, count: int) -> list[Image.Image]:
     path = folder / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so the embedded model is not installed completely")
-    with Image.open(path) as opened:
-        sheet = opened.convert("RGBA")
+    sheet = read_image(path).convert("RGBA")
     room = (sheet.width // CELL_PIXELS) * (sheet.height // CELL_PIXELS)
     if count > room:
         raise ValueError(f"{path} holds at most {room} drawings, {count} were asked for")

@@ -63,8 +63,8 @@ def test_a_name_that_another_process_takes_first_is_left_to_it(tmp_path, monkeyp
 
     target = picture_files.Target.of(tmp_path, 1, False)
     (tmp_path / "0001_p.png").write_bytes(b"theirs")
-    numbers = iter([0, 1])
-    monkeypatch.setattr(picture_files, "_highest", lambda folder: next(numbers))
+    seen = iter([[], picture_files.numbered(tmp_path)])
+    monkeypatch.setattr(picture_files, "numbered", lambda folder: next(seen))
     assert target.write(1, "p", b"ours") == tmp_path / "0002_p.png"
     assert (tmp_path / "0001_p.png").read_bytes() == b"theirs"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0001_p.png", "0002_p.png"]
