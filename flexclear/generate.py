@@ -197,7 +197,8 @@ def draw(
     common = _metadata(pipe, settings, setup, {**defaults, **fixed})
     synchronize = torch.cuda.synchronize if setup.device.type == "cuda" else lambda device: None
     combinations = list(itertools.product(settings.prompts, settings.sizes or (None,), settings.seeds))
-    target, kept = setup.target, {}
+    target = setup.target
+    kept: dict[int, Path] = {}
     if settings.resume:
         wanted = [
             {

@@ -29,7 +29,8 @@ def generate(
 ) -> None:
     """Draw COUNT pictures with the plain model, each with its caption in a .txt file beside it.
 
-    Pictures that are there are kept: the same command goes on where it was stopped, on any number of processes.
+    Pictures that are there are kept: the same command goes on where it was stopped, on any number of processes. Other
+    settings than theirs (settings.json) are an error; a deleted caption is written again.
     """
     from flexclear.distill.drawing import DataPlan, draw_data, parse_shard
     from flexclear.generate_settings import DENSE, GenerateSettings, parse_size, read_prompts
@@ -83,7 +84,8 @@ def cache(
     """Encode pictures and captions once, so that training loads neither text encoders nor VAE.
 
     Captions: a .txt file beside each picture, or metadata.jsonl with file_name and text; in .tar files a .txt or .json
-    of the same name. A damaged picture or .tar file is named and skipped. The same command goes on where it was stopped.
+    of the same name. A damaged picture or .tar file is named and skipped. The same command goes on where it was stopped;
+    a cache of pictures that were replaced since is an error.
     """
     import torch
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from flexclear.compile.files import whole_file
 from flexclear.distill.models import check_class, fingerprint, load_pipeline, pipeline_folder, transformer_class
-from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSamples, Sample, shape_of
+from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSamples, Sample, check_sample, shape_of
 from flexclear.distill.sources import Item, Skipped, find_items
+from flexclear.reading import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def cache(
 ) -> Cached:
     """Encode pictures and captions. A run that was stopped goes on with the first shard that is missing.
 
+    What is in the pictures' files decides whether a cache is of them, not their names or times.
+
     Args:
         source: see ``find_items``.
         model: pipeline folder, hub id or ``"embedded"``.
@@ -67,6 +70,7 @@ def cache(
 
     Raises:
         FileNotFoundError: no such source or model.
+        OSError: a picture was replaced meanwhile, or the disk is full; what is finished is kept.
         TypeError: a model that training does not know.
         ValueError: nothing usable is there, or ``out`` holds a cache of something else.
     """
@@ -80,11 +84,13 @@ def cache(
         raise ValueError(f"{source} holds no picture with a caption ({len(skipped)} skipped)")
     made = fingerprint(folder)
     facts = {"size": size, "text_len": text_len, "shard_size": shard_size, "dtype": str(dtype), "encoders": made}
-    work = hashlib.sha256(json.dumps([facts, [(item.name, item.caption) for item in items]]).encode()).hexdigest()[:24]
-    if (out / INDEX).is_file():
-        known = json.loads((out / INDEX).read_text(encoding="utf-8"))
-        if known.get("work") != work:
-            raise ValueError(f"{out} holds a cache of other pictures, settings or encoders; name another folder")
+    digests = [item.digest() for item in items]
+    contents = [(item.name, item.caption, digest) for item, digest in zip(items, digests, strict=True)]
+    work = hashlib.sha256(json.dumps([facts, contents]).encode()).hexdigest()[:24]
+    if (out / INDEX).is_file() and _work(out / INDEX) != work:
+        raise ValueError(
+            f"{out} holds a cache of other pictures, captions, settings or encoders; name another folder, or delete that one"
+        )
     out.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     factors: dict[str, float] = {}
@@ -98,9 +104,8 @@ def cache(
             pipe.to(device)
             encode = _Encoder(pipe, size, text_len)
             factors = {"scaling_factor": encode.scaling, "shift_factor": encode.shift}
-            found = _write(
-                shard, part, start, encode, work, factors, functools.partial(_count, on_item, start, len(items))
-            )
+            count = functools.partial(_count, on_item, start, len(items))
+            found = _write(shard, part, digests[start : start + shard_size], start, encode, work, factors, count)
         for lost in found["skipped"]:
             skipped.append(Skipped(**lost))
             say(f"skipped {lost['name']}: {lost['reason']}")
@@ -129,6 +134,20 @@ def _count(on_item: Callable[[int, int], None], start: int, total: int, done: in
     on_item(start + done, total)
 
 
+def _work(index: Path) -> Any:
+    """What the index of a finished cache says that it is of.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return parse_json(read_text(index))["work"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{index} is no index of a cache: {error!r}; name another folder, or delete that one"
+        ) from error
+
+
 def _header(shard: Path, work: str) -> dict[str, Any] | None:
     """What a finished shard of the same work says of itself, else None: it is to be made."""
     from safetensors import SafetensorError, safe_open
@@ -137,15 +156,16 @@ def _header(shard: Path, work: str) -> dict[str, Any] | None:
         return None
     try:
         with safe_open(shard, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get("flexclear", "{}"))
-    except SafetensorError:
+            found = parse_json((file.metadata() or {}).get("flexclear", "{}"))
+    except (SafetensorError, ValueError):
         return None
-    return found if found.get("work") == work else None
+    return found if isinstance(found, dict) and found.get("work") == work else None
 
 
 def _write(
     shard: Path,
     items: list[Item],
+    digests: list[str],
     start: int,
     encode: _Encoder,
     work: str,
@@ -157,10 +177,11 @@ def _write(
     tensors: dict[str, Tensor] = {}
     samples: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    for place, item in enumerate(items):
+    for place, (item, digest) in enumerate(zip(items, digests, strict=True)):
         try:
-            picture = item.picture()
+            picture = item.picture(digest)
             sample = encode(picture, item.caption)
+            check_sample(sample)
         except ValueError as error:
             skipped.append({"name": item.name, "reason": str(error)})
             continue
@@ -207,7 +228,7 @@ def _fitted(picture: Image.Image, size: tuple[int, int] | None, multiple: int) -
     """Scaled to cover ``size`` and cut around the middle; None: cut to multiples of ``multiple``.
 
     Raises:
-        ValueError: the picture is smaller than ``multiple``.
+        ValueError: the picture is smaller than ``multiple``, or so narrow that scaled it would be huge.
     """
     if size is None:
         height, width = (side // multiple * multiple for side in (picture.height, picture.width))
@@ -218,6 +239,11 @@ def _fitted(picture: Image.Image, size: tuple[int, int] | None, multiple: int) -
         scale = max(height / picture.height, width / picture.width)
         if scale != 1:
             new = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+            if Image.MAX_IMAGE_PIXELS is not None and new[0] * new[1] > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(
+                    f"{picture.height} x {picture.width} pixels scaled to cover {height} x {width} are {new[1]} x {new[0]}, "
+                    f"more than {Image.MAX_IMAGE_PIXELS} in all"
+                )
             picture = picture.resize(new, Image.Resampling.LANCZOS)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexclear.compile.files import whole_file, write_errors
 from flexclear.distill.config import DistillConfig, as_mapping
+from flexclear.reading import parse_json, read_text
 
 FOLDER = "checkpoints"
 TRAINED = "trained.safetensors"
@@ -68,8 +71,8 @@ def check_identity(place: Path, now: dict[str, Any]) -> None:
         ValueError: it is, or it is damaged.
     """
     try:
-        then = json.loads((place / RUN).read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError) as error:
+        then = dict(parse_json(read_text(place / RUN))["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place} is no checkpoint of a distillation: {error}") from error
     now = json.loads(json.dumps(now))
     differing = [
@@ -115,9 +118,32 @@ class Checkpoints:
             hook.remove()
 
     def save(self, step: int) -> Path:
-        """Write the checkpoint after ``step`` steps, then delete the oldest ones."""
+        """Write the checkpoint after ``step`` steps, then delete the oldest ones.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; nothing of it is left, and the earlier ones stay.
+        """
         place = self._folder / name_of(step)
         partial = self._folder / f".{name_of(step)}.partial"
+        try:
+            with write_errors(place):
+                self._write(step, partial, place)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = latest(self._folder.parent)
+            told = "There is no earlier one" if kept is None else f"{kept[1]} is kept; the same command resumes from it"
+            raise OSError(error.errno, f"the checkpoint of step {step} cannot be written: {error}. {told}") from error
+        if self._accelerator.is_main_process:
+            older = sorted(old for old in self._folder.glob("step_*") if old.name < place.name)
+            for old in older[: max(0, len(older) - self._keep + 1)]:
+                gone = old.with_name(f".{old.name}.partial")  # Never half a checkpoint under a whole one's name.
+                shutil.rmtree(gone, ignore_errors=True)
+                old.rename(gone)
+                shutil.rmtree(gone)
+        self._accelerator.wait_for_everyone()
+        return place
+
+    def _write(self, step: int, partial: Path, place: Path) -> None:
         accelerator = self._accelerator
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -130,17 +156,13 @@ class Checkpoints:
             if self._average is not None:
                 torch.save(self._average.state_dict(), partial / AVERAGE)
             (partial / RUN).write_text(json.dumps({"step": step, "identity": self._identity}), encoding="utf-8")
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    with file.open("r+b") as stream:
+                        os.fsync(stream.fileno())
             if place.exists():
                 shutil.rmtree(place)
             partial.rename(place)
-            older = sorted(old for old in self._folder.glob("step_*") if old.name < place.name)
-            for old in older[: max(0, len(older) - self._keep + 1)]:
-                gone = old.with_name(f".{old.name}.partial")  # Never half a checkpoint under a whole one's name.
-                shutil.rmtree(gone, ignore_errors=True)
-                old.rename(gone)
-                shutil.rmtree(gone)
-        accelerator.wait_for_everyone()
-        return place
 
     def load(self, place: Path) -> None:
         """Go on from a checkpoint.
@@ -173,7 +195,8 @@ class Checkpoints:
             from safetensors.torch import save_file
 
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trained.items()}
-            save_file(tensors, Path(folder) / TRAINED)
+            with whole_file(Path(folder) / TRAINED) as beside:
+                save_file(tensors, beside)
 
     def _read_trained(self, models: list[nn.Module], folder: str) -> None:
         if not models:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexclear.compile.files import whole_file
-from flexclear.generate import GenerateSettings, check, draw, load
-from flexclear.picture_files import read_settings
+from flexclear.folder_settings import keep_settings
+from flexclear.generate import GenerateSettings, Setup, check, draw, load
+from flexclear.picture_files import read_settings, write_whole
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class _Place:
 
     def write(self, number: int, prompt: str, content: bytes) -> Path:
         # The caption first: a picture that is there is finished.
-        with whole_file(self.path.with_suffix(".txt")) as beside:
-            beside.write_text(prompt + "\n", encoding="utf-8")
-        with whole_file(self.path) as beside:
-            beside.write_bytes(content)
-        return self.path
+        write_caption(self.path, prompt)
+        return write_whole(self.path, content, overwrite=True)
+
+
+def write_caption(picture: Path, prompt: str) -> None:
+    """Write the caption of a picture, in a ``.txt`` file beside it."""
+    write_whole(picture.with_suffix(".txt"), f"{prompt}\n".encode(), overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class DataPlan:
         return range(self.shard[0], self.count, self.shard[1])
 
     def missing(self) -> list[int]:
-        """Numbers of this shard's pictures that are not there yet.
+        """Numbers of this shard's pictures that are not there yet. ``draw_data`` compares their other settings.
 
         Raises:
             ValueError: a picture that is there shows another prompt or has another seed.
@@ -80,18 +82,35 @@ class DataPlan:
             wanted = self.single(number)
             try:
                 known = read_settings(path)["settings"]
-            except (OSError, ValueError, SyntaxError) as error:
+                told = (known["prompt"], known["seed"], known["model"])
+            except (OSError, ValueError, KeyError) as error:
                 raise ValueError(f"{path} is there, and is no picture of this command: {error}") from error
-            if (known["prompt"], known["seed"], known["model"]) != (
-                wanted.prompts[0],
-                wanted.seeds[0],
-                wanted.model,
-            ):
+            if told != (wanted.prompts[0], wanted.seeds[0], wanted.model):
                 raise ValueError(
-                    f"{path} shows {known['prompt']!r} by {known['model']} with seed {known['seed']}; it would be "
+                    f"{path} shows {told[0]!r} by {told[2]} with seed {told[1]}; it would be "
                     f"{wanted.prompts[0]!r} by {wanted.model} with seed {wanted.seeds[0]}. Name another folder"
                 )
         return left
+
+    def check_folder(self, setup: Setup) -> None:
+        """Write the settings that all pictures share into ``settings.json`` in the folder, or compare them with it.
+
+        Of a picture's own, prompt and seed, see ``missing``: more pictures or prompts may be asked for later.
+
+        Raises:
+            ValueError: the folder holds pictures of other settings, or of nobody knows which.
+        """
+        settings = self.settings
+        told = {
+            "model": settings.model,
+            "fingerprints": setup.fingerprints,
+            "sizes": settings.sizes,
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "text_len": settings.text_len,
+            "dtype": str(setup.dtype).removeprefix("torch."),
+        }
+        keep_settings(settings.out, told, "Name another folder, or delete that one")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -114,8 +133,11 @@ def draw_data(
 ) -> Iterator[Any]:
     """Draw the missing pictures, one after the other; each that is yielded (``flexclear.generate.Drawn``) is on disk.
 
+    Captions of pictures that are there are written again where they were deleted.
+
     Raises:
-        See ``flexclear.generate.check`` and ``DataPlan.missing``. Nothing happens before the first picture is asked for.
+        See ``flexclear.generate.check``, ``DataPlan.missing`` and ``DataPlan.check_folder``. Nothing happens before the
+        first picture is asked for.
     """
     out = plan.settings.out.expanduser()
     if out.exists() and not out.is_dir():
@@ -124,6 +146,10 @@ def draw_data(
     plan = replace(plan, settings=replace(plan.settings, out=out))
     setup = check(plan.settings)
     left = plan.missing()
+    plan.check_folder(setup)
+    for number in sorted(set(plan.numbers()) - set(left)):
+        if not plan.path(number).with_suffix(".txt").exists():
+            write_caption(plan.path(number), plan.single(number).prompts[0])
     if not left:
         return
     pipe = load(plan.settings, setup, say)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flexclear.compile.files import whole_file
+from flexclear.compile.files import whole_file, write_errors
 from flexclear.convert import transform_again
 from flexclear.distill.students import ADAPTER, trained_parameters
 from flexclear.hooks import entry_hook_of
@@ -64,6 +66,20 @@ def write_weights(model: Any, path: Path) -> None:
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
     with whole_file(path) as beside:
         save_file(tensors, beside, {"format": "pt", "attention": repr(entry.settings.formula)})
+
+
+def write_lora(model: Any, folder: Path) -> None:
+    """Write the adapter into ``folder``, as ``load_lora_adapter`` and PEFT read it; each file whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with write_errors(folder):
+            model.save_lora_adapter(str(partial), adapter_name=ADAPTER)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in partial.iterdir():
+                os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def unwrapped(name: str) -> str:

@@ -59,5 +59,10 @@ def prepare(config: DistillConfig, model_or_pipe: Any = None, data: Samples | No
     if data is None:
         data = CachedSamples(config.data)  # type: ignore[arg-type]
     check_samples(data, model, made, f"the cache {config.data}" if config.data else "the data")
-    held_out_indices(config.held_out.count, len(data), config.seed)
+    left = len(data) - len(held_out_indices(config.held_out.count, len(data), config.seed))
+    if config.batch_size > left:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, and there are {left} samples to train on: every batch would hold some of them "
+            "twice. Take a smaller one, with gradient_accumulation for the rest"
+        )
     return Prepared(data, folder, made if made is not None else data.fingerprint)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
+import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from flexclear.reading import parse_json, read_text
+from flexclear.weights.files import FLOATS, read_header
 
 CACHE_FORMAT = "flexclear-cache-1"
 INDEX = "index.json"
@@ -59,13 +63,45 @@ class Samples(Protocol):
     def shape(self, index: int) -> Shape: ...
 
 
+NUMBERS = {"mean": 3, "logvar": 3, "prompt_embeds": 2, "pooled": 1}
+"""Dimensions of each tensor of a sample."""
+
+
+def check_sample(sample: Sample) -> None:
+    """Raise unless the tensors of a sample are what ``Sample`` says: floating-point and finite, of those dimensions.
+
+    Raises:
+        TypeError: one is no floating-point tensor.
+        ValueError: one has another shape, or holds a number that is not finite, as a VAE in float16 makes them.
+    """
+    for name, dimensions in NUMBERS.items():
+        tensor = getattr(sample, name)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+        _check_shape(name, tuple(tensor.shape), dimensions)
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if sample.mean.shape != sample.logvar.shape:
+        raise ValueError(f"mean is {list(sample.mean.shape)} and logvar {list(sample.logvar.shape)}; they must agree")
+
+
+def _check_shape(name: str, shape: tuple[int, ...], dimensions: int) -> None:
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"{name} must have {dimensions} dimensions and none of 0, got {list(shape)}")
+
+
 def shape_of(sample: Sample) -> Shape:
     return tuple(sample.mean.shape), tuple(sample.prompt_embeds.shape), tuple(sample.pooled.shape)
 
 
 @dataclass
 class MemorySamples:
-    """Samples in memory."""
+    """Samples in memory.
+
+    Raises:
+        TypeError, ValueError: see ``check_sample``; the message names the sample.
+    """
 
     samples: list[Sample]
     scaling_factor: float = 1.0
@@ -74,6 +110,11 @@ class MemorySamples:
     _shapes: list[Shape] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for index, sample in enumerate(self.samples):
+            try:
+                check_sample(sample)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"sample {index}: {error}") from error
         self._shapes = [shape_of(sample) for sample in self.samples]
 
     def __len__(self) -> int:
@@ -91,7 +132,8 @@ class CachedSamples:
 
     Raises:
         FileNotFoundError: there is no such folder, or a shard is missing.
-        ValueError: it is no finished cache, or holds nothing.
+        ValueError: it is no finished cache, holds nothing, or a shard is damaged or holds other types or shapes than the
+            index says.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -102,15 +144,22 @@ class CachedSamples:
                 f"{self.folder} is no finished cache: it has no {INDEX}, which flexclear data cache writes last"
             )
         try:
-            found = json.loads(index.read_text(encoding="utf-8"))
+            found = parse_json(read_text(index))
             if found["format"] != CACHE_FORMAT:
                 raise ValueError(f"format {found['format']!r} is not {CACHE_FORMAT!r}")
             self.model: str = found["model"]
             self.fingerprint: str | None = found["fingerprint"]
             self.scaling_factor = float(found["scaling_factor"])
             self.shift_factor = float(found["shift_factor"])
+            if not math.isfinite(self.scaling_factor) or not math.isfinite(self.shift_factor):
+                raise ValueError("scaling_factor and shift_factor must be finite")
+            self.work: str | None = found.get("work")
             self.entries: list[dict[str, Any]] = found["samples"]
             self._shapes = [tuple(tuple(part) for part in entry["shapes"]) for entry in self.entries]
+            if any(len(shape) != 3 for shape in self._shapes):
+                raise ValueError("a sample must have three shapes")
+            if any(not isinstance(entry[name], str) for entry in self.entries for name in ("shard", "key", "caption")):
+                raise TypeError("shard, key and caption of a sample must be text")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{index} is no index of a cache: {error}") from error
         if not self.entries:
@@ -121,6 +170,7 @@ class CachedSamples:
         if missing:
             raise FileNotFoundError(f"the cache {self.folder} lacks {len(missing)} of its shards: {missing[:3]}")
         self._open = functools.lru_cache(maxsize=8)(self._opened)
+        self._check_shards()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -133,6 +183,30 @@ class CachedSamples:
 
     def shape(self, index: int) -> Shape:
         return self._shapes[index]  # type: ignore[return-value]
+
+    def _check_shards(self) -> None:
+        """Compare types and shapes in the shards' headers with the index; no tensor is read."""
+        shards: dict[str, list[tuple[str, Any]]] = defaultdict(list)
+        for entry, shapes in zip(self.entries, self._shapes, strict=True):
+            shards[entry["shard"]].append((entry["key"], shapes))
+        for name, samples in shards.items():
+            path = self.folder / name
+            try:
+                header = read_header(path, name)
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: delete it and cache again ({error})") from error
+            for sample, (latents, embeds, pooled) in samples:
+                wanted = {"mean": latents, "logvar": latents, "prompt_embeds": embeds, "pooled": pooled}
+                for part, shape in wanted.items():
+                    key = f"{sample}.{part}"
+                    if key not in header.shapes:
+                        raise ValueError(f"{path} lacks {key}, which {INDEX} names. Delete the cache and make it again")
+                    _check_shape(f"{path}: {key}", header.shapes[key], NUMBERS[part])
+                    if header.dtypes[key] not in FLOATS or header.shapes[key] != shape:
+                        raise ValueError(
+                            f"{path}: {key} is {header.dtypes[key]} {list(header.shapes[key])}; it must be one of "
+                            f"{list(FLOATS)} and {list(shape)}, as {INDEX} says. Delete the cache and make it again"
+                        )
 
     def _opened(self, name: str) -> Any:
         from safetensors import SafetensorError, safe_open

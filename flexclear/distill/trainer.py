@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import threading
 import time
@@ -16,21 +17,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from flexclear.compile.files import whole_file
+from flexclear.compile.files import whole_file, write_errors
 from flexclear.convert import model_of, transform
 from flexclear.distill import checkpoints as files
 from flexclear.distill.batches import Batch, BatchMaker, held_out_batches, held_out_indices
 from flexclear.distill.config import DistillConfig
 from flexclear.distill.losses import Losses, Objective
-from flexclear.distill.model_state import as_found, start_from, write_weights
+from flexclear.distill.model_state import as_found, start_from, write_lora, write_weights
 from flexclear.distill.models import load_pipeline
 from flexclear.distill.optimizers import make_optimizer
 from flexclear.distill.preparing import Prepared, prepare
 from flexclear.distill.processes import DTYPES, check_accelerator, check_precision, make_accelerator
 from flexclear.distill.samples import Samples
 from flexclear.distill.sharding import clip, fill, follow, gather, loaded_whole, sharding_of, window_like
-from flexclear.distill.students import ADAPTER, add_lora, make_teacher, merge_lora, trained_parameters
+from flexclear.distill.students import add_lora, make_teacher, merge_lora, trained_parameters
 from flexclear.hooks import entry_hook_of
+from flexclear.reading import lines_of
 from flexclear.weights.files import EMBEDDED
 
 WEIGHTS = "weights.safetensors"
@@ -94,7 +96,8 @@ def distill(
         checkpoints.
 
     Raises:
-        FloatingPointError: a loss is not finite.
+        FloatingPointError: a loss, a gradient or a trained parameter is not finite. Checkpoints hold finite weights only.
+        OSError: a file cannot be written, such as on a full disk; the last checkpoint is kept.
         Others: see ``prepare``.
     """
     if config is None:
@@ -218,11 +221,13 @@ class _Run:
                     if config.sheets.every and (last or step % config.sheets.every == 0):
                         self._draw(step)
                     if last or step % config.checkpoints.every == 0:
+                        self._check_weights(step)
                         self.checkpoints.save(step)
                         saved = step
                 ahead.cancel()
                 if step < config.steps:
                     if saved < step:
+                        self._check_weights(step)
                         self.checkpoints.save(step)
                     self.say(f"interrupted after {step} of {config.steps} steps; the same command goes on from there")
                     return Distilled(step, None, tuple(losses), tuple(held_out))
@@ -250,13 +255,13 @@ class _Run:
             with accelerator.accumulate(self.student):
                 losses = self._losses(batch)
                 if not bool(torch.isfinite(losses.total)):
-                    raise FloatingPointError(
-                        f"the loss of step {step + 1} is {losses.total.item()}: a lower learning rate, or max_grad_norm; "
-                        "the last checkpoint is kept"
-                    )
+                    raise self._not_finite(f"the loss of step {step + 1} is {losses.total.item()}")
                 accelerator.backward(losses.total)
                 if accelerator.sync_gradients and self.config.max_grad_norm:
                     norm = clip(accelerator, self.sharding, self.student, self.parameters, self.config.max_grad_norm)
+                    # In float16 the scaler skips such a step by itself, and tries a smaller scale.
+                    if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":
+                        raise self._not_finite(f"the gradient norm of step {step + 1} is {norm}")
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
@@ -271,6 +276,20 @@ class _Run:
         if self.config.tracker is not None:
             accelerator.log(record, step=step + 1)
         return {**record, "seconds": time.perf_counter() - begin}, ahead
+
+    def _not_finite(self, found: str) -> FloatingPointError:
+        kept = files.latest(self.config.output)
+        told = "there is no checkpoint yet" if kept is None else f"{kept[1]} is kept"
+        return FloatingPointError(f"{found}: a lower learning rate or max_grad_norm may help; {told}")
+
+    def _check_weights(self, step: int) -> None:
+        """Raise before weights that are not finite replace good ones on disk; of sharded ones, losses tell.
+
+        Raises:
+            FloatingPointError: a trained parameter is not finite.
+        """
+        if not self.sharding and not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise self._not_finite(f"a trained parameter is not finite after step {step}")
 
     def _losses(self, batch: Batch) -> Losses:
         return self.objective(batch.to(self.device, self.compute), self.student)
@@ -287,6 +306,8 @@ class _Run:
                     sums[name] = sums.get(name, 0.0) + value.item() * len(batch.sigmas)
         count = sum(len(batch.sigmas) for batch in self.held_out)
         record: Record = {"step": step, **{name: value / count for name, value in sums.items()}}
+        if not math.isfinite(record["loss"]):
+            raise self._not_finite(f"the loss on the held-out samples after step {step} is {record['loss']}")
         records.append(record)
         self._write(HELD_OUT, record)
         if self.config.tracker is not None:
@@ -359,7 +380,7 @@ class _Run:
         """Write the LoRA for itself, if there is one, and make it part of the weights below it."""
         if self.config.train == "lora":
             if self.accelerator.is_main_process:
-                model.save_lora_adapter(str(self.config.output / LORA), adapter_name=ADAPTER)
+                write_lora(model, self.config.output / LORA)
             merge_lora(model)
 
     def _write_gathered(self, gathered: dict[str, torch.Tensor], path: Path) -> None:
@@ -392,7 +413,8 @@ class _Run:
 
     def _write(self, name: str, record: Record) -> None:
         if self.accelerator.is_main_process:
-            with (self.config.output / name).open("a", encoding="utf-8") as stream:
+            path = self.config.output / name
+            with write_errors(path), path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
 
     def _stopped(self) -> bool:
@@ -427,8 +449,8 @@ def _cut(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
+    for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     with whole_file(path) as beside:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from flexclear.alternatives.names import named
 from flexclear.compile.files import whole_file
@@ -26,15 +25,17 @@ from flexclear.evaluation.pictures import pair_names, read_captions, read_folder
 from flexclear.evaluation.store import Store
 from flexclear.evaluation.tables import COLUMNS, CONDITION, ITSELF, MODEL, PROMPTS, REAL, REFERENCE, TABLES, markdown
 from flexclear.families import family_of
-from flexclear.generate import check, draw, load
+from flexclear.fingerprints import fingerprint_files
+from flexclear.folder_settings import keep_settings
+from flexclear.generate import Setup, check, draw, load
 from flexclear.generate_check import choose_device
 from flexclear.generate_settings import DENSE, GenerateSettings, parse_size, read_prompts
 from flexclear.hooks import entry_hook_of
+from flexclear.image_reading import read_image
 from flexclear.model_explanation import explain_model
-from flexclear.picture_files import read_settings
+from flexclear.picture_files import Target, read_settings
 from flexclear.versions import versions
 from flexclear.weights import keys, load_weights
-from flexclear.weights.files import EMBEDDED
 
 SHEET_ROWS = 6
 
@@ -197,22 +198,10 @@ def _to_condition(metric: str, folder: Any, config: EvalConfig) -> Score:
     names = pair_names(folder, conditions)
     each = {}
     for name in names:
-        with Image.open(folder.files[name]) as picture, Image.open(conditions.files[name]) as condition:
-            each[name] = distance_to_condition(picture, condition, config.condition)
+        picture, condition = read_image(folder.files[name]), read_image(conditions.files[name])
+        each[name] = distance_to_condition(picture, condition, config.condition)
     values = torch.tensor(list(each.values()), dtype=torch.float64)
     return Score(metric, float(values.mean()), float(values.std(correction=0)), len(each), each=each)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where one picture goes; stands in for ``flexclear.picture_files.Target``."""
-
-    path: Path
-
-    def write(self, number: int, prompt: str, content: bytes) -> Path:
-        with whole_file(self.path) as beside:
-            beside.write_bytes(content)
-        return self.path
 
 
 def draw_variants(
@@ -240,7 +229,7 @@ def draw_variants(
         backend=config.backend,
     )
     setup = check(base)
-    identity = _model_identity(config.model)
+    identity = _model_identity(config.model, setup)
     wanted = list(itertools.product(base.prompts, base.sizes or (None,), base.seeds))
     for variant in config.drawn:
         _check_folder(config, variant, base, identity)
@@ -261,40 +250,27 @@ def draw_variants(
                     r=DENSE if variant.dense else None,
                     weights=None if variant.weights is None else str(variant.weights),
                 )
-                place: Any = _Place(folder / f"{number:06d}.png")
-                list(draw(pipe, settings, replace(setup, target=place)))
+                target = Target(folder / f"{number:06d}.png", is_file=True, overwrite=True)
+                list(draw(pipe, settings, replace(setup, target=target)))
                 on_progress(f"{variant.name} pictures", done, len(wanted))
             gflops[variant.name] = _gflops(pipe, read_settings(folder / "000000.png")["settings"])
     return gflops
 
 
-def _model_identity(model: str) -> str:
-    """Tells models apart; for the embedded one also its weights, which change as it is trained further."""
-    if model != EMBEDDED:
-        return model
-    from flexclear.students import teacher_fingerprint
-
-    return f"{model} {teacher_fingerprint()}"
+def _model_identity(model: str, setup: Setup) -> str:
+    """Tells models apart, those in folders also by their files, which change as a model is trained further."""
+    return " ".join([model, *setup.fingerprints])
 
 
 def _check_folder(config: EvalConfig, variant: VariantConfig, base: GenerateSettings, identity: str) -> None:
     """Pictures of other settings in the variant's folder are an error; its own settings are written beside them."""
-    drawn = {name: value for name, value in asdict(base).items() if name not in ("out", "overwrite", "r", "weights")}
+    left_out = ("out", "overwrite", "resume", "r", "weights")
+    drawn = {name: value for name, value in asdict(base).items() if name not in left_out}
     weights = None
     if variant.weights is not None:
-        facts = variant.weights.stat()
-        weights = [str(variant.weights.resolve()), facts.st_size, facts.st_mtime_ns]
+        weights = fingerprint_files(variant.weights.parent, [variant.weights])
     told = {"model": identity, "base": drawn, "variant": {**asdict(variant), "weights": weights}}
-    text = json.dumps(told, indent=1, default=str) + "\n"
-    file = picture_folder(config, variant) / "settings.json"
-    if not file.is_file():
-        with whole_file(file) as beside:
-            beside.write_text(text, encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"{file.parent} holds pictures of other settings ({file.name}) or of another model. Name another output, or "
-            "delete that folder"
-        )
+    keep_settings(picture_folder(config, variant), told, "Name another output, or delete that folder")
 
 
 def _gflops(pipe: Any, settings: Mapping[str, Any]) -> float:
@@ -362,10 +338,7 @@ def _sheet(config: EvalConfig, folders: Mapping[str, Any]) -> None:
     ]
     rows, labels = [], []
     for name in names:
-        row = []
-        for folder in folders.values():
-            with Image.open(folder.files[name]) as picture:
-                row.append(picture.convert("RGB"))
+        row = [read_image(folder.files[name]).convert("RGB") for folder in folders.values()]
         try:
             labels.append(str(read_settings(folders[config.reference_name].files[name])["settings"]["prompt"]))
         except (ValueError, KeyError):

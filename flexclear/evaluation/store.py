@@ -1,10 +1,12 @@
-"""What was computed of pictures, kept on disk, so that an evaluation goes on where it was stopped."""
+"""What was computed of pictures, kept on disk with checksums, so that an evaluation goes on where it was stopped."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,35 +27,69 @@ class Store:
         """Open the store, or make it.
 
         Raises:
-            ValueError: the file is there and is no store.
+            OSError: the file cannot be opened or written, such as on a full disk, or another process keeps it locked.
+            ValueError: the file is there and is no store, or is damaged.
         """
+        self._path = path
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(":memory:" if path is None else str(path), timeout=60)
-        try:
+        with self._errors():
+            self._connection = sqlite3.connect(":memory:" if path is None else str(path), timeout=60)
             with self._connection:
-                self._connection.execute("CREATE TABLE IF NOT EXISTS arrays (key TEXT PRIMARY KEY, value BLOB)")
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} is there, and holds no results of an evaluation: {error}") from error
+                self._connection.execute(
+                    "CREATE TABLE IF NOT EXISTS checked (key TEXT PRIMARY KEY, value BLOB, checksum BLOB)"
+                )
 
     def get(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
-        """The arrays of those keys that are known."""
+        """The arrays of those keys that are known.
+
+        Raises:
+            OSError, ValueError: see ``Store``.
+        """
         wanted, found = list(dict.fromkeys(keys)), {}
         for start in range(0, len(wanted), AT_ONCE):
             part = wanted[start : start + AT_ONCE]
-            marks = ",".join("?" * len(part))
-            for key, value in self._connection.execute(f"SELECT key, value FROM arrays WHERE key IN ({marks})", part):
+            query = f"SELECT key, value, checksum FROM checked WHERE key IN ({','.join('?' * len(part))})"
+            with self._errors():
+                rows = self._connection.execute(query, part).fetchall()
+            for key, value, checksum in rows:
+                if not isinstance(value, bytes) or checksum != _checksum(key, value):
+                    raise ValueError(self._damaged(f"the checksum of {key} is another"))
                 found[key] = np.frombuffer(value, dtype=np.float32)
         return found
 
     def put(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep them; they are on disk when this returns."""
-        rows = [(key, np.ascontiguousarray(value, dtype=np.float32).tobytes()) for key, value in arrays.items()]
-        with self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO arrays VALUES (?, ?)", rows)
+        """Keep them; they are on disk when this returns.
+
+        Raises:
+            OSError, ValueError: see ``Store``.
+        """
+        values = {key: np.ascontiguousarray(value, dtype=np.float32).tobytes() for key, value in arrays.items()}
+        rows = [(key, value, _checksum(key, value)) for key, value in values.items()]
+        with self._errors(), self._connection:
+            self._connection.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
         self._connection.close()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # locked, full, read-only, no such folder
+            number = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+            raise OSError(number, f"what is computed so far cannot be used: {error}", str(self._path)) from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(self._damaged(error)) from error
+
+    def _damaged(self, error: object) -> str:
+        return (
+            f"{self._path} is damaged or holds no results of an evaluation: {error}. Delete it: all is computed again"
+        )
+
+
+def _checksum(key: str, value: bytes) -> bytes:
+    return hashlib.blake2b(key.encode() + value, digest_size=8).digest()
 
 
 def fingerprint(*parts: str) -> str:

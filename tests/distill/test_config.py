@@ -68,6 +68,31 @@ def test_a_file_of_settings_is_read_with_paths_beside_it(tmp_path):
         ("model: embedded\ndata: d\noutput: x\noptimizer: {name: sgd}", "optimizer.name must be one of"),
         ("model: embedded\ndata: d\noutput: x\nsheets: {every: 3}", "sheets.prompts"),
         ("model: embedded\ndata: d\noutput: x\nema: 1.5", "ema must be"),
+        ("model: embedded\ndata: d\noutput: x\nsteps: 5\n'steps': 6", "'steps' is given twice, in lines 4 and 5"),
+        ("{model: embedded, losses: {flow: 1, flow: 1}}", "'flow' is given twice, in lines 1 and 1"),
+        ("a: " + "[" * 700, "nested too deeply"),
+        ("model: embedded\ndata: d\noutput: x\nsteps: 1" + "0" * 5000, "4300 digits"),
+        (
+            "model: embedded\ndata: d\noutput: x\nsteps: 0x1" + "0" * 5000,
+            "steps must fit into 64 bits, got a number of",
+        ),
+        ("model: embedded\ndata: d\noutput: x\nsteps: 1" + "0" * 30, "steps must fit into 64 bits"),
+        ("model: embedded\ndata: d\noutput: x\nguidance: 1" + "0" * 400, "guidance is too large"),
+        ("model: embedded\ndata: d\noutput: x\nguidance: .nan", "guidance must be finite, got nan"),
+        ("model: embedded\ndata: d\noutput: x\nguidance: 1e999", "guidance must be finite, got inf"),
+        ("model: embedded\ndata: d\noutput: x\ntimesteps: {mean: .nan}", "timesteps.mean must be finite"),
+        ("model: embedded\ndata: d\noutput: x\ntimesteps: {shift: .inf}", "timesteps.shift must be finite"),
+        ("model: embedded\ndata: d\noutput: x\noptimizer: {betas: [.9, .nan]}", r"optimizer.betas\[1\] must be finite"),
+        ("model: embedded\ndata: d\noutput: x\noptimizer: {epsilon: -1}", "optimizer.epsilon must be"),
+        ("model: embedded\ndata: d\noutput: x\nsheets: {width: 0}", "sheets.width must be"),
+        (
+            'model: embedded\ndata: d\noutput: x\nsheets: {prompts: ["\\ud800"]}',
+            r"sheets.prompts\[0\] is not valid Unicode",
+        ),
+        (
+            f"output: x\nlosses: [&a0 [x, x], {', '.join(f'&a{i + 1} [*a{i}, *a{i}]' for i in range(40))}]",
+            "losses must hold",
+        ),
         ("model: embedded\ndata: d\noutput: x\ninitial_weights: gone.safetensors", "no file"),
     ],
 )
@@ -141,7 +166,8 @@ def cached(tmp_path_factory):
 def test_generated_pictures_are_kept_and_the_missing_ones_drawn_again(cached, capsys):
     folder, generate = cached
     files = sorted(place.name for place in (folder / "pictures").iterdir())
-    assert files == [f"{number:06d}{suffix}" for number in range(12) for suffix in (".png", ".txt")]
+    pictures = [f"{number:06d}{suffix}" for number in range(12) for suffix in (".png", ".txt")]
+    assert files == [*pictures, "settings.json"]
     gone, kept = folder / "pictures" / "000005.png", folder / "pictures" / "000004.png"
     before, stamp = gone.read_bytes(), kept.stat().st_mtime_ns
     gone.unlink()
@@ -156,6 +182,40 @@ def test_generated_pictures_are_kept_and_the_missing_ones_drawn_again(cached, ca
     assert status == 2
     assert "Name another folder" in error
     assert run(capsys, *generate, "--shard", "2/2")[0] == 2
+
+
+def test_pictures_of_other_settings_are_never_mixed_and_a_deleted_caption_comes_back(cached, capsys):
+    folder, generate = cached
+    pictures = folder / "pictures"
+    before = {place.name: place.read_bytes() for place in pictures.iterdir()}
+    caption = pictures / "000007.txt"
+    for option, value, told in (
+        ("--steps", 7, "steps was 6, is 7"),
+        ("--size", "64x72", r"sizes was [[64, 64]], is [[64, 72]]"),
+        ("--guidance", 2, "guidance was null, is 2.0"),
+        ("--dtype", "bfloat16", 'dtype was "float32", is "bfloat16"'),
+    ):
+        caption.unlink(missing_ok=True)
+        status, _, error = run(capsys, *generate, option, value, "--count", 13)
+        assert status == 2
+        assert "holds images of other settings" in error
+        assert told in error
+        assert not caption.exists()
+    status, output, _ = run(capsys, *generate)
+    assert status == 0
+    assert "0 pictures drawn, 12 were there already" in output
+    assert {place.name: place.read_bytes() for place in pictures.iterdir()} == before
+    settings = pictures / "settings.json"
+    for damaged in (b"{", b'{"steps": 6, "steps": 6}', b"[1]", b"\xff"):
+        settings.write_bytes(damaged)
+        status, _, error = run(capsys, *generate)
+        assert status == 2
+        assert f"{settings} is " in error
+    settings.unlink()
+    status, _, error = run(capsys, *generate)
+    assert status == 2
+    assert "holds images and no settings.json" in error
+    settings.write_bytes(before["settings.json"])
 
 
 def write_config(folder, name, **changed):

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import json
+import os
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import flexclear
-from flexclear.distill import CachedSamples
+from flexclear.distill import CachedSamples, MemorySamples, Sample
 from flexclear.distill.caching import _fitted, cache
 from flexclear.distill.models import fingerprint, pipeline_folder
 from flexclear.distill.samples import check_samples
 from flexclear.distill.sources import find_items
+
+from full_disk import largest_file
+from picture_bombs import bomb
 
 
 def png(seed=0, side=64):
@@ -89,8 +98,161 @@ def test_a_cache_goes_on_with_the_first_shard_that_is_missing(pipe, pictures, tm
     assert (out / "00000.safetensors").stat().st_mtime_ns == kept
     assert len(CachedSamples(out)) == 5
     assert torch.isfinite(CachedSamples(out)[2].mean).all()
-    with pytest.raises(ValueError, match="other pictures, settings or encoders"):
+    with pytest.raises(ValueError, match="other pictures, captions, settings or encoders"):
         cache(pictures, "embedded", out, text_len=24, shard_size=2, pipe=pipe)
+
+
+def test_a_cache_of_a_picture_that_was_replaced_is_refused(pipe, pictures, tmp_path):
+    out = tmp_path / "cache"
+    cache(pictures, "embedded", out, text_len=16, shard_size=2, pipe=pipe)
+    before = {place.name: place.read_bytes() for place in out.iterdir()}
+    times = os.stat(pictures / "3.png")
+    (pictures / "3.png").write_bytes(png(33))
+    os.utime(pictures / "3.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match="holds a cache of other pictures"):
+        cache(pictures, "embedded", out, text_len=16, shard_size=2, pipe=pipe)
+    assert {place.name: place.read_bytes() for place in out.iterdir()} == before
+    (out / "index.json").unlink()  # as if it had been killed before its end
+    cache(pictures, "embedded", out, text_len=16, shard_size=2, pipe=pipe)
+    cache(pictures, "embedded", tmp_path / "anew", text_len=16, shard_size=2, pipe=pipe)
+    assert torch.equal(CachedSamples(out)[3].mean, CachedSamples(tmp_path / "anew")[3].mean)
+    for damaged in ("{", "[]", '{"work": 1, "work": 2}'):
+        (out / "index.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is no index of a cache"):
+            cache(pictures, "embedded", out, text_len=16, shard_size=2, pipe=pipe)
+
+
+def test_a_picture_that_is_replaced_meanwhile_ends_the_run(pipe, pictures, tmp_path):
+    def replace(done, total):
+        (pictures / "4.png").write_bytes(png(44))
+
+    with pytest.raises(OSError, match=r"4\.png was replaced while it was being encoded"):
+        cache(pictures, "embedded", tmp_path / "cache", text_len=16, shard_size=2, pipe=pipe, on_item=replace)
+    assert not (tmp_path / "cache" / "index.json").exists()
+
+
+def test_a_full_disk_leaves_finished_shards_and_no_half_of_one(pipe, pictures, tmp_path):
+    out = tmp_path / "cache"
+    with contextlib.ExitStack() as disk:
+        with pytest.raises(OSError, match=r"File too large.*00001\.safetensors'$"):
+            cache(
+                pictures,
+                "embedded",
+                out,
+                text_len=16,
+                shard_size=2,
+                pipe=pipe,
+                on_item=lambda done, total: done == 3 and disk.enter_context(largest_file(5000)),
+            )
+        assert [place.name for place in out.iterdir()] == ["00000.safetensors"]
+    kept = (out / "00000.safetensors").stat().st_mtime_ns
+    cache(pictures, "embedded", out, text_len=16, shard_size=2, pipe=pipe)
+    assert (out / "00000.safetensors").stat().st_mtime_ns == kept
+    assert len(CachedSamples(out)) == 5
+    content = (out / "index.json").read_bytes()
+    (out / "index.json").unlink()
+    with largest_file(100), pytest.raises(OSError, match=r"File too large: '.*index\.json'$"):
+        cache(pictures, "embedded", out, text_len=16, shard_size=2, pipe=pipe)
+    assert not (out / "index.json").exists()
+    cache(pictures, "embedded", out, text_len=16, shard_size=2, pipe=pipe)
+    assert (out / "index.json").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("mean", lambda t: t.to(torch.int32), r"00000000\.mean is I32 \[8, 16, 16\]; it must be one of .*'F32'"),
+        ("mean", lambda t: t[:, :8], r"00000000\.mean is F32 \[8, 8, 16\].*\[8, 16, 16\], as index.json says"),
+        ("logvar", lambda t: t[0], r"00000000\.logvar must have 3 dimensions and none of 0, got \[16, 16\]"),
+        ("prompt_embeds", lambda t: t[None], r"00000000\.prompt_embeds must have 2 dimensions"),
+        ("pooled", lambda t: t[:5], r"00000000\.pooled is F32 \[5\]"),
+        ("pooled", None, r"lacks 00000000\.pooled, which index.json names"),
+    ],
+)
+def test_tensors_of_another_type_or_shape_than_the_index_says_are_refused(
+    pipe, cached, tmp_path, part, change, message
+):
+    out = shutil.copytree(cached, tmp_path / "cache")
+    shard, key = out / "00000.safetensors", f"00000000.{part}"
+    with safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(shard)
+    changed = {} if change is None else {key: change(tensors[key]).contiguous()}
+    del tensors[key]
+    save_file(tensors | changed, shard, metadata)
+    with pytest.raises(ValueError, match=message):
+        CachedSamples(out)
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"00000\.safetensors is damaged: delete it and cache again"):
+        CachedSamples(out)
+
+
+@pytest.fixture(scope="module")
+def cached(pipe, tmp_path_factory):
+    """A cache of one picture."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "0.png").write_bytes(png())
+    (folder / "0.txt").write_text("noise")
+    cache(folder, "embedded", folder / "cache", text_len=16, pipe=pipe)
+    return folder / "cache"
+
+
+def test_samples_in_memory_are_checked_too():
+    good = Sample(torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), torch.zeros(3, 5), torch.zeros(6))
+    MemorySamples([good])
+    for changed, error, message in (
+        (
+            {"mean": torch.zeros(2, 4, 4, dtype=torch.int64)},
+            TypeError,
+            "sample 1: mean must be a floating-point tensor, got",
+        ),
+        ({"mean": np.zeros((2, 4, 4))}, TypeError, "mean must be a floating-point tensor, got ndarray"),
+        ({"mean": torch.zeros(4, 4)}, ValueError, r"mean must have 3 dimensions and none of 0, got \[4, 4\]"),
+        ({"logvar": torch.zeros(2, 4, 6)}, ValueError, r"mean is \[2, 4, 4\] and logvar \[2, 4, 6\]"),
+        ({"pooled": torch.full((6,), float("inf"))}, ValueError, "pooled holds numbers that are not finite"),
+    ):
+        with pytest.raises(error, match=message):
+            MemorySamples([good, dataclasses.replace(good, **changed)])
+
+
+def test_captions_keep_their_unusual_characters_and_unusable_ones_are_named(tmp_path):
+    for name in "abcdef":
+        (tmp_path / f"{name}.png").write_bytes(png())
+    (tmp_path / "a.txt").write_text("\ufeffone\u2028two\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    lines = [
+        '{"file_name": "c.png", "text": "one\u2028two\u0085three"}',
+        '{"file_name": "d.png", "text": "\\ud800"}',
+        '{"file_name": "e.png", "text": "x", "text": "y"}',
+        '{"file_name": "c.png", "text": "again"}',
+        '{"file_name": "f.png", "text": ' + "[" * 100_000,
+    ]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text(lines[0] + "\r\n", encoding="utf-8", newline="")
+    items, skipped = find_items(tmp_path)
+    assert [(item.name, item.caption) for item in items] == [
+        ("a.png", "one\u2028two"),
+        ("c.png", "one\u2028two\u0085three"),
+    ]
+    assert skipped[0].name == "b.png"
+    assert "not UTF-8 text" in skipped[0].reason
+    messages = ("not valid Unicode", "'text' is given twice", "'c.png' is named twice", "nested too deeply")
+    for line, message in zip(lines[1:], messages, strict=True):
+        metadata.write_text(f"{lines[0]}\n{line}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"metadata.jsonl line 2 must hold .*{message}"):
+            find_items(tmp_path)
+
+
+def test_picture_bombs_are_named_and_left_out(pipe, pictures, tmp_path):
+    (pictures / "1.png").write_bytes(bomb())
+    stripe = io.BytesIO()
+    Image.new("L", (16, 60_000)).save(stripe, format="PNG")
+    (pictures / "2.png").write_bytes(stripe.getvalue())
+    done = cache(pictures, "embedded", tmp_path / "cache", size=(64, 64), text_len=16, pipe=pipe)
+    assert [entry["name"] for entry in CachedSamples(done.folder).entries] == ["0.png", "2.png", "3.png", "4.png"]
+    assert "could be decompression bomb" in done.skipped[0].reason
+    with pytest.raises(ValueError, match="60000 x 16 pixels scaled to cover 1024 x 1024 are 3840000 x 1024, more than"):
+        _fitted(Image.new("L", (16, 60_000)), (1024, 1024), 16)
 
 
 def test_what_is_damaged_is_named_and_left_out(pipe, pictures, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -21,6 +22,7 @@ from flexclear.distill.losses import Objective
 from flexclear.distill.students import make_teacher, trained_parameters
 from flexclear.hooks import entry_hook_of
 
+from full_disk import largest_file
 from models import flux_call, tiny_flux
 
 
@@ -254,9 +256,59 @@ def test_a_missing_package_is_named(fresh, samples, settings, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(fresh, samples, settings):
-    broken = MemorySamples([dataclasses.replace(s, mean=s.mean * float("nan")) for s in samples.samples])
-    with pytest.raises(FloatingPointError, match="step 1"):
-        distill(fresh(), settings(), broken)
+    broken = MemorySamples([dataclasses.replace(s, mean=s.mean * 1e37) for s in samples.samples])
+    for count, message in (
+        (0, "the loss of step 1 is (inf|nan).*no checkpoint yet"),
+        (2, "held-out samples after step 0"),
+    ):
+        with pytest.raises(FloatingPointError, match=message):
+            distill(fresh(), settings(held_out=HeldOutConfig(count=count)), broken)
+    assert not (settings().output / "held_out.jsonl").exists()
+
+
+@pytest.mark.parametrize("norm", [1.0, 0.0])
+def test_weights_that_are_not_finite_never_replace_good_ones(fresh, samples, settings, norm):
+    model, output = fresh(), settings().output
+
+    def break_after_four(record):
+        if record["step"] == 4:
+            next(iter(trained_parameters(model).values())).register_hook(lambda gradient: gradient * float("nan"))
+
+    config = settings(steps=5, max_grad_norm=norm, held_out=HeldOutConfig(count=0))
+    told = "gradient norm of step 5 is nan" if norm else "parameter is not finite after step 5"
+    with pytest.raises(FloatingPointError, match=rf"{told}.*step_00000003 is kept"):
+        distill(model, config, samples, on_step=break_after_four)
+    assert [place.name for place in (output / "checkpoints").iterdir()] == ["step_00000003"]
+    assert not (output / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("room", [40_000, 150_000], ids=["of safetensors", "of torch.save"])
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_run_resumes_from_it(fresh, samples, settings, room):
+    expected = distill(fresh(), settings("whole"), samples)
+    config = settings("parts")
+    with contextlib.ExitStack() as disk:
+        seen_by = lambda record: record["step"] == 5 and disk.enter_context(largest_file(room))  # noqa: E731
+        with pytest.raises(OSError, match=r"checkpoint of step 6 cannot be written.*step_00000003 is kept"):
+            distill(fresh(), config, samples, on_step=seen_by)
+    assert [place.name for place in (config.output / "checkpoints").iterdir()] == ["step_00000003"]
+    assert not (config.output / "weights.safetensors").exists()
+    again = distill(fresh(), config, samples)
+    assert seen(again.losses) == seen(expected.losses[3:])
+    assert (config.output / "losses.jsonl").read_text().count("\n") == 6
+    assert_same_weights(expected.weights, again.weights)
+
+
+def assert_same_weights(a, b):
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_batch_larger_than_the_data_is_refused(fresh, samples, settings):
+    model = fresh()
+    distill(model, settings("four", steps=1, batch_size=4), samples)
+    with pytest.raises(ValueError, match="batch_size is 5, and there are 4 samples to train on"):
+        distill(fresh(), settings("five", steps=1, batch_size=5), samples)
 
 
 def test_latents_are_drawn_from_the_moments_or_are_their_means(samples):

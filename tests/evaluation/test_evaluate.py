@@ -16,8 +16,10 @@ from flexclear.cli import app, main
 from flexclear.evaluation import METRICS, Networks, evaluate, formulas, read_captions, read_folder
 from flexclear.evaluation.networks import NetworkMissing
 from flexclear.evaluation.pictures import read_picture
+from flexclear.evaluation.store import Store
 
 from evaluation_pictures import disturbed, picture
+from full_disk import largest_file
 
 PROMPTS = ["a red apple", "a blue cat", "a cat on white", "red on blue", "apple background", "a a a"]
 PIXELS = "psnr,ssim,rmse"
@@ -217,7 +219,7 @@ def test_pictures_are_read_as_rgb_and_what_is_transparent_lies_on_white(tmp_path
     assert read[:, 0, 11].tolist() == [255, 0, 0]
     assert read_picture(tmp_path / "grey.png", (4, 6)).shape == (3, 4, 6)
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"bad.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"bad.png cannot be read as an image"):
         read_picture(tmp_path / "bad.png")
 
 
@@ -286,6 +288,33 @@ def test_a_store_that_is_none_is_an_error(folders, tmp_path):
         evaluate(*folders, "psnr", out=tmp_path)
 
 
+def test_a_damaged_store_is_named_and_never_believed(folders, tmp_path):
+    known = tmp_path / "known.sqlite"
+    expected = evaluate(*folders, "psnr", out=tmp_path).scores
+    content = known.read_bytes()
+    with sqlite3.connect(known) as connection:
+        connection.execute("UPDATE checked SET value = zeroblob(length(value))")
+    with pytest.raises(ValueError, match=r"known.sqlite is damaged.*checksum.*Delete it: all is computed again"):
+        evaluate(*folders, "psnr", out=tmp_path)
+    known.write_bytes(content[:4096] + bytes(len(content) - 4096))
+    with pytest.raises(ValueError, match=r"known.sqlite is damaged.*Delete it"):
+        evaluate(*folders, "psnr", out=tmp_path)
+    known.unlink()
+    assert evaluate(*folders, "psnr", out=tmp_path).scores == expected
+    known.unlink()
+    known.mkdir()
+    with pytest.raises(OSError, match=r"cannot be used: unable to open database file: '.*known.sqlite'"):
+        evaluate(*folders, "psnr", out=tmp_path)
+
+
+def test_a_store_on_a_full_disk_is_one_error(tmp_path):
+    store = Store(tmp_path / "known.sqlite")
+    with largest_file(20_000), pytest.raises(OSError, match=r"cannot be used: .*known.sqlite'"):
+        store.put({"key": np.zeros(100_000)})
+    store.put({"key": np.ones(3)})
+    assert store.get(["key"])["key"].tolist() == [1, 1, 1]
+
+
 def test_the_command_writes_json_and_markdown_and_goes_on(folders, networks, tmp_path, own_hub):
     out = tmp_path / "out"
     arguments = ["eval", *map(str, folders), "--metrics", "psnr,lpips,dino", "--out", str(out)]
@@ -300,7 +329,7 @@ def test_the_command_writes_json_and_markdown_and_goes_on(folders, networks, tmp
     assert "cannot be loaded" in told["scores"][2]["reason"]
     assert (out / "scores.md").read_text() in done.stdout
     with sqlite3.connect(out / "known.sqlite") as connection:
-        assert connection.execute("SELECT count(*) FROM arrays").fetchone() == (12,)
+        assert connection.execute("SELECT count(*) FROM checked").fetchone() == (12,)
     assert CliRunner().invoke(app, arguments).stdout == done.stdout
 
 
