@@ -1,0 +1,27 @@
+"""The planted faults still fit the code; ``bench/planted_faults.py`` plants them and keeps the score."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from mask_faults import FAULTS
+from planted_faults import ROOT, planted
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_text_that_a_fault_replaces_is_there_once(fault):
+    text = (ROOT / fault.file).read_text()
+    assert planted(fault, text) != text
+
+
+def test_every_fault_has_its_own_name():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 30
+
+
+def test_a_fault_that_no_longer_fits_is_an_error():
+    with pytest.raises(ValueError, match=f"fault {FAULTS[0].name}: the text to replace is 0 times in masks/shapes.py"):
+        planted(FAULTS[0], "something else")
