@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,20 @@ class Switches:
             raise ValueError(f"training_tokens must be 2 or more, got {tokens!r}")
 
 
-_overrides: ContextVar[dict[str, object] | None] = ContextVar("flexclear_overrides", default=None)
+class _Block:
+    """One ``override`` that has begun.
+
+    Attributes:
+        given: its settings.
+        ended: whether it has ended out of reach of the context that it began in.
+    """
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given = given
+        self.ended = False
+
+
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("flexclear_overrides", default=())
 
 
 @contextlib.contextmanager
@@ -92,7 +106,8 @@ def override(
             FLUX.1 only.
         training_tokens: n0 of a model that was trained with another number of tokens, text included, than FLUX.1.
 
-    Blocks nest: what an inner one leaves out stays as the outer one has it.
+    Blocks nest: what an inner one leaves out stays as the outer one has it. They may end in any order, as those of two
+    generators do that take turns; each one's settings end with it.
 
     Raises:
         TypeError, ValueError: a setting makes no sense.
@@ -106,17 +121,26 @@ def override(
     }
     given = {name: value for name, value in asked.items() if value is not None}
     Switches(**given)  # type: ignore[arg-type]
-    token = _overrides.set({**(_overrides.get() or {}), **given})
+    block = _Block(given)
+    _blocks.set((*_begun(), block))
     try:
         yield
     finally:
-        _overrides.reset(token)
+        # Not by the token of ``set``: that would bring back what was in force when the block began.
+        begun = _begun()
+        block.ended = block not in begun
+        _blocks.set(tuple(other for other in begun if other is not block))
+
+
+def _begun() -> tuple[_Block, ...]:
+    return tuple(block for block in _blocks.get() if not block.ended)
 
 
 def in_force(own: Switches) -> Switches:
     """A model's own switches with this thread's overrides."""
-    overrides = _overrides.get()
-    return replace(own, **overrides) if overrides else own  # type: ignore[arg-type]
+    for block in _begun():
+        own = replace(own, **block.given)
+    return own
 
 
 def proportional_gain(keys: int, pooled: bool, device: torch.device, training_tokens: int = TRAINING_TOKENS) -> Tensor:

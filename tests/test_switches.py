@@ -10,6 +10,7 @@ import torch
 
 import flexclear
 from flexclear.hooks import entry_hook_of
+from flexclear.switches import Switches, in_force
 
 from flux_reference import ReferenceProcessor, double, reference_model
 from models import flux_call, tiny_flux
@@ -222,6 +223,47 @@ def test_threads_have_overrides_of_their_own():
             thread.join()
     assert sorted(done) == [0, 1, 2, 3]
     assert not wrong
+
+
+def drawing(factor):
+    """A generator that draws under an override of its own, as a server that streams previews does."""
+    with flexclear.override(ntk_factor=factor):
+        while True:
+            yield in_force(Switches()).ntk_factor
+
+
+def test_overrides_of_generators_that_take_turns_end_with_their_own_generator():
+    first, second = drawing(2.0), drawing(3.0)
+    assert (next(first), next(second)) == (2.0, 3.0)
+    first.close()
+    assert next(second) == 3.0
+    second.close()
+    assert in_force(Switches()) == Switches()
+    with flexclear.override(ntk_factor=5.0):
+        first, second = drawing(2.0), drawing(3.0)
+        next(first), next(second)
+        first.close()
+        second.close()
+        assert in_force(Switches()).ntk_factor == 5.0
+    assert in_force(Switches()) == Switches()
+
+
+def test_an_override_that_ends_in_another_thread_ends_in_its_own():
+    begun = drawing(2.0)
+    next(begun)
+    errors = []
+
+    def close():
+        try:
+            begun.close()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    thread.join()
+    assert not errors
+    assert in_force(Switches()) == Switches()
 
 
 BAD = {

@@ -6,7 +6,6 @@ Layers are watched as they attend; what is kept is one histogram per head and on
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.analysis.attending import attending
 from flexclear.call_plan import CallPlan
 from flexclear.convert import model_of
 from flexclear.families import family_of
@@ -82,8 +82,8 @@ def observe(
         queries: row and column of image tokens whose maps are kept.
 
     Raises:
-        ValueError: it is not transformed, attends by a formula or over pooled keys, has no such layer, or, when it is
-            called, a query is outside of the picture.
+        ValueError: it is not transformed, attends by a formula or over pooled keys, has no such layer, is observed already,
+            or, when it is called, a query is outside of the picture.
     """
     model = model_of(model_or_pipe)
     entry = entry_hook_of(model)
@@ -118,15 +118,8 @@ def observe(
             found.append(_look(name, step, plan, processor.slot, query, key, queries))
         return WindowProcessor.attend(processor, plan, query, key, value)
 
-    watched: list[Any] = []
-    try:
-        for name, processor in processors.items():
-            processor.attend = functools.partial(watch, name, processor)
-            watched.append(processor)
+    with attending(processors, watch):
         yield found
-    finally:
-        for processor in watched:
-            del processor.attend
 
 
 @torch.no_grad()

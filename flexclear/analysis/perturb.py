@@ -17,7 +17,6 @@ are all pairs with text, whose positions are no places in the picture.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexclear.analysis.attending import attending
 from flexclear.call_plan import CallPlan
 from flexclear.convert import model_of
 from flexclear.families import family_of
@@ -164,7 +164,7 @@ def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
         clip: what is done to distances.
 
     Raises:
-        ValueError: it is another model, or transformed otherwise.
+        ValueError: it is another model, transformed otherwise, or inside such a block already.
     """
     model = model_of(model_or_pipe)
     family = family_of(model)
@@ -180,7 +180,9 @@ def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
         )
     embed: Any = model.pos_embed
 
-    def attend(processor: WindowProcessor, plan: CallPlan | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        name: str, processor: WindowProcessor, plan: CallPlan | None, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
         assert plan is not None
         assert processor.slot is not None
         if plan.rotary is not None:
@@ -190,13 +192,5 @@ def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
         out = clipped_attention(query, key, value, plan.base.layout, embed.axes_dim, embed.theta, clip, gain)
         return out.transpose(1, 2).flatten(2, 3).to(query.dtype)
 
-    changed = []
-    try:
-        for layer in family.layers(model):
-            processor = layer.module.processor
-            processor.attend = functools.partial(attend, processor)
-            changed.append(processor)
+    with attending({layer.name: layer.module.processor for layer in family.layers(model)}, attend):
         yield
-    finally:
-        for processor in changed:
-            del processor.attend

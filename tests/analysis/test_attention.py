@@ -10,6 +10,7 @@ import flexclear
 from flexclear.alternatives import properties
 from flexclear.analysis import attention as module
 from flexclear.analysis import attention_pictures, observe
+from flexclear.analysis.perturb import Clip, clipped_distances
 
 from models import flux_call, tiny_flux
 
@@ -51,6 +52,19 @@ def test_curves_and_maps_are_those_of_whole_attention_maps(monkeypatch, r, order
             assert one.within(r) == pytest.approx(1)
         else:
             assert one.within(3) < 0.9
+
+
+def test_a_layer_is_in_one_block_at_a_time_and_free_after_it():
+    model, call = flexclear.transform(tiny_flux(), None, backend="sdpa", order="raster"), flux_call(8, 6, 5)
+    with torch.no_grad(), observe(model, LAYERS) as outer:
+        for another in (observe(model, LAYERS[1:]), clipped_distances(model, Clip("remote", 2))):
+            with pytest.raises(ValueError, match=r"\.attn is inside another block of flexclear.analysis"), another:
+                pass
+        model(**call)
+    assert [one.layer for one in outer] == LAYERS
+    with torch.no_grad(), observe(model, LAYERS) as again:
+        model(**call)
+    assert len(again) == len(LAYERS)
 
 
 def test_masks_by_rule_say_the_same_as_dense_ones():

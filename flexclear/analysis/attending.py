@@ -1,0 +1,34 @@
+"""Other attention in the layers of a transformed model, for the time of a block."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+Attend = Callable[..., Tensor]
+"""Takes a layer's name and its processor, then what ``WindowProcessor.attend`` takes; returns what that returns."""
+
+
+@contextlib.contextmanager
+def attending(processors: Mapping[str, Any], attend: Attend) -> Iterator[None]:
+    """Inside the block ``attend`` stands for the ``attend`` of these processors, which are given by layer name.
+
+    Raises:
+        ValueError: another block stands for it in one of the layers.
+    """
+    taken = [name for name, processor in processors.items() if "attend" in vars(processor)]
+    if taken:
+        raise ValueError(
+            f"{taken[0]} is inside another block of flexclear.analysis (observe or clipped_distances); end that one first"
+        )
+    for name, processor in processors.items():
+        processor.attend = functools.partial(attend, name, processor)
+    try:
+        yield
+    finally:
+        for processor in processors.values():
+            del processor.attend
