@@ -25,9 +25,25 @@ class StepCounter:
     def current(self) -> tuple[int, int]:
         """Number of the current step, from 0, and of all steps of the run.
 
+        A scheduler of order 2, such as Heun's, evaluates the model twice in each step but the last.
+
         Raises:
             ValueError: there is no pipeline (any more), or its scheduler does not count steps.
         """
+        number, total, order = self._counted()
+        return number // order, -(-total // order)
+
+    def evaluation(self) -> tuple[int, int]:
+        """Number of the current evaluation of the model, from 0, and of all evaluations of the run; guidance by several
+        prompts counts as one.
+
+        Raises:
+            ValueError: as above.
+        """
+        return self._counted()[:2]
+
+    def _counted(self) -> tuple[int, int, int]:
+        """Number of the evaluation, of all evaluations, and of those in each step."""
         pipeline = None if self._pipeline is None else self._pipeline()
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
@@ -42,7 +58,7 @@ class StepCounter:
             )
         begin = getattr(scheduler, "begin_index", None) or 0
         at = scheduler.step_index
-        return (begin if at is None else at) - begin, len(timesteps) - begin
+        return (begin if at is None else at) - begin, len(timesteps) - begin, getattr(scheduler, "order", 1)
 
     def is_dense(self, dense_steps: tuple[int, int]) -> bool:
         """Whether the current step is among the (first, last) dense ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import flexclear
 from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc, Full, Layout, Square, Swin, dense_mask
 from flexclear.plan import plans
+from flexclear.steps import StepCounter
 
 from models import flux_call, tiny_flux
 
@@ -227,6 +229,47 @@ def test_dense_steps_follow_a_scheduler_that_was_replaced_after_transform(pipe):
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=2.0)
     ours = draw(pipe)
     assert (ours - by_hand(flexclear.restore(pipe), [None, 3, 3, None])).abs().max() <= 1e-4
+
+
+SECOND_ORDER = ("FlowMatchHeun", "Heun", "KDPM2", "KDPM2Ancestral")
+
+
+def dense_calls(scheduler, dense_steps, begin=0):
+    """For each evaluation of a run of this scheduler, "D" where it is dense and "w" where it has windows."""
+    pipe, sample, found = Namespace(scheduler=scheduler), torch.zeros(1, 4), ""
+    counter = StepCounter(pipe)
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(begin * scheduler.order)
+    for timestep in scheduler.timesteps[begin * scheduler.order :]:
+        found += "D" if counter.is_dense(dense_steps) else "w"
+        sample = scheduler.step(torch.ones_like(sample), timestep, sample).prev_sample
+    return found
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_dense_steps_count_steps_not_evaluations_of_schedulers_of_second_order(name):
+    import diffusers
+
+    scheduler = getattr(diffusers, f"{name}DiscreteScheduler")()
+    assert dense_calls(scheduler, (1, 1)) == "DDwwwwwwD"
+    assert dense_calls(scheduler, (2, 0)) == "DDDDwwwww"
+    assert dense_calls(scheduler, (0, 2)) == "wwwwwwDDD"
+    assert dense_calls(scheduler, (1, 1), begin=2) == "DDwwD"  # image-to-image begins within the schedule
+
+
+def test_dense_steps_of_a_pipeline_under_heun_s_method(pipe):
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    class Heun(FlowMatchHeunDiscreteScheduler):
+        """FluxPipeline hands over noise levels, which Heun's method makes for itself."""
+
+        def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+            super().set_timesteps(num_inference_steps or len(sigmas), device)
+
+    pipe.scheduler = Heun()
+    expected = by_hand(pipe, [None, None, 3, 3, None], steps=3)
+    flexclear.transform(pipe, r=3, dense_steps=(1, 1), backend="sdpa")
+    assert (draw(pipe, steps=3) - expected).abs().max() <= 1e-4
 
 
 def test_dense_steps_count_from_the_first_step_that_image_to_image_runs(pipe):

@@ -139,7 +139,7 @@ class Session:
 
     def _step(self) -> int | None:
         try:
-            step, self._total = self.steps.current()
+            step, self._total = self.steps.evaluation()
         except ValueError:
             return None
         return step
