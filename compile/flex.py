@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from flexclear.compile.derivatives import transforms_in_force
+
 
 class UnfusedAttentionError(RuntimeError):
     """FlexAttention would have run unfused, which materialises the whole score matrix."""
@@ -92,6 +94,12 @@ def compiled_flex_attention(
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.
         raise _not_compiled(query)
+    transforms = transforms_in_force((query, key, value))
+    if transforms is not None:
+        raise UnfusedAttentionError(
+            f"flexclear: compiled FlexAttention has a backward pass at most, and was called under {transforms}: its result "
+            "would have no tangent. Use masked SDPA, as backend='auto' and 'sdpa' of flexclear.transform do"
+        )
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     facts = (
         query.device,

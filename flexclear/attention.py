@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.compile import compiled_flex_attention, why_not_compiled
+from flexclear.compile.derivatives import needs_composite
 
 BACKENDS = ("auto", "flex", "sdpa")
 """``"flex"``: compiled FlexAttention over a BlockMask. ``"sdpa"``: masked SDPA over a dense boolean mask. ``"auto"``:
@@ -31,18 +32,32 @@ def windowed_attention(
     Returns:
         ``[B, heads, N, head_dim]``.
 
+    Under forward-mode AD and ``torch.func``, SDPA is computed by plain operations, which have every derivative and hold
+    all scores; fused kernels have a backward pass and nothing else.
+
     Raises:
-        UnfusedAttentionError: FlexAttention would not be fused.
+        UnfusedAttentionError: FlexAttention would not be fused, or is to be differentiated in one of these ways.
     """
     # Under autocast the norms hand query and key over in float32; SDPA would cast, FlexAttention refuses.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(mask, BlockMask):
         return compiled_flex_attention(query, key, value, mask, scale)
+    if not torch.compiler.is_compiling() and needs_composite((query, key, value)):
+        bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, bias, scale=scale)[0]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, needs_grad: bool) -> str:
+def choose_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, transforms: str | None = None
+) -> str:
     """``"flex"`` or ``"sdpa"`` for a call on ``device`` with tensors of ``dtype``.
+
+    Args:
+        wanted: one of ``BACKENDS``.
+        device, dtype: of the call.
+        needs_grad: whether a backward pass must follow.
+        transforms: what else differentiates the call, by name (``flexclear.compile.derivatives``), or None.
 
     Raises:
         ValueError: ``wanted`` is ``"flex"`` and it cannot run; the message says why.
@@ -50,6 +65,8 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, needs_
     if wanted == "sdpa":
         return "sdpa"
     obstacle = why_not_compiled(device, needs_grad)
+    if transforms is not None:
+        obstacle = f"it has a backward pass at most, and this call runs under {transforms}"
     if obstacle is None and dtype not in FLEX_DTYPES:
         obstacle = f"it computes in float32, bfloat16 or float16, the model computes in {dtype}"
     if obstacle is None:

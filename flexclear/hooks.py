@@ -7,9 +7,10 @@ again, so calls of several sizes, threads and exceptions cannot mix.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from flexclear.alternatives.mechanism import Formula
 from flexclear.attention import choose_backend
 from flexclear.call_plan import CallPlan
 from flexclear.compile import why_not_compiled
+from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
 from flexclear.families.base import JOINT, Call, Family
 from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
@@ -56,15 +58,32 @@ class Settings:
     formula: Formula | None = None
 
 
+def _tensors(*trees: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers."""
+    yield from (leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor))
+
+
 def _needs_grad(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether attention of this call is differentiated: for the model, or for any tensor that it is given.
 
     A frozen model has gradients from ControlNet residuals, text, or pictures of an IP-Adapter.
     """
     return torch.is_grad_enabled() and (
-        any(isinstance(given, Tensor) and given.requires_grad for given in tree_leaves(dict(kwargs)))
+        any(given.requires_grad for given in _tensors(dict(kwargs)))
         or any(parameter.requires_grad for parameter in model.parameters())
     )
+
+
+def _transforms(model: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
+    """What else differentiates it, or maps over it, by name.
+
+    Raises:
+        RuntimeError: that does not reach through the model's compiled modules.
+    """
+    found = transforms_in_force(itertools.chain(_tensors(dict(kwargs)), tensors_of(model)))
+    if found is not None:
+        refuse_over_compiled(model, found)
+    return found
 
 
 def check_formula(formula: Formula | None, switches: Switches) -> None:
@@ -128,22 +147,34 @@ class EntryHook(Hook):
             )
         if self.parallel is not None:
             self.parallel.begin(model, kwargs, call, self.family, self.settings)
-        plan = self.plan(model, call, switches, _needs_grad(model, kwargs))
+        plan = self.plan(model, call, switches, _needs_grad(model, kwargs), _transforms(model, kwargs))
         return (), self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)
 
-    def plan(self, model: nn.Module, call: Call, switches: Switches, needs_grad: bool) -> CallPlan:
-        """The plan of one call; ``needs_grad``: whether its attention will be differentiated."""
+    def plan(
+        self, model: nn.Module, call: Call, switches: Switches, needs_grad: bool, transforms: str | None = None
+    ) -> CallPlan:
+        """The plan of one call.
+
+        Args:
+            model: transformed.
+            call: its facts.
+            switches: in force.
+            needs_grad: whether a backward pass will follow.
+            transforms: what else differentiates it, see ``choose_backend``.
+        """
         settings = self.settings
         device, dtype = call.tokens.device, call.tokens.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        if needs_grad and self.parallel is not None:
+        differentiated = needs_grad or transforms is not None
+        if differentiated and self.parallel is not None:
+            asked = "needs gradients" if transforms is None else f"runs under {transforms}"
             raise ValueError(
-                "one picture on several ranks is for inference, and this call needs gradients: call the model under "
-                "torch.no_grad(), as pipelines do, or flexclear.parallel.disable(model)"
+                f"one picture on several ranks is for inference, and this call {asked}: call the model under "
+                "torch.no_grad() alone, as pipelines do, or flexclear.parallel.disable(model)"
             )
-        backend = choose_backend(settings.backend, device, dtype, needs_grad)
-        if backend == "sdpa" and settings.backend == "auto" and not needs_grad and settings.formula is None:
+        backend = choose_backend(settings.backend, device, dtype, needs_grad, transforms)
+        if backend == "sdpa" and settings.backend == "auto" and not differentiated and settings.formula is None:
             self._say_why(device)
         dense = settings.steps.is_dense(switches.dense_steps)
         formula = None if dense else settings.formula
@@ -232,9 +263,23 @@ class ExitHook(Hook):
             self._explain(model, kwargs, error)
             return None
         output = self.family.leave(model, output, self.family.plan_of(kwargs))
+        self._check_tangents(model, kwargs, output)
         if parallel is not None:
             parallel.end()
         return output
+
+    @staticmethod
+    def _check_tangents(model: nn.Module, kwargs: dict[str, Any], output: Any) -> None:
+        """Raise if forward-mode AD has got lost on the way, as it does under ``torch.compile(model)``.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        if has_tangent(_tensors(kwargs)) and not has_tangent(_tensors(output)):
+            raise RuntimeError(
+                f"the tangents that this {type(model).__name__} was given have no effect on its output: compiled code does "
+                "not carry them. Differentiate the model that is not compiled"
+            )
 
     def _explain(self, model: nn.Module, kwargs: dict[str, Any], error: BaseException | None) -> None:
         """Say of an error of the model what would have fitted into memory."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexclear.masks.defaults import independent
+
 TRAINING_TOKENS = 4096 + 512
 """n0 of proportional attention: tokens of FLUX.1 at 1024 x 1024 px, text included (method, section 7)."""
 
@@ -157,7 +159,7 @@ def proportional_gain(keys: int, pooled: bool, device: torch.device, training_to
 
 
 @functools.lru_cache(maxsize=64)
+@independent
 def _gain(value: float, device: torch.device) -> Tensor:
     # A tensor, not a number: compiled blocks would otherwise be compiled anew for every size.
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float32, device=device)
+    return torch.tensor(value, dtype=torch.float32, device=device)

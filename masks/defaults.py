@@ -1,4 +1,4 @@
-"""Independence of what the caller has set: a default device, inference mode."""
+"""Independence of what the caller has set: a default device, inference mode, transforms of ``torch.func``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 def independent(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``function`` with the CPU as default device and outside inference mode, whatever the caller has set.
+    """``function`` with the CPU as default device and outside inference mode and ``torch.func``, whatever the caller has set.
 
     What it makes is cached and lives longer than the call: a tensor that was made in inference mode could never be
-    saved for a backward pass, and one that was made under ``torch.set_default_device("cuda")`` would meet others on CPU.
+    saved for a backward pass, one that was made under ``torch.set_default_device("cuda")`` would meet others on CPU, and
+    one that was made under ``torch.func.grad`` is dead when that returns.
     """
 
     @functools.wraps(function)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with torch.device("cpu"), torch.inference_mode(False):
+        with torch.device("cpu"), torch.inference_mode(False), temporarily_clear_interpreter_stack():
             return function(*args, **kwargs)
 
     return wrapped

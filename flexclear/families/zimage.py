@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
+from flexclear.compile.derivatives import function_transforms
 from flexclear.families.base import JOINT, Call, Family, Layer, required_tensor
 from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
@@ -92,6 +93,11 @@ class ZImageFamily(Family):
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         required_tensor(kwargs, "t", model)
+        if "functionalize" in function_transforms():
+            raise ValueError(
+                f"a transformed {type(model).__name__} under torch.func.functionalize: the plan rides on a tensor, and would "
+                "get lost where that puts another in its place. flexclear.restore(model) first"
+            )
         pictures, captions = _pictures(model, kwargs), _captions(model, kwargs)
         if len(captions) != len(pictures):
             raise ValueError(

@@ -52,8 +52,8 @@ def chosen(monkeypatch):
     found = set()
     original = hooks.choose_backend
 
-    def choose(wanted, device, dtype, needs_grad):
-        backend = original(wanted, device, dtype, needs_grad)
+    def choose(wanted, device, dtype, needs_grad, transforms):
+        backend = original(wanted, device, dtype, needs_grad, transforms)
         if needs_grad:
             found.add((backend, device.type))
         return backend

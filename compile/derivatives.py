@@ -1,0 +1,62 @@
+"""What takes derivatives besides ``Tensor.backward``: forward-mode AD, and the transforms of ``torch.func``.
+
+None of it is seen by a compiled kernel. Inductor reads a dual tensor's primal and drops its tangent without a word, and
+Dynamo refuses the levels of ``torch.func`` outside of what it compiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+
+def has_tangent(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of these is a dual tensor of forward-mode AD."""
+    # The level is one for the process, tangents are not: another thread's level must not cost this one its kernels.
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+        if tensor.is_floating_point() or tensor.is_complex()
+    )
+
+
+def function_transforms() -> tuple[str, ...]:
+    """The transforms of ``torch.func`` that this thread's code runs under, outermost first, as ``("jvp", "vmap")``."""
+    stack = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]
+    return tuple(level.key().name.lower() for level in stack or ())
+
+
+def transforms_in_force(tensors: Iterable[Tensor]) -> str | None:
+    """Name what a computation over these tensors runs under besides reverse-mode autograd, or None."""
+    levels = function_transforms()
+    if levels:
+        return f"torch.func ({', '.join(levels)})"
+    return "forward-mode AD" if has_tangent(tensors) else None
+
+
+def needs_composite(tensors: Iterable[Tensor]) -> bool:
+    """Whether a fused attention kernel cannot do what is asked of it here: it has one derivative, in reverse mode."""
+    levels = function_transforms()
+    return levels not in ((), ("grad",)) or has_tangent(tensors)
+
+
+def refuse_over_compiled(model: nn.Module, transforms: str) -> None:
+    """Raise if compiled modules stand between these transforms and what they are to transform.
+
+    Raises:
+        RuntimeError: they do.
+    """
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise RuntimeError(
+            f"{transforms} does not reach through the compiled modules of this {type(model).__name__}: tangents would be "
+            "lost. flexclear.compile.uncompile(model) first"
+        )
+
+
+def tensors_of(model: nn.Module) -> Iterable[Tensor]:
+    """Parameters and buffers."""
+    return itertools.chain(model.parameters(), model.buffers())
