@@ -26,7 +26,7 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
 
 def function_transforms() -> tuple[str, ...]:
     """The transforms of ``torch.func`` that this thread's code runs under, outermost first, as ``("jvp", "vmap")``."""
-    stack = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]
+    stack = torch._C._functorch.get_interpreter_stack()
     return tuple(level.key().name.lower() for level in stack or ())
 
 
