@@ -30,7 +30,7 @@ from flexclear.grid import GridReader
 from flexclear.masks import Layout, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.memory import is_out_of_memory, note, what_takes_less
-from flexclear.modes import refuse_frequency_caches
+from flexclear.modes import refuse_raster_readers
 from flexclear.plan import Plan, get_plan
 from flexclear.schedule import Slot
 from flexclear.steps import StepCounter
@@ -139,7 +139,8 @@ class EntryHook(Hook):
         self._check_processors(model)
         call = self.family.read(model, kwargs, self._reader)
         kwargs = self._reader.guarded(kwargs)
-        refuse_frequency_caches(model, call.order or self.settings.order)
+        order, shared = call.order or self.settings.order, self.parallel is not None
+        refuse_raster_readers(model, self.processors, order, shared)
         switches = in_force(self.settings.switches)
         if switches.ntk_floor and not self.family.clips_ntk:
             raise ValueError(

@@ -1,9 +1,16 @@
-"""Which of diffusers' own modes go with windows, and what those that remember tokens must forget."""
+"""Which of diffusers' own modes go with windows, and what those that remember tokens must forget.
+
+A mode reaches into a model in three ways. It reads where a token lies in the sequence: the model then needs raster order,
+and is refused in another one. It intercepts SDPA: ``scores_skipped`` says so to layers that call no SDPA. It looks up a
+processor's class: ``known_to_hooks`` names ours beside diffusers' own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -27,26 +34,65 @@ def refuse_context_parallelism(model: nn.Module) -> None:
         )
 
 
-def refuse_frequency_caches(model: nn.Module, order: str) -> None:
-    """Raise if a cache takes Fourier transforms over tokens that are not in raster order.
+def refuse_raster_readers(model: nn.Module, layers: Iterable[str], order: str, shared: bool) -> None:
+    """Raise if a mode takes tokens inside the model for an image in raster order, and they are none.
+
+    Args:
+        model: transformed.
+        layers: paths of its attention layers.
+        order: of the call's tokens.
+        shared: whether each of several ranks has a part of the image.
 
     Raises:
         ValueError: one does.
     """
-    if order == "raster":
+    if order == "raster" and not shared:
         return
     hooks: dict[str, Any] = getattr(getattr(model, "_diffusers_hook", None), "hooks", {})
     denoiser = hooks.get("faster_cache_denoiser")
     if denoiser is not None and not denoiser.is_guidance_distilled:
-        name = "FasterCache without is_guidance_distilled=True"
+        name = "FasterCache without is_guidance_distilled=True compares frequencies"
     elif "sea_cache_root" in hooks:
-        name = "SeaCache"
+        name = "SeaCache compares frequencies"
+    elif _smooths_queries(model, layers):
+        name = "Smoothed Energy Guidance blurs a square"
     else:
         return
+    if shared:
+        raise ValueError(f"{name} of the image inside the model, of which each of several ranks has a part")
     raise ValueError(
-        f"{name} compares frequencies of the picture inside the model, where this transformed {type(model).__name__} has "
-        f"its tokens in {order} order. flexclear.transform(model, ..., order='raster') keeps them as they are"
+        f"{name} of the image inside the model, where this transformed {type(model).__name__} has its tokens in {order} "
+        "order. flexclear.transform(model, ..., order='raster') keeps them as they are"
     )
+
+
+def _smooths_queries(model: nn.Module, layers: Iterable[str]) -> bool:
+    """Whether diffusers' Smoothed Energy Guidance has a hook on a projection of one of these layers."""
+    hooks = (
+        hook
+        for name in layers
+        for part in model.get_submodule(name).children()
+        for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values()
+    )
+    return any(base.__name__ == "SmoothedEnergyGuidanceHook" for hook in hooks for base in type(hook).__mro__)
+
+
+def scores_skipped() -> bool:
+    """Whether a hook of diffusers (``LayerSkipConfig(skip_attention_scores=True)``, of perturbed-attention guidance) has the
+    layer that is running return its values unmixed. It does so by intercepting SDPA, which windows need not call."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
+
+
+def known_to_hooks(ours: type, theirs: type) -> None:
+    """Let diffusers' hooks find our processor's class where they look one up; they treat it as they treat its own."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    try:
+        metadata = AttentionProcessorRegistry.get(theirs)
+    except ValueError:
+        return  # They do not know its own, either.
+    AttentionProcessorRegistry.register(ours, metadata)
 
 
 def forget_cached_tokens(model: nn.Module) -> None:

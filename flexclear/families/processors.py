@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexclear.call_plan import CallPlan
+from flexclear.modes import scores_skipped
 
 PLAN = "flexclear_plan"
 """Name under which the plan reaches every processor."""
@@ -37,6 +38,8 @@ class WindowProcessor:
                 "a transformed block was called without its window. Call the transformer or the pipeline, whose entry "
                 "makes it; flexclear.restore(model) gives the plain block back"
             )
+        if scores_skipped():
+            return value.flatten(2, 3).to(query.dtype)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         out = plan.attend(self.slot, query, key, value, self.pooling_weight(query.device))
         return out.transpose(1, 2).flatten(2, 3).to(query.dtype)

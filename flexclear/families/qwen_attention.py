@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    apply_rotary_emb_qwen,
+)
 from torch import Tensor
 
 from flexclear.call_plan import CallPlan
 from flexclear.families.processors import WindowProcessor
+from flexclear.modes import known_to_hooks
 
 
 class QwenWindowProcessor(WindowProcessor):
@@ -54,6 +58,9 @@ class QwenWindowProcessor(WindowProcessor):
         for layer in attn.to_out:
             image_out = layer(image_out)
         return image_out, attn.to_add_out(out[:, :text_len].contiguous())
+
+
+known_to_hooks(QwenWindowProcessor, QwenDoubleStreamAttnProcessor2_0)
 
 
 def _projected(

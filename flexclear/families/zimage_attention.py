@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_z_image import RopeEmbedder
+from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZSingleStreamAttnProcessor
 from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
@@ -15,6 +15,7 @@ from flexclear.families.processors import PLAN, WindowProcessor
 from flexclear.families.zimage import pads_of, room_for
 from flexclear.hooks import Hook
 from flexclear.masks.defaults import independent
+from flexclear.modes import known_to_hooks
 from flexclear.plan import Plan
 
 Rotary = tuple[Tensor, Tensor]
@@ -166,6 +167,9 @@ class ZImageWindowProcessor(WindowProcessor):
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+known_to_hooks(ZImageWindowProcessor, ZSingleStreamAttnProcessor)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
