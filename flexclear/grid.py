@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -38,7 +38,7 @@ def read_grids(ids: Tensor) -> Grids:
     equal the grid's id rounded to the same dtype.
 
     Raises:
-        ValueError: the ids are no full raster grids that start at row and column 0, or not finite.
+        ValueError: the ids are no full raster grids that start at row and column 0, not finite, or their axes are others.
     """
     given = f"image ids of shape {tuple(ids.shape)}, {ids.dtype}"
     finite = torch.isfinite(ids)
@@ -55,10 +55,27 @@ def read_grids(ids: Tensor) -> Grids:
         raise ValueError(f"{given} begin with a picture of index {ids[0, 0].item():g}; the image itself has index 0")
     changes = torch.nonzero(ids[1:, 0] != ids[:-1, 0])[:, 0] + 1
     edges = [0, *changes.tolist(), len(ids)]
-    return tuple(
+    grids = tuple(
         _read_one(ids[start:end], f"grid {number} of {len(edges) - 1} in {given}" if len(edges) > 2 else given)
         for number, (start, end) in enumerate(itertools.pairwise(edges))
     )
+    _check_axes(ids, edges[:-1], grids, given)
+    return grids
+
+
+def _check_axes(ids: Tensor, starts: Sequence[int], grids: Grids, given: str) -> None:
+    """Raise if these are the rows of one image, whose axes are (y, x, index) or (y, index, x).
+
+    Raises:
+        ValueError: they are.
+    """
+    lines = len(grids) > 1 and len(set(grids)) == 1 and 1 in grids[0]
+    if lines and ids[list(starts), 0].tolist() == list(range(len(grids))):
+        raise ValueError(
+            f"{given} read as (index, y, x) are {len(grids)} pictures of {grids[0][0]} x {grids[0][1]} tokens, numbered one "
+            f"after the other: rows of one image of {len(grids)} x {max(grids[0])} whose axes are in another order? The "
+            "columns must be (index, y, x), with the same index for all tokens of a picture"
+        )
 
 
 def _read_one(ids: Tensor, given: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import flexclear
+from flexclear.grid import read_grids
 
 from models import flux_call, tiny_flux
 
@@ -148,6 +149,25 @@ CALL = {
         {"img_ids": ids_with(lambda ids: ids[:, :2])},
         r"shape \[tokens, 3\].*got image ids of shape \(48, 2\)",
     ),
+    "axes (y, x, index)": (
+        {"img_ids": ids_with(lambda ids: ids[:, [1, 2, 0]])},
+        r"are 6 pictures of 8 x 1 tokens.*rows of one image of 6 x 8 .* columns must be \(index, y, x\)",
+    ),
+    "axes (y, index, x)": (
+        {"img_ids": ids_with(lambda ids: ids[:, [1, 0, 2]])},
+        r"are 6 pictures of 1 x 8 tokens.*rows of one image of 6 x 8 .* columns must be \(index, y, x\)",
+    ),
+    "axes (index, x, y)": ({"img_ids": ids_with(lambda ids: ids[:, [0, 2, 1]])}, "not full grids of height x width"),
+    "axes (x, y, index)": ({"img_ids": ids_with(lambda ids: ids[:, [2, 1, 0]])}, "not full grids of height x width"),
+    "axes (x, index, y)": ({"img_ids": ids_with(lambda ids: ids[:, [2, 0, 1]])}, "not full grids of height x width"),
+    "axes (layer, index, y, x)": (
+        {"img_ids": ids_with(lambda ids: torch.cat([torch.zeros(48, 1), ids], dim=1))},
+        "not full grids of height x width",
+    ),
+    "a fourth axis in use": (
+        {"img_ids": ids_with(lambda ids: torch.cat([ids, torch.arange(48.0)[:, None]], dim=1))},
+        "not full grids of height x width",
+    ),
     "no ids": ({"img_ids": None}, "needs img_ids as a tensor, got None"),
     "no text": ({"encoder_hidden_states": None}, "needs encoder_hidden_states as a tensor, got None"),
     "longer residuals": (
@@ -163,6 +183,18 @@ CALL = {
         r"hidden_states of shape \(1, 40, 8\) do not hold the 6 x 8",
     ),
 }
+
+
+def test_one_row_of_ids_with_swapped_axes_is_refused_and_reference_pictures_of_one_row_are_not():
+    row = flux_call(1, 8, 4)["img_ids"]
+    for axes in ([2, 1, 0], [2, 0, 1]):
+        with pytest.raises(ValueError, match=r"rows of one image of 8 x 1 .* columns must be \(index, y, x\)"):
+            read_grids(row[:, axes])
+    reference = row.clone()
+    reference[:, 0] = 10  # as FLUX.2 numbers them
+    assert read_grids(torch.cat([row, reference])) == ((1, 8), (1, 8))
+    reference[:, 0] = 1  # as Kontext does
+    assert read_grids(torch.cat([flux_call(6, 8, 4)["img_ids"], reference])) == ((6, 8), (1, 8))
 
 
 @pytest.mark.parametrize(("change", "message"), CALL.values(), ids=CALL)
