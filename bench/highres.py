@@ -1,5 +1,7 @@
 """The embedded model at 2 and 4 times its training size: directly, and enlarged stage by stage.
 
+The cascades are what ``upscale_cascade`` draws where nothing is set: the released settings of each method.
+
 Run ``python bench/highres.py`` (needs ``pip install -e '.[eval]'``); it writes ``highres.json``, ``highres.md`` and
 ``highres.png`` into ``bench/results``.
 """
@@ -28,7 +30,7 @@ from flexclear.embedded.evaluation import Request, evaluate, generate, trained_r
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.retrieval import Retriever
 from flexclear.embedded.vocabulary import Vocabulary, read_vocabulary
-from flexclear.highres import seam_ratio, tiled, upscale_cascade
+from flexclear.highres import Stage, seam_ratio, tiled, upscale_cascade
 from flexclear.highres.tiling import OVERLAP, tile_size
 from flexclear.sheet import contact_sheet
 from flexclear.students import as_student, read_students
@@ -43,14 +45,11 @@ ATTENTION_TILE = 8 * TOKEN
 
 @dataclass(frozen=True)
 class Settings:
-    """How everything is drawn; see ``main``."""
+    """How everything is drawn, except what the cascades' stages choose by themselves; see ``main``."""
 
     r: int
     weights: str
     steps: int
-    strength: float
-    sdedit_shift: float
-    imax_shift: float
     ntk_factor: float
 
 
@@ -114,37 +113,42 @@ def cascaded(
     pipe: Any,
     vocabulary: Vocabulary,
     requests: list[Request],
-    pixels: int,
+    largest: int,
     row: str,
     settings: Settings,
     done: Callable,
     base: torch.Tensor,
-) -> torch.Tensor:
-    """The same of a row of ``CASCADES``: the dense pictures ``base`` doubled under windows until ``pixels``."""
+) -> tuple[dict[int, torch.Tensor], Stage]:
+    """The same of a row of ``CASCADES``, by side: the dense pictures ``base`` doubled under windows until ``largest``.
+
+    Nothing is set but the text length, which the embedded model needs. Also a stage, for the settings that it chose.
+    """
     sizes = [2 * NATIVE]
-    while sizes[-1] < pixels:
+    while sizes[-1] < largest:
         sizes.append(2 * sizes[-1])
-    method = CASCADES[row]
     backgrounds = list(vocabulary.backgrounds)
-    drawn = []
+    drawn: list[tuple[torch.Tensor, ...]] = []
     with windowed(pipe, settings):
         for request, picture in zip(requests, base, strict=True):
-            image = upscale_cascade(
+            cascade = upscale_cascade(
                 pipe,
                 caption(vocabulary.emoji[request.emoji].name, backgrounds[request.background]),
                 sizes,
-                method=method,
+                method=CASCADES[row],
                 image=as_picture(picture),
-                steps=settings.steps,
-                strength=settings.strength if method == "sdedit" else None,
-                shift=settings.sdedit_shift if method == "sdedit" else settings.imax_shift,
-                ntk_factor=settings.ntk_factor,
                 seed=request.seed,
                 max_sequence_length=TEXT,
-            ).image
-            drawn.append(as_tensor(image))
-            done(1)
-    return torch.stack(drawn)
+            )
+            drawn.append(tuple(as_tensor(image) for image in cascade.images))
+            done(len(sizes))
+    return dict(zip(sizes, map(torch.stack, zip(*drawn, strict=True)), strict=True)), cascade.stages[-1]
+
+
+def stage_settings(stage: Stage) -> str:
+    """What the enlarging stages ran with, in words."""
+    strength = "" if stage.strength is None else f"strength {stage.strength:g}, "
+    proportional = ", proportional attention" if stage.proportional_attention else ""
+    return f"({stage.steps} steps, {strength}shift {stage.shift:g}, NTK factor {stage.ntk_factor:g}{proportional})"
 
 
 def as_tensor(picture: Image.Image) -> torch.Tensor:
@@ -240,11 +244,12 @@ def main(
     weights: Annotated[
         str, typer.Option(help=f"Under windows: {DISTILLED!r} for them, or the model's {OWN!r}.")
     ] = DISTILLED,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of every stage.")] = 16,
-    strength: Annotated[float, typer.Option(help="Of SDEdit.")] = 0.7,
-    sdedit_shift: Annotated[float, typer.Option(help="Time shift of SDEdit; 10 is released for FLUX.1.")] = 3.0,
-    imax_shift: Annotated[float, typer.Option(help="Time shift of I-Max; 6 is released for FLUX.1.")] = 6.0,
-    ntk_factor: Annotated[float, typer.Option(help="Factor on the base of the rotary frequencies.")] = 10.0,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Denoising steps of the dense picture and of the direct rows.")
+    ] = 16,
+    ntk_factor: Annotated[
+        float, typer.Option(help="Of the direct rows: on the base of the rotary frequencies.")
+    ] = 10.0,
     memory: Annotated[str, typer.Option(help="Sides at which the VAE's memory is measured.")] = "256,512,1024,2048",
     seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
@@ -255,7 +260,7 @@ def main(
     sides = [int(side) for side in sizes.split(",")]
     if weights not in (OWN, DISTILLED):
         raise typer.BadParameter(f"--weights must be {OWN!r} or {DISTILLED!r}, got {weights!r}")
-    settings = Settings(r, weights, steps, strength, sdedit_shift, imax_shift, ntk_factor)
+    settings = Settings(r, weights, steps, ntk_factor)
     vocabulary = read_vocabulary(embedded.model_directory())
     drawings = read_reference_sheet(embedded.model_directory(), len(vocabulary.emoji))
     retriever = Retriever(drawings, list(vocabulary.backgrounds.values()))
@@ -267,6 +272,7 @@ def main(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
+    stages: dict[str, str] = {}
     sheet: dict[int, list[torch.Tensor]] = {}
     with Progress(*columns) as progress:
         task = progress.add_task("base", total=len(requests) * (1 + len(sides) * (len(DIRECT) + len(CASCADES))))
@@ -275,12 +281,19 @@ def main(
             progress.advance(task, count)
 
         base = generate(pipe, vocabulary, requests, steps, NATIVE, max_sequence_length=TEXT, on_done=done)
+        enlarged = {}
+        for row in CASCADES:
+            progress.update(task, description=row)
+            enlarged[row], stage = cascaded(pipe, vocabulary, requests, max(sides), row, settings, done, base)
+            stages[row] = stage_settings(stage)
         for pixels in sides:
             sheet[pixels] = [base]
             for row in (*DIRECT, *CASCADES):
                 progress.update(task, description=f"{pixels} px, {row}")
-                given = (pipe, vocabulary, requests, pixels, row, settings, done)
-                drawn = direct(*given) if row in DIRECT else cascaded(*given, base)
+                if row in DIRECT:
+                    drawn = direct(pipe, vocabulary, requests, pixels, row, settings, done)
+                else:
+                    drawn = enlarged[row][pixels]
                 rows.append({"pixels": pixels, "row": row, **measures(drawn, base, requests, retriever, vae_stride)})
                 sheet[pixels].append(drawn)
     used = vae_memory(pipe, [int(side) for side in memory.split(",")])
@@ -291,6 +304,7 @@ def main(
         pictures=len(requests),
         seed=seed,
         **asdict(settings),
+        **stages,
     )
     write_results("highres", about, [*rows, *used], table(rows, used, len(requests)), out)
     backgrounds = list(vocabulary.backgrounds)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from flexclear.families.base import Family
 from flexclear.highres.folder import Folder, picture_digest
-from flexclear.highres.imax import check_wavelet, low_band, projected_scheduler
+from flexclear.highres.imax import check_level, low_band, projected_scheduler
 from flexclear.highres.kinds import Kind, kind_of
 from flexclear.highres.sizes import Size, stage_sizes
 from flexclear.highres.stages import BASE, KEEP, METHODS, OWN, Stage, check_radii, per_stage, settings_of
@@ -73,7 +73,6 @@ def upscale_cascade(
     max_sequence_length: int | None = None,
     native: int | None = None,
     tile: int | None = None,
-    wavelet: str = "haar",
     wavelet_level: int = 1,
     folder: str | Path | None = None,
     progress: bool | None = None,
@@ -84,14 +83,16 @@ def upscale_cascade(
     Each stage enlarges the picture of the one before, by PIL's bicubic filter, and runs the pipeline again:
 
     - ``"sdedit"`` (SDEdit, arXiv 2108.01073, section 3; the cascade is CLEAR's): noises it and denoises it, through
-      diffusers' image-to-image pipeline. Released settings: 20 steps, strength 0.7, guidance 7.5, shift 10, NTK factor 10,
-      proportional attention. As in diffusers, ``strength`` is the share of the *steps* that are run: the noise level that
-      it begins at follows from the shift (0.7 and shift 10: level 0.96).
+      diffusers' image-to-image pipeline. Released settings: 20 steps, strength 0.7, guidance 7.5, shift 3, NTK factor 10,
+      proportional attention. (The released notebook also sets a ``time_shift`` of 10, which nothing reads: it runs at 3.)
+      As in diffusers, ``strength`` is the share of the *steps* that are run: the noise level that it begins at follows
+      from the shift (0.7 and shift 3: level 0.875).
     - ``"imax"`` (I-Max, arXiv 2410.07536, sections 3.2 and 4): starts from noise; the velocity's low frequencies are those
       of the straight flow towards the picture, with a weight that falls as a half cosine. Released settings: 30 steps,
       guidance 7, shift 6, NTK factor 10 that is clipped at linear interpolation, proportional attention; first stage 30
-      steps, guidance 3.5, shift 3. The released code's text duplication and its alternating crop of odd steps, meant for
-      dense models at one fixed size, are not here.
+      steps, guidance 3.5, shift 3. Left out of the released code: its text duplication (the prompt again for every 64 x 64
+      tokens, each copy with position ids of its own) and its shifted latents (a border of one latent, added before every
+      other step and cut off before the next, so that tokens fall half a token apart); both are for dense models.
 
     The windows are those of ``flexclear.transform``, before or through ``r``; a plain pipeline runs dense. Text is encoded
     once, with the VAE in tiles. Stages hand over 8-bit pictures and have noise of their own: same arguments, same
@@ -120,7 +121,7 @@ def upscale_cascade(
         native: side in pixels of the pictures that the model was trained on, from which NTK's clipping and proportional
             attention count; the pipeline's default size otherwise.
         tile: side of the VAE's tiles in pixels; see ``flexclear.highres.tiled``.
-        wavelet, wavelet_level: I-Max's low band, in PyWavelets' names.
+        wavelet_level: of the Haar transform whose approximation is I-Max's low band.
         folder: keep every stage's picture there, and go on after the last finished one. Same settings needed so far.
         progress: a progress bar per stage; None: as the pipeline is configured.
         on_step: called with the stage, the number of the step from 1, and all steps of the stage.
@@ -131,7 +132,8 @@ def upscale_cascade(
     """
     kind = kind_of(pipe)
     _check(pipe, prompt, method, image, negative_prompt, seed)
-    check_wavelet(wavelet, wavelet_level) if method == "imax" else None
+    if method == "imax":
+        check_level(wavelet_level)
     start = None if image is None else image.convert("RGB")
     length = kind.default("max_sequence_length") if max_sequence_length is None else max_sequence_length
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
@@ -161,7 +163,7 @@ def upscale_cascade(
         "image": None if start is None else picture_digest(start),
         "max_sequence_length": length,
         "tile": side,
-        "wavelet": [wavelet, wavelet_level] if method == "imax" else None,
+        "wavelet_level": wavelet_level if method == "imax" else None,
         **_identity(pipe),
     }
     if folder is not None and plan.entry is not None and plan.entry.parallel is not None:
@@ -170,7 +172,7 @@ def upscale_cascade(
             "Leave folder out, and save Cascade.image on one rank"
         )
     kept = None if folder is None else Folder(folder, common, stages)
-    run = _Run(pipe, kind, prompt, negative_prompt, length, (wavelet, wavelet_level), progress, on_step)
+    run = _Run(pipe, kind, prompt, negative_prompt, length, wavelet_level, progress, on_step)
     images: list[Image.Image] = []
     resumed = 0
     with tiled(pipe.vae, side):
@@ -324,11 +326,11 @@ class _Run:
         prompt: str,
         negative_prompt: str | None,
         text_length: int,
-        wavelet: tuple[str, int],
+        wavelet_level: int,
         progress: bool | None,
         on_step: OnStep | None,
     ) -> None:
-        self.pipe, self.kind, self.wavelet, self.on_step = pipe, kind, wavelet, on_step
+        self.pipe, self.kind, self.wavelet_level, self.on_step = pipe, kind, wavelet_level, on_step
         self.prompts, self.text_length, self.progress = (prompt, negative_prompt), text_length, progress
         self._text: dict[str, Any] | None = None
 
@@ -381,7 +383,7 @@ class _Run:
             guide,
             to_picture=lambda t: self.kind.to_picture(t, stage.height, stage.width, self.pipe),
             to_tokens=self.kind.to_tokens,
-            band=lambda t: low_band(t, *self.wavelet),
+            band=lambda t: low_band(t, self.wavelet_level),
         )
 
     def _callback(self, stage: Stage) -> Any:

@@ -8,45 +8,44 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Reshape = Callable[[Tensor], Tensor]
 
 
-def check_wavelet(wavelet: str, level: int) -> None:
-    """Raise for what is no discrete wavelet, or a level below 1.
+def check_level(level: int) -> None:
+    """Raise for a level of the wavelet transform that makes no sense.
 
     Raises:
-        ImportError: PyWavelets is missing.
-        TypeError, ValueError: the wavelet or its level makes no sense.
+        TypeError, ValueError: it is no whole number, or below 1.
     """
-    known = _pywt().wavelist(kind="discrete")
-    if wavelet not in known:
-        raise ValueError(f"wavelet must be a discrete one of PyWavelets, such as 'haar' or 'db2', got {wavelet!r}")
     if isinstance(level, bool) or not isinstance(level, int):
         raise TypeError(f"wavelet_level must be a whole number, got {level!r}")
     if level < 1:
         raise ValueError(f"wavelet_level must be 1 or more, got {level}")
 
 
-def low_band(latents: Tensor, wavelet: str = "haar", level: int = 1) -> Tensor:
-    """The approximation band of a discrete wavelet transform, transformed back: what is left without the details.
+def low_band(latents: Tensor, level: int = 1) -> Tensor:
+    """The approximation band of the Haar wavelet transform, transformed back: every cell of 2 x 2 latents by its mean.
+
+    A side that is odd ends in a cell of half the size, as the transform with symmetric extension has it.
 
     Args:
         latents: ``[..., height, width]``, any sides.
-        wavelet: of PyWavelets.
-        level: how many times the approximation is split again.
+        level: how many times the approximation is split again: cells of ``2**level`` latents a side.
 
     Returns:
-        The same shape, type and device. Computed in float32 on the CPU, where PyWavelets runs.
+        The same shape, type and device, computed there in float32 or wider.
     """
-    pywt = _pywt()
-    values = latents.detach().to("cpu", torch.float32).numpy()
-    low, *details = pywt.wavedec2(values, wavelet, level=level, axes=(-2, -1))
-    bands = [low, *((None, None, None) for _ in details)]
-    height, width = latents.shape[-2:]
-    back = pywt.waverec2(bands, wavelet, axes=(-2, -1))[..., :height, :width]  # Odd sides come back one longer.
-    return torch.from_numpy(back.copy()).to(latents)
+    cells = latents.to(torch.promote_types(latents.dtype, torch.float32)).reshape(-1, *latents.shape[-2:])
+    sides = []
+    for _ in range(level):
+        sides.append(cells.shape[-2:])
+        cells = F.avg_pool2d(cells, 2, ceil_mode=True)
+    for height, width in reversed(sides):
+        cells = cells.repeat_interleave(2, -2)[..., :height, :].repeat_interleave(2, -1)[..., :width]
+    return cells.reshape(latents.shape).to(latents.dtype)
 
 
 def projected_velocity(
@@ -108,11 +107,3 @@ def _projected_class() -> Any:
             return super().step(self.to_tokens(guided).to(model_output.dtype), timestep, sample, *args, **kwargs)
 
     return ProjectedFlowScheduler
-
-
-def _pywt() -> Any:
-    try:
-        import pywt
-    except ImportError as error:
-        raise ImportError("method='imax' splits frequencies with PyWavelets: pip install PyWavelets") from error
-    return pywt

@@ -23,7 +23,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "steps": 20,
         "strength": 0.7,
         "guidance": 7.5,
-        "shift": 10.0,
+        "shift": 3.0,
         "ntk_factor": 10.0,
         "proportional_attention": True,
     },

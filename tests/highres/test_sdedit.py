@@ -11,6 +11,8 @@ from PIL import Image
 
 import flexclear
 from flexclear.highres import upscale_cascade
+from flexclear.highres.stages import RELEASED
+from flexclear.highres.state import shifted
 
 PROMPT = "a red apple on a blue background"
 KINDS = {
@@ -57,10 +59,25 @@ def test_a_cascade_is_the_pipelines_called_by_hand(request, kind, sizes):
             switches |= {"ntk_factor": 10.0} if kind == "flux" else {}
             with flexclear.override(**switches):
                 expected = by_hand(
-                    pipe, image_to_image, 10.0, 5 + number, image=image, strength=0.7, guidance_scale=7.5, **shared
+                    pipe, image_to_image, 3.0, 5 + number, image=image, strength=0.7, guidance_scale=7.5, **shared
                 )
         assert same(picture, expected)
         before = picture
+
+
+def test_the_schedule_is_the_one_that_the_released_notebook_runs():
+    """It switches the dynamic shift off and sets a time_shift that no scheduler reads, so FLUX.1-dev's own 3 holds."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    flux_1_dev = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    theirs, ours = (FlowMatchEulerDiscreteScheduler(**flux_1_dev) for _ in range(2))
+    theirs.config.use_dynamic_shifting = False
+    theirs.config.time_shift = 10
+    ours = shifted(ours, RELEASED["sdedit"]["shift"])
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 20, 20), mu=1.15)
+    assert torch.equal(ours.sigmas, theirs.sigmas)
+    assert ours.sigmas[6].item() == pytest.approx(0.875), "where a strength of 0.7 begins"
 
 
 @pytest.mark.parametrize("kind", KINDS)
