@@ -31,9 +31,24 @@ class Captured:
 
 
 def compared_layers(model: nn.Module, every: int) -> list[str]:
-    """Names of every ``every``-th attention layer among the single-stream blocks; of all layers where there are none."""
+    """Names of the attention layers that L_attn compares (method, section 5).
+
+    They are the single-stream layers whose number among *all* attention layers is a multiple of ``every``. Double-stream
+    layers come first, from 0: of FLUX.1's 19 and 38 with ``every`` 4 these are single-stream blocks 1, 5, ..., 37. A model
+    without single-stream blocks has all its layers counted.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
     names = [layer.name for layer in family_of(model).layers(model)]
-    return ([name for name in names if name.startswith(SINGLE)] or names)[::every]
+    single = [number for number, name in enumerate(names) if name.startswith(SINGLE)] or range(len(names))
+    compared = [names[number] for number in single if number % every == 0]
+    if not compared:
+        raise ValueError(
+            f"losses.attention_every: no multiple of {every} is among the numbers of this {type(model).__name__}'s "
+            f"single-stream layers, {single[0]} to {single[-1]} of {len(names)}. Choose a smaller one, or losses.attention: 0"
+        )
+    return compared
 
 
 @contextlib.contextmanager

@@ -38,7 +38,8 @@ class LossConfig:
         flow: against noise - latent.
         prediction: against the teacher's prediction.
         attention: against the teacher's attention outputs.
-        attention_every: the layers that count: every so many among the single-stream blocks, from the first on.
+        attention_every: the layers that count: single-stream ones whose number among all attention layers, from 0, is a
+            multiple of it; see ``compared_layers``.
     """
 
     flow: float = 1.0

@@ -11,6 +11,7 @@ from torch import nn
 
 from flexclear.convert import model_of
 from flexclear.distill.batches import held_out_indices
+from flexclear.distill.capture import compared_layers
 from flexclear.distill.config import DistillConfig
 from flexclear.distill.models import SUPPORTED, check_class, fingerprint, pipeline_folder, skeleton
 from flexclear.distill.optimizers import check_optimizer
@@ -56,6 +57,8 @@ def prepare(config: DistillConfig, model_or_pipe: Any = None, data: Samples | No
         )
         if config.model is not None:
             made = fingerprint(pipeline_folder(config.model))
+    if config.losses.attention:
+        compared_layers(model, config.losses.attention_every)
     if data is None:
         data = CachedSamples(config.data)  # type: ignore[arg-type]
     check_samples(data, model, made, f"the cache {config.data}" if config.data else "the data")
