@@ -173,3 +173,28 @@ def quantized():
     whole = run(model, call)
     shared = run(parallel.enable(model), call)
     return {"error": (shared - whole).abs().max().item(), "bits": (plain - whole).abs().max().item()}
+
+
+def tensor_parallel(kind, transform_first):
+    """A model whose heads diffusers shares out, as ``enable_parallelism`` does once it has found GPUs; the list of devices is
+    all that keeps it from doing so on CPUs."""
+    from diffusers import TensorParallelConfig
+    from diffusers.hooks import tensor_parallel as module
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model, call = build(kind)
+    dense = sample(model, call)
+    whole = sample(flexclear.transform(model, r=3, backend="sdpa"), call)
+    if not transform_first:
+        flexclear.restore(model)
+    mesh, config = init_device_mesh("cpu", (2,)), TensorParallelConfig(tp_degree=2)
+    config.setup(mesh.get_rank(), 2, torch.device("cpu"), mesh)
+    known = module._SUPPORTED_TP_DEVICES
+    module._SUPPORTED_TP_DEVICES = (*known, "cpu")
+    try:
+        module.apply_tensor_parallel(model, config, model._tp_plan)
+    finally:
+        module._SUPPORTED_TP_DEVICES = known
+    if not transform_first:
+        flexclear.transform(model, r=3, backend="sdpa")
+    return {"error": (sample(model, call) - whole).abs().max().item(), "window": (dense - whole).abs().max().item()}

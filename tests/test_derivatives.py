@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -11,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flexclear
 from flexclear.compile import UnfusedAttentionError, compiled_flex_attention
 from flexclear.compile.derivatives import transforms_in_force
+from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc, Layout, block_mask, dense_mask
 from flexclear.plan import plans
 
@@ -174,6 +177,14 @@ def test_compiled_blocks_are_refused_by_name():
             TRANSFORMS[name](function_of(model), LATENTS, DIRECTION)
     flexclear.compile.uncompile(model)
     assert dual(function_of(model), LATENTS, DIRECTION).abs().max() > 0.1
+
+
+def test_several_ranks_refuse_them():
+    model = flexclear.transform(tiny_flux(), r=3, backend="sdpa")
+    entry_hook_of(model).parallel = Mock()
+    for name, named in (("dual tensors", "forward-mode AD"), ("vmap", r"torch\.func \(vmap\)")):
+        with pytest.raises(ValueError, match=f"several ranks is for inference, and this call runs under {named}"):
+            TRANSFORMS[name](function_of(model), LATENTS, DIRECTION)
 
 
 def test_tangents_that_get_lost_inside_the_model_are_missed():

@@ -65,6 +65,14 @@ def test_a_dense_model_that_diffusers_refuses_is_as_it_was(two):
         assert result["error"] == 0
 
 
+@pytest.mark.parametrize("kind", ["flux", "flux2", "qwen"])
+@pytest.mark.parametrize("transform_first", [True, False])
+def test_heads_that_diffusers_shares_out_are_windowed_alike(two, kind, transform_first):
+    found = two.results("tensor_parallel", kind, transform_first)
+    assert largest(found, "error") <= EXACT
+    assert min(result["window"] for result in found) > 1e-3
+
+
 @pytest.mark.parametrize(
     "kind",
     [

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from unittest.mock import Mock
 
+import diffusers
 import diffusers.guiders
 import diffusers.hooks
 import pytest
@@ -24,6 +26,7 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 
 import flexclear
 from flexclear.compile import why_not_compiled
+from flexclear.hooks import entry_hook_of
 
 import parallel_families
 
@@ -119,6 +122,43 @@ def test_smoothed_energy_guidance_needs_raster_order(kind, events):
     assert (hooked(kind, smooth, events, order="raster") - expected).abs().max() <= 1e-5
 
 
+def test_smoothed_energy_guidance_on_several_ranks_is_refused_in_any_order():
+    model, call = build("qwen")
+    smooth(windowed(model, order="raster"))
+    entry_hook_of(model).parallel = Mock()
+    with pytest.raises(ValueError, match=r"blurs a square of the image .* of which each of several ranks has a part"):
+        parallel_families.sample(model, call)
+
+
+def run(model, call, steps=4):
+    """Outputs of denoising steps whose input drifts."""
+    outputs = []
+    for step in range(steps):
+        drifted = {**call, "hidden_states": call["hidden_states"] * (1 - 0.02 * step)}
+        with model.cache_context("cond"):
+            outputs.append(parallel_families.sample(model, drifted))
+    return torch.stack(outputs)
+
+
+CACHES = {
+    "first block": lambda: diffusers.FirstBlockCacheConfig(threshold=0.3),
+    "magnitude": lambda: diffusers.MagCacheConfig(
+        num_inference_steps=4, mag_ratios=[1.0] * 4, threshold=0.3, retention_ratio=0.2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_skips_on_qwen_image_what_it_skips_on_the_original(name):
+    model, call = build("qwen")
+    model.enable_cache(CACHES[name]())
+    expected = run(model, call)
+    assert (expected - run(*build("qwen"))).abs().max() > 1e-3, "the cache skipped nothing"
+    ours, _ = build("qwen")
+    windowed(ours).enable_cache(CACHES[name]())
+    assert (run(ours, call) - expected).abs().max() <= 5e-5
+
+
 @pytest.mark.parametrize("kind", ["flux", "flux2", "chroma"])
 @pytest.mark.parametrize("hook", [skip(**SCORES), skip(**ATTENTION), smooth])
 def test_what_diffusers_does_not_do_to_an_attention_class_it_does_not_do_to_ours(kind, hook):
@@ -193,6 +233,7 @@ DECIDED = {
     "sea_cache": "raster order only, tests/plugins/test_caching.py",
     "smoothed_energy_guidance_utils": "raster order only, here",
     "taylorseer_cache": "works, tests/plugins/test_caching.py",
+    "tensor_parallel": "works, tests/parallel/test_two_processes.py",
     "text_kv_cache": "has hooks for blocks of NucleusMoE-Image alone",
 }
 
