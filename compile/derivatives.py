@@ -52,8 +52,8 @@ def refuse_over_compiled(model: nn.Module, transforms: str) -> None:
     """
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise RuntimeError(
-            f"{transforms} does not reach through the compiled modules of this {type(model).__name__}: tangents would be "
-            "lost. flexclear.compile.uncompile(model) first"
+            f"{transforms} does not reach through the compiled modules of this {type(model).__name__}, which take no notice "
+            "of it. flexclear.compile.uncompile(model) first"
         )
 
 

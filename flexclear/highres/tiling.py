@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 _STATE = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
 
@@ -37,6 +38,7 @@ def tile_size(vae: Any, tile: int | None = None) -> int:
 @contextlib.contextmanager
 def tiled(vae: Any, tile: int | None = None) -> Iterator[int]:
     """Encode and decode in overlapping, blended tiles inside a ``with`` block; the VAE's own settings come back after it.
+    Several blocks on one VAE may end in any order.
 
     Pictures up to one tile are not cut. Larger ones differ slightly from what the whole VAE makes of them, because
     group norms see one tile at a time.
@@ -52,13 +54,23 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[int]:
         TypeError, ValueError: see ``tile_size``.
     """
     side = tile_size(vae, tile)
-    before = {name: getattr(vae, name) for name in _STATE}
+    mine = dict(zip(_STATE, (True, side, side // 2 ** (len(vae.config.block_out_channels) - 1), OVERLAP), strict=True))
+    states = _open.setdefault(vae, [{name: getattr(vae, name) for name in _STATE}])
     try:
-        vae.use_tiling = True
-        vae.tile_sample_min_size = side
-        vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
-        vae.tile_overlap_factor = OVERLAP
+        states.append(mine)
+        _set(vae, mine)
         yield side
     finally:
-        for name, value in before.items():
-            setattr(vae, name, value)
+        states[:] = [state for state in states if state is not mine]
+        _set(vae, states[-1])
+        if len(states) == 1:
+            del _open[vae]
+
+
+_open: WeakKeyDictionary[Any, list[dict[str, Any]]] = WeakKeyDictionary()
+"""Settings of the VAEs that blocks are open on: their own, then each block's."""
+
+
+def _set(vae: Any, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        setattr(vae, name, value)

@@ -81,6 +81,23 @@ def test_the_vae_s_own_tiling_comes_back(embedded, tile):
         vae.disable_tiling()
 
 
+def test_blocks_of_generators_that_take_turns_end_with_their_own_generator(embedded):
+    vae = embedded.vae
+    before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+
+    def drawing(side):
+        with tiled(vae, side):
+            while True:
+                yield vae.tile_sample_min_size
+
+    first, second = drawing(32), drawing(64)
+    assert (next(first), next(second)) == (32, 64)
+    first.close()
+    assert (vae.use_tiling, next(second)) == (True, 64)
+    second.close()
+    assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == before
+
+
 def test_tiles_that_make_no_sense_are_refused(embedded):
     for tile, error, message in (
         (40, ValueError, "multiple of 16 pixels for this VAE, got 40; near it: 32"),
