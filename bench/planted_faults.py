@@ -99,7 +99,7 @@ def start(by: str, folder: Path, output: Path, seconds: float) -> None:
     os.environ["PYTHONPATH"] = str(folder)
     sys.path.insert(0, str(folder))
     if by == "tests":
-        # The tests' own settings build on these: the smallest example is of no use here.
+        # The tests' own settings build on these: the first example is as good as the smallest here.
         hypothesis = importlib.import_module("hypothesis")
         phases = [
             phase for phase in hypothesis.Phase if phase not in (hypothesis.Phase.shrink, hypothesis.Phase.explain)
@@ -107,6 +107,7 @@ def start(by: str, folder: Path, output: Path, seconds: float) -> None:
         hypothesis.settings.register_profile("unshrunk", phases=phases)
         hypothesis.settings.load_profile("unshrunk")
         sys.exit(int(importlib.import_module("pytest").main(ARGUMENTS[by])))
+    importlib.import_module("flexclear.testing.fuzzing").SHRINKING = 0
     sys.argv = ["flexclear", *ARGUMENTS[by], "--seconds", str(seconds)]
     importlib.import_module("flexclear.cli").main()
 

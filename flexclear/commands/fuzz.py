@@ -18,11 +18,15 @@ def fuzz(
         str | None, typer.Option(help="A mask_mod factory of your own, MODULE:NAME, layout -> mask_mod.")
     ] = None,
     masks_only: Annotated[
-        bool, typer.Option(help="Check masks without running attention: a hundred times as many.")
+        bool, typer.Option(help="Check masks without compiled attention, which takes most of the time.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Of the random choices. Default: another one each time.")] = None,
 ) -> None:
-    """Try random masks against the dense reference; shrink a failure and print it as Python. Exit status 1 on failure."""
+    """Try random masks against their definitions; shrink a failure and print it as Python. Exit status 1 on failure.
+
+    Layouts have up to 70,000 tokens, reference grids and padded text; token orders, pooled keys, costs and the masks of
+    several ranks are checked too.
+    """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -11,31 +11,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexclear.compile import compiled_flex_attention
-from flexclear.masks import Layout, MaskMod, Window, block_mask, dense_mask
+from flexclear.masks import Downsampled, Layout, MaskMod, Window, block_mask, dense_mask
 from flexclear.masks.scan import ask
+from flexclear.masks.windows import as_window, is_plain
+from flexclear.testing import oracle, sequence
+from flexclear.testing.lists import assert_lists
 
 Builder = Callable[..., BlockMask]
-"""Called as ``block_mask`` is: ``(layout, window, *, block_size, device, backward) -> BlockMask``."""
+"""Called as ``block_mask`` is: ``(layout, window, *, block_size, device, backward) -> BlockMask``; with lists in both
+directions where ``backward`` is True."""
 
 HEADS, HEAD_DIM = 2, 16
-
-
-def blocks_of(mask: Tensor, block_size: tuple[int, int]) -> Tensor:
-    """A dense mask cut into blocks, padded with False: bool ``[q blocks, kv blocks, Q, KV]``."""
-    rows, columns = (-(-length // size) for length, size in zip(mask.shape, block_size, strict=True))
-    padded = mask.new_zeros(rows * block_size[0], columns * block_size[1])
-    padded[: mask.shape[0], : mask.shape[1]] = mask
-    return padded.view(rows, block_size[0], columns, block_size[1]).transpose(1, 2)
-
-
-def listed_blocks(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """The blocks that a BlockMask's lists name: bool ``[rows, columns]``."""
-    counts, indices = counts[0, 0].cpu(), indices[0, 0].cpu().long()
-    named = torch.arange(indices.shape[-1])[None, :] < counts[:, None]
-    found = torch.zeros(len(counts), columns, dtype=torch.bool)
-    rows = torch.arange(len(counts))[:, None].expand_as(indices)
-    found[rows[named], indices[named]] = True
-    return found
+MAX_DENSE_PAIRS = 1 << 22
+"""Queries times keys up to which every pair is checked."""
 
 
 def assert_matches_dense(
@@ -46,14 +34,20 @@ def assert_matches_dense(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attention: bool = True,
+    around: bool = True,
     reference: Tensor | None = None,
     build: Builder = block_mask,
 ) -> None:
     """Assert that the block mask of ``window`` over ``layout`` means what the dense reference means.
 
-    Checks the ``mask_mod`` on every pair, the block lists (no needed block missing, no full block wrong, none named
-    twice), and compiled FlexAttention against masked SDPA in float32 (float32: 1e-5 absolute; other types: twice the
-    error of masked SDPA in that type). On CUDA also the log-sum-exp and the gradients.
+    Checks the ``mask_mod`` on every pair, the block lists in both directions (no needed block missing, no full block
+    wrong, none named twice), and compiled FlexAttention against masked SDPA in float32 (float32: 1e-5 absolute; other
+    types: twice the error of masked SDPA in that type). On CUDA also the log-sum-exp and the gradients.
+
+    The windows of ``flexclear.masks`` are compared with their definitions (``flexclear.testing.oracle``), and so is what
+    is made of a layout and a window besides: token order and ways back, pooled keys, padded text, the dense mask, costs,
+    masked SDPA, and the masks of ranks that share an image. Beyond 4,194,304 pairs, the rows of some query blocks are
+    compared, and attention is left out.
 
     >>> from flexclear.masks import Disc
     >>> assert_matches_dense(Layout(9, 14, text_len=5), Disc(3), block_size=32, attention=False)
@@ -64,50 +58,92 @@ def assert_matches_dense(
         block_size: tokens per block, or a (query, key-value) pair.
         dtype: of query, key and value.
         device: where it runs.
-        attention: whether to run attention too; False checks the mask alone, in milliseconds.
-        reference: what is right, bool ``[seq_len, keys]`` in sequence order; ``dense_mask`` by default. For a
-            ``mask_mod`` of your own, give one that does not come from it.
-        build: what makes the block mask; ``flexclear.masks.block_mask`` by default.
+        attention: whether to run compiled attention too.
+        around: whether to check what is made besides the mask; without it and attention, a small case takes
+            milliseconds.
+        reference: what is right, bool ``[seq_len, keys]`` in sequence order. By default the window's definition; for
+            windows and ``mask_mod`` functions of your own, ``dense_mask``: give one that does not come from them.
+        build: what makes the block mask; ``flexclear.masks.block_mask`` by default. With another one, the mask and the
+            attention are checked alone, as without ``around``.
 
     Raises:
         AssertionError: they differ; the message says where.
     """
-    reference = dense_mask(layout, window, device=device) if reference is None else reference.to(device)
-    mask = build(layout, window, block_size=block_size, device=device, backward=torch.device(device).type == "cuda")
-    _check_mask_mod(mask, reference)
-    _check_lists(mask, reference)
+    defined = None if reference is not None or is_plain(window) else as_window(window)
+    around = around and build is block_mask and oracle.knows(defined)
+    if around:
+        sequence.check_order(layout)
+    mask = build(layout, window, block_size=block_size, device=device, backward=True)
+    if defined is None or not oracle.knows(defined):
+        reference = dense_mask(layout, window, device=device) if reference is None else reference
+        _check_mask(mask, reference.to(device))
+    elif mask.seq_lengths[0] * mask.seq_lengths[1] > MAX_DENSE_PAIRS:
+        _check_some_rows(layout, defined, mask)
+        if around:
+            _check_around(layout, defined, mask, None)
+        return
+    else:
+        reference = oracle.expected_rows(layout, defined)
+        _check_mask(mask, reference.to(device))
+        if around:
+            _check_around(layout, defined, mask, reference)
     if attention:
-        _check_attention(mask, reference, dtype, device)
+        _check_attention(mask, reference.to(device), dtype, device)
 
 
-def _check_mask_mod(mask: BlockMask, reference: Tensor) -> None:
+def _check_mask(mask: BlockMask, reference: Tensor) -> None:
     assert mask.seq_lengths == tuple(reference.shape), (
         f"the block mask is for {mask.seq_lengths} queries and keys, the reference for {tuple(reference.shape)}"
     )
+    _check_mask_mod(mask, reference)
+    assert_lists(mask, reference)
+
+
+def _check_around(layout: Layout, window: Window, mask: BlockMask, reference: Tensor | None) -> None:
+    """What is around the mask, on CPU; in a small case, which has a dense reference, more of it."""
+    size = (mask.BLOCK_SIZE[0], mask.BLOCK_SIZE[1])
+    if layout.references:
+        sequence.check_reach(layout, window)
+    else:
+        sequence.check_pooling(layout, window.factor if isinstance(window, Downsampled) else 3)
+    if reference is None:
+        last = layout.seq_len - 1
+        sequence.check_padding(layout, window, size, torch.tensor([0, last // 2, last]), whole=False)
+        return
+    sequence.check_padding(layout, window, size, torch.arange(layout.seq_len), whole=True)
+    sequence.check_cost(layout, window, reference, size)
+    sequence.check_attend(layout, window, reference)
+    sequence.check_ranks(layout, window, size)
+    if not isinstance(window, Downsampled):
+        sequence.check_scan(layout, reference, size)
+
+
+def _check_some_rows(layout: Layout, window: Window, mask: BlockMask) -> None:
+    """The rows of some query blocks: the first and last, those where image and text meet and where 16 bits end."""
+    length, size = mask.seq_lengths[0], mask.BLOCK_SIZE[0]
+    generator = torch.Generator().manual_seed(length)
+    places = [0, length - 1, layout.image_start, min(1 << 16, length - 1)]
+    places += torch.randint(length, (2,), generator=generator).tolist()
+    for block in sorted({place // size for place in places}):
+        queries = torch.arange(block * size, min((block + 1) * size, length))
+        reference = oracle.expected_rows(layout, window, queries).to(mask.kv_indices.device)
+        assert mask.seq_lengths[1] == reference.shape[1], (
+            f"the block mask is for {mask.seq_lengths[1]} keys, the reference for {reference.shape[1]}"
+        )
+        _check_mask_mod(mask, reference, block * size)
+        assert_lists(mask, reference, first_block=block)
+
+
+def _check_mask_mod(mask: BlockMask, reference: Tensor, first: int = 0) -> None:
+    """The ``mask_mod`` for the reference's queries, which begin with query ``first``, and all keys."""
     queries, keys = (torch.arange(length, device=reference.device) for length in reference.shape)
-    wrong = torch.nonzero(ask(mask.mask_mod, queries[:, None], keys[None, :]) != reference)
+    wrong = torch.nonzero(ask(mask.mask_mod, first + queries[:, None], keys[None, :]) != reference)
     if len(wrong):
         q, kv = wrong[0].tolist()
         raise AssertionError(
-            f"mask_mod is wrong for {len(wrong)} of {reference.numel()} pairs, first for query {q} and key {kv}: "
+            f"mask_mod is wrong for {len(wrong)} of {reference.numel()} pairs, first for query {first + q} and key {kv}: "
             f"the reference says {bool(reference[q, kv])}"
         )
-
-
-def _check_lists(mask: BlockMask, reference: Tensor) -> None:
-    blocks = blocks_of(reference.cpu(), mask.BLOCK_SIZE)
-    columns = blocks.shape[1]
-    part = listed_blocks(mask.kv_num_blocks, mask.kv_indices, columns)
-    full = torch.zeros_like(part)
-    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
-        full = listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
-    for found, what in (
-        (part & full, "is listed both as full and as partial"),
-        (blocks.any(-1).any(-1) & ~(part | full), "is needed and not listed"),
-        (full & ~blocks.all(-1).all(-1), "is listed as full and is not"),
-    ):
-        wrong = torch.nonzero(found)
-        assert not len(wrong), f"block (query, key-value) {tuple(wrong[0].tolist())} {what}; {len(wrong)} such blocks"
 
 
 def _check_attention(mask: BlockMask, reference: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:

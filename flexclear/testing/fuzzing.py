@@ -1,7 +1,13 @@
-"""Fuzzing as a product: keep trying masks, shrink a failure, print it as Python that reproduces it."""
+"""Fuzzing as a product: keep trying masks, shrink a failure, print it as Python that reproduces it.
+
+Layouts are small ones, ones with reference grids, long ones, and large ones; see ``ROUNDS``. What is right comes from
+``oracle.py``, never from the code that is tried.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +20,55 @@ from hypothesis.errors import NoSuchExample
 
 from flexclear.masks import Layout, MaskMod, Window, block_mask
 from flexclear.testing.checks import Builder, assert_matches_dense
-from flexclear.testing.strategies import KINDS, block_sizes, dtypes, layouts, windows
+from flexclear.testing.strategies import (
+    KINDS,
+    ON_ONE_GRID,
+    block_sizes,
+    dtypes,
+    large_layouts,
+    layouts,
+    long_layouts,
+    narrow,
+    sides,
+    windows,
+)
 
-EXAMPLES_PER_ROUND = 200
 ATTENTION_BLOCKS = ((128, 64), (64, 64))
 """Block sizes under which attention runs too. Each is a compile of its own; the mask alone is checked under all."""
+
+SHRINKING = 20
+"""Seconds that a failure is shrunk at most."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Some tries of one kind of layout; kinds take turns, so that a short run sees all of them.
+
+    Attributes:
+        layouts: what they are drawn from.
+        block_sizes: with which block sizes.
+        examples: how many tries.
+        attention: whether compiled attention may run.
+        around: whether what is made besides a mask is checked too, which takes ten times as long.
+    """
+
+    layouts: st.SearchStrategy[Layout]
+    block_sizes: st.SearchStrategy[int | tuple[int, int]] = block_sizes
+    examples: int = 30
+    attention: bool = False
+    around: bool = True
+
+
+ROUNDS = {
+    "masks": Round(layouts(narrow | sides), examples=200, attention=True, around=False),
+    "small": Round(layouts()),
+    "references": Round(layouts(st.integers(1, 24), most_references=2)),
+    "long": Round(long_layouts(most_references=1)),
+    # More than 2^20 pairs of blocks of 16: they are searched in groups.
+    "grouped": Round(large_layouts(16_500), st.just(16), examples=6),
+    # More tokens than 16 bits count: FLUX at 4096 px.
+    "large": Round(large_layouts(66_000), st.sampled_from([(128, 64), 64, 128]), examples=3),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +87,7 @@ class Case:
     block_size: int | tuple[int, int]
     dtype: torch.dtype
     attention: bool
+    around: bool = True
 
     def as_python(self, device: str) -> str:
         """A program that repeats this case."""
@@ -49,7 +100,7 @@ class Case:
             + f"\nlayout = {self.layout!r}\n"
             f"window = {f'{own.factory.__name__}(layout)' if own else repr(self.window)}\n"
             f"assert_matches_dense(layout, window, block_size={self.block_size!r}, dtype={self.dtype!r}, "
-            f"device={device!r}, attention={self.attention!r})\n"
+            f"device={device!r}, attention={self.attention!r}, around={self.around!r})\n"
         )
 
 
@@ -71,16 +122,25 @@ class Report:
 
 
 @st.composite
-def cases(draw: st.DrawFn, kinds: Sequence[str] = KINDS, attention: bool = True, own: Own | None = None) -> Case:
+def cases(
+    draw: st.DrawFn,
+    kinds: Sequence[str] = KINDS,
+    attention: bool = True,
+    own: Own | None = None,
+    turn: Round = ROUNDS["masks"],
+) -> Case:
     """Cases of the given kinds of windows, see ``KINDS``, or of one's own factory."""
-    layout = draw(layouts())
-    block_size = draw(block_sizes)
+    layout = draw(turn.layouts)
+    if set(kinds) <= set(ON_ONE_GRID):
+        layout = dataclasses.replace(layout, references=())
+    block_size = draw(turn.block_sizes)
     return Case(
         layout=layout,
         window=own or draw(windows(layout, kinds)),
         block_size=block_size,
         dtype=draw(dtypes),
-        attention=attention and block_size in ATTENTION_BLOCKS,
+        attention=attention and turn.attention and block_size in ATTENTION_BLOCKS,
+        around=turn.around,
     )
 
 
@@ -95,13 +155,13 @@ def fuzz(
     seed: int | None = None,
     on_example: Callable[[int], None] = lambda count: None,
 ) -> Report:
-    """Try cases for ``seconds``; a failure ends the run and is shrunk to the smallest case that still fails.
+    """Try cases for ``seconds``; a failure ends the run and is shrunk, for 20 seconds, to a small case that still fails.
 
     Args:
-        seconds: how long to try; shrinking and a compile under way may take longer.
+        seconds: how long to try; shrinking and a compile under way come on top. At least one case is tried.
         kinds: kinds of windows.
         device: ``"cpu"`` (mask and output) or ``"cuda"`` (log-sum-exp and gradients too).
-        attention: False checks the masks alone, a hundred times as many.
+        attention: whether compiled attention runs too, after a third of the time; False checks the masks alone.
         build: what makes the block masks.
         own: a ``mask_mod`` factory to try in place of windows: ``layout -> mask_mod`` over the layout's sequence
             positions, its tensors on ``device``. Then its classification and the attention under it are checked.
@@ -115,12 +175,16 @@ def fuzz(
         raise ValueError(f"seconds must be positive, got {seconds}")
     windows(Layout(1, 1), kinds)
     start, count = time.monotonic(), 0
+    found_at = float("inf")
     errors: dict[Case, Exception] = {}
     chooser = random.Random(seed)
 
     def fails(case: Case) -> bool:
-        nonlocal count
-        if not errors and time.monotonic() - start > seconds:
+        nonlocal count, found_at
+        if case in errors:
+            return True
+        now = time.monotonic()
+        if (count and not errors and now - start > seconds) or now - found_at > SHRINKING:
             return False
         count += 1
         on_example(count)
@@ -132,23 +196,30 @@ def fuzz(
                 dtype=case.dtype,
                 device=device,
                 attention=case.attention,
+                around=case.around,
                 build=build,
             )
         except Exception as error:  # whatever a case raises is a finding
             errors[case] = error
+            found_at = min(found_at, time.monotonic())
             return True
         return False
 
-    rules = settings(
-        max_examples=EXAMPLES_PER_ROUND,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
-    while time.monotonic() - start <= seconds:
+    # A factory of one's own need not know of reference grids, and its reference asks every pair.
+    turns = itertools.cycle([ROUNDS["masks"]] if own else ROUNDS.values())
+    while not count or time.monotonic() - start <= seconds:
+        turn = next(turns)
+        rules = settings(
+            max_examples=turn.examples,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        )
+        # One compile takes as long as hundreds of masks: they come first.
+        compiled = attention and time.monotonic() - start > seconds / 3
+        strategy = cases(kinds, compiled, Own(own) if own else None, turn)
         try:
-            strategy = cases(kinds, attention, Own(own) if own else None)
             found = find(strategy, fails, settings=rules, random=random.Random(chooser.getrandbits(64)))
         except NoSuchExample:
             continue

@@ -1,6 +1,7 @@
 """Hypothesis strategies: layouts, windows that fit them, radii, block sizes, dtypes.
 
-Layouts are rectangles of any sides, in both orders, with text first or last and of lengths that no block divides.
+Layouts are rectangles of any sides, in both orders, with text first or last and of lengths that no block divides, and
+with reference grids where that is asked for.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import torch
 from hypothesis import strategies as st
 
 from flexclear.masks import Both, Disc, Downsampled, Either, Full, Layout, Neighborhood, Square, Strided, Swin, Window
-from flexclear.masks.layout import ORDERS
+from flexclear.masks.layout import MAX_SIDE, ORDERS
 
 sides = st.integers(1, 40)
+narrow = st.integers(1, 3)
+"""Sides of strips, on which spans of blocks often equal a radius."""
+
 text_lens = st.sampled_from([0, 1, 5, 16, 31, 64, 77])
 orders = st.sampled_from(sorted(ORDERS))
 radii = st.integers(1, 14)
@@ -25,6 +29,9 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 KINDS = ("disc", "square", "neighborhood", "swin", "strided", "full", "both", "either", "downsampled")
 """Names of the windows that ``windows`` draws."""
 
+ON_ONE_GRID = ("neighborhood", "downsampled")
+"""Those that have no meaning on layouts with reference grids."""
+
 
 @st.composite
 def layouts(draw: st.DrawFn, side: st.SearchStrategy[int] = sides, most_references: int = 0) -> Layout:
@@ -33,32 +40,42 @@ def layouts(draw: st.DrawFn, side: st.SearchStrategy[int] = sides, most_referenc
     return Layout(draw(side), draw(side), draw(text_lens), draw(st.booleans()), draw(orders), references)
 
 
-def windows_on_several_grids() -> st.SearchStrategy[Window]:
-    """Windows that have a meaning on layouts with reference grids."""
-    sizes = st.integers(1, 12)
-    simple: st.SearchStrategy[Window] = st.one_of(
-        discs,
-        st.builds(Square, radii),
-        sizes.flatmap(lambda size: st.builds(Swin, st.just(size), st.integers(0, size - 1))),
-        st.builds(Strided, st.integers(1, 6)),
-        st.just(Full()),
+@st.composite
+def long_layouts(draw: st.DrawFn, most_references: int = 0) -> Layout:
+    """Layouts with a side of 41 to 400 tokens across 1 to 12, so that radii and distances can be large."""
+    grids = draw(
+        st.lists(st.tuples(st.integers(1, 12), st.integers(41, 400)), min_size=1, max_size=1 + most_references)
     )
-    return st.one_of(simple, st.builds(Both, simple, simple), st.builds(Either, simple, simple))
+    (height, width), *references = [grid[::-1] if draw(st.booleans()) else grid for grid in grids]
+    return Layout(height, width, draw(text_lens), draw(st.booleans()), draw(orders), tuple(references))
 
 
-discs = st.builds(Disc, radii)
+@st.composite
+def large_layouts(draw: st.DrawFn, tokens: int) -> Layout:
+    """Layouts of ``tokens`` image tokens or a few more, of any shape from long strips to squares, and 1 to 512 of text."""
+    height = draw(st.integers(-(-tokens // MAX_SIDE), int(tokens**0.5) + 1))
+    width = -(-tokens // height)
+    sides = (width, height) if draw(st.booleans()) else (height, width)
+    return Layout(*sides, draw(st.sampled_from([77, 1, 16, 512])), draw(st.booleans()), draw(orders))
 
 
 def _by_kind(layout: Layout) -> dict[str, st.SearchStrategy[Window]]:
-    sizes = st.integers(1, 12)
-    return {
-        "disc": discs,
-        "square": st.builds(Square, radii),
-        "neighborhood": st.builds(Neighborhood, st.integers(1, min(layout.height, layout.width, 12))),
-        "swin": sizes.flatmap(lambda size: st.builds(Swin, st.just(size), st.integers(0, size - 1))),
-        "strided": st.builds(Strided, st.integers(1, 6)),
+    """The windows that are no composition, small ones and some that are as large as the layout."""
+    side, longest = min(layout.height, layout.width), max(map(max, layout.grids))
+
+    def up_to(usual: int, most: int) -> st.SearchStrategy[int]:
+        return st.integers(1, usual) | st.integers(1, max(usual, most))
+
+    swin_sides = up_to(12, longest)
+    kinds: dict[str, st.SearchStrategy[Window]] = {
+        "disc": st.builds(Disc, up_to(14, 3 * longest // 2)),
+        "square": st.builds(Square, up_to(14, longest)),
+        "neighborhood": st.builds(Neighborhood, up_to(min(side, 12), side)),
+        "swin": swin_sides.flatmap(lambda size: st.builds(Swin, st.just(size), st.integers(0, size - 1))),
+        "strided": st.builds(Strided, up_to(6, longest)),
         "full": st.just(Full()),
     }
+    return {kind: strategy for kind, strategy in kinds.items() if not layout.references or kind not in ON_ONE_GRID}
 
 
 def simple_windows(layout: Layout) -> st.SearchStrategy[Window]:
@@ -67,28 +84,35 @@ def simple_windows(layout: Layout) -> st.SearchStrategy[Window]:
 
 
 def windows(layout: Layout, kinds: Sequence[str] = KINDS) -> st.SearchStrategy[Window]:
-    """Windows of the given kinds that fit the layout; see ``KINDS``.
+    """Windows of the given kinds that fit the layout, see ``KINDS``; on reference grids without ``ON_ONE_GRID``.
 
     Raises:
-        ValueError: a kind is unknown.
+        ValueError: a kind is unknown, or none fits the layout.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"kinds of windows are {', '.join(KINDS)}; got {', '.join(unknown) or 'none'}")
     simple = simple_windows(layout)
-    composed = {
+    composed: dict[str, st.SearchStrategy[Window]] = {
         "both": st.builds(Both, simple, simple),
         "either": st.builds(Either, simple, simple, simple),
     }
-    inner = st.one_of(simple, *composed.values())
-    known = {**_by_kind(layout), **composed, "downsampled": st.builds(Downsampled, inner, st.integers(1, 5))}
-    return st.one_of(*(known[kind] for kind in kinds))
+    known = {**_by_kind(layout), **composed}
+    if not layout.references:
+        known["downsampled"] = st.builds(Downsampled, st.one_of(simple, *composed.values()), st.integers(1, 5))
+    fitting = [known[kind] for kind in kinds if kind in known]
+    if not fitting:
+        raise ValueError(f"windows of kind {', '.join(kinds)} do not fit a layout with reference grids")
+    return st.one_of(fitting)
 
 
 @st.composite
 def layouts_with_windows(
-    draw: st.DrawFn, side: st.SearchStrategy[int] = sides, kinds: Sequence[str] = KINDS
+    draw: st.DrawFn,
+    side: st.SearchStrategy[int] = sides,
+    kinds: Sequence[str] = KINDS,
+    most_references: int = 0,
 ) -> tuple[Layout, Window]:
     """A layout and a window that fits it."""
-    layout = draw(layouts(side))
+    layout = draw(layouts(side, most_references))
     return layout, draw(windows(layout, kinds))

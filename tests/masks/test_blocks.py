@@ -28,7 +28,7 @@ from flexclear.masks import (
 from flexclear.masks import boxes as boxes_module
 from flexclear.masks.blocks import default_block_size
 from flexclear.masks.windows import coordinate_table
-from flexclear.testing.checks import blocks_of, listed_blocks
+from flexclear.testing.lists import blocks_of, listed_blocks
 from flexclear.testing.strategies import block_sizes, layouts, layouts_with_windows, radii, simple_windows
 
 small = st.integers(1, 12)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexclear.masks import Disc, Downsampled, Layout, Neighborhood, block_mask, block_pairs, cost, dense_mask
+from flexclear.reach import warn_of_unreached
 from flexclear.testing import assert_matches_dense
-from flexclear.testing.strategies import block_sizes, layouts, radii, windows_on_several_grids
+from flexclear.testing.strategies import block_sizes, layouts, layouts_with_windows, radii
 
 several = layouts(side=st.integers(1, 14), most_references=3)
+drawn_over_several = layouts_with_windows(side=st.integers(1, 14), most_references=3)
 
 
 @given(several, radii)
@@ -27,13 +31,16 @@ def test_the_dense_reference_equals_a_double_loop_over_all_grids(layout, r):
             assert mask[i][j] == near, (i, j)
 
 
-@given(several, windows_on_several_grids(), block_sizes)
-def test_the_block_mask_means_what_the_dense_reference_means(layout, window, block_size):
+@settings(max_examples=40)
+@given(drawn_over_several, block_sizes)
+def test_the_block_mask_means_what_the_definition_means(drawn, block_size):
+    layout, window = drawn
     assert_matches_dense(layout, window, block_size=block_size, attention=False)
 
 
-@given(several, windows_on_several_grids())
-def test_the_cost_counts_the_pairs_of_all_grids(layout, window):
+@given(drawn_over_several)
+def test_the_cost_counts_the_pairs_of_all_grids(drawn):
+    layout, window = drawn
     assert cost(layout, window).pairs == int(dense_mask(layout, window).sum())
 
 
@@ -53,6 +60,18 @@ def test_a_place_sees_the_disc_around_it_in_the_other_picture_too():
     places = torch.nonzero(seen)[:, 0].tolist()
     disc = [8 * y + x for y in (2, 3, 4) for x in (2, 3, 4)]  # dy^2 + dx^2 < 4
     assert places == [*disc, *(64 + p for p in disc)]
+
+
+@pytest.mark.parametrize(
+    ("reference", "hidden"),
+    [((20, 8), False), ((5, 30), True), ((15, 30), False), ((14, 30), True), ((20, 3), False), ((20, 2), True)],
+)
+def test_a_reference_that_the_far_corner_does_not_see_is_warned_of(reference, hidden):
+    layout = Layout(20, 8, 0, references=(reference,))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_unreached(layout, Disc(6))
+    assert len(caught) == hidden
 
 
 def test_two_equal_grids_of_a_large_picture_stay_sparse():

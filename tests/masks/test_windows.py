@@ -22,6 +22,7 @@ from flexclear.masks import (
     cost,
     dense_mask,
 )
+from flexclear.testing import oracle
 from flexclear.testing.strategies import layouts, simple_windows, windows
 
 small = layouts(side=st.integers(1, 9))
@@ -74,6 +75,7 @@ def test_the_dense_reference_equals_the_definition_in_a_double_loop(drawn):
     factor = window.factor if isinstance(window, Downsampled) else None
     pooled = -(-layout.height // factor) * -(-layout.width // factor) if factor else 0
     mask = dense_mask(layout, window).tolist()
+    assert oracle.expected_rows(layout, window).tolist() == mask
     for i, query in enumerate(place):
         assert len(mask[i]) == len(place) + pooled
         for j, key in enumerate(place + ["pooled"] * pooled):

@@ -174,6 +174,24 @@ def test_a_ranks_block_mask_holds_the_same_pairs_as_its_dense_one(picture, windo
     assert dense[blocks == 2].all(), "a block that is called full has a hole"
 
 
+@pytest.mark.parametrize("backend", ["flex", "sdpa"])
+def test_padded_text_is_left_out_of_a_ranks_keys(backend):
+    layout, keep = Layout(32, 16, 9), torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    bands = cut(layout, 2)
+    plan = build_band_plan(layout, Disc(5), bands, 1, backend, (16, 32), CPU, text_padded=True)
+    own = len(plan.part.own)
+    expected = dense_band_mask(plan.part).repeat(2, 1, 1)
+    expected[:, :, own : own + 9] &= keep[:, None]
+    mask = plan.masked(keep)
+    for sample in range(2):
+        if backend == "sdpa":
+            found = mask[sample, 0]
+        else:
+            q, kv = (torch.arange(length) for length in expected.shape[1:])
+            found = mask.mask_mod(torch.tensor(sample), torch.tensor(0), q[:, None], kv[None])
+        assert torch.equal(found, expected[sample])
+
+
 @settings(max_examples=40)
 @given(pictures(references=False), st.integers(1, 9))
 def test_what_the_ranks_pool_adds_up_to_the_pooled_keys_of_the_whole_picture(picture, factor):
