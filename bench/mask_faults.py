@@ -406,8 +406,8 @@ FAULTS = (
     Fault(
         "long-padding-start-wraps",
         "masks/padding.py",
-        "for n in (start, length, length - 1))",
-        "for n in (start & 0xFFFF, length, length - 1))",
+        "for n in (start, length, length - 1, 0)",
+        "for n in (start & 0xFFFF, length, length - 1, 0)",
         "text behind 65,536 tokens or more keeps its padding",
     ),
     Fault(
