@@ -70,7 +70,7 @@ def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
         if not any(mark in str(error) for mark in _TORCH_SAVE):
             raise
         first = next(line for line in str(error).splitlines() if line.strip())
-        raise OSError(errno.EIO, f"it cannot be written, as on a full disk: {first}", str(path)) from error
+        raise OSError(errno.EIO, f"torch.save fails, as on a full disk: {first}", str(path)) from error
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(beside)) and error.filename2 is None:
             raise OSError(error.errno, error.strerror, str(path)) from error

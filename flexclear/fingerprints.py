@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from flexclear.reading import parse_json, read_text
+
 PIECE = 1 << 16
 PIECES = 8
 
@@ -27,9 +29,18 @@ def fingerprint_files(folder: Path, files: Iterable[Path]) -> str:
 
 
 def fingerprint_pipeline(folder: Path) -> str:
-    """Of all files of a pipeline folder that ``save_pretrained`` writes: configurations, tokenizers, weights."""
-    parts = sorted([*folder.glob("*"), *folder.glob("*/*")])
-    return fingerprint_files(folder, (part for part in parts if counts(part)))
+    """Of ``model_index.json`` and of every file of the components that it names: configurations, tokenizers, weights.
+
+    Raises:
+        ValueError: ``model_index.json`` is damaged.
+    """
+    index = folder / "model_index.json"
+    try:
+        components = sorted(name for name, part in parse_json(read_text(index)).items() if isinstance(part, list))
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{index} is damaged: {error}") from error
+    files = (file for name in components for file in sorted((folder / name).glob("*")))
+    return fingerprint_files(folder, [index, *(file for file in files if counts(file))])
 
 
 def counts(file: Path) -> bool:

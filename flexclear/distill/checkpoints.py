@@ -14,6 +14,7 @@ from torch import nn
 
 from flexclear.compile.files import whole_file, write_errors
 from flexclear.distill.config import DistillConfig, as_mapping
+from flexclear.distill.samples import Samples
 from flexclear.reading import parse_json, read_text
 
 FOLDER = "checkpoints"
@@ -46,8 +47,8 @@ def latest(output: Path) -> tuple[int, Path] | None:
     return max(found, default=None)
 
 
-def identity(config: DistillConfig, global_batch: int, samples: int, fingerprint: str | None) -> dict[str, Any]:
-    """What has to be equal for a run to go on as if it had not stopped."""
+def identity(config: DistillConfig, global_batch: int, samples: Samples, fingerprint: str | None) -> dict[str, Any]:
+    """What has to be equal for a run to go on as if it had not stopped; of a cache its contents, wherever it lies."""
     kept = {name: value for name, value in as_mapping(config).items() if name not in FREE}
     for part in ("batch_size", "gradient_accumulation"):
         del kept[part]  # The global batch counts; so does the batch per device, which says which samples go together.
@@ -59,7 +60,8 @@ def identity(config: DistillConfig, global_batch: int, samples: int, fingerprint
         "held_out": held_out,
         "batch_size": config.batch_size,
         "global_batch": global_batch,
-        "samples": samples,
+        "samples": len(samples),
+        "contents": getattr(samples, "work", None),
         "encoders": fingerprint,
     }
 
@@ -132,7 +134,8 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             kept = latest(self._folder.parent)
             told = "There is no earlier one" if kept is None else f"{kept[1]} is kept; the same command resumes from it"
-            raise OSError(error.errno, f"the checkpoint of step {step} cannot be written: {error}. {told}") from error
+            cause = error.strerror or error
+            raise OSError(error.errno, f"the checkpoint of step {step} cannot be written: {cause}. {told}") from error
         if self._accelerator.is_main_process:
             older = sorted(old for old in self._folder.glob("step_*") if old.name < place.name)
             for old in older[: max(0, len(older) - self._keep + 1)]:

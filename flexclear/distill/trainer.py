@@ -188,7 +188,7 @@ class _Run:
         self.accumulation = accelerator.gradient_accumulation_steps
         batches_per_step = self.accumulation * accelerator.num_processes
         self.batches_per_step = batches_per_step
-        identity = files.identity(config, batches_per_step * config.batch_size, len(samples), self.ready.fingerprint)
+        identity = files.identity(config, batches_per_step * config.batch_size, samples, self.ready.fingerprint)
         self.checkpoints = files.Checkpoints(
             accelerator, config.output, config.checkpoints.keep, self.trained, self.average, identity
         )
@@ -271,7 +271,7 @@ class _Run:
             self.average.step(self.parameters)
         means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in sums.items()}
         record: Record = {"step": step + 1, **means, "learning_rate": rate}
-        if norm is not None:
+        if norm is not None and math.isfinite(norm):  # JSON knows no other number
             record["gradient_norm"] = norm
         if self.config.tracker is not None:
             accelerator.log(record, step=step + 1)

@@ -298,6 +298,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_run_resumes_from_it(f
     assert_same_weights(expected.weights, again.weights)
 
 
+def test_a_run_never_resumes_with_other_data_of_the_same_number(fresh, samples, settings):
+    samples.work = "one"  # as the index of a cache has it
+    distill(fresh(), settings(steps=3), samples)
+    samples.work = "another"
+    with pytest.raises(ValueError, match="contents: one then, another now"):
+        distill(fresh(), settings(), samples)
+    samples.work = "one"
+    assert distill(fresh(), settings(), samples).steps == 6
+
+
 def assert_same_weights(a, b):
     first, second = load_file(a), load_file(b)
     assert first.keys() == second.keys()

@@ -32,6 +32,10 @@ def test_stages_are_drawn_kept_and_told(embedded, tmp_path, capsys, monkeypatch)
             embedded, PROMPT, [(64, 48), 96], steps=2, shift=2.0, seed=3, max_sequence_length=16
         ).image  # fmt: skip
         assert np.array_equal(np.asarray(Image.open(line["path"])), np.asarray(expected))
+    with pytest.raises(SystemExit) as done:
+        cli.main([*arguments, "--resume"])
+    assert not done.value.code
+    assert capsys.readouterr().out == ""
     told = read_settings(line["path"])["settings"]
     assert [stage["method"] for stage in told["stages"]] == ["base", "sdedit"]
     assert [stage["shift"] for stage in told["stages"]] == [2.0, 2.0]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 
+from flexclear.compile.files import whole_file
 from flexclear.embedded.control import FACTS_NAME, MODES
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from flexclear.embedded.train.controlnet_data import ControlBatch, ControlBatchMaker
@@ -145,9 +146,8 @@ def train_controlnet(
         if sheet is None:
             return
         file = folder / "sheets" / f"controlnet{step:05d}.png"
-        file.parent.mkdir(exist_ok=True)
-        with torch.compiler.set_stance("force_eager"):
-            sheet(model.eval()).save(file)
+        with torch.compiler.set_stance("force_eager"), whole_file(file) as beside:
+            sheet(model.eval()).save(beside, format="PNG")
         model.train()
 
     every = Intervals(LOG_EVERY, recipe.save_every, recipe.sheet_every)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flexclear.compile.files import whole_file
 from flexclear.embedded.evaluation import Request, generate, trained_requests
 from flexclear.embedded.retrieval import Match, Retriever
 from flexclear.embedded.scenes import Colour
@@ -97,7 +98,8 @@ def faintness(bitmaps: Sequence[Image.Image], colours: Sequence[Colour], power: 
 def write_emphasis(folder: Path, weights: dict[str, float]) -> Path:
     """Write the weights to ``folder`` and return the file."""
     path = folder / EMPHASIS_NAME
-    path.write_text(json.dumps(weights, indent=1) + "\n")
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(weights, indent=1) + "\n", encoding="utf-8")
     return path
 
 

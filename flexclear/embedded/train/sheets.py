@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from flexclear.compile.files import whole_file
+
 
 def save_sheet(pictures: torch.Tensor, columns: int, path: Path) -> None:
     """Save pictures as a grid.
@@ -24,5 +26,5 @@ def save_sheet(pictures: torch.Tensor, columns: int, path: Path) -> None:
     values = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     for index, picture in enumerate(values.permute(0, 2, 3, 1).cpu().numpy()):
         sheet.paste(Image.fromarray(picture), (index % columns * width, index // columns * height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with whole_file(path) as beside:
+        sheet.save(beside, format="PNG")
