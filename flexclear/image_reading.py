@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 
-def read_image(source: Path | bytes, name: object = None) -> Image.Image:
+def read_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     """A decoded image, in the mode that the file has.
 
     Args:
@@ -19,8 +19,9 @@ def read_image(source: Path | bytes, name: object = None) -> Image.Image:
         name: for the message; the path by default.
 
     Raises:
+        MemoryError: it has more pixels than fit into memory.
         OSError: the file cannot be read.
-        ValueError: it is no image, is damaged, or has more pixels than Pillow takes or memory holds.
+        ValueError: it is no image, is damaged, or has more pixels than Pillow takes.
     """
     with _decoding(source if name is None else name), Image.open(_stream(source)) as opened:
         opened.load()
@@ -68,12 +69,13 @@ def _stream(source: Path | bytes) -> Path | io.BytesIO:
 
 @contextlib.contextmanager
 def _decoding(name: object) -> Iterator[None]:
-    # Pillow's decoders raise whatever a damaged file leads them to: struct.error, zlib.error, IndexError, MemoryError, ...
+    # Pillow's decoders raise whatever a damaged file leads them to: struct.error, zlib.error, IndexError, ...
     try:
         yield
+    except MemoryError as error:
+        raise MemoryError(f"{name} has more pixels than fit into memory") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        cause = "it needs more memory than there is" if isinstance(error, MemoryError) else error
-        named = "" if isinstance(name, str) and not name else f"{name} cannot be read as an image: "
-        raise ValueError(f"{named}{' '.join(str(cause).split()) or type(error).__name__}") from error
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} cannot be read as an image: {cause}") from error

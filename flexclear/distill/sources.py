@@ -57,6 +57,7 @@ class Item:
             digest: what the file had before, or None: not known.
 
         Raises:
+            MemoryError: it does not fit into memory.
             OSError: the file has another digest now.
             ValueError: it is damaged, cannot be read, or has more pixels than Pillow takes.
         """
@@ -67,9 +68,9 @@ class Item:
         if digest is not None and hashlib.sha256(content).hexdigest() != digest:
             raise OSError(f"{self.name} was replaced while it was being encoded; run the same command again")
         try:
-            return read_image(content, "").convert("RGB")
-        except (OSError, ValueError, MemoryError) as error:
-            raise ValueError(f"damaged picture: {' '.join(str(error).split())}") from error
+            return read_image(content, self.name).convert("RGB")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"damaged picture: {error}") from error
 
 
 def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
