@@ -42,12 +42,13 @@ def keep_settings(folder: Path, settings: Mapping[str, Any], others: str) -> Non
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}. {others}") from error
     if known != told:
-        raise ValueError(f"{folder} holds images of other settings ({'; '.join(_differences(known, told))}). {others}")
+        raise ValueError(f"{folder} holds images of other settings ({'; '.join(differences(known, told))}). {others}")
 
 
-def _differences(known: Any, told: Any, where: str = "") -> list[str]:
+def differences(known: Any, told: Any, where: str = "") -> list[str]:
+    """What differs between two objects of JSON: ``"base.steps was 4, is 5"``; long values are cut."""
     if not isinstance(known, Mapping) or not isinstance(told, Mapping):
         old, new = (text if len(text := json.dumps(value)) <= 80 else f"{text[:77]}..." for value in (known, told))
         return [f"{where.rstrip('.')} was {old}, is {new}"]
     names = [name for name in {**known, **told} if known.get(name) != told.get(name)]
-    return [line for name in names for line in _differences(known.get(name), told.get(name), f"{where}{name}.")]
+    return [line for name in names for line in differences(known.get(name), told.get(name), f"{where}{name}.")]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flexclear.folder_settings import differences
 from flexclear.picture_files import Target, numbered, read_settings
 
 
@@ -44,7 +45,7 @@ def find_finished(
     first = None
     for number, entry in enumerate(told, 1):
         for place, path in places:
-            if path in known and path not in kept.values() and not _differences(known[path], entry):
+            if path in known and path not in kept.values() and not _differing(known[path], entry):
                 kept[number] = path
                 first = place - number + 1 if first is None else first
                 break
@@ -55,14 +56,10 @@ def find_finished(
     return kept, replace(target, first=1 if first is None else max(first, 1))
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What an image says of itself otherwise than wanted; what it says besides is not compared."""
-    return [
-        f"{name}: {found.get(part, {}).get(name)!r} there, {value!r} asked for"
-        for part, values in wanted.items()
-        for name, value in values.items()
-        if found.get(part, {}).get(name) != value
-    ]
+    settings = {name: found["settings"].get(name) for name in wanted["settings"]}
+    return differences({"settings": settings, "versions": found.get("versions")}, wanted)
 
 
 def _stranger(path: Path, known: Mapping[Path, dict[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> str:
@@ -70,8 +67,7 @@ def _stranger(path: Path, known: Mapping[Path, dict[str, Any]], wanted: Sequence
     if path not in known:
         cause = "it carries no settings"
     else:
-        differing = min((_differences(known[path], entry) for entry in wanted), key=len)
-        cause = "; ".join(text if len(text) <= 200 else f"{text[:197]}..." for text in differing)
+        cause = "; ".join(min((_differing(known[path], entry) for entry in wanted), key=len))
     return (
         f"--resume: {path} is not of this set ({cause}), nor is any other image there. Without --resume a folder's numbers "
         "go on after it"

@@ -21,6 +21,9 @@ from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSample
 from flexclear.distill.sources import Item, Skipped, find_items
 from flexclear.reading import parse_json, read_text
 
+LARGEST_SCALED = 1 << 26
+"""Pixels that a picture may have before it is cut, unless the cut is as large: a narrow one is enlarged without bounds."""
+
 
 @dataclass(frozen=True)
 class Cached:
@@ -239,10 +242,9 @@ def _fitted(picture: Image.Image, size: tuple[int, int] | None, multiple: int) -
         scale = max(height / picture.height, width / picture.width)
         if scale != 1:
             new = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-            if Image.MAX_IMAGE_PIXELS is not None and new[0] * new[1] > Image.MAX_IMAGE_PIXELS:
+            if new[0] * new[1] > max(LARGEST_SCALED, 4 * height * width):
                 raise ValueError(
-                    f"{picture.height} x {picture.width} pixels scaled to cover {height} x {width} are {new[1]} x {new[0]}, "
-                    f"more than {Image.MAX_IMAGE_PIXELS} in all"
+                    f"{picture.height} x {picture.width} pixels scaled to cover {height} x {width} are {new[1]} x {new[0]}"
                 )
             picture = picture.resize(new, Image.Resampling.LANCZOS)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from flexclear.folder_settings import differences
 from flexclear.highres.stages import Stage
 from flexclear.image_reading import read_own_png
 from flexclear.picture_files import png_bytes, write_whole
@@ -90,9 +91,9 @@ class Folder:
             raise ValueError(f"{manifest} is no manifest of a cascade: {error}") from error
         if version != FORMAT:
             raise ValueError(f"{manifest} has format {version!r}, this version reads {FORMAT}; choose another folder")
-        differing = _differences(common, self.common)
+        differing = differences(common, self.common)
         for stage, entry in zip(self.stages, done, strict=False):
-            differing += [f"stage {stage.number}: {text}" for text in _differences(entry["settings"], _plain(stage))]
+            differing += [f"stage {stage.number}: {text}" for text in differences(entry["settings"], _plain(stage))]
         if differing:
             raise ValueError(
                 f"{self.path} holds a cascade with other settings, which cannot go on as this one: {'; '.join(differing)}. "
@@ -112,12 +113,3 @@ def _plain(stage: Stage) -> dict[str, Any]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    def short(value: Any) -> str:
-        text = json.dumps(value)
-        return text if len(text) <= 80 else text[:77] + "..."
-
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name} was {short(old.get(name))}, is {short(new.get(name))}" for name in names]

@@ -251,7 +251,7 @@ def test_picture_bombs_are_named_and_left_out(pipe, pictures, tmp_path):
     done = cache(pictures, "embedded", tmp_path / "cache", size=(64, 64), text_len=16, pipe=pipe)
     assert [entry["name"] for entry in CachedSamples(done.folder).entries] == ["0.png", "2.png", "3.png", "4.png"]
     assert "could be decompression bomb" in done.skipped[0].reason
-    with pytest.raises(ValueError, match="60000 x 16 pixels scaled to cover 1024 x 1024 are 3840000 x 1024, more than"):
+    with pytest.raises(ValueError, match="60000 x 16 pixels scaled to cover 1024 x 1024 are 3840000 x 1024"):
         _fitted(Image.new("L", (16, 60_000)), (1024, 1024), 16)
 
 

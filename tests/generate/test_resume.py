@@ -86,7 +86,7 @@ def test_a_missing_image_gets_its_own_number_back_and_other_images_stay(whole, g
 
 @pytest.mark.parametrize(
     ("changed", "difference"),
-    [(("--steps", 3), "steps: 2 there, 3 asked for"), (("--r", 3), "r: 16 there, 3 asked for")],
+    [(("--steps", 3), "settings.steps was 2, is 3"), (("--r", 3), "settings.r was 16, is 3")],
 )
 def test_a_folder_of_other_images_only_is_refused(whole, command, tmp_path, changed, difference):
     for name, content in whole.items():
@@ -109,7 +109,7 @@ def test_images_of_other_versions_are_of_another_set(whole, command, tmp_path):
     (tmp_path / name).write_bytes(older)
     status, _, error = command("generate", "embedded", *FAST, *SET, "--out", tmp_path, "--resume")
     assert status == 2
-    assert "torch: '2.0' there" in error
+    assert 'versions.torch was "2.0", is ' in error
 
 
 def test_a_single_file_is_kept_where_it_is_the_one(whole, command, tmp_path):
@@ -122,7 +122,7 @@ def test_a_single_file_is_kept_where_it_is_the_one(whole, command, tmp_path):
     assert f"{file}: finished already" in error
     status, _, error = command(*arguments, "--seed", 6)
     assert status == 2
-    assert "seed: 5 there, 6 asked for" in error
+    assert "settings.seed was 5, is 6" in error
     assert file.read_bytes() == before
 
 
