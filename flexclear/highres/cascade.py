@@ -23,6 +23,7 @@ from flexclear.highres.stages import BASE, KEEP, METHODS, OWN, Stage, check_radi
 from flexclear.highres.state import scheduled, shifted, windowed, windows_of
 from flexclear.highres.tiling import tile_size, tiled
 from flexclear.masks import Window
+from flexclear.parallel.facts import digest
 from flexclear.schedule import Radii
 from flexclear.switches import Switches, in_force, override
 
@@ -165,6 +166,7 @@ def upscale_cascade(
         "tile": side,
         "wavelet_level": wavelet_level if method == "imax" else None,
         **_identity(pipe),
+        "weights": None if folder is None else _weights(pipe),
     }
     if folder is not None and plan.entry is not None and plan.entry.parallel is not None:
         raise ValueError(
@@ -408,15 +410,31 @@ class _Run:
 
 
 def _identity(pipe: Any) -> dict[str, Any]:
-    """What a manifest keeps of a pipeline; weights are not compared, only what they are for."""
-
-    def digest(config: Any) -> str:
-        return hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode()).hexdigest()[:16]
-
+    """What a manifest keeps of a pipeline besides its weights."""
     return {
         "model": str(pipe.config.get("_name_or_path", "")),
-        "transformer": digest(pipe.transformer.config),
-        "vae": digest(pipe.vae.config),
-        "scheduler": digest(pipe.scheduler.config),
+        "transformer": _digest(pipe.transformer.config),
+        "vae": _digest(pipe.vae.config),
+        "scheduler": _digest(pipe.scheduler.config),
         "dtype": str(pipe.transformer.dtype),
     }
+
+
+def _weights(pipe: Any) -> str:
+    """Of some numbers of each parameter; those that are elsewhere (sequential offload) count by their names.
+
+    Pooling weights belong to the windows, which each stage names.
+    """
+    models = (("transformer", pipe.transformer), ("vae", pipe.vae))
+    return _digest(
+        {
+            f"{part}.{name}": digest(parameter)
+            for part, model in models
+            for name, parameter in model.named_parameters()
+            if ".processor." not in name
+        }
+    )
+
+
+def _digest(config: Any) -> str:
+    return hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -162,6 +162,16 @@ def test_a_folder_of_other_settings_is_refused_by_name(flux, sd3, photo, tmp_pat
         call = {"prompt": PROMPT, "sizes": [32, 48], "folder": tmp_path, "on_step": stop_in(1), **FAST, **change}
         with pytest.raises(ValueError, match=f"holds a cascade with other settings.*{message}"):
             upscale_cascade(flux, **call)
+    bias = flux.transformer.proj_out.bias
+    own = bias.detach().clone()
+    with torch.no_grad():
+        bias[0] += 1  # as if it had been trained further
+    try:
+        with pytest.raises(ValueError, match=r"holds a cascade with other settings.*weights was"):
+            upscale_cascade(flux, PROMPT, [32, 48], folder=tmp_path, r=None, **FAST)
+    finally:
+        with torch.no_grad():
+            bias.copy_(own)
     with pytest.raises(ValueError, match="transformer was"):
         upscale_cascade(sd3, PROMPT, [32, 48], folder=tmp_path, **FAST)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
