@@ -67,7 +67,8 @@ def _stranger(path: Path, known: Mapping[Path, dict[str, Any]], wanted: Sequence
     if path not in known:
         cause = "it carries no settings"
     else:
-        cause = "; ".join(min((_differing(known[path], entry) for entry in wanted), key=len))
+        differing = [_differing(known[path], entry) for entry in wanted]
+        cause = "; ".join(min(differing, key=len))
     return (
         f"--resume: {path} is not of this set ({cause}), nor is any other image there. Without --resume a folder's numbers "
         "go on after it"

@@ -158,6 +158,25 @@ def test_a_full_disk_leaves_finished_shards_and_no_half_of_one(pipe, pictures, t
     assert (out / "index.json").read_bytes() == content
 
 
+def test_out_of_memory_ends_the_run_and_is_no_damaged_picture(pipe, pictures, tmp_path, monkeypatch):
+    def run(**options):
+        return cache(pictures, "embedded", tmp_path / "cache", text_len=16, shard_size=2, pipe=pipe, **options)
+
+    def starve(done, total):
+        if done == 3:
+            monkeypatch.setattr(pipe.vae, "encode", lambda pixels: torch.empty(1 << 60, dtype=torch.uint8))
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        run(on_item=starve)
+    assert [place.name for place in (tmp_path / "cache").iterdir()] == ["00000.safetensors"]
+    monkeypatch.undo()
+    monkeypatch.setattr(Image.Image, "convert", lambda *arguments: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        run()
+    monkeypatch.undo()
+    assert run().skipped == ()
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
