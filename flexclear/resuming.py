@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,24 +37,31 @@ def find_finished(
     single = [(1, target.path)] if target.is_file and target.path.exists() else []
     places = single if target.is_file else numbered(target.path)
     known: dict[Path, dict[str, Any]] = {}
-    for _, path in places:
+    candidates: dict[tuple[str, str], list[tuple[int, Path]]] = defaultdict(list)
+    for place, path in places:
         try:
             known[path] = read_settings(path)
         except (OSError, ValueError):
             continue  # of another program, or damaged
+        candidates[_key(known[path])].append((place, path))
     kept: dict[int, Path] = {}
     first = None
     for number, entry in enumerate(told, 1):
-        for place, path in places:
-            if path in known and path not in kept.values() and not _differing(known[path], entry):
-                kept[number] = path
-                first = place - number + 1 if first is None else first
-                break
+        near = candidates[_key(entry)]
+        found = next((one for one in near if not _differing(known[one[1]], entry)), None)
+        if found is not None:
+            near.remove(found)  # one image is not two of a set that asks twice for the same
+            place, kept[number] = found
+            first = place - number + 1 if first is None else first
     if places and not kept:
         raise ValueError(_stranger(places[-1][1], known, told))
     if target.is_file:
         return kept, target
     return kept, replace(target, first=1 if first is None else max(first, 1))
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, str]:
+    return str(entry["settings"].get("prompt")), str(entry["settings"].get("seed"))
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -68,7 +76,8 @@ def _stranger(path: Path, known: Mapping[Path, dict[str, Any]], wanted: Sequence
         cause = "it carries no settings"
     else:
         differing = [_differing(known[path], entry) for entry in wanted]
-        cause = "; ".join(min(differing, key=len))
+        least: list[str] = min(differing, key=len)
+        cause = "; ".join(least)
     return (
         f"--resume: {path} is not of this set ({cause}), nor is any other image there. Without --resume a folder's numbers "
         "go on after it"

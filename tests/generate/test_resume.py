@@ -131,3 +131,23 @@ def test_what_contradicts_resume_is_refused(command, tmp_path):
     status, _, error = command(*arguments, "--overwrite")
     assert status == 2
     assert "--resume keeps the finished images" in error
+
+
+def test_an_image_counts_once_and_many_are_found_quickly(tmp_path, monkeypatch):
+    from flexclear import resuming
+    from flexclear.picture_files import Target
+
+    wanted = [{"prompt": f"p{number // 2}", "seed": 1} for number in range(400)]  # each one twice
+    for number in range(399):
+        (tmp_path / f"{number + 4:04d}_p.png").touch()
+    told = {
+        tmp_path / f"{number + 4:04d}_p.png": {"settings": entry, "versions": {}} for number, entry in enumerate(wanted)
+    }
+    monkeypatch.setattr(resuming, "read_settings", told.__getitem__)
+    calls = []
+    compare = resuming._differing
+    monkeypatch.setattr(resuming, "_differing", lambda *pair: calls.append(pair) or compare(*pair))
+    kept, target = resuming.find_finished(Target(tmp_path, False, False), wanted, {})
+    assert {number: path.name for number, path in kept.items()} == {n: f"{n + 3:04d}_p.png" for n in range(1, 400)}
+    assert target.first == 4
+    assert len(calls) <= 2 * len(wanted)
