@@ -15,7 +15,7 @@ from flexclear.plan import Plan
 from flexclear.pooling import Pooling
 
 if TYPE_CHECKING:
-    from flexclear.parallel.session import BandCall
+    from flexclear.parallel.band import BandCall
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,15 +123,6 @@ class EntryHook(Hook):
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
-        if self.parallel is None:
-            return self._enter(model, args, kwargs)
-        try:
-            return self._enter(model, args, kwargs)
-        except Exception as error:
-            self.parallel.failed(error)
-            raise
-
-    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         if len(args) > len(names):
             raise TypeError(f"{type(model).__name__} takes {len(names)} arguments, got {len(args)} positional ones")
@@ -255,18 +246,11 @@ class ExitHook(Hook):
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        entry = entry_hook_of(model)
-        parallel = None if entry is None else entry.parallel
         if output is None:
-            error = sys.exc_info()[1]
-            if parallel is not None:
-                parallel.failed(error)
-            self._explain(model, kwargs, error)
+            self._explain(model, kwargs, sys.exc_info()[1])
             return None
         output = self.family.leave(model, output, self.family.plan_of(kwargs))
         self._check_tangents(model, kwargs, output)
-        if parallel is not None:
-            parallel.end()
         return output
 
     @staticmethod

@@ -60,6 +60,11 @@ class StepCounter:
         at = scheduler.step_index
         return (begin if at is None else at) - begin, len(timesteps) - begin, getattr(scheduler, "order", 1)
 
+    def run(self) -> object:
+        """What the pipeline's scheduler makes anew for each run; None where nobody counts."""
+        pipeline = None if self._pipeline is None else self._pipeline()
+        return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+
     def is_dense(self, dense_steps: tuple[int, int]) -> bool:
         """Whether the current step is among the (first, last) dense ones."""
         if dense_steps == (0, 0):

@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` run into: ranks that differ, die, are late, or ask for what there is not."""
+"""What the processes of ``parallel_group.Group`` are refused: ranks that differ, or ask for what there is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from flexclear import parallel
 from models import flux_call, tiny_flux
 from parallel_cases import run
 from parallel_families import build
-from parallel_pipelines import draw, pipeline
 
 
 def disagreeing(what, rank=1):
@@ -22,53 +21,11 @@ def disagreeing(what, rank=1):
     call = flux_call(height, 16, 12, seed=1 if mine and what == "seed" else 0)
     if mine and what == "prompt":
         call["encoder_hidden_states"] = -call["encoder_hidden_states"]
-    parallel.enable(model, timeout=20, text="average" if mine and what == "settings" else "exact")
+    parallel.enable(model, text="average" if mine and what == "settings" else "exact")
     try:
         run(model, call)
     finally:
         parallel.disable(model)
-
-
-_broken = {}
-
-
-def breaks_in_a_step(how, rank, timeout=4.0, height=128):
-    """A pipeline one rank of which dies, sleeps or raises in the attention of its second step."""
-    import os
-    import time
-
-    pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
-    parallel.enable(pipe, timeout=timeout)
-    _broken["pipe"] = pipe
-    calls = []
-
-    def trouble(module, args, kwargs):
-        calls.append(1)
-        if len(calls) != 2 or dist.get_rank() != rank:
-            return
-        if how == "dies":
-            os._exit(1)
-        if how == "sleeps":
-            time.sleep(timeout + 5)
-        if how == "raises":
-            raise MemoryError("planted")
-
-    handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(trouble, with_kwargs=True)
-    begin = time.monotonic()
-    try:
-        draw(pipe, height)
-    except Exception as error:
-        raise type(error)(f"{error} [after {time.monotonic() - begin:.1f} s]") from None
-    finally:
-        handle.remove()
-
-
-def works_again():
-    """The same pipeline once more, without a new ``enable``."""
-    pipe = _broken["pipe"]
-    shared = draw(pipe)
-    parallel.disable(pipe)
-    return (draw(pipe) - shared).abs().max().item()
 
 
 def refused(what):
@@ -84,7 +41,7 @@ def refused(what):
         model, call = build("flux")
     flexclear.transform(model, r=3, backend="sdpa")
     whole = None if what == "skipped" else run(model, call)
-    parallel.enable(model, timeout=20, **options)
+    parallel.enable(model, **options)
     if what == "gradients":
         return model(**call).sample
     if what == "dense cache":

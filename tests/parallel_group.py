@@ -12,7 +12,14 @@ import traceback
 from pathlib import Path
 
 HERE = str(Path(__file__).parent)
-CASES = ("parallel_cases", "parallel_families", "parallel_pipelines", "parallel_faults", "distill_cases")
+CASES = (
+    "parallel_cases",
+    "parallel_families",
+    "parallel_pipelines",
+    "parallel_faults",
+    "parallel_ends",
+    "distill_cases",
+)
 
 
 def free_port() -> int:
@@ -22,9 +29,19 @@ def free_port() -> int:
 
 
 class Group:
-    """``size`` processes with a gloo process group, forked from a server that has imported everything already."""
+    """``size`` processes with a gloo process group, forked from a server that has imported everything already.
+
+    Where one does not answer in time, or has died, all of them are ended, and the next task gets new ones: what the old
+    ones still had to say is lost with their pipes.
+    """
 
     def __init__(self, size: int) -> None:
+        self.size = size
+        self.number = 0
+        self.pipes, self.processes = [], []
+        self.start()
+
+    def start(self) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         # The server imports what is preloaded with the path that its environment gives it.
         folders = [HERE, str(Path(HERE) / "families")]
@@ -35,32 +52,46 @@ class Group:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(CASES))
         port = free_port()
-        self.size = size
-        self.pipes, self.processes = [], []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, name: str, *args, timeout: float = 120.0, gone: tuple[int, ...] = (), **kwargs):
+    def run(self, name: str, *args, timeout: float = 600.0, gone: tuple[int, ...] = (), **kwargs):
         """What the function ``name`` of ``CASES`` returns on each rank; an exception is given back as its type's name and text.
 
         ``gone``: ranks that end while they run it; None is in their place.
         """
-        for pipe in self.pipes:
-            pipe.send((name, args, kwargs))
-        found = []
-        for rank, pipe in enumerate(self.pipes):
-            if rank in gone:
-                found.append(None)
-                continue
-            if not pipe.poll(timeout):
-                raise TimeoutError(f"rank {rank} of {self.size} did not finish {name}{args} within {timeout} s")
-            found.append(pipe.recv())
+        if not self.processes:
+            self.start()
+        self.number += 1
+        try:
+            for pipe in self.pipes:
+                pipe.send((self.number, name, args, kwargs))
+            found = [
+                None if rank in gone else self._answer(rank, f"{name}{args}", timeout) for rank in range(self.size)
+            ]
+        except BaseException:
+            self.kill()
+            raise
+        if gone:
+            self.kill()
         return found
+
+    def _answer(self, rank: int, task: str, timeout: float):
+        if not self.pipes[rank].poll(timeout):
+            raise TimeoutError(f"rank {rank} of {self.size} did not finish {task} within {timeout} s")
+        try:
+            number, answer = self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join(10)
+            code = self.processes[rank].exitcode
+            raise ChildProcessError(f"rank {rank} of {self.size} ended in {task}, exit status {code}") from None
+        assert number == self.number, f"rank {rank} answers task {number}, and was given {self.number}"
+        return answer
 
     def results(self, name: str, *args, **kwargs):
         """The same where no rank may raise."""
@@ -82,8 +113,16 @@ class Group:
                 pipe.send(None)
         for process in self.processes:
             process.join(10)
-            if process.is_alive():
-                process.kill()
+        self.kill()
+
+    def kill(self) -> None:
+        """End all processes at once."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.pipes, self.processes = [], []
 
 
 def _serve(rank, size, port, pipe):
@@ -96,15 +135,15 @@ def _serve(rank, size, port, pipe):
     cases = [importlib.import_module(name) for name in CASES]
 
     while (task := pipe.recv()) is not None:
-        name, args, kwargs = task
+        number, name, args, kwargs = task
         try:
             run = next(getattr(module, name) for module in cases if hasattr(module, name))
             answer = ("result", run(*args, **kwargs))
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             text = (type(error).__name__, str(error))
             if os.environ.get("SHOW"):
                 traceback.print_exc()
             answer = ("error", text)
-        pipe.send(answer)
+        pipe.send((number, answer))
     if dist.is_initialized():
         dist.destroy_process_group()

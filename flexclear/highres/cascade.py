@@ -346,6 +346,8 @@ class _Run:
         self, stage: Stage, stages: list[Stage], windows: dict[str, Window | None], before: Image.Image | None
     ) -> Image.Image:
         """One stage's picture."""
+        from flexclear.hooks import entry_hook_of
+
         text = self.text(stages)
         generator = torch.Generator().manual_seed(stage.seed)
         arguments = {
@@ -374,6 +376,9 @@ class _Run:
             if stage.method == "sdedit":
                 arguments |= {"image": enlarged, "strength": stage.strength}
             drawing = self.kind.pipeline(self.pipe, name)
+            entry = entry_hook_of(self.pipe.transformer)
+            if entry is not None and entry.parallel is not None:
+                entry.parallel.watch(drawing)
             drawing.set_progress_bar_config(**self._bar(stage, len(stages)))
             return drawing(**arguments).images[0]
 

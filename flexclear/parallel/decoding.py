@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flexclear.parallel.links import Links
+from flexclear.parallel.ends import put, told
+from flexclear.parallel.errors import AgreedError
+from flexclear.parallel.facts import differences, sums
+
+if TYPE_CHECKING:
+    from flexclear.parallel.session import Session
 
 KNOWN = ("AutoencoderKL",)
 """VAEs whose ``tiled_decode`` gives its decoder one tile at a time and nothing else."""
 
-MARK = "_flexclear_whole"
-"""Attribute of our ``tiled_decode`` that says that it is ours."""
 
-
-def split_decoding(pipe: Any, links: Links) -> None:
-    """Let a pipeline's VAE share the tiles of ``tiled_decode``; does nothing where there is none.
+def split_decoding(pipe: Any, session: Session) -> None:
+    """Let a pipeline's VAE share the tiles of ``tiled_decode`` until the session is closed; nothing where there is none.
 
     The VAE's own method cuts and blends: it runs once to see which tiles it asks its decoder for, the ranks decode them in
     turn and pass them on, and it runs again with their results. So every rank has the picture that one would have made.
@@ -26,18 +28,20 @@ def split_decoding(pipe: Any, links: Links) -> None:
     vae: Any = getattr(pipe, "vae", None)
     if type(vae).__name__ not in KNOWN:
         return
-    whole = vae.tiled_decode
+    whole, links = vae.tiled_decode, session.links
 
     def tiled_decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         if links.size == 1:
             return whole(z, *args, **kwargs)
-        links.where = "decoding"
-        links.open(resume=False)
-        try:
-            return shared(z, *args, **kwargs)
-        except Exception as error:
-            links.fail(error)
-            raise
+        with told(session):
+            links.start("decoding", resume=True)
+            said, _ = links.meet({"the denoising step": "decoding", "the shape": list(z.shape), "the latents": sums(z)})
+            found = differences(said, links.ranks)
+            if found:
+                raise AgreedError(f"decoding: {found}. All ranks must decode the same latents")
+            image = shared(z, *args, **kwargs)
+            links.end()
+            return image
 
     def shared(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         decoder = vae.decoder
@@ -61,15 +65,7 @@ def split_decoding(pipe: Any, links: Links) -> None:
         ready = iter(found)
         return _with_forward(decoder, lambda tile, *rest, **named: next(ready), lambda: whole(z, *args, **kwargs))
 
-    setattr(tiled_decode, MARK, whole)
-    vae.tiled_decode = tiled_decode
-
-
-def whole_decoding(pipe: Any) -> None:
-    """Undo ``split_decoding``."""
-    vae = getattr(pipe, "vae", None)
-    if vae is not None and hasattr(vars(vae).get("tiled_decode"), MARK):
-        del vae.tiled_decode
+    put(vae, "tiled_decode", tiled_decode, session)
 
 
 def _with_forward(module: torch.nn.Module, forward: Callable[..., Any], call: Callable[[], Any]) -> Any:

@@ -10,8 +10,9 @@ from torch import nn
 
 from flexclear.convert import model_of
 from flexclear.hooks import EntryHook, entry_hook_of, install_inner
-from flexclear.parallel.decoding import split_decoding, whole_decoding
+from flexclear.parallel.decoding import split_decoding
 from flexclear.parallel.dense import disable_dense, refuse_other_parallelism
+from flexclear.parallel.ends import watch_calls
 from flexclear.parallel.group import ranks_of
 from flexclear.parallel.links import Links
 from flexclear.parallel.planning import TOO_SMALL, check_shares
@@ -105,8 +106,11 @@ def enable(
     links = Links(ranks, options.timeout, str(next(_numbers)))
     session = Session(links, options, StepCounter(pipe))
     attach(model, session)
-    if pipe is not None and split_vae:
-        split_decoding(pipe, links)
+    watch_calls(model, session)
+    if pipe is not None:
+        session.watch(pipe)
+        if split_vae:
+            split_decoding(pipe, session)
     return model_or_pipe
 
 
@@ -140,8 +144,6 @@ def disable(model_or_pipe: Target) -> Target:
         entry.parallel = None
         transform_again(model)
     disable_dense(model)
-    if model_or_pipe is not model:
-        whole_decoding(model_or_pipe)
     return model_or_pipe
 
 

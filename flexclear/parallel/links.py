@@ -1,8 +1,6 @@
-"""The one place where ranks talk: sends, sums, gathers, a check that all are there, and the count of bytes.
+"""Ranks meet before each step, and learn of it where one of them is late, stops or is in another run.
 
-Process groups are made here, by rank and store, and not through ``torch.distributed.new_group``: they can then be thrown
-away after an error and made anew under another name, which is what lets a second run in the same processes work. Each
-rank also writes into the store when it stops, and why; who has not written is who is missing.
+A rank that stops closes its groups, which wakes the others; why it stopped is in its note (``flexclear.parallel.notes``).
 """
 
 from __future__ import annotations
@@ -10,124 +8,102 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flexclear.parallel.errors import ParallelError
-
-GRACE = 5.0
-"""Seconds that a rank has to say why it stopped, after another has noticed."""
-
-
-@dataclass
-class Pending:
-    """Transfers that are under way.
-
-    Attributes:
-        received: what comes from each source, complete after ``wait``.
-        works: handles by rank.
-        sent: kept alive until it has gone.
-    """
-
-    links: Links
-    received: dict[int, Tensor] = field(default_factory=dict)
-    works: list[tuple[int, Any]] = field(default_factory=list)
-    sent: list[Tensor] = field(default_factory=list)
-
-    def wait(self) -> dict[int, Tensor]:
-        """Wait for all of it.
-
-        Raises:
-            ParallelError: a rank is late or gone.
-        """
-        for rank, work in self.works:
-            self.links.wait(work, rank)
-        self.works, self.sent = [], []
-        return self.received
+from flexclear.parallel.notes import Note, StoreGoneError
+from flexclear.parallel.transfers import GRACE, Pending, TransferError, Transfers
+from flexclear.parallel.waiting import POLL, wait_for
 
 
-class Links:
-    """The ways between the ranks of one group.
-
-    Args:
-        ranks: global ranks, in the order of the bands.
-        timeout: seconds after which a rank counts as late.
-        name: tells the groups of one process apart; the same on all ranks.
-
-    Attributes:
-        rank: this process's place in ``ranks``.
-        sent: bytes that this rank has sent, by kind, as payload: of sends what is sent, of a sum or a gather what this
-            rank puts in.
-        where: what is being done, for messages: ``step 3``.
-    """
+class Links(Transfers):
+    """The ways between the ranks of one group, run by run."""
 
     def __init__(self, ranks: Sequence[int], timeout: float, name: str) -> None:
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        self.ranks = tuple(ranks)
-        self.rank = self.ranks.index(dist.get_rank())
-        self.timeout = timeout
-        self.sent: Counter[str] = Counter()
-        self.where = "set-up"
-        members = "-".join(map(str, self.ranks))  # several groups of one world have a store in common
-        self._store = dist.PrefixStore(f"flexclear/{name}/{members}", _get_default_store())
-        self._generation = 0
-        self._groups: dict[str, Any] = {}
-        self._closed = True
-        self._tag = 0
+        super().__init__(ranks, timeout, name)
+        self._running = False
+        self._met = False
+        self._ended_early = (0, 0)
+        self._left = ""
 
     @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return len(self.ranks)
+    def _place(self) -> tuple[int, int]:
+        return self.notes.generation, self.notes.run
 
-    # Opening, closing, saying why
+    @property
+    def _is_early(self) -> bool:
+        return self._ended_early == self._place
 
-    def open(self, resume: bool) -> bool:
-        """Make sure that there are ways.
+    # One run: its beginning, its meetings, its end
+
+    def start(self, where: str, resume: bool = False) -> None:
+        """Begin a run, or another part of it. Nothing is sent.
 
         Args:
-            resume: whether a run is going on, so that another rank's stop must stop this one too.
+            where: for messages.
+            resume: whether it belongs to the run before, so that another rank's stop in that must stop this one too.
+        """
+        begun = self._running and not self._met
+        if not begun:
+            self._running = True
+            self._left = self.notes.where
+            if not self._groups:
+                self.notes.advance()
+            elif not resume:
+                self.notes.run += 1
+            self._met = resume and bool(self._groups)
+        self.notes.where = where
+
+    def meet(self, message: Any) -> tuple[list[Any], bool]:
+        """Meet the other ranks, of which none is in another run then.
+
+        Args:
+            message: for the others, as JSON.
 
         Returns:
-            Whether they were made anew, so that what was under way is lost.
+            What every rank says, in the order of ranks; and whether the ways were made anew, so that what was under way
+            is lost.
 
         Raises:
-            ParallelError: another rank has stopped, or is not there.
+            ParallelError: another rank has stopped, is late, or is not there.
         """
-        if not self._closed and self._stopped():
-            if resume:
-                self.fail(None)
-            self._close()
-        if not self._closed:
-            return False
-        self._generation += 1
-        self._groups = {}
-        self._closed = False
-        self._tag = 0
-        self._group(torch.device("cpu"), "control")
-        return True
+        anew = False
+        while True:
+            try:
+                if not self._groups:
+                    self._open()
+                    anew = True
+                self._watch()
+                said = self._tell([self.notes.run, self._is_early, self._left, message])
+                if len({(run, early) for run, early, *_ in said}) == 1:
+                    self._met = True
+                    return [text for *_, text in said], anew
+                self._catch_up(said)
+            except _OverError:
+                self._close_groups()
+                self.notes.advance()
 
-    def _key(self, rank: int) -> str:
-        return f"{self._generation}/stopped/{rank}"
+    def end(self, early: bool = False) -> None:
+        """End a run without an error.
 
-    def _stopped(self) -> dict[int, dict[str, Any]]:
-        """Ranks that have said that they stopped, and what they said."""
-        found = {}
-        for rank in range(self.size):
-            if self._store.check([self._key(rank)]):
-                found[rank] = json.loads(self._store.get(self._key(rank)))
-        return found
+        Args:
+            early: whether it had steps left, which others may be waiting for this rank in.
+        """
+        if early and self._running:
+            # The run is over here, whatever became of the store.
+            with contextlib.suppress(StoreGoneError):
+                self.notes.leave(early=True)
+            self._ended_early = self._place
+        self._running = False
 
     def fail(self, error: BaseException | None) -> None:
-        """Close all ways, say so to the others, and raise if they are the cause.
+        """Close all ways, say so to the others, and raise if they are the cause. Does nothing outside of a run.
 
         Args:
             error: what stopped this rank; None, or an error of a transfer: another rank is the cause, or missing.
@@ -135,206 +111,158 @@ class Links:
         Raises:
             ParallelError: another rank is the cause.
         """
-        if self._closed:
+        if not self._running:
             return
-        own = error is not None and not isinstance(error, ParallelError) and not _is_transfer(error)
-        said = {"where": self.where, "error": f"{type(error).__name__}: {error}" if own else ""}
+        self._running = False
+        own = error is not None and not isinstance(error, ParallelError | dist.DistError)
         try:
-            self._store.set(self._key(self.rank), json.dumps(said))
-        except Exception as lost:
-            self._close()
-            if own:
-                return
-            raise ParallelError(
-                f"rank {self.ranks[self.rank]}, {self.where}: the store of the process group no longer answers. The process "
-                "that holds it (rank 0, or torchrun) is gone"
-            ) from lost
-        self._close()
-        if own or (isinstance(error, ParallelError) and error.args and getattr(error, "said", False)):
-            return
-        raise self._diagnosis(error) from error
-
-    def _diagnosis(self, error: BaseException | None) -> ParallelError:
-        end = time.monotonic() + min(GRACE, self.timeout)
-        stopped: dict[int, dict[str, Any]] = {}
-        missing: list[int] = []
-        while True:
-            with contextlib.suppress(Exception):
-                stopped = self._stopped()
-            missing = [rank for rank in range(self.size) if rank not in stopped]
-            causes = {rank: said for rank, said in stopped.items() if said["error"]}
-            if not missing or causes or time.monotonic() > end:
-                break
-            time.sleep(0.05)
-        here = f"rank {self.ranks[self.rank]}, {self.where}"
-        if causes:
-            rank, said = next(iter(causes.items()))
-            found = ParallelError(f"{here}: rank {self.ranks[rank]} stopped in {said['where']}: {said['error']}")
-        elif missing:
-            names = " and ".join(f"rank {self.ranks[rank]}" for rank in missing)
-            found = ParallelError(
-                f"{here}: {names} did not answer within {self.timeout:g} s: gone, or late. A run needs all ranks; "
-                "flexclear.parallel.enable(timeout=...) says how long to wait"
-            )
-        else:
-            found = ParallelError(f"{here}: a transfer between ranks failed: {error}")
-        found.said = True  # type: ignore[attr-defined]
-        return found
-
-    def _close(self) -> None:
-        self._closed = True
-        for group in self._groups.values():
-            with contextlib.suppress(Exception):
-                group.abort()
-        self._groups = {}
+            self.notes.leave(_in_words(error) if own else "")
+        except StoreGoneError:
+            if not own:
+                raise
+        finally:
+            self._close_groups()
+        if not own:
+            raise self._diagnosis(error) from error
 
     def close(self) -> None:
         """Give everything back."""
-        self._close()
+        self._running = False
+        self._close_groups()
 
-    def _group(self, device: torch.device, purpose: str) -> Any:
-        # On a GPU sums and borders have a communicator each: in one, a sum would wait for borders that are not needed yet.
-        kind = f"{device.type}-{purpose}" if device.type == "cuda" else "cpu"
-        if self._closed:
-            raise ParallelError(f"rank {self.ranks[self.rank]}, {self.where}: this run has ended with an error already")
-        if kind not in self._groups:
-            store = dist.PrefixStore(f"{self._generation}/{kind}", self._store)
-            limit = timedelta(seconds=self.timeout)
-            try:
-                if device.type == "cuda":
-                    options = dist.ProcessGroupNCCL.Options()
-                    options._timeout = limit
-                    self._groups[kind] = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
-                else:
-                    self._groups[kind] = dist.ProcessGroupGloo(store, self.rank, self.size, limit)
-            except RuntimeError as error:
-                self.fail(error)
-                raise
-        return self._groups[kind]
+    def _open(self) -> None:
+        if self.size > 1:
+            missing = self.notes.arrive(self.timeout, self._watch)
+            if missing:
+                self._fail_with(self._late(missing))
+            self._watch()
+        self._open_groups()
 
-    def wait(self, work: Any, rank: int | None = None) -> None:
-        """Wait for a transfer.
-
-        Args:
-            work: its handle.
-            rank: the other end, where there is one.
+    def _watch(self) -> None:
+        """Look for notes of the others.
 
         Raises:
-            ParallelError: it did not come about in time.
+            ParallelError: one has stopped in this run, or ended it early.
+            _OverError: one has stopped in the run before, which was over here.
         """
-        if work is None:
-            return
-        try:
-            work.wait(timedelta(seconds=self.timeout))
-        except RuntimeError as error:
-            self.fail(_Transfer(str(error)))
-            raise
+        others = [note for note in self.notes.read() if note.rank != self.rank]
+        stopped = [note for note in others if not note.early]
+        if stopped and not self._met and all(note.run < self.notes.run for note in stopped):
+            raise _OverError
+        if stopped:
+            self.fail(None)
+        early = [note for note in others if note.run == self.notes.run]
+        if early and self._met and not self._is_early:
+            self._fail_with(self._ended([note.rank for note in early], early[0].where))
 
-    @contextlib.contextmanager
-    def _transfer(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, ParallelError):
-                raise
-            self.fail(_Transfer(str(error)))
-            raise
+    def _catch_up(self, said: Sequence[tuple[int, bool, str, Any]]) -> NoReturn:
+        """Ranks are in different runs, or have ended one: those behind stop, and those ahead wait for that.
 
-    # Transfers
-
-    def exchange(
-        self, sends: Mapping[int, Tensor], receives: Mapping[int, Sequence[int]], like: Tensor, kind: str = "border"
-    ) -> Pending:
-        """Send to some ranks and receive from some.
-
-        Args:
-            sends: contiguous tensors by destination.
-            receives: shapes by source.
-            like: of the type and device that is received.
-            kind: under which bytes are counted.
+        Raises:
+            ParallelError: this one is behind; or those behind have stopped, or do not.
+            _OverError: they have stopped in a run that was over here.
         """
-        pending = Pending(self, {source: like.new_empty(shape) for source, shape in receives.items()})
-        self._tag += 1  # on ranks that have nothing to say, too: both ends of a later transfer must give it one tag
-        if not sends and not receives:
-            return pending
-        group = self._group(like.device, kind)
-        batched = like.device.type == "cuda"
-        with self._transfer():
-            if batched:
-                group._start_coalescing()
-            # Every pair in the same order on both sides: a communicator may take one at a time.
-            for other in sorted({*sends, *receives}):
-                for turn in ("send", "receive") if self.rank < other else ("receive", "send"):
-                    if turn == "send" and other in sends:
-                        pending.sent.append(sends[other])
-                        pending.works.append((other, group.send([sends[other]], other, self._tag)))
-                        self.sent[kind] += sends[other].numel() * sends[other].element_size()
-                    elif turn == "receive" and other in receives:
-                        pending.works.append((other, group.recv([pending.received[other]], other, self._tag)))
-            if batched:
-                pending.works = [(self.rank, group._end_coalescing())]
-        return pending
+        places = [(run, early) for run, early, *_ in said]
+        first = [rank for rank in range(self.size) if places[rank] == max(places)]
+        if self.rank not in first:
+            another = "" if max(places)[0] == self.notes.run else ", and had begun another one"
+            self._fail_with(self._ended(first, said[first[0]][2]) + another)
+        end = time.monotonic() + self.timeout
+        while time.monotonic() < end:
+            self._watch()
+            time.sleep(POLL)
+        self._fail_with(self._late([rank for rank in range(self.size) if rank not in first]))
 
-    def start_sum(self, tensor: Tensor, kind: str, greatest: bool = False) -> Pending:
-        """Sum (or greatest) over all ranks, in place."""
-        pending = Pending(self, {self.rank: tensor})
-        if self.size > 1:
-            with self._transfer():
-                operation = dist.ReduceOp.MAX if greatest else dist.ReduceOp.SUM
-                pending.works.append((self.rank, self._group(tensor.device, "sum").allreduce([tensor], operation)))
-            self.sent[kind] += tensor.numel() * tensor.element_size()
-        return pending
+    # Who is the cause
 
-    def gather(self, tensor: Tensor, sizes: Sequence[int], dim: int, kind: str) -> list[Tensor]:
-        """Every rank's tensor, which have ``sizes`` along ``dim``."""
-        if self.size == 1:
-            return [tensor]
-        most = max(sizes)
-        moved = tensor.movedim(dim, 0)
-        padded = moved.new_zeros(most, *moved.shape[1:])
-        padded[: len(moved)] = moved
-        data = padded.flatten().view(torch.uint8)  # not every type is known to every way of gathering
-        everyone = [torch.empty_like(data) for _ in sizes]
-        with self._transfer():
-            work = self._group(tensor.device, "sum").allgather([everyone], [data])
-        self.wait(work)
-        self.sent[kind] += len(data)
-        whole = (part.view(padded.dtype).view(padded.shape) for part in everyone)
-        return [part[:size].movedim(0, dim) for part, size in zip(whole, sizes, strict=True)]
+    def _late(self, ranks: Sequence[int]) -> str:
+        return (
+            f"{self.notes.names(ranks)} did not answer within {self.timeout:g} s: gone, or late. A run needs all ranks; "
+            "flexclear.parallel.enable(timeout=...) says how long to wait"
+        )
 
-    def broadcast(self, tensor: Tensor, source: int, kind: str) -> Tensor:
-        """The tensor of one rank on all, in place."""
-        if self.size > 1:
-            with self._transfer():
-                options = dist.BroadcastOptions()
-                options.rootRank = source
-                work = self._group(tensor.device, "sum").broadcast([tensor], options)
-            self.wait(work)
-            if self.rank == source:
-                self.sent[kind] += tensor.numel() * tensor.element_size()
-        return tensor
+    def _ended(self, ranks: Sequence[int], where: str) -> str:
+        return f"{self.notes.names(ranks)} had ended this run after {where}"
 
-    def tell(self, message: Any) -> list[Any]:
-        """What every rank says, as JSON, in the order of ranks. Names the rank that does not answer."""
+    def _fail_with(self, message: str) -> NoReturn:
+        """Stop, because of others, with a message that is known."""
+        self._running = False
+        try:
+            self.notes.leave(message)
+        finally:
+            self._close_groups()
+        raise ParallelError(f"{self.notes.here}: {message}")
+
+    def _others(self) -> list[Note]:
+        """The notes of others, as soon as they give a reason or all have left one, or after ``GRACE``."""
+        end = time.monotonic() + GRACE
+        while True:
+            notes = [note for note in self.notes.read() if note.rank != self.rank]
+            notes = [note for note in notes if not note.early or note.run == self.notes.run]
+            silent = set(range(self.size)) - {self.rank, *(note.rank for note in notes)}
+            if not silent or any(note.error or note.early for note in notes) or time.monotonic() > end:
+                return notes
+            time.sleep(0.05)
+
+    def _diagnosis(self, error: BaseException | None) -> ParallelError:
+        here, notes = self.notes.here, self._others()
+        silent = set(range(self.size)) - {self.rank, *(note.rank for note in notes)}
+        causes = {note.rank: note for note in notes if note.error} or {note.rank: note for note in notes if note.early}
+        if causes:
+            told = (f"rank {self.ranks[note.rank]} {_how_it_ended(note)}" for note in causes.values())
+            return ParallelError(f"{here}: {'; '.join(told)}")
+        if silent and isinstance(error, TransferError) and not error.late:
+            return ParallelError(
+                f"{here}: {self.notes.names(sorted(silent))} closed the connection without a reason: gone. A run needs all "
+                "ranks"
+            )
+        if silent:
+            return ParallelError(f"{here}: {self._late(sorted(silent))}")
+        told = (f"rank {self.ranks[note.rank]} in {note.where}" for note in notes)
+        why = "" if error is None else f" ({error})"
+        return ParallelError(
+            f"{here}: {' and '.join(told)} waited no longer: this rank was late, or the way between them is broken{why}"
+        )
+
+    def _lost(self, error: TransferError) -> NoReturn:
+        if not self._met:
+            self._watch()
+        self.fail(error)
+        raise error
+
+    def _tell(self, message: Any) -> list[Any]:
+        """What every rank says, as JSON, in the order of ranks; heeds what others leave notes of meanwhile."""
         data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
         others = [rank for rank in range(self.size) if rank != self.rank]
         length = torch.tensor([len(data)])
-        lengths = self.exchange(dict.fromkeys(others, length), dict.fromkeys(others, (1,)), length, "control").wait()
+        lengths = self._heard(
+            self.exchange(dict.fromkeys(others, length), dict.fromkeys(others, (1,)), length, "control")
+        )
         shapes = {rank: (int(lengths[rank]),) for rank in others}
-        found = self.exchange(dict.fromkeys(others, data), shapes, data, "control").wait()
+        found = self._heard(self.exchange(dict.fromkeys(others, data), shapes, data, "control"))
         found[self.rank] = data
         return [json.loads(bytes(found[rank].numpy())) for rank in range(self.size)]
 
+    def _heard(self, pending: Pending) -> dict[int, Tensor]:
+        end = time.monotonic() + self.timeout
 
-class _Transfer(RuntimeError):
-    """A transfer could not be begun."""
+        def wait() -> None:
+            for work in pending.works:
+                work.wait(timedelta(seconds=max(0.001, end - time.monotonic())))
+
+        if pending.works:
+            with self._transfer():
+                wait_for(wait, self.timeout + GRACE, self._watch)
+        return pending.received
 
 
-def _is_transfer(error: BaseException) -> bool:
-    """Whether an error is one of the transport."""
-    if isinstance(error, _Transfer):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        word in text for word in ("gloo", "NCCL", "Connection", "Timed out", "Operation timed out", "Socket")
-    )
+class _OverError(Exception):
+    """Another rank has stopped in the run before, which had ended here."""
+
+
+def _in_words(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _how_it_ended(note: Note) -> str:
+    return f"had ended this run after {note.where}" if note.early else f"stopped in {note.where}: {note.error}"

@@ -1,4 +1,4 @@
-"""Three, four and eight gloo processes: several neighbours, idle ranks, unequal bands, and one that dies."""
+"""Three, four and eight gloo processes: several neighbours, idle ranks, and unequal bands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def group(request):
 
 
 @pytest.mark.parametrize("group", [3], indirect=True)
-def test_three_bands_and_a_rank_that_dies(group):
+def test_three_bands_are_the_whole_picture(group):
     for size, r, options in (
         ((24, 16, 12), 12, {}),  # the first and the last rank are neighbours, too
         ((40, 10, 7), 4, {"shares": (1.0, 3.0, 1.0), "batch": 2}),
@@ -44,12 +44,6 @@ def test_three_bands_and_a_rank_that_dies(group):
     for kind, message in group.errors("dense_against_one", "ulysses", 24, 8, 9):
         assert kind == "ValueError"
         assert "the 2 of this FluxTransformer2DModel do not divide by 3 ranks" in message
-    errors = group.errors("breaks_in_a_step", "dies", 1, gone=(1,), height=192)
-    for rank in (0, 2):
-        kind, message = errors[rank]
-        assert kind == "ParallelError"
-        assert f"rank {rank}, step 2: rank 1 did not answer" in message
-        assert float(message.split("[after ")[1].split()[0]) < 15
 
 
 @pytest.mark.parametrize("group", [4], indirect=True)
