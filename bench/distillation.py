@@ -229,7 +229,7 @@ class Study:
             device="cpu" if self.device == "cpu" else None,
             losses=LOSS_WEIGHTS[job.stage],
             optimizer=OptimizerConfig(
-                learning_rate=chosen.learning_rate, schedule="cosine", warmup_steps=max(1, steps // 20)
+                "adamw", learning_rate=chosen.learning_rate, schedule="cosine", warmup_steps=max(1, steps // 20)
             ),
             checkpoints=CheckpointConfig(every=max(1, min(50, steps // 4)), keep=1),
             held_out=HeldOutConfig(chosen.held_out, every=max(1, steps // 10), batch_size=16),

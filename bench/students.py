@@ -60,7 +60,7 @@ def goes_on(student: Student, samples: CachedSamples, folder: Path, steps: int, 
         gradient_accumulation=1,
         mixed_precision="no",
         seed=1,
-        optimizer=OptimizerConfig(learning_rate=rate, schedule="cosine", warmup_steps=max(1, steps // 20)),
+        optimizer=OptimizerConfig("adamw", learning_rate=rate, schedule="cosine", warmup_steps=max(1, steps // 20)),
         checkpoints=CheckpointConfig(every=max(1, min(50, steps // 4)), keep=1),
         held_out=HeldOutConfig(min(32, len(samples) // 4), every=max(1, steps // 10), batch_size=16),
     )

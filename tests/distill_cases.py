@@ -37,7 +37,9 @@ def config(output, **changed):
         "batch_size": 2,
         "gradient_accumulation": 1,
         "device": "cpu",
-        "optimizer": OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, schedule="constant_with_warmup", warmup_steps=2),
+        "optimizer": OptimizerConfig(
+            "adamw", learning_rate=1e-2, epsilon=1e-3, schedule="constant_with_warmup", warmup_steps=2
+        ),
         "checkpoints": CheckpointConfig(every=2),
         "held_out": HeldOutConfig(count=2),
     }

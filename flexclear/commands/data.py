@@ -83,16 +83,16 @@ def cache(
 ) -> None:
     """Encode pictures and captions once, so that training loads neither text encoders nor VAE.
 
-    Captions: a .txt file beside each picture, or metadata.jsonl with file_name and text; in .tar files a .txt or .json
-    of the same name. A damaged picture or .tar file is named and skipped. The same command goes on where it was stopped;
+    Captions: NAME.txt or NAME.json (with "prompt") beside each picture, in .tar files too; or metadata.jsonl with
+    file_name and text. A damaged picture or .tar file is named and skipped. The same command goes on where it was stopped;
     a cache of pictures that were replaced since is an error.
     """
     import torch
 
     from flexclear.distill.caching import cache as job
+    from flexclear.distill.models import text_len_of
     from flexclear.generate_check import choose_device
     from flexclear.generate_settings import DTYPES, parse_size
-    from flexclear.weights.files import EMBEDDED
 
     place = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -106,7 +106,7 @@ def cache(
             model,
             out,
             size=None if size is None else parse_size(size),
-            text_len=text_len if text_len is not None else 64 if model == EMBEDDED else 512,
+            text_len=text_len_of(model) if text_len is None else text_len,
             shard_size=shard_size,
             device=place,
             dtype=automatic if dtype == "auto" else DTYPES[dtype],

@@ -58,16 +58,20 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Attributes:
-    name: ``"adamw"`` or ``"prodigy"`` (package prodigyopt).
-    learning_rate: None: 1e-4 for AdamW, 1 for Prodigy.
+    name: ``"prodigy"`` (package prodigyopt) or ``"adamw"``.
+    learning_rate: None: 1 for Prodigy, which multiplies the step size that it estimates by it; 1e-4 for AdamW.
+    betas, epsilon, weight_decay: of both; the decay is decoupled from the gradient.
+    use_bias_correction, safeguard_warmup: Prodigy's, as its package names them. On as published; its own default is off.
     schedule, warmup_steps: of the learning rate, as diffusers names them.
     """
 
-    name: str = "adamw"
+    name: str = "prodigy"
     learning_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
+    weight_decay: float = 1e-4
     epsilon: float = 1e-8
+    use_bias_correction: bool = True
+    safeguard_warmup: bool = True
     schedule: str = "constant"
     warmup_steps: int = 0
 
@@ -80,6 +84,14 @@ class OptimizerConfig:
         _one_of("optimizer.schedule", self.schedule, SCHEDULES)
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise ValueError(f"optimizer.learning_rate must be positive and finite, got {self.learning_rate!r}")
+        if self.name == "prodigy" and self.rate < 0.1:
+            raise ValueError(
+                f"optimizer.learning_rate: Prodigy estimates the step size and multiplies it by this, usually 1; "
+                f"{self.rate} would hardly train. name: adamw takes rates such as 1e-4"
+            )
+        for name in ("use_bias_correction", "safeguard_warmup"):
+            if self.name != "prodigy" and not getattr(self, name):
+                raise ValueError(f"optimizer.{name} is of name: prodigy, not of {self.name}; leave it out")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas!r}")
         _number("optimizer.weight_decay", self.weight_decay, 0)
@@ -166,12 +178,17 @@ class SheetConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """A distillation (method, section 5); the defaults are the published settings where one device allows them.
+    """A distillation (method, section 5). The defaults are the published settings.
+
+    Left to the machine are ``gradient_accumulation`` (published: 4 on each of 4 GPUs, 32 pictures in all),
+    ``mixed_precision`` (bf16), ``gradient_checkpointing`` (on) and what accelerate's own configuration says (DeepSpeed's ZeRO
+    stage 2).
 
     Attributes:
         output: folder for checkpoints, losses and the weights file.
         model: pipeline folder, hub id, or ``"embedded"``; not needed where a pipeline is handed over.
-        data: folder of ``flexclear data cache``; not needed where samples are handed over.
+        data: folder of ``flexclear data cache``, or pictures with captions as that command takes them, which one process
+            encodes into ``output/cache`` first; not needed where samples are handed over.
         r, down_factor, backend, attention: of ``flexclear.transform``, for a model that is not transformed; ``sizes`` are
             those of ``attention``. r None: 16.
         initial_weights: a weights file that the student starts from, or None: the teacher's weights.

@@ -43,6 +43,11 @@ def pipeline_folder(model: str) -> Path:
         raise OSError(f"cannot load {model}: {error}") from error
 
 
+def text_len_of(model: str) -> int:
+    """Text tokens that training pads captions to unless told otherwise: FLUX.1's 512, the embedded model's 64."""
+    return 64 if model == EMBEDDED else 512
+
+
 def check_class(name: str | None) -> None:
     """Raise unless the trainer can call a model of this class.
 

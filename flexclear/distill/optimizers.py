@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,12 +34,21 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
     Raises:
         ImportError: its package is missing.
     """
-    betas = (config.betas[0], config.betas[1])
-    if config.name == "prodigy":
-        check_optimizer(config)
-        from prodigyopt import Prodigy
+    shared: dict[str, Any] = {
+        "lr": config.rate,
+        "betas": (config.betas[0], config.betas[1]),
+        "weight_decay": config.weight_decay,
+        "eps": config.epsilon,
+    }
+    if config.name != "prodigy":
+        return torch.optim.AdamW(parameters, **shared)
+    check_optimizer(config)
+    from prodigyopt import Prodigy
 
-        return Prodigy(parameters, lr=config.rate, betas=betas, weight_decay=config.weight_decay, eps=config.epsilon)
-    return torch.optim.AdamW(
-        parameters, lr=config.rate, betas=betas, weight_decay=config.weight_decay, eps=config.epsilon
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # It prints that its weight decay is decoupled.
+        return Prodigy(
+            parameters,
+            **shared,
+            use_bias_correction=config.use_bias_correction,
+            safeguard_warmup=config.safeguard_warmup,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from flexclear.convert import model_of
 from flexclear.distill.batches import held_out_indices
 from flexclear.distill.capture import compared_layers
 from flexclear.distill.config import DistillConfig
+from flexclear.distill.encoding import samples_of
 from flexclear.distill.models import SUPPORTED, check_class, fingerprint, pipeline_folder, skeleton
 from flexclear.distill.optimizers import check_optimizer
-from flexclear.distill.samples import CachedSamples, Samples, check_samples
+from flexclear.distill.samples import Samples, check_samples
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,13 @@ class Prepared:
     fingerprint: str | None
 
 
-def prepare(config: DistillConfig, model_or_pipe: Any = None, data: Samples | None = None) -> Prepared:
-    """Everything that can be wrong with a run, looked for before weights are read.
+def prepare(
+    config: DistillConfig,
+    model_or_pipe: Any = None,
+    data: Samples | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Prepared:
+    """Everything that can be wrong with a run, looked for before weights are read; pictures are encoded at its end.
 
     Raises:
         FileNotFoundError: there is no such model, cache or file.
@@ -60,7 +67,7 @@ def prepare(config: DistillConfig, model_or_pipe: Any = None, data: Samples | No
     if config.losses.attention:
         compared_layers(model, config.losses.attention_every)
     if data is None:
-        data = CachedSamples(config.data)  # type: ignore[arg-type]
+        data = samples_of(config, say)
     check_samples(data, model, made, f"the cache {config.data}" if config.data else "the data")
     left = len(data) - len(held_out_indices(config.held_out.count, len(data), config.seed))
     if config.batch_size > left:

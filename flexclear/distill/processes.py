@@ -29,14 +29,14 @@ def make_accelerator(config: DistillConfig) -> Any:
     return Accelerator(
         mixed_precision=config.mixed_precision,
         # Without an accelerator and without being told so, accelerate takes each of several processes for the only one.
-        cpu=config.device == "cpu" or (_started() > 1 and not torch.accelerator.is_available()),
+        cpu=config.device == "cpu" or (started() > 1 and not torch.accelerator.is_available()),
         log_with=config.tracker,
         project_dir=str(config.output),
         **options,
     )
 
 
-def _started() -> int:
+def started() -> int:
     """Number of processes that torchrun or accelerate launch has started."""
     count = os.environ.get("WORLD_SIZE", "1")
     return int(count) if count.isdecimal() else 1
@@ -71,9 +71,9 @@ def check_accelerator(accelerator: Any, config: DistillConfig) -> None:
     if accelerator.mixed_precision not in DTYPES:
         raise ValueError(f"mixed precision {accelerator.mixed_precision!r} is not known here; {list(DTYPES)} are")
     kind, processes = accelerator.distributed_type, accelerator.num_processes
-    if processes < _started():
+    if processes < started():
         raise ValueError(
-            f"{_started()} processes were started, and accelerate knows of {processes}: each would train alone and write the "
+            f"{started()} processes were started, and accelerate knows of {processes}: each would train alone and write the "
             "same files. On CPUs its Accelerator needs cpu=True, which device: cpu gives it"
         )
     if _asked("FSDP") and kind != DistributedType.FSDP:

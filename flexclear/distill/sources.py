@@ -74,7 +74,10 @@ class Item:
 
 
 def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
-    """The pictures of a folder (with ``.txt`` files beside them, or ``metadata.jsonl``), of the tar files in it, or of one.
+    """The pictures of a folder, of the tar files in it, or of one tar file.
+
+    Captions in a folder: ``NAME.txt`` beside a picture, a line of ``metadata.jsonl``, or ``NAME.json`` with ``"prompt"``,
+    ``"caption"`` or ``"text"``, as the published set has it.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
@@ -95,19 +98,54 @@ def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
     items, skipped = [], []
     for file in files:
         name = file.relative_to(source).as_posix()
-        beside = file.with_suffix(".txt")
         try:
-            caption = listed.get(name) if not beside.is_file() else read_text(beside).strip()
+            caption = _caption_of(file, listed.get(name))
         except (OSError, ValueError) as error:
             skipped.append(Skipped(name, f"caption cannot be read: {error}"))
             continue
         if caption is None:
-            skipped.append(Skipped(name, f"no caption: neither {beside.name} beside it nor a line of {METADATA}"))
+            beside = f"neither {file.stem}.txt nor {file.stem}.json beside it"
+            skipped.append(Skipped(name, f"no caption: {beside}, nor a line of {METADATA}"))
         else:
             items.append(Item(name, caption, file.read_bytes))
+    skipped += _without_pictures(source, files)
     lost = sorted(set(listed) - {file.relative_to(source).as_posix() for file in files})
     skipped += [Skipped(name, f"{METADATA} names it, there is no such picture") for name in lost]
     return items, skipped
+
+
+def _caption_of(picture: Path, listed: str | None) -> str | None:
+    """What ``NAME.txt`` beside a picture says, else ``listed``, else what ``NAME.json`` says, or None where there is none.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, is no JSON, or holds no caption; the message names it.
+    """
+    text, record = picture.with_suffix(".txt"), picture.with_suffix(".json")
+    if text.is_file():
+        return read_text(text).strip()
+    if listed is not None or not record.is_file():
+        return listed
+    try:
+        return _caption_in(parse_json(read_text(record)))
+    except ValueError as error:
+        raise ValueError(f"{record.name}: {error}") from error
+
+
+def _without_pictures(folder: Path, pictures: list[Path]) -> list[Skipped]:
+    """JSON files with a caption, and damaged ones, that no picture is beside; those that hold something else are not meant."""
+    captioned = {picture.with_suffix(".json") for picture in pictures}
+    lost = []
+    for file in sorted(file for file in folder.rglob("*.json") if file not in captioned and not _hidden(file, folder)):
+        reason = f"no picture beside it: {file.stem} with {', '.join(PICTURES)}"
+        try:
+            found = parse_json(read_text(file))
+        except (OSError, ValueError) as error:
+            reason += f"; and it cannot be read: {error}"
+        else:
+            if not isinstance(found, dict) or not any(isinstance(found.get(key), str) for key in CAPTION_KEYS):
+                continue
+        lost.append(Skipped(file.relative_to(folder).as_posix(), reason))
+    return lost
 
 
 def _hidden(file: Path, folder: Path) -> bool:

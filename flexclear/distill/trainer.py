@@ -83,7 +83,7 @@ def distill(
         model_or_pipe: the teacher, or a pipeline with it; it becomes the student, in place: transformed as the settings
             say, unless it is already, with the trained weights at the end. None: what ``config.model`` names.
         config: the settings.
-        data: samples, in place of those in the cache that ``config.data`` names.
+        data: samples, in place of those that ``config.data`` names.
         accelerator: an ``accelerate.Accelerator``; one is made from the settings and accelerate's own configuration
             otherwise.
         on_step: called with each step's record on the main process.
@@ -102,7 +102,7 @@ def distill(
     """
     if config is None:
         raise TypeError("distill needs its settings: distill(pipe, DistillConfig(output=...), data)")
-    ready = prepare(config, model_or_pipe, data)
+    ready = prepare(config, model_or_pipe, data, say)
     accelerator = make_accelerator(config) if accelerator is None else accelerator
     check_accelerator(accelerator, config)
     if model_or_pipe is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from distill_samples import random_samples
 
-from flexclear.distill import DistillConfig
+from flexclear.distill import DistillConfig, OptimizerConfig
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
 
 from models import tiny_flux
@@ -37,6 +37,7 @@ def settings(tmp_path):
                 "device": "cpu",
                 "checkpoints": CheckpointConfig(every=3),
                 "held_out": HeldOutConfig(count=2),
+                "optimizer": OptimizerConfig("adamw"),
                 **changed,
             }
         )

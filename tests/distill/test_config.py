@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import flexclear
 from flexclear import cli
-from flexclear.distill import DistillConfig, read_config
+from flexclear.distill import DistillConfig, OptimizerConfig, read_config
 from flexclear.distill.config import as_mapping, from_mapping
 from flexclear.distill.estimate import estimate, estimate_model
 from flexclear.distill.students import trained_parameters
@@ -37,7 +37,8 @@ def run(capsys, *arguments):
 def test_a_file_of_settings_is_read_with_paths_beside_it(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(
-        "model: embedded\ndata: cache\noutput: runs/a\nr: 4\noptimizer: {learning_rate: 1e-4, betas: [0.9, 0.95]}\n"
+        "model: embedded\ndata: cache\noutput: runs/a\nr: 4\n"
+        "optimizer: {name: adamw, learning_rate: 1e-4, betas: [0.9, 0.95]}\n"
         "losses: {attention: 0}\nema: 0.99\nsheets: {every: 5, prompts: [a rocket]}\n"
     )
     config = read_config(file)
@@ -47,7 +48,6 @@ def test_a_file_of_settings_is_read_with_paths_beside_it(tmp_path):
     assert (config.losses.flow, config.losses.attention) == (1.0, 0.0)
     assert config.sheets.prompts == ("a rocket",)
     assert from_mapping(json.loads(json.dumps(as_mapping(config)))) == config
-    assert DistillConfig(output=tmp_path).optimizer.rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,9 @@ def test_the_estimate_counts_what_a_run_has(tmp_path):
     found = estimate_model(model, config, (128, 128), 16)
     assert (found.parameters, found.trained) == (total, trained)
     assert found.exact["frozen weights"] == (total - trained) * 4
-    assert found.exact["optimizer states"] == trained * 8
+    assert found.exact["optimizer states"] == trained * 16
+    adamw = DistillConfig(output=tmp_path, optimizer=OptimizerConfig("adamw"))
+    assert estimate_model(model, adamw, (128, 128), 16).exact["optimizer states"] == trained * 8
     assert found.exact["average"] == trained * 4
     assert found.exact["the teacher's projections"] == trained * 4
     checkpointed = DistillConfig(output=tmp_path, mixed_precision="no", gradient_checkpointing=True)
@@ -227,7 +229,7 @@ def write_config(folder, name, **changed):
         "backend": "sdpa",
         "device": "cpu",
         "batch_size": 4,
-        "optimizer": {"learning_rate": 3e-4},
+        "optimizer": {"name": "adamw", "learning_rate": 3e-4},
         "checkpoints": {"every": 5},
         "held_out": {"count": 4, "batch_size": 4},
         "steps": 25,

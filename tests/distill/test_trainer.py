@@ -45,7 +45,7 @@ def output(model):
 @pytest.mark.parametrize("changed", [{}, {"ema": 0.9, "gradient_accumulation": 2}, {"train": "lora"}], ids=str)
 def test_a_run_in_two_parts_is_the_run_in_one(fresh, samples, settings, changed):
     whole, parts = fresh(), [fresh(), fresh()]
-    schedule = OptimizerConfig(learning_rate=1e-3, schedule="constant_with_warmup", warmup_steps=2)
+    schedule = OptimizerConfig("adamw", learning_rate=1e-3, schedule="constant_with_warmup", warmup_steps=2)
     config = settings("whole", optimizer=schedule, **changed)
     expected = distill(whole, config, samples)
     split = dataclasses.replace(config, output=config.output.with_name("parts"))
@@ -65,7 +65,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(fresh, samples, settings, changed)
 
 def test_the_weights_file_gives_a_fresh_model_what_was_trained(fresh, samples, settings):
     student, dense = fresh(), fresh()
-    done = distill(student, settings(optimizer=OptimizerConfig(learning_rate=1e-2)), samples)
+    done = distill(student, settings(optimizer=OptimizerConfig("adamw", learning_rate=1e-2)), samples)
     loaded = flexclear.transform(fresh(), r=2, backend="sdpa")
     assert flexclear.load_weights(loaded, done.weights).radius == 2
     assert torch.equal(output(loaded), output(student))
@@ -79,7 +79,7 @@ def test_the_weights_file_gives_a_fresh_model_what_was_trained(fresh, samples, s
 
 def test_pooling_weights_train_and_are_written(fresh, samples, settings):
     student = fresh()
-    done = distill(student, settings(down_factor=2, optimizer=OptimizerConfig(learning_rate=1e-2)), samples)
+    done = distill(student, settings(down_factor=2, optimizer=OptimizerConfig("adamw", learning_rate=1e-2)), samples)
     loaded = flexclear.transform(fresh(), r=2, down_factor=2, backend="sdpa")
     assert flexclear.load_weights(loaded, done.weights).down_factor == 2
     weight = loaded.single_transformer_blocks[1].attn.processor.spatial_weight
@@ -89,7 +89,7 @@ def test_pooling_weights_train_and_are_written(fresh, samples, settings):
 
 def test_a_lora_is_written_for_itself_and_merged(fresh, samples, settings):
     student = fresh()
-    config = settings(train="lora", lora=LoraConfig(4, 8), optimizer=OptimizerConfig(learning_rate=1e-2))
+    config = settings(train="lora", lora=LoraConfig(4, 8), optimizer=OptimizerConfig("adamw", learning_rate=1e-2))
     done = distill(student, config, samples)
     merged, adapted, plain = fresh(), fresh(), fresh()
     for model in (merged, adapted, plain):
@@ -337,7 +337,9 @@ def test_latents_are_drawn_from_the_moments_or_are_their_means(samples):
 )
 def test_every_alternative_trains_and_its_file_gives_the_student_back(fresh, samples, settings, attention, sizes):
     student, loaded = fresh(), fresh()
-    config = settings(r=None, attention=attention, sizes=sizes, steps=3, optimizer=OptimizerConfig(learning_rate=1e-3))
+    config = settings(
+        r=None, attention=attention, sizes=sizes, steps=3, optimizer=OptimizerConfig("adamw", learning_rate=1e-3)
+    )
     done = distill(student, config, samples)
     assert done.held_out[-1]["loss"] < done.held_out[0]["loss"]
     flexclear.transform(loaded, attention=config.mechanism, backend="sdpa")
