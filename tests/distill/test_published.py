@@ -58,7 +58,7 @@ def test_the_defaults_are_the_published_settings():
 
 
 def test_the_readme_s_configuration_is_the_published_run_on_four_gpus():
-    (block,) = re.findall(r"with `r16\.yaml` such as\n\n((?:    .*\n)+)", README.read_text(encoding="utf-8"))
+    (block,) = re.findall(r"`r16\.yaml` such as\n\n((?:    .*\n)+)", README.read_text(encoding="utf-8"))
     config = from_mapping(yaml.safe_load(block), Path())
     config.check()
     wanted = PUBLISHED | OF_THE_MACHINE
