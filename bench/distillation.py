@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 
 import flexclear
 from flexclear import embedded
+from flexclear.choices import EMBEDDED
 from flexclear.compile.files import whole_file
 from flexclear.distill import DistillConfig, LossConfig, OptimizerConfig, distill
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
@@ -41,7 +42,6 @@ from flexclear.distill.samples import CachedSamples
 from flexclear.distill.trainer import LOSSES, WEIGHTS
 from flexclear.embedded.vocabulary import read_vocabulary
 from flexclear.students import Student, file_name, teacher_fingerprint, write_index
-from flexclear.weights.files import EMBEDDED
 
 import distillation_data
 import distillation_report

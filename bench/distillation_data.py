@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flexclear import embedded
+from flexclear.choices import EMBEDDED
 from flexclear.compile.files import whole_file
 from flexclear.distill.caching import cache
 from flexclear.distill.drawing import DataPlan, draw_data
@@ -22,7 +23,6 @@ from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.scenes import draw, random_scene
 from flexclear.embedded.vocabulary import Vocabulary
 from flexclear.generate_settings import DENSE, GenerateSettings
-from flexclear.weights.files import EMBEDDED
 
 from distillation_rows import TEXT_LEN
 

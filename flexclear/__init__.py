@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flexclear.foreign import hush
+
 if TYPE_CHECKING:
     from flexclear import (
         alternatives,
@@ -65,6 +67,9 @@ _HOME = {
 }
 # All but testing can be imported without an extra, as ``from flexclear import *`` does.
 _PACKAGES = frozenset(__all__) - {"__version__", *_HOME} | {"testing"}
+
+
+hush()
 
 
 def __getattr__(name: str) -> Any:

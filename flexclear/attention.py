@@ -10,10 +10,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexclear.compile import compiled_flex_attention, why_not_compiled
 from flexclear.compile.derivatives import needs_composite
 
-BACKENDS = ("auto", "flex", "sdpa")
-"""``"flex"``: compiled FlexAttention over a BlockMask. ``"sdpa"``: masked SDPA over a dense boolean mask. ``"auto"``:
-flex where it can run, sdpa where it must."""
-
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -4,43 +4,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from flexclear.commands.analyze import analyze
-from flexclear.commands.data import data
-from flexclear.commands.demo import demo
-from flexclear.commands.distill import distill
-from flexclear.commands.doctor import doctor
-from flexclear.commands.evaluate import evaluation
-from flexclear.commands.explain import explain
-from flexclear.commands.fuzz import fuzz
-from flexclear.commands.generate import generate
-from flexclear.commands.report import report
-from flexclear.commands.soak import soak
-
-app = typer.Typer(
-    help="Pretrained diffusion transformers made linear in image size.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for command in (generate, doctor, demo, explain, fuzz, soak, distill, report):
-    app.command()(command)
-app.add_typer(data, name="data")
-app.add_typer(evaluation, name="eval")
-app.add_typer(analyze, name="analyze")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A bad argument is one line on standard error and exit status 2, not a traceback.
+    """Run the command line and exit.
+
+    Standard output has results only. Everything else, such as progress and warnings, is on standard error; whatever goes
+    wrong is one line there, and a traceback with ``--debug`` only.
+
+    Exit status: 0; 1 if the command could not finish or found what it looks for; 2 for a bad argument, setting or file;
+    70 for an error of flexclear's own; 130 after Ctrl-C.
 
     Args:
         arguments: what follows the program's name; that of this process by default.
     """
+    # Imported here: Ctrl-C while the rest is being imported is one line, too.
     try:
-        app(args=None if arguments is None else list(arguments))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"flexclear: {error}", file=sys.stderr)
-        sys.exit(2)
+        from flexclear.commands.running import run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run(arguments)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from flexclear.commands.application import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

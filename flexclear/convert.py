@@ -10,7 +10,7 @@ from torch import nn
 
 from flexclear.alternatives.mechanism import Formula, Mechanism, WindowMechanism
 from flexclear.alternatives.names import named
-from flexclear.attention import BACKENDS
+from flexclear.choices import BACKENDS
 from flexclear.families import FAMILIES, Layer, family_of
 from flexclear.families.processors import WindowProcessor
 from flexclear.hooks import EntryHook, Settings, check_formula, entry_hook_of, install, uninstall

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from flexclear.versions import installed, versions
+from flexclear.versions import installed, release, versions
 
 TESTED_TORCH = ((2, 8), (2, 13))
 """Oldest and newest torch whose results were checked; an older one computes wrong results on CPU."""
@@ -129,13 +128,12 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
 
 def _torch_range(version: str) -> tuple[str | None, bool]:
     """Why ``version`` is outside the tested range, and whether it is too old to be used."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    release = (0, 0) if match is None else (int(match[1]), int(match[2]))
+    found = release(version)
     oldest, newest = TESTED_TORCH
     between = f"tested with {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
-    if release < oldest:
+    if found < oldest:
         return f"torch {version} is too old, it computes wrong results under some masks; {between}", True
-    return (f"torch {version} is newer than what was tested; {between}", False) if release > newest else (None, False)
+    return (f"torch {version} is newer than what was tested; {between}", False) if found > newest else (None, False)
 
 
 def _disabled() -> str | None:

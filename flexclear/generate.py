@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
+from flexclear.choices import EMBEDDED
+from flexclear.foreign import from_pretrained
 from flexclear.generate_check import Setup, check, check_sizes, loading
 from flexclear.generate_settings import DENSE, GenerateSettings, parse_radius, parse_size, read_prompts
 from flexclear.masks import Disc, Downsampled
 from flexclear.picture_files import png_bytes, slug
 from flexclear.resuming import find_finished
 from flexclear.versions import versions
-from flexclear.weights.files import EMBEDDED
 
 __all__ = [
     "Drawn",
@@ -100,7 +101,7 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
         else:
             from diffusers import DiffusionPipeline
 
-            pipe = DiffusionPipeline.from_pretrained(setup.folder, torch_dtype=setup.dtype)
+            pipe = from_pretrained(DiffusionPipeline, setup.folder, setup.dtype)
     check_sizes(pipe, settings)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(setup.device)
@@ -110,9 +111,9 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
         from flexclear.compile import quantize
 
         try:
-            report = quantize(pipe.transformer, setup.recipe, min_features=settings.min_features)
+            report = quantize(pipe.transformer, setup.recipe, min_features=_min_features(settings))
         except ValueError as error:
-            hint = f". --min-features (now {settings.min_features}) says what is tiny" if "tiny" in str(error) else ""
+            hint = f". --min-features (now {_min_features(settings)}) says what is tiny" if "tiny" in str(error) else ""
             raise ValueError(f"{error}{hint}") from error
         say(str(report))
     if settings.parallel:
@@ -127,6 +128,12 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
 
         optimize(pipe, progress=False)
     return pipe
+
+
+def _min_features(settings: GenerateSettings) -> int:
+    from flexclear.compile.quantize import MIN_FEATURES
+
+    return MIN_FEATURES if settings.min_features is None else settings.min_features
 
 
 def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> None:
@@ -328,7 +335,7 @@ def _metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: di
         "weights": settings.weights,
         "fingerprints": list(setup.fingerprints),
         "recipe": setup.recipe,
-        "min_features": settings.min_features if setup.recipe else None,
+        "min_features": _min_features(settings) if setup.recipe else None,
         "text_len": arguments.get("max_sequence_length"),
         "dtype": str(setup.dtype).removeprefix("torch."),
         "device": str(setup.device),

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from flexclear.attention import BACKENDS
+from flexclear.choices import DTYPES
 from flexclear.convert import px_per_token
 from flexclear.families import FAMILIES
 from flexclear.fingerprints import fingerprint_files, fingerprint_pipeline
-from flexclear.generate_settings import BEST, DENSE, DTYPES, GenerateSettings
+from flexclear.generate_settings import BEST, DENSE, GenerateSettings, model_folder
 from flexclear.masks import Disc, Downsampled
 from flexclear.picture_files import Target
-from flexclear.weights.files import EMBEDDED
 
 
 @dataclass(frozen=True)
@@ -45,29 +44,17 @@ def check(settings: GenerateSettings) -> Setup:
         FileNotFoundError: there is no such model or weights file.
         TypeError, ValueError: a setting makes no sense, or does not go with another, the model or the device.
     """
-    if not settings.prompts or not all(prompt.strip() for prompt in settings.prompts):
-        raise ValueError(f"a prompt is needed for every picture, got {list(settings.prompts)}")
-    if settings.backend not in BACKENDS:
-        raise ValueError(f"--backend must be one of {list(BACKENDS)}, got {settings.backend!r}")
-    dense = settings.r == DENSE
-    for name, value in (("weights", settings.weights), ("down-factor", settings.down_factor)):
-        if dense and value is not None:
-            raise ValueError(f"--{name} {value} is for windowed attention, --r dense is the plain model; leave one out")
-    if settings.weights is not None and settings.down_factor is not None and settings.r is None:
-        raise ValueError("--weights brings its own window; give --r as well to choose --down-factor yourself")
+    settings.check()
     if settings.down_factor is not None:
         Downsampled(Disc(1), settings.down_factor)
-    _check_resume(settings)
-    _check_highres(settings)
-    _check_parallel(settings)
     device = choose_device(settings.device)
     if settings.parallel and device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    dtype = _dtype(settings.dtype, device)
+    dtype = choose_dtype(settings.dtype, device)
     recipe = _recipe(settings.recipe, device, dtype)
-    folder = _folder(settings.model)
-    _check_model(folder, settings, dense)
+    folder = model_folder(settings.model)
+    _check_model(folder, settings)
     weights = None if settings.weights is None else _weights(settings.weights)
     target = Target.of(settings.out, settings.pictures, settings.overwrite, settings.resume)
     fingerprints = [fingerprint_pipeline(Path(folder))] if Path(folder).is_dir() else []
@@ -94,12 +81,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The data type that ``--dtype`` names; ``"auto"``: bfloat16 on CUDA, float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"--dtype must be one of {['auto', *DTYPES]}, got {name!r}")
-    return DTYPES[name]
+    return getattr(torch, name)
 
 
 def _recipe(name: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -116,44 +102,20 @@ def _recipe(name: str | None, device: torch.device, dtype: torch.dtype) -> str |
         return eight_bit_floats[0]
     obstacle = why_not_recipe(name, device)
     if obstacle is None and dtype not in RECIPES[name].dtypes:
-        wanted = " or ".join(key for key, value in DTYPES.items() if value in RECIPES[name].dtypes)
+        wanted = " or ".join(key for key in DTYPES if getattr(torch, key) in RECIPES[name].dtypes)
         obstacle = f"it takes weights of {wanted}, --dtype is {str(dtype).removeprefix('torch.')}"
     if obstacle is not None:
         raise ValueError(f"--recipe {name!r} cannot run here: {obstacle}. With these settings run: {able}")
     return name
 
 
-def _folder(model: str) -> str:
-    """What diffusers loads from: a folder or a hub id."""
-    from flexclear.weights.files import HUB_ID
-
-    if model == EMBEDDED:
-        from flexclear.embedded import model_directory
-
-        return str(model_directory())
-    place = Path(model).expanduser()
-    if place.is_dir():
-        if not (place / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"{place} is no pipeline folder: it has no model_index.json (what pipe.save_pretrained writes)"
-            )
-        return str(place)
-    if place.exists():
-        raise ValueError(f"MODEL must be a pipeline folder, a hub id or {EMBEDDED!r}; {place} is a file")
-    if HUB_ID.fullmatch(model) is None or model.startswith("."):
-        raise FileNotFoundError(
-            f"no folder {model}, and it is no hub id such as 'owner/name'; {EMBEDDED!r} is the model inside the package"
-        )
-    return model
-
-
-def _check_model(folder: str, settings: GenerateSettings, dense: bool) -> None:
+def _check_model(folder: str, settings: GenerateSettings) -> None:
     """What the configuration files say, before the weights are read: a few kilobytes, on the hub too."""
     from diffusers import DiffusionPipeline
 
     with loading(settings.model):
         config = DiffusionPipeline.load_config(folder)
-    if not dense:
+    if settings.r != DENSE:
         library, name = (config.get("transformer") or (None, None))[:2]
         known = [family.model_class for family in FAMILIES]
         if name not in known and (library == "diffusers" or name is None):
@@ -162,11 +124,13 @@ def _check_model(folder: str, settings: GenerateSettings, dense: bool) -> None:
                 f"{settings.model} {has}, which flexclear cannot transform; --r dense draws with the plain model. "
                 f"Supported: {', '.join(known)}"
             )
-    if settings.sizes or settings.highres:
+    if settings.sizes or settings.highres or settings.text_len is not None:
         with loading(settings.model):
             skeleton = _skeleton(folder, config)
         if skeleton is not None:
             check_sizes(skeleton, settings)
+            if settings.text_len is not None:
+                check_text_len(skeleton, settings.text_len)
 
 
 def _skeleton(folder: str, config: dict[str, Any]) -> Any:
@@ -188,53 +152,6 @@ def _skeleton(folder: str, config: dict[str, Any]) -> Any:
         return kind(**{**dict.fromkeys(needed), "vae": vae})
     except (AttributeError, TypeError, ValueError):
         return None  # It looks into a part that is not there yet; sizes are checked again after loading.
-
-
-def _check_resume(settings: GenerateSettings) -> None:
-    """What --resume does not go with."""
-    if settings.resume and settings.overwrite:
-        raise ValueError("--resume keeps the finished images, --overwrite replaces them; leave one out")
-    if settings.resume and settings.parallel:
-        raise ValueError("--resume reads a folder that not every process need see; leave it out with --parallel")
-
-
-def _check_highres(settings: GenerateSettings) -> None:
-    """What can be wrong with --highres whatever the model."""
-    from flexclear.highres import METHODS
-
-    if settings.highres_method not in METHODS:
-        raise ValueError(f"--highres-method must be one of {list(METHODS)}, got {settings.highres_method!r}")
-    if settings.highres and settings.sizes:
-        raise ValueError("--highres names the sizes of all stages; leave --size, --height and --width out")
-    options = {"--strength": settings.strength, "--shift": settings.shift, "--stages": settings.stages}
-    given = [name for name, value in options.items() if value is not None]
-    if given and not settings.highres:
-        raise ValueError(f"{', '.join(given)} is of the stages of --highres, such as --highres 1024,2048,4096")
-    if settings.stages is not None and settings.stages.exists() and not settings.stages.is_dir():
-        raise ValueError(f"--stages must be a folder, {settings.stages} is a file")
-
-
-def _check_parallel(settings: GenerateSettings) -> None:
-    """What can be wrong with --parallel before there are other processes."""
-    from flexclear.parallel.session import EXCHANGES, TEXTS
-
-    if settings.text not in TEXTS:
-        raise ValueError(f"--parallel-text must be one of {list(TEXTS)}, got {settings.text!r}")
-    if settings.exchange not in EXCHANGES:
-        raise ValueError(f"--exchange must be one of {list(EXCHANGES)}, got {settings.exchange!r}")
-    if not settings.parallel:
-        if (settings.text, settings.exchange) != ("exact", "sync"):
-            raise ValueError("--parallel-text and --exchange are of --parallel; give it too")
-        return
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        raise ValueError(
-            "--parallel shares each picture among several processes: start them with torchrun --nproc-per-node N -m "
-            "flexclear generate ... --parallel"
-        )
-    if settings.stages is not None:
-        raise ValueError("--stages keeps files that several processes would write; leave it out with --parallel")
-    if settings.r == DENSE and (settings.text, settings.exchange) != ("exact", "sync"):
-        raise ValueError("--parallel-text and --exchange are of windows; --r dense runs diffusers' ring attention")
 
 
 def check_sizes(pipe: Any, settings: GenerateSettings) -> None:
@@ -259,6 +176,31 @@ def check_sizes(pipe: Any, settings: GenerateSettings) -> None:
                 f"{type(pipe).__name__} draws sizes that are multiples of {multiple} pixels, got {height}x{width}; "
                 f"near it: {near[0]}x{near[1]}"
             )
+
+
+def check_text_len(pipe: Any, text_len: int) -> None:
+    """Raise for more text tokens than the pipeline takes, by its own rule, which its ``check_inputs`` has.
+
+    Raises:
+        ValueError: there are more.
+    """
+    check = getattr(pipe, "check_inputs", None)
+    parameters = {} if check is None else inspect.signature(check).parameters
+    if "max_sequence_length" not in parameters:
+        return
+    side = px_per_token(pipe)
+    known = {"prompt": "text", "height": side, "width": side, "max_sequence_length": text_len}
+    arguments = {
+        name: known.get(name)
+        for name, one in parameters.items()
+        if name in known or one.default is inspect.Parameter.empty
+    }
+    with contextlib.suppress(AttributeError, TypeError):  # It looks for parts that are not there yet.
+        try:
+            check(**arguments)  # type: ignore[misc]
+        except ValueError as error:
+            if "max_sequence_length" in str(error):
+                raise ValueError(f"--text-len {text_len}: {error}") from error
 
 
 def _weights(text: str) -> Path:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from flexclear.compile.quantize import MIN_FEATURES
-from flexclear.masks import Disc
-from flexclear.reading import lines_of, read_text
+from flexclear.choices import (
+    BACKENDS,
+    DTYPES,
+    EMBEDDED,
+    EXCHANGES,
+    HUB_ID,
+    METHODS,
+    RECIPES,
+    TEXTS,
+    check_choice,
+    check_finite,
+    check_seeds,
+)
+from flexclear.reading import check_unicode, lines_of, read_text
 
 DENSE = "dense"
 BEST = "best"
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,9 @@ class GenerateSettings:
         weights: for ``flexclear.load_weights``: a file, or ``PLACE:FILE`` in a folder or hub repository, or of those that
             ship with the embedded model: ``embedded:clear_local_8.safetensors``.
         recipe: a name of ``flexclear.compile.RECIPES``, ``"best"`` for the best FP8 one here, or None.
-        min_features: linears smaller than this are not quantised.
+        min_features: linears smaller than this are not quantised; None: as ``flexclear.compile.quantize`` has it.
         steps, guidance, text_len: None: the pipeline's own.
-        dtype: a name of ``DTYPES``, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
+        dtype: a name of ``flexclear.choices.DTYPES``, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
         device: as torch names it, or ``"auto"``: CUDA where there is one.
         backend: of ``flexclear.transform``.
         compile: compile the blocks (``flexclear.optimize``); the first picture of each size takes longer.
@@ -58,7 +66,7 @@ class GenerateSettings:
     down_factor: int | None = None
     weights: str | None = None
     recipe: str | None = None
-    min_features: int = MIN_FEATURES
+    min_features: int | None = None
     steps: int | None = None
     guidance: float | None = None
     text_len: int | None = None
@@ -81,6 +89,97 @@ class GenerateSettings:
     def pictures(self) -> int:
         return len(self.prompts) * max(1, len(self.sizes)) * len(self.seeds)
 
+    def check(self) -> None:
+        """Everything that can be known without torch and without the model's files.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: a setting makes no sense, or does not go with another.
+        """
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError(f"a prompt is needed for every picture, got {list(self.prompts)}")
+        for prompt in self.prompts:
+            check_unicode(prompt, "a prompt")
+        for seed in self.seeds:
+            check_seeds("--seed", seed)
+        for option in ("guidance", "strength", "shift"):
+            check_finite(f"--{option}", getattr(self, option))
+        check_choice("--backend", self.backend, BACKENDS)
+        check_choice("--dtype", self.dtype, ("auto", *DTYPES))
+        if self.recipe not in (None, BEST):
+            check_choice("--recipe", self.recipe, RECIPES)
+        for name, value in (("weights", self.weights), ("down-factor", self.down_factor)):
+            if self.r == DENSE and value is not None:
+                raise ValueError(
+                    f"--{name} {value} is for windowed attention, --r dense is the plain model; leave one out"
+                )
+        if self.weights is not None and self.down_factor is not None and self.r is None:
+            raise ValueError("--weights brings its own window; give --r as well to choose --down-factor yourself")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume keeps the finished images, --overwrite replaces them; leave one out")
+        if self.resume and self.parallel:
+            raise ValueError("--resume reads a folder that not every process need see; leave it out with --parallel")
+        self._check_highres()
+        self._check_parallel()
+        model_folder(self.model)
+
+    def _check_highres(self) -> None:
+        check_choice("--highres-method", self.highres_method, METHODS)
+        if self.highres and self.sizes:
+            raise ValueError("--highres names the sizes of all stages; leave --size, --height and --width out")
+        options = {"--strength": self.strength, "--shift": self.shift, "--stages": self.stages}
+        given = [name for name, value in options.items() if value is not None]
+        if given and not self.highres:
+            raise ValueError(f"{', '.join(given)} is of the stages of --highres, such as --highres 1024,2048,4096")
+        if self.stages is not None and self.stages.exists() and not self.stages.is_dir():
+            raise ValueError(f"--stages must be a folder, {self.stages} is a file")
+
+    def _check_parallel(self) -> None:
+        """What can be wrong with --parallel before there are other processes."""
+        check_choice("--parallel-text", self.text, TEXTS)
+        check_choice("--exchange", self.exchange, EXCHANGES)
+        changed = (self.text, self.exchange) != ("exact", "sync")
+        if not self.parallel:
+            if changed:
+                raise ValueError("--parallel-text and --exchange are of --parallel; give it too")
+            return
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                "--parallel shares each picture among several processes: start them with torchrun --nproc-per-node N "
+                "-m flexclear generate ... --parallel"
+            )
+        if self.stages is not None:
+            raise ValueError("--stages keeps files that several processes would write; leave it out with --parallel")
+        if self.r == DENSE and changed:
+            raise ValueError("--parallel-text and --exchange are of windows; --r dense runs diffusers' ring attention")
+
+
+def model_folder(model: str) -> str:
+    """Where diffusers loads ``model`` from: a folder or a hub id.
+
+    Raises:
+        FileNotFoundError: it is neither, or the folder holds no pipeline.
+        ValueError: it is a file.
+    """
+    if model == EMBEDDED:
+        from flexclear.embedded import model_directory
+
+        return str(model_directory())
+    place = Path(model).expanduser()
+    if place.is_dir():
+        if not (place / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"{place} is no pipeline folder: it has no model_index.json (what pipe.save_pretrained writes)"
+            )
+        return str(place)
+    if place.exists():
+        raise ValueError(f"MODEL must be a pipeline folder, a hub id or {EMBEDDED!r}; {place} is a file")
+    if HUB_ID.fullmatch(model) is None or model.startswith("."):
+        raise FileNotFoundError(
+            f"no folder {model}, and it is no hub id such as 'owner/name'; {EMBEDDED!r} is the model inside the package"
+        )
+    return model
+
 
 def parse_size(text: str) -> tuple[int, int]:
     """(height, width) of ``"HxW"``.
@@ -88,10 +187,39 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         ValueError: it is no size.
     """
-    match = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)", text.strip())  # noqa: RUF001
+    match = re.fullmatch(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})", text.strip())  # noqa: RUF001
     if match is None or 0 in (size := (int(match[1]), int(match[2]))):
         raise ValueError(f"a size is HEIGHTxWIDTH in pixels, such as 1024x768; got {text!r}")
     return size
+
+
+def parse_sizes(text: str) -> tuple[int | tuple[int, int], ...]:
+    """Sizes of ``"1024,2048"`` or ``"1024x768,2048x1536"`` (HEIGHTxWIDTH).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    sizes: list[int | tuple[int, int]] = []
+    for part in text.split(","):
+        try:
+            sizes.append(int(part) if part.strip().isdecimal() else parse_size(part))
+        except ValueError as error:
+            raise ValueError(
+                f"sizes are written 1024,2048,4096 (the longer side) or 1024x768,2048x1536 (HEIGHTxWIDTH), got {text!r}"
+            ) from error
+    return tuple(sizes)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of ``"i/n"``, the i-th of n parts from 0 on.
+
+    Raises:
+        ValueError: it is no shard.
+    """
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
+    if match is None:
+        raise ValueError(f"--shard is I/N, such as 0/4; got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def parse_radius(text: str) -> int | str:
@@ -102,13 +230,9 @@ def parse_radius(text: str) -> int | str:
     """
     if text == DENSE:
         return text
-    try:
-        Disc(radius := int(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"--r is a window radius of 1 or more tokens, or {DENSE!r} for the plain model; got {text!r}"
-        ) from error
-    return radius
+    if re.fullmatch(r"\d{1,9}", text.strip()) is None or int(text) < 1:
+        raise ValueError(f"--r is a window radius of 1 or more tokens, or {DENSE!r} for the plain model; got {text!r}")
+    return int(text)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import flexclear
+from flexclear.choices import EMBEDDED
 from flexclear.compile import compile_blocks, repeated_blocks
 from flexclear.convert import model_of
-from flexclear.weights.files import EMBEDDED
+from flexclear.foreign import from_pretrained
 
 PROMPTS = (
     "a red apple on a blue background",
@@ -99,7 +100,7 @@ def load(settings: Settings) -> Any:
     elif Path(settings.model).is_dir():
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(settings.model, local_files_only=True)
+        pipe = from_pretrained(DiffusionPipeline, settings.model, local_files_only=True)
     else:
         module, _, name = settings.model.partition(":")
         sys.path.insert(0, str(Path.cwd()))

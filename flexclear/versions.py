@@ -1,8 +1,9 @@
-"""Which versions are installed, without importing anything."""
+"""Which versions are installed, and what differs between them, without importing anything."""
 
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -25,3 +26,18 @@ def versions(names: Iterable[str] = ("torch", "diffusers", "transformers", "torc
         "python": platform.python_version(),
         **{name: value for name, value in found.items() if value is not None},
     }
+
+
+def release(text: str | None) -> tuple[int, int]:
+    """(major, minor) of a version such as ``"0.42.1"``; (0, 0) of none."""
+    match = re.match(r"(\d+)\.(\d+)", text or "")
+    return (0, 0) if match is None else (int(match[1]), int(match[2]))
+
+
+def dtype_option() -> str:
+    """Name of the argument of diffusers' ``from_pretrained`` that has the data type.
+
+    It is ``dtype`` from diffusers 0.40 on, where ``torch_dtype`` is deprecated; earlier releases know ``torch_dtype`` only
+    and ignore the other with a warning.
+    """
+    return "dtype" if release(installed("diffusers")) >= (0, 40) else "torch_dtype"

@@ -59,11 +59,11 @@ def test_explain_prints_density_blocks_and_work():
     [
         (
             ("explain", "--height", 1024, "--width", 1024, "--r", 0),
-            "window radius r must be an int >= 1 in tokens, got 0",
+            "'--r'",
         ),
-        (("explain", "--height", 8, "--width", 1024), "height must be an int >= 16 in pixels, got 8"),
+        (("explain", "--height", 8, "--width", 1024), "--height must be at least one token's 16 pixels, got 8"),
         (("demo", "--size", 100), "--size must be a multiple of 8 pixels, got 100"),
-        (("demo", "--r", -1), "window radius r must be an int >= 1 in tokens, got -1"),
+        (("demo", "--r", -1), "'--r'"),
     ],
     ids=["radius", "height", "size", "demo radius"],
 )
@@ -71,7 +71,8 @@ def test_a_bad_argument_is_one_line_and_exit_status_2(arguments, message):
     done = flexclear_command(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("flexclear: ")
 
 
 def test_the_demo_writes_a_sheet_and_a_table_and_names_unknown_words(tmp_path):
@@ -92,7 +93,8 @@ def test_the_demo_writes_a_sheet_and_a_table_and_names_unknown_words(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "was not trained on: zebra" in done.stdout
+    assert "was not trained on: zebra" in done.stderr
+    assert done.stdout.startswith("| "), "standard output begins with the result"
     with Image.open(tmp_path / "here" / "contact_sheet.png") as sheet:
         assert sheet.width > 500
         assert len(sheet.convert("RGB").getcolors(1 << 24)) > 50

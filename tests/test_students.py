@@ -170,4 +170,4 @@ def test_the_demo_draws_shipped_students_beside_the_weights_that_never_saw_the_w
     index = shipped / students.INDEX
     index.write_text(index.read_text().replace(teacher_fingerprint(), "another"))
     assert "distilled" not in demo(tmp_path / "another", "--r", "4")
-    assert "Without distilled weights: the students in" in capsys.readouterr().out
+    assert "Without distilled weights: the students in" in capsys.readouterr().err

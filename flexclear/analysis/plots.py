@@ -11,13 +11,13 @@ import torch
 from flexclear.analysis.attention import Observed
 from flexclear.analysis.cost import CostRow
 from flexclear.compile.files import whole_file
+from flexclear.extras import require
 
 
 def _figure(columns: int, height: float = 4.2) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'flexclear[eval]'") from error
+    require("matplotlib", "plotting")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.6 * columns, height), layout="constrained")
     return figure, [figure.add_subplot(1, columns, number + 1) for number in range(columns)]
 

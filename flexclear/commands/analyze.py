@@ -7,19 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-analyze = typer.Typer(help="What a model's attention does, needs and costs.", no_args_is_help=True)
+from flexclear.choices import EMBEDDED, LARGEST_SEED
+from flexclear.commands.common import Commands, must_exist, out_folder
+from flexclear.extras import require
+from flexclear.generate_settings import DENSE, GenerateSettings, parse_radius, parse_size
+
+analyze = Commands("What a model's attention does, needs and costs.")
 
 Model = Annotated[str, typer.Argument(help="Pipeline folder, hub id, or 'embedded'.")]
 Prompt = Annotated[str, typer.Option(help="What to draw.")]
 Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels. Default: the model's.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")]
 TextLen = Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")]
 
 
-def _pipeline(
+def _settings(
     model: str,
     prompt: str,
     size: str | None,
@@ -28,24 +33,36 @@ def _pipeline(
     dtype: str,
     device: str,
     out: Path,
-) -> tuple[Any, dict[str, Any]]:
+) -> GenerateSettings:
+    """What is drawn, checked as far as that goes without torch."""
+    settings = GenerateSettings(
+        model,
+        (prompt,),
+        out,
+        sizes=() if size is None else (parse_size(size),),
+        r=DENSE,
+        steps=steps,
+        text_len=text_len,
+        dtype=dtype,
+        device=device,
+    )
+    settings.check()
+    out_folder(out)
+    return settings
+
+
+def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
     """The dense pipeline and the arguments of its call."""
     from flexclear.generate import EMBEDDED_DEFAULTS, check, load
-    from flexclear.generate_settings import DENSE, GenerateSettings, parse_size
-    from flexclear.weights.files import EMBEDDED
 
-    sizes = () if size is None else (parse_size(size),)
-    settings = GenerateSettings(model, (prompt,), out, sizes=sizes, r=DENSE, steps=steps, dtype=dtype, device=device)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
-    out.mkdir(parents=True, exist_ok=True)
+    settings.out.mkdir(parents=True, exist_ok=True)
     pipe = load(settings, check(settings))
-    call: dict[str, Any] = dict(EMBEDDED_DEFAULTS) if model == EMBEDDED else {}
-    call |= {"prompt": prompt}
-    given = {"num_inference_steps": steps, "max_sequence_length": text_len}
+    call: dict[str, Any] = dict(EMBEDDED_DEFAULTS) if settings.model == EMBEDDED else {}
+    call |= {"prompt": settings.prompts[0]}
+    given = {"num_inference_steps": settings.steps, "max_sequence_length": settings.text_len}
     call |= {name: value for name, value in given.items() if value is not None}
-    if sizes:
-        call |= {"height": sizes[0][0], "width": sizes[0][1]}
+    for height, width in settings.sizes:
+        call |= {"height": height, "width": width}
     return pipe, call
 
 
@@ -99,16 +116,18 @@ def attention(
     import inspect
     import json
 
+    require("matplotlib", "flexclear analyze attention")
+    radius = parse_radius(r)
+    places = [_place(text) for text in query or ()]
+    settings = _settings(model, prompt, size, steps, text_len, dtype, device, out)
+
     from flexclear.analysis.attention import attention_pictures, mass_table, observe
     from flexclear.analysis.plots import plot_mass
     from flexclear.compile.files import whole_file
     from flexclear.convert import model_of, transform
     from flexclear.families import family_of
-    from flexclear.generate_settings import DENSE, parse_radius
 
-    radius = parse_radius(r)
-    places = [_place(text) for text in query or ()]
-    pipe, call = _pipeline(model, prompt, size, steps, text_len, dtype, device, out)
+    pipe, call = _pipeline(settings)
     transform(pipe, None if radius == DENSE else int(radius), backend="sdpa")
     names = [known.name for known in family_of(model_of(pipe)).layers(model_of(pipe))]
     chosen = [names[int(text)] if text.isdigit() and int(text) < len(names) else text for text in layer or ()]
@@ -174,6 +193,9 @@ def perturb(
     """
     import json
 
+    require("torchmetrics", "flexclear analyze perturb")
+    settings = _settings(model, prompt, size, steps, text_len, dtype, device, out)
+
     import numpy as np
     import torch
 
@@ -188,7 +210,7 @@ def perturb(
         *(Clip("local", distance) for distance in local or ()),
     ]
     clips = clips or [Clip("remote", 8), Clip("local", 8)]
-    pipe, call = _pipeline(model, prompt, size, steps, text_len, dtype, device, out)
+    pipe, call = _pipeline(settings)
     transform(pipe, None, backend="sdpa", order="raster")
     pictures = {"as it is": _draw(pipe, call, seed)}
     for clip in clips:
@@ -229,6 +251,11 @@ def cost(
     """FLOPs by the cost model, published times, and measured ones. Writes cost.png, cost.md and cost.json."""
     import json
     from dataclasses import asdict
+
+    require("matplotlib", "flexclear analyze cost")
+    out_folder(out)
+    if results is not None:
+        must_exist(results)
 
     from flexclear.analysis.cost import cost_table, markdown, read_measured
     from flexclear.analysis.plots import plot_cost

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from flexclear.choices import DTYPES, LARGEST_SEED, check_choice, check_seeds
+from flexclear.commands.common import Commands, finite, must_exist, out_folder
 from flexclear.commands.terminal import console, progress_bars
 
-data = typer.Typer(help="Pictures to train on: drawn by the teacher, encoded once.", no_args_is_help=True)
+data = Commands("Pictures to train on: drawn by the teacher, encoded once.")
 
 
 @data.command("generate")
@@ -19,10 +21,14 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Pictures in all; prompts are gone through again and again.")],
     out: Annotated[Path, typer.Option(help="Folder for pictures and captions.")],
     shard: Annotated[str, typer.Option(help="I/N: only every N-th picture from I on, for N processes.")] = "0/1",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; each next one has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first picture; each next one has the next.")
+    ] = 0,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels. Default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(callback=finite, help="Guidance scale. Default: the pipeline's.")
+    ] = None,
     text_len: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
@@ -32,8 +38,7 @@ def generate(
     Pictures that are there are kept: the same command goes on where it was stopped, on any number of processes. Other
     settings than theirs (settings.json) are an error; a deleted caption is written again.
     """
-    from flexclear.distill.drawing import DataPlan, draw_data, parse_shard
-    from flexclear.generate_settings import DENSE, GenerateSettings, parse_size, read_prompts
+    from flexclear.generate_settings import DENSE, GenerateSettings, parse_shard, parse_size, read_prompts
 
     settings = GenerateSettings(
         model=model,
@@ -48,9 +53,14 @@ def generate(
         dtype=dtype,
         device=device,
     )
-    plan = DataPlan(settings, count, parse_shard(shard))
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
+    part = parse_shard(shard)
+    check_seeds("--seed", seed, count)
+    settings.check()
+    out_folder(out)
+
+    from flexclear.distill.drawing import DataPlan, draw_data
+
+    plan = DataPlan(settings, count, part)
     total, left = len(plan.numbers()), len(plan.missing())
     lines = console()
     with progress_bars(lines) as progress:
@@ -87,17 +97,18 @@ def cache(
     file_name and text. A damaged picture or .tar file is named and skipped. The same command goes on where it was stopped;
     a cache of pictures that were replaced since is an error.
     """
-    import torch
+    from flexclear.generate_settings import model_folder, parse_size
+
+    check_choice("--dtype", dtype, ("auto", *DTYPES))
+    sides = None if size is None else parse_size(size)
+    model_folder(model)
+    must_exist(source, "no folder of pictures and no .tar file at")
 
     from flexclear.distill.caching import cache as job
     from flexclear.distill.models import text_len_of
-    from flexclear.generate_check import choose_device
-    from flexclear.generate_settings import DTYPES, parse_size
+    from flexclear.generate_check import choose_device, choose_dtype
 
     place = choose_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {['auto', *DTYPES]}, got {dtype!r}")
-    automatic = torch.bfloat16 if place.type == "cuda" else torch.float32
     lines = console()
     with progress_bars(lines) as progress:
         task = progress.add_task("encoding", total=None)
@@ -105,11 +116,11 @@ def cache(
             source,
             model,
             out,
-            size=None if size is None else parse_size(size),
+            size=sides,
             text_len=text_len_of(model) if text_len is None else text_len,
             shard_size=shard_size,
             device=place,
-            dtype=automatic if dtype == "auto" else DTYPES[dtype],
+            dtype=choose_dtype(dtype, place),
             on_item=lambda number, total: progress.update(task, completed=number, total=total),
             say=lines.print,
         )

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from flexclear.commands.terminal import progress_bars
+from flexclear.choices import LARGEST_SEED, check_seeds
+from flexclear.commands.common import out_folder
+from flexclear.commands.terminal import console, progress_bars
 
 DEMO_PROMPTS = (
     "a red apple on a blue background",
@@ -23,10 +25,14 @@ def demo(
     ] = None,
     r: Annotated[
         list[int] | None,
-        typer.Option("--r", help="Window radius in tokens; repeat. Default: the shipped students', or 3, 4, 6, 8."),
+        typer.Option(
+            "--r", min=1, help="Window radius in tokens; repeat. Default: the shipped students', or 3, 4, 6, 8."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheet and the table.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first prompt's noise; each next one has the next.")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 16,
     size: Annotated[int, typer.Option(min=64, help="Picture side in pixels, a multiple of 8.")] = 128,
 ) -> None:
@@ -34,26 +40,19 @@ def demo(
 
     Where weights distilled for a window ship with the package, that window is drawn with them, too.
     """
-    from rich.console import Console
-
     from flexclear import embedded
-    from flexclear.masks import Disc
 
     prompts, radii = list(prompt or DEMO_PROMPTS), list(r or ())
-    for radius in radii:
-        Disc(radius)
+    check_seeds("--seed", seed, len(prompts))
     if size % 8:
         raise ValueError(f"--size must be a multiple of 8 pixels, got {size}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
-    console = Console()
+    out_folder(out)
+    lines = console()
     for text in prompts:
         strangers = embedded.unknown_words(text)
         if strangers:
-            console.print(
-                f"The embedded model was not trained on: {', '.join(strangers)} (in {text!r}). It draws all the same.",
-                markup=False,
-                highlight=False,
+            lines.print(
+                f"The embedded model was not trained on: {', '.join(strangers)} (in {text!r}). It draws all the same."
             )
     from flexclear.demo import markdown_table, run_variants, write
     from flexclear.students import Student, read_students
@@ -62,10 +61,10 @@ def demo(
     try:
         students = read_students()
     except (ValueError, FileNotFoundError) as error:
-        console.print(f"Without distilled weights: {error}.", markup=False, highlight=False)
+        lines.print(f"Without distilled weights: {error}.")
     radii = radii or sorted({student.radius for student in students}) or [3, 4, 6, 8]
     students = tuple(student for student in students if student.radius in radii)
-    with progress_bars(console) as progress:
+    with progress_bars(lines) as progress:
         task = progress.add_task("loading", total=(1 + len(radii) + len(students)) * len(prompts) * steps)
         pipe = embedded.pipeline()
         pipe.set_progress_bar_config(disable=True)

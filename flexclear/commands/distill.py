@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from flexclear.commands.common import must_exist
 from flexclear.commands.terminal import console, progress_bars
+from flexclear.extras import require
 
 
 def distill(
@@ -23,16 +25,20 @@ def distill(
 
     The same command goes on where it was stopped. For several GPUs: accelerate launch -m flexclear distill CONFIG.
     """
+    from flexclear.generate_settings import parse_size
+
+    require("yaml", "flexclear distill")
+    size = (1024, 1024) if pixels is None else parse_size(pixels)
+    must_exist(config, "no file")
 
     from flexclear.distill.config import read_config
-    from flexclear.generate_settings import parse_size
 
     settings = read_config(config)
     if estimate:
         from flexclear.distill.estimate import estimate as job
 
         assert settings.model is not None
-        print(job(settings, (1024, 1024) if pixels is None else parse_size(pixels), text_len))
+        print(job(settings, size, text_len))
         return
     from flexclear.distill.trainer import distill as train
 

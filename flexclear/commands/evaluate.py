@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from flexclear.choices import parse_metrics
+from flexclear.commands.common import Commands, must_exist, out_folder
 from flexclear.commands.terminal import console, progress_bars
+from flexclear.extras import require, require_for_metrics
 
 PICTURES = "pictures"
 
@@ -17,15 +20,16 @@ class _PicturesByDefault(TyperGroup):
     """``flexclear eval A B`` is ``flexclear eval pictures A B``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = [PICTURES, *args]
+        own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
+        first = next((number for number, text in enumerate(args) if text not in own), None)
+        if first is not None and args[first] not in self.commands:
+            args = [*args[:first], PICTURES, *args[first:]]
         return super().parse_args(ctx, args)
 
 
-evaluation = typer.Typer(
+evaluation = Commands(
+    "Quality of pictures in numbers: of two folders (flexclear eval A_DIR B_DIR), or of variants of a model (run).",
     cls=_PicturesByDefault,
-    help="Quality of pictures in numbers: of two folders (flexclear eval A_DIR B_DIR), or of variants of a model (run).",
-    no_args_is_help=True,
 )
 
 
@@ -64,19 +68,25 @@ def pictures(
 
     A metric whose network cannot be had is reported as not computed, with the reason; the others go on.
     """
-    from flexclear.evaluation import evaluate
     from flexclear.generate_settings import parse_size
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
+    asked = parse_metrics(metrics)
+    require_for_metrics(asked)
+    sides = None if size is None else parse_size(size)
+    for folder in (a_dir, b_dir):
+        must_exist(folder)
+    out_folder(out)
+
+    from flexclear.evaluation.evaluate import evaluate
+
     with _Bars() as bars:
         try:
             found = evaluate(
                 a_dir,
                 b_dir,
-                metrics,
+                asked,
                 prompts=prompts,
-                size=None if size is None else parse_size(size),
+                size=sides,
                 networks=_networks(network, device, download),
                 batch=batch,
                 out=out,
@@ -97,6 +107,9 @@ def run(
 
     Writes results.json, results.md, sheet.png and the pictures. The same command goes on where it was stopped.
     """
+    require("yaml", "flexclear eval run")
+    must_exist(config, "no file")
+
     from flexclear.evaluation.config import read_eval_config
     from flexclear.evaluation.run import run as job
 

@@ -9,10 +9,10 @@ import typer
 
 
 def explain(
-    height: Annotated[int, typer.Option(help="Picture height in pixels.")],
-    width: Annotated[int, typer.Option(help="Picture width in pixels.")],
-    r: Annotated[int, typer.Option("--r", help="Window radius in tokens.")] = 16,
-    text_len: Annotated[int, typer.Option(help="Text tokens: 512 for FLUX.1, 333 for SD3.")] = 512,
+    height: Annotated[int, typer.Option(min=1, help="Picture height in pixels.")],
+    width: Annotated[int, typer.Option(min=1, help="Picture width in pixels.")],
+    r: Annotated[int, typer.Option("--r", min=1, help="Window radius in tokens.")] = 16,
+    text_len: Annotated[int, typer.Option(min=0, help="Text tokens: 512 for FLUX.1, 333 for SD3.")] = 512,
     px_per_token: Annotated[int, typer.Option(min=1, help="Pixels per token and side; 1: sizes are in tokens.")] = 16,
     png: Annotated[Path | None, typer.Option(help="Draw one query's window and the block map into this file.")] = None,
     table: Annotated[
@@ -20,6 +20,10 @@ def explain(
     ] = False,
 ) -> None:
     """Print density, full, partial and skipped blocks and the predicted work of one attention layer."""
+    for option, value in (("height", height), ("width", width)):
+        if value < px_per_token:
+            raise ValueError(f"--{option} must be at least one token's {px_per_token} pixels, got {value}")
+
     from flexclear.window_explanation import explain_window, resolution_table
 
     told = explain_window(height, width, r, text_len=text_len, px_per_token=px_per_token)

@@ -9,9 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from flexclear.commands.common import finite
+from flexclear.commands.terminal import console, counter
+from flexclear.extras import require
+
 
 def fuzz(
-    seconds: Annotated[float, typer.Option(help="How long to try.")] = 60,
+    seconds: Annotated[float, typer.Option(min=0, callback=finite, help="How long to try.")] = 60,
     device: Annotated[str, typer.Option(help="cpu, or cuda: log-sum-exp and gradients too.")] = "cpu",
     window: Annotated[list[str] | None, typer.Option(help="Kind of window; repeat. Default: all.")] = None,
     own: Annotated[
@@ -27,15 +31,13 @@ def fuzz(
     Layouts have up to 70,000 tokens, reference grids and padded text; token orders, pooled keys, costs and the masks of
     several ranks are checked too.
     """
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    require("hypothesis", "flexclear fuzz")
 
     from flexclear import testing
 
     kinds = window or list(testing.strategies.KINDS)
     factory = _load(own) if own else None
-    console = Console()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+    with counter(console()) as progress:
         task = progress.add_task("starting")
         report = testing.fuzz(
             seconds,

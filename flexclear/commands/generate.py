@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flexclear.commands.terminal import console, progress_bars
+from flexclear.choices import EMBEDDED, LARGEST_SEED
+from flexclear.commands.common import finite
+from flexclear.commands.terminal import console, output, progress_bars
 
 
 def generate(
@@ -29,10 +30,10 @@ def generate(
     ] = None,
     highres_method: Annotated[str, typer.Option(help="How stages enlarge: sdedit or imax.")] = "sdedit",
     strength: Annotated[
-        float | None, typer.Option(help="Of SDEdit: share of the steps that run. Default: 0.7.")
+        float | None, typer.Option(callback=finite, help="Of SDEdit: share of the steps that run. Default: 0.7.")
     ] = None,
     shift: Annotated[
-        float | None, typer.Option(help="Constant time shift of all stages. Default: the method's.")
+        float | None, typer.Option(callback=finite, help="Constant time shift of all stages. Default: the method's.")
     ] = None,
     stages: Annotated[
         Path | None,
@@ -56,10 +57,16 @@ def generate(
     recipe: Annotated[
         str | None, typer.Option(help="Quantise with this one: rowwise, tensorwise, weight_only, int8.")
     ] = None,
-    min_features: Annotated[int, typer.Option(min=16, help="Linears smaller than this are not quantised.")] = 256,
+    min_features: Annotated[
+        int | None, typer.Option(min=16, help="Linears smaller than this are not quantised. Default: 256.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed of the noise; repeat. Default: 0.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise; repeat. Default: 0.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(callback=finite, help="Guidance scale. Default: the pipeline's.")
+    ] = None,
     text_len: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's.")] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32.")
@@ -96,18 +103,15 @@ def generate(
     A file that exists is never replaced unless --overwrite says so: in a folder numbers go on after the highest one,
     a single file is an error. Ctrl-C keeps what is finished; the same command with --resume completes the set.
     """
+    from flexclear.generate_settings import GenerateSettings, parse_radius, parse_sizes
 
-    from flexclear import generate as job
-    from flexclear.parallel import ParallelError, leave
-    from flexclear.weights.files import EMBEDDED
-
-    settings = job.GenerateSettings(
+    settings = GenerateSettings(
         model=model,
         prompts=_prompts(prompt, prompts),
         out=out,
         sizes=_sizes(size, height, width),
         seeds=tuple(seed or (0,)),
-        r=None if r is None else job.parse_radius(r),
+        r=None if r is None else parse_radius(r),
         down_factor=down_factor,
         weights=weights,
         recipe=_recipe(fp8, recipe),
@@ -121,7 +125,7 @@ def generate(
         compile=compile,
         overwrite=overwrite,
         resume=resume,
-        highres=_stage_sizes(highres),
+        highres=() if highres is None else parse_sizes(highres),
         highres_method=highres_method,
         strength=strength,
         shift=shift,
@@ -130,6 +134,11 @@ def generate(
         text=parallel_text,
         exchange=exchange,
     )
+    settings.check()
+
+    from flexclear import generate as job
+    from flexclear.parallel import ParallelError, leave
+
     silent = parallel and int(os.environ.get("RANK", "0")) != 0  # the first process speaks for all
     setup = job.check(settings)
     lines = console(quiet=silent)
@@ -145,8 +154,7 @@ def generate(
         lines.print(f"quantising with recipe {setup.recipe}")
     done = 0
     try:
-        # On a terminal the bar must know of printed lines; elsewhere they must not follow it to standard error.
-        with progress_bars(lines, redirect_stdout=sys.stdout.isatty()) as progress:
+        with progress_bars(lines) as progress:
             pictures = progress.add_task("loading", total=settings.pictures)
             inner = progress.add_task("steps", total=steps)
             pipe = job.load(settings, setup, lines.print)
@@ -176,7 +184,7 @@ def generate(
         lines.print(f"interrupted: {done} of {settings.pictures} pictures are finished and kept in {out}")
         raise typer.Exit(130) from None
     except ParallelError as error:
-        print(f"flexclear: {error}", file=sys.stderr)
+        output.say(str(error))
         raise typer.Exit(1) from None
     finally:
         if parallel:
@@ -205,12 +213,6 @@ def _sizes(given: list[str] | None, height: int | None, width: int | None) -> tu
             raise ValueError(f"give --size or --height and --width, not both; got --size {' --size '.join(given)}")
         return ((height, width),)
     return tuple(parse_size(text) for text in given or ())
-
-
-def _stage_sizes(given: str | None) -> tuple[int | tuple[int, int], ...]:
-    from flexclear.highres import parse_sizes
-
-    return () if given is None else parse_sizes(given)
 
 
 def _recipe(fp8: bool, recipe: str | None) -> str | None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flexclear.commands.common import must_exist
+
 
 def report(
     out_dir: Annotated[Path, typer.Argument(help="Folder that flexclear eval and flexclear analyze have written to.")],
@@ -16,6 +18,8 @@ def report(
 
     The page needs no other file and no network.
     """
+    must_exist(out_dir)
+
     from flexclear.analysis.report import write_report
 
     print(write_report(out_dir, pairs))

@@ -6,26 +6,29 @@ from typing import Annotated
 
 import typer
 
+from flexclear.choices import BACKENDS, LARGEST_SEED, check_choice
+from flexclear.commands.common import finite
+from flexclear.commands.terminal import console, counter
+
 
 def soak(
     model: Annotated[
         str, typer.Option(help="embedded, a pipeline's folder, or MODULE:NAME that makes one.")
     ] = "embedded",
-    seconds: Annotated[float, typer.Option(help="How long to go on.")] = 60,
+    seconds: Annotated[float, typer.Option(min=0, callback=finite, help="How long to go on.")] = 60,
     calls: Annotated[int | None, typer.Option(min=1, help="Stop after that many calls.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, flex or sdpa.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
     sizes: Annotated[int, typer.Option(min=1, help="Number of different sizes.")] = 8,
     largest: Annotated[int, typer.Option(min=1, help="Largest side in pixels.")] = 192,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    growth: Annotated[float, typer.Option(help="MiB that memory may grow after warm-up.")] = 16,
+    growth: Annotated[float, typer.Option(callback=finite, help="MiB that memory may grow after warm-up.")] = 16,
     samples: Annotated[int, typer.Option(min=0, help="Pictures to compare with a fresh process.")] = 6,
 ) -> None:
     """Ask one pipeline for hundreds of random pictures; exit status 1 if memory, graphs or caches grow or a picture is
     not what a fresh process draws."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    check_choice("--backend", backend, BACKENDS)
 
     from flexclear.soak import Bounds, soak_test
     from flexclear.soak_calls import Settings
@@ -39,8 +42,7 @@ def soak(
         largest=largest,
         device=device,
     )
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with counter(console()) as progress:
         task = progress.add_task("starting")
         found = soak_test(
             settings,

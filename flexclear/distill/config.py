@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from flexclear.alternatives.mechanism import Formula, Mechanism
 from flexclear.alternatives.names import named
-from flexclear.attention import BACKENDS
+from flexclear.choices import BACKENDS
+from flexclear.extras import require
 from flexclear.masks import Disc, Downsampled
 from flexclear.reading import check_unicode, parse_yaml, read_text, shown
 
@@ -336,8 +337,10 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ImportError: pyyaml is not installed.
         ValueError: it is no YAML, gives a setting twice, or holds no settings.
     """
+    require("yaml", "a file of settings")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     text = read_text(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,18 +110,6 @@ class DataPlan:
             "dtype": str(setup.dtype).removeprefix("torch."),
         }
         keep_settings(settings.out, told, "Name another folder, or delete that one")
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of ``"i/n"``.
-
-    Raises:
-        ValueError: it is no shard.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    if match is None:
-        raise ValueError(f"--shard is I/N, such as 0/4; got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def draw_data(

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from flexclear.choices import EMBEDDED, HUB_ID
 from flexclear.fingerprints import counts, fingerprint_files
-from flexclear.weights.files import EMBEDDED, HUB_ID
+from flexclear.foreign import from_pretrained
 
 SUPPORTED = ("FluxTransformer2DModel",)
 """Classes whose calls the trainer makes."""
@@ -88,12 +89,12 @@ def load_pipeline(model: str, folder: Path, dtype: torch.dtype, whole: bool) -> 
             return pipeline(dtype)
         from diffusers import DiffusionPipeline
 
-        return DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype)
+        return from_pretrained(DiffusionPipeline, folder, dtype)
     import diffusers
 
     name = transformer_class(folder)
     check_class(name)
-    loaded = getattr(diffusers, name).from_pretrained(str(folder), subfolder="transformer", torch_dtype=dtype)  # type: ignore
+    loaded = from_pretrained(getattr(diffusers, name), folder, dtype, subfolder="transformer")  # type: ignore
     loaded.register_to_config(_name_or_path=model)
     return loaded
 

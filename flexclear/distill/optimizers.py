@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flexclear.distill.config import OptimizerConfig
+from flexclear.extras import require
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -20,12 +21,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
         ImportError: it is.
     """
     if config.name == "prodigy":
-        try:
-            import prodigyopt  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "optimizer.name: prodigy needs the package prodigyopt (pip install prodigyopt); adamw needs none"
-            ) from error
+        require("prodigyopt", "optimizer.name: prodigy")
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

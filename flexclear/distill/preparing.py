@@ -18,6 +18,7 @@ from flexclear.distill.encoding import samples_of
 from flexclear.distill.models import SUPPORTED, check_class, fingerprint, pipeline_folder, skeleton
 from flexclear.distill.optimizers import check_optimizer
 from flexclear.distill.samples import Samples, check_samples
+from flexclear.extras import require
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def prepare(
     """
     config.check()
     check_optimizer(config.optimizer)
+    if config.train == "lora":
+        require("peft", "train: lora")
     if config.tracker is not None and importlib.util.find_spec(config.tracker) is None:
         raise ImportError(f"tracker: {config.tracker} is not installed (pip install {config.tracker})")
     if config.sheets.every and model_or_pipe is not None and isinstance(model_or_pipe, nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flexclear.convert import restore
+from flexclear.extras import require
 from flexclear.families import family_of
 from flexclear.families.processors import WindowProcessor
 from flexclear.weights import keys
@@ -62,10 +63,9 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0) -> dict[str, nn.P
         ImportError: peft is not installed.
         ValueError: the model has one of this name already.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("train: lora needs the package peft (pip install peft)") from error
+    require("peft", "train: lora")
+    from peft import LoraConfig
+
     if ADAPTER in getattr(model, "peft_config", {}):
         raise ValueError(f"the model has a LoRA named {ADAPTER!r} already; model.delete_adapters({ADAPTER!r}) first")
     names = [name.removesuffix(".weight") for name in trained_parameters(model) if name.endswith(".weight")]

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from flexclear.choices import EMBEDDED
 from flexclear.compile.files import whole_file, write_errors
 from flexclear.convert import model_of, transform
 from flexclear.distill import checkpoints as files
@@ -33,7 +34,6 @@ from flexclear.distill.sharding import clip, fill, follow, gather, loaded_whole,
 from flexclear.distill.students import add_lora, make_teacher, merge_lora, trained_parameters
 from flexclear.hooks import entry_hook_of
 from flexclear.reading import lines_of
-from flexclear.weights.files import EMBEDDED
 
 WEIGHTS = "weights.safetensors"
 LOSSES = "losses.jsonl"

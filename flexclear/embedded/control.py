@@ -45,6 +45,7 @@ def controlnet(
     import torch
     from diffusers import FluxControlNetModel
 
+    from flexclear.foreign import from_pretrained
     from flexclear.students import teacher_fingerprint
 
     folder = controlnet_directory() if folder is None else folder
@@ -61,7 +62,5 @@ def controlnet(
             "Train it again with python -m flexclear.embedded.train controlnet"
         )
     dtype = torch.float32 if torch_dtype is None else torch_dtype
-    loaded: FluxControlNetModel = FluxControlNetModel.from_pretrained(
-        str(folder), torch_dtype=dtype, local_files_only=True
-    ).eval()
+    loaded: FluxControlNetModel = from_pretrained(FluxControlNetModel, folder, dtype, local_files_only=True).eval()
     return loaded if device is None else loaded.to(device)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from flexclear.extras import require
+
 DEFAULT_FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 
@@ -33,9 +35,11 @@ def extract_bitmaps(code_points: Sequence[int], font_path: Path | None = None) -
             "(apt-get install fonts-noto-color-emoji), or give the path of a NotoColorEmoji.ttf with bitmaps"
         )
     try:
-        from fontTools.ttLib import TTFont
+        require("fontTools", "reading the emoji font")
     except ImportError as error:
-        raise EmojiFontError("reading the emoji font needs fontTools: pip install 'flexclear[train]'") from error
+        raise EmojiFontError(str(error)) from error
+    from fontTools.ttLib import TTFont
+
     with TTFont(path) as font:
         if "CBDT" not in font:
             raise EmojiFontError(f"{path} has no CBDT table, so it holds no colour bitmaps")

@@ -27,12 +27,14 @@ def pipeline(torch_dtype: torch.dtype | None = None, device: torch.device | str 
     import torch
     from diffusers import FluxPipeline
 
+    from flexclear.foreign import from_pretrained
+
     folder = model_directory()
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: reinstall the package, or train it with python -m flexclear.embedded.train"
         )
     dtype = torch.float32 if torch_dtype is None else torch_dtype
-    loaded: FluxPipeline = FluxPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+    loaded: FluxPipeline = from_pretrained(FluxPipeline, folder, dtype, local_files_only=True)
     loaded.default_sample_size = SAMPLE_SIZE
     return loaded if device is None else loaded.to(device)

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flexclear.choices import parse_metrics
 from flexclear.compile.files import whole_file
 from flexclear.evaluation.judge import Judge, OnProgress, Score
-from flexclear.evaluation.metrics import METRICS, PAIRS, SETS, TEXTS, parse_metrics
+from flexclear.evaluation.metrics import METRICS, PAIRS, SETS, TEXTS
 from flexclear.evaluation.networks import Networks
 from flexclear.evaluation.pictures import Size, pair_names, read_captions, read_folder
 from flexclear.evaluation.store import Store
+from flexclear.extras import require_for_metrics
 from flexclear.versions import versions
 
 STORE = "known.sqlite"
@@ -118,9 +120,11 @@ def evaluate(
 
     Raises:
         FileNotFoundError: a folder or file is missing.
+        ImportError: a metric needs a package that is not installed.
         ValueError: pictures do not pair, a prompt is missing, or pictures of a pair differ in size.
     """
     asked = parse_metrics(metrics)
+    require_for_metrics(asked)
     kinds = {METRICS[name].kind for name in asked}
     judged, reference = read_folder(a), read_folder(b)
     names = pair_names(judged, reference, common) if PAIRS in kinds else []

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexclear.extras import require
+
 SPLITS = 10
 """Parts of the pictures that the Inception score is the mean of."""
 
@@ -15,14 +17,6 @@ LARGEST_PSNR = 120.0
 """PSNR in dB that equal pictures count as."""
 
 Pictures = Tensor
-
-
-def _torchmetrics() -> Any:
-    try:
-        import torchmetrics
-    except ImportError as error:
-        raise ImportError("evaluation needs torchmetrics: pip install 'flexclear[eval]'") from error
-    return torchmetrics
 
 
 class _Given(nn.Module):
@@ -44,7 +38,7 @@ def frechet_distance(judged: Tensor, reference: Tensor) -> float:
     """
     if len(judged) < 2 or len(reference) < 2:
         raise ValueError(f"FID needs two pictures a side or more, got {len(judged)} and {len(reference)}")
-    _torchmetrics()
+    require("torchmetrics", "FID")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=_Given(judged.shape[1])).set_dtype(torch.float64)
@@ -59,7 +53,7 @@ def inception_score(log_probabilities: Tensor) -> tuple[float, float, int]:
     Args:
         log_probabilities: ``[n, classes]``. Parts are drawn by a fixed seed.
     """
-    _torchmetrics()
+    require("torchmetrics", "the Inception score")
     from torchmetrics.image.inception import InceptionScore
 
     splits = min(SPLITS, len(log_probabilities))
@@ -80,7 +74,7 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
 
 def psnr(first: Pictures, second: Pictures) -> Tensor:
     """In dB, of uint8 pictures ``[B, 3, height, width]``, over all pixels and channels: ``[B]``."""
-    _torchmetrics()
+    require("torchmetrics", "PSNR")
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     found = peak_signal_noise_ratio(
@@ -99,7 +93,7 @@ def ssim(first: Pictures, second: Pictures) -> Tensor:
         raise ValueError(
             f"SSIM looks through a window of 11 x 11 px, got pictures of {first.shape[-2]} x {first.shape[-1]}"
         )
-    _torchmetrics()
+    require("torchmetrics", "SSIM")
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     found: Any = structural_similarity_index_measure(

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexclear.extras import require
+
 MEAN, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Of the channels of pictures from -1 to 1."""
 
@@ -102,9 +104,10 @@ def learned_weights(kind: str) -> list[Tensor]:
     Raises:
         ImportError: torchmetrics, which carries them, is not installed.
     """
+    require("torchmetrics", "LPIPS, whose learned weights it carries,")
     spec = find_spec("torchmetrics")
-    if spec is None or spec.origin is None:
-        raise ImportError("LPIPS takes its learned weights from torchmetrics: pip install 'flexclear[eval]'")
+    assert spec is not None
+    assert spec.origin is not None
     path = Path(spec.origin).parent / "functional" / "image" / "lpips_models" / f"{kind}.pth"
     state = torch.load(path, map_location="cpu", weights_only=True)
     return [state[name] for name in sorted(state)]

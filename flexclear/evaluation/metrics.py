@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 PAIRS, SETS, TEXTS = "pairs", "sets", "texts"
@@ -102,23 +100,3 @@ METRICS = {
         Metric("rmse", "RMSE", PAIRS, None, "lower", "root mean squared difference of values from 0 to 1", AS_GIVEN),
     )
 }
-
-
-def parse_metrics(text: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of metrics, ``"fid,is"`` or a list; ``"all"`` is every one.
-
-    Raises:
-        ValueError: there is none, or an unknown one.
-    """
-    names = [part.strip().lower() for part in (text.split(",") if isinstance(text, str) else text)]
-    names = [name for name in names if name]
-    if names == ["all"]:
-        return tuple(METRICS)
-    if not names:
-        raise ValueError(f"no metric is named; there are {', '.join(METRICS)}")
-    for name in names:
-        if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1)
-            meant = f" (meant {near[0]}?)" if near else ""
-            raise ValueError(f"unknown metric {name!r}{meant}; there are {', '.join(METRICS)}")
-    return tuple(dict.fromkeys(names))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexclear.evaluation.lpips import LearnedDistance
 from flexclear.evaluation.store import fingerprint
+from flexclear.foreign import without_bars
 
 DEFAULTS = {
     "inception": "inception-2015-12-05.pt",
@@ -194,7 +195,8 @@ class _Pretrained:
 
     def _load(self, kind: Any, **options: Any) -> Any:
         try:
-            return kind.from_pretrained(self._source, **self._options, **options)
+            with without_bars:
+                return kind.from_pretrained(self._source, **self._options, **options)
         except (OSError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
             raise NetworkMissing(

@@ -24,6 +24,7 @@ from flexclear.evaluation.networks import Networks
 from flexclear.evaluation.pictures import pair_names, read_captions, read_folder, read_picture
 from flexclear.evaluation.store import Store
 from flexclear.evaluation.tables import COLUMNS, CONDITION, ITSELF, MODEL, PROMPTS, REAL, REFERENCE, TABLES, markdown
+from flexclear.extras import require_for_metrics
 from flexclear.families import family_of
 from flexclear.fingerprints import fingerprint_files
 from flexclear.folder_settings import keep_settings
@@ -107,9 +108,11 @@ def run(
 
     Raises:
         FileNotFoundError: a file or folder is missing.
+        ImportError: a column needs a package that is not installed.
         TypeError, ValueError: a setting makes no sense, or the output holds pictures of other settings.
     """
     config.check()
+    require_for_metrics([COLUMNS[column].metric for column in config.asked_columns()])
     flops = draw_variants(config, say, on_progress) if config.drawn else {}
     folders = {
         variant.name: read_folder(variant.pictures or picture_folder(config, variant)) for variant in config.variants

@@ -12,11 +12,12 @@ Two published routes, on FLUX.1 and SD3.5, from a prompt or from a given picture
 
 from __future__ import annotations
 
+from flexclear.choices import METHODS
+from flexclear.generate_settings import parse_sizes
 from flexclear.highres.cascade import Cascade, upscale_cascade
 from flexclear.highres.imax import low_band, projected_velocity
 from flexclear.highres.seams import seam_ratio
-from flexclear.highres.sizes import parse_sizes
-from flexclear.highres.stages import METHODS, Stage
+from flexclear.highres.stages import Stage
 from flexclear.highres.tiling import tiled
 
 __all__ = [

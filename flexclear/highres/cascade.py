@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from flexclear.choices import METHODS
 from flexclear.families.base import Family
 from flexclear.highres.folder import Folder, picture_digest
 from flexclear.highres.imax import check_level, low_band, projected_scheduler
 from flexclear.highres.kinds import Kind, kind_of
 from flexclear.highres.sizes import Size, stage_sizes
-from flexclear.highres.stages import BASE, KEEP, METHODS, OWN, Stage, check_radii, per_stage, settings_of
+from flexclear.highres.stages import BASE, KEEP, OWN, Stage, check_radii, per_stage, settings_of
 from flexclear.highres.state import scheduled, shifted, windowed, windows_of
 from flexclear.highres.tiling import tile_size, tiled
 from flexclear.masks import Window

@@ -9,25 +9,6 @@ Size: TypeAlias = int | tuple[int, int]
 """The longer side in pixels, or (height, width)."""
 
 
-def parse_sizes(text: str) -> tuple[Size, ...]:
-    """Sizes of ``"1024,2048"`` or ``"1024x768,2048x1536"`` (HEIGHTxWIDTH).
-
-    Raises:
-        ValueError: it is neither.
-    """
-    from flexclear.generate_settings import parse_size
-
-    sizes: list[Size] = []
-    for part in text.split(","):
-        try:
-            sizes.append(int(part) if part.strip().isdecimal() else parse_size(part))
-        except ValueError as error:
-            raise ValueError(
-                f"sizes are written 1024,2048,4096 (the longer side) or 1024x768,2048x1536 (HEIGHTxWIDTH), got {text!r}"
-            ) from error
-    return tuple(sizes)
-
-
 def stage_sizes(sizes: Sequence[Size], multiple: int, start: tuple[int, int] | None) -> list[tuple[int, int]]:
     """(height, width) of every stage.
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from flexclear.schedule import Radii
 
-METHODS = ("sdedit", "imax")
 BASE = "base"
 """Method of the first stage of a cascade from a prompt: the pipeline itself."""
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from flexclear.choices import EXCHANGES, TEXTS
 from flexclear.convert import model_of
 from flexclear.hooks import EntryHook, entry_hook_of, install_inner
 from flexclear.parallel.decoding import split_decoding
@@ -16,7 +17,7 @@ from flexclear.parallel.ends import watch_calls
 from flexclear.parallel.group import ranks_of
 from flexclear.parallel.links import Links
 from flexclear.parallel.planning import TOO_SMALL, check_shares
-from flexclear.parallel.session import EXCHANGES, TEXTS, Options, Session, why_not_cached
+from flexclear.parallel.session import Options, Session, why_not_cached
 from flexclear.steps import StepCounter
 
 Target = TypeVar("Target")

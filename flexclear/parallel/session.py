@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from flexclear.families.base import Call, Family
     from flexclear.hooks import Settings
 
-TEXTS = ("exact", "average")
-EXCHANGES = ("sync", "stale")
-
 
 @dataclass(frozen=True)
 class Options:

@@ -1,14 +1,16 @@
-"""Testing masks: Hypothesis strategies, ``assert_matches_dense``, and a fuzzer. Needs the extra ``flexclear[test]``.
+"""Testing masks: Hypothesis strategies, ``assert_matches_dense``, and a fuzzer. Needs the extra ``testing``.
 
 >>> from flexclear.masks import Disc, Layout
 >>> from flexclear.testing import assert_matches_dense
 >>> assert_matches_dense(Layout(9, 14, text_len=5), Disc(3), block_size=32, attention=False)
 """
 
+from flexclear.extras import missing
+
 try:
     import hypothesis as _hypothesis  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("flexclear.testing needs hypothesis: pip install 'flexclear[test]'") from error
+    raise missing("hypothesis", "flexclear.testing") from error
 
 from flexclear.testing import strategies
 from flexclear.testing.checks import assert_matches_dense

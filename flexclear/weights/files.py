@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from flexclear.choices import EMBEDDED, HUB_ID
+
 SUFFIX = ".safetensors"
-EMBEDDED = "embedded"
-"""The model inside the package, where a folder or hub id may be named."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Element types that weights may be stored in."""
 

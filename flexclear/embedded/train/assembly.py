@@ -14,6 +14,7 @@ from flexclear.embedded.train.parts import build_clip, build_scheduler, build_t5
 from flexclear.embedded.train.tokenizers import build_t5_tokenizer, keep_clip_tokenizer, kept_clip_tokenizer
 from flexclear.embedded.train.transformer import CHECKPOINT_NAME, Learners
 from flexclear.embedded.train.vae import build_vae
+from flexclear.foreign import from_pretrained
 
 TOKENIZER_NAME = "clip_tokenizer.json"
 
@@ -81,7 +82,7 @@ def begin_with(source: Path, folder: Path) -> Path:
         raise FileExistsError(f"{folder} holds a run already; name another --folder, or go on with it")
     if not (source / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {source}: name a folder that export wrote")
-    pipeline = FluxPipeline.from_pretrained(str(source), torch_dtype=torch.float32, local_files_only=True)
+    pipeline = from_pretrained(FluxPipeline, source, torch.float32, local_files_only=True)
     keep_clip_tokenizer(folder / TOKENIZER_NAME, pipeline.tokenizer)
     save_checkpoint(folder / "vae.pt", {"model": pipeline.vae.state_dict()})
     learners = Learners(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)

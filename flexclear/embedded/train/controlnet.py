@@ -20,6 +20,7 @@ from flexclear.embedded.train.controlnet_recipe import ControlRecipe
 from flexclear.embedded.train.export import LICENCE_NAME, NOTICE
 from flexclear.embedded.train.loop import Intervals, run_steps
 from flexclear.embedded.train.optimizer import SplitOptimizer
+from flexclear.foreign import from_pretrained
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -113,7 +114,7 @@ def train_controlnet(
         part.requires_grad_(False).eval()
     model = build_controlnet(pipeline.transformer, recipe.layers, recipe.single_layers).train()
     if start is not None:
-        model.load_state_dict(FluxControlNetModel.from_pretrained(start, torch_dtype=torch.float32).state_dict())
+        model.load_state_dict(from_pretrained(FluxControlNetModel, start, torch.float32).state_dict())
     optimizer = SplitOptimizer(model, [], recipe.matrix_rate, recipe.other_rate)
     schedule, done, path = recipe.schedule(), 0, folder / CHECKPOINT_NAME
     identity = {"recipe": {k: v for k, v in vars(recipe).items() if not k.endswith("_every")}, "teacher": teacher}

@@ -1,0 +1,89 @@
+"""Names and limits of options, without torch: what is mistyped is refused before torch is imported."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+
+EMBEDDED = "embedded"
+"""The model inside the package, where a folder or hub id may be named."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+BACKENDS = ("auto", "flex", "sdpa")
+"""``"flex"``: compiled FlexAttention over a BlockMask. ``"sdpa"``: masked SDPA over a dense boolean mask. ``"auto"``:
+flex where it can run, sdpa where it must."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Data types of weights, as torch names them."""
+
+RECIPES = ("rowwise", "tensorwise", "weight_only", "int8")
+"""Keys of ``flexclear.compile.RECIPES``."""
+
+METHODS = ("sdedit", "imax")
+"""How ``flexclear.highres`` enlarges."""
+
+TEXTS = ("exact", "average")
+"""What text sees in ``flexclear.parallel``."""
+
+EXCHANGES = ("sync", "stale")
+"""Which borders ``flexclear.parallel`` exchanges."""
+
+METRICS = ("fid", "is", "lpips", "clip-i", "clip-t", "dino", "psnr", "ssim", "rmse")
+"""Keys of ``flexclear.evaluation.METRICS``."""
+
+LARGEST_SEED = 2**64 - 1
+"""Of ``torch.Generator``, which keeps 64 bits."""
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{option} must be one of {list(choices)}, got {value!r}")
+
+
+def check_finite(option: str, value: float | None) -> None:
+    """Raise unless ``value`` is a finite number or None.
+
+    Raises:
+        ValueError: it is NaN or infinite.
+    """
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{option} must be a finite number, got {value}")
+
+
+def check_seeds(option: str, first: int, count: int = 1) -> None:
+    """Raise unless ``first`` and the ``count - 1`` seeds after it are seeds.
+
+    Raises:
+        ValueError: one is negative or has more than 64 bits.
+    """
+    if not 0 <= first <= LARGEST_SEED - (count - 1):
+        further = f" for {count} images with a seed each" if count > 1 else ""
+        raise ValueError(f"{option} must be from 0 to {LARGEST_SEED - (count - 1)}{further}, got {first}")
+
+
+def parse_metrics(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of metrics, ``"fid,is"`` or a list; ``"all"`` is every one.
+
+    Raises:
+        ValueError: there is none, or an unknown one.
+    """
+    names = [part.strip().lower() for part in (text.split(",") if isinstance(text, str) else text)]
+    names = [name for name in names if name]
+    if names == ["all"]:
+        return METRICS
+    if not names:
+        raise ValueError(f"no metric is named; there are {', '.join(METRICS)}")
+    for name in names:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, n=1)
+            meant = f" (meant {near[0]}?)" if near else ""
+            raise ValueError(f"unknown metric {name!r}{meant}; there are {', '.join(METRICS)}")
+    return tuple(dict.fromkeys(names))

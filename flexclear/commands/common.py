@@ -1,0 +1,128 @@
+"""Options that every command has, and types of options that several have."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexclear.choices import check_finite
+from flexclear.commands.terminal import output
+
+PANEL = "Output"
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of an option that takes a finite number."""
+    try:
+        check_finite("it", value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("it ")) from error
+    return value
+
+
+def must_exist(path: Path, what: str = "no folder") -> None:
+    """Raise unless there is something at ``path``.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+    """
+    if not path.expanduser().exists():
+        raise FileNotFoundError(f"{what} {path}")
+
+
+def out_folder(out: Path) -> None:
+    """Raise for an ``--out`` that is a file.
+
+    Raises:
+        ValueError: it is.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        import flexclear
+
+        print(f"flexclear {flexclear.__version__}")
+        raise typer.Exit
+
+
+_OPTIONS: dict[str, Any] = {
+    "quiet": Annotated[
+        bool,
+        typer.Option("--quiet", rich_help_panel=PANEL, help="Neither progress nor remarks, only results and errors."),
+    ],
+    "verbose": Annotated[
+        bool, typer.Option("--verbose", rich_help_panel=PANEL, help="What is done, and what other libraries say.")
+    ],
+    "debug": Annotated[bool, typer.Option("--debug", rich_help_panel=PANEL, help="Show the traceback of an error.")],
+    "version": Annotated[
+        bool,
+        typer.Option(
+            "--version", rich_help_panel=PANEL, help="Print the version.", callback=_show_version, is_eager=True
+        ),
+    ],
+}
+
+
+def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``command`` with the options that all commands have."""
+
+    def run(**arguments: Any) -> Any:
+        given = {name: arguments.pop(name) for name in _OPTIONS}
+        output.ask(quiet=given["quiet"], verbose=given["verbose"], debug=given["debug"])
+        try:
+            return command(**arguments)
+        except KeyboardInterrupt:
+            output.say("interrupted")
+            raise typer.Exit(130) from None
+
+    signature = inspect.signature(command, eval_str=True)
+    own = list(signature.parameters.values())
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in _OPTIONS.items()
+    ]
+    run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+def _nothing() -> None:
+    """Of a group of commands, which itself does nothing."""
+
+
+class Commands(typer.Typer):
+    """A group of commands, which and each of which has ``--quiet``, ``--verbose``, ``--debug`` and ``--version``.
+
+    Args:
+        help: what the group is for.
+        options: of ``typer.Typer``.
+    """
+
+    def __init__(self, help: str, **options: Any) -> None:
+        options = {"add_completion": False, **options}
+        super().__init__(
+            help=help,
+            no_args_is_help=True,
+            pretty_exceptions_enable=False,
+            callback=_with_options(_nothing),
+            **options,
+        )
+
+    def command(  # type: ignore[override]
+        self, name: str | None = None, **options: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        register = super().command(name, **options)
+
+        def add(command: Callable[..., Any]) -> Callable[..., Any]:
+            register(_with_options(command))
+            return command
+
+        return add

@@ -1,0 +1,62 @@
+"""Packages that some commands need and an installation without extras lacks; asked for before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+EXTRAS = {
+    "hypothesis": ("hypothesis", "testing"),
+    "matplotlib": ("matplotlib", "eval"),
+    "torchmetrics": ("torchmetrics", "eval"),
+    "yaml": ("pyyaml", "train or eval"),
+    "peft": ("peft", "train"),
+    "prodigyopt": ("prodigyopt", "train"),
+    "fontTools": ("fonttools", "train"),
+}
+"""(distribution, extra of flexclear that installs it) by the name that is imported."""
+
+
+OF_TORCHMETRICS = ("fid", "is", "lpips", "psnr", "ssim")
+"""Metrics that it computes, or (LPIPS) whose learned weights it carries."""
+
+
+def is_installed(module: str) -> bool:
+    """Whether a top-level module can be found; it is not imported."""
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def require(module: str, purpose: str) -> None:
+    """Raise unless ``module``, of ``EXTRAS``, can be found.
+
+    Args:
+        module: name that is imported.
+        purpose: what needs it.
+
+    Raises:
+        ImportError: it is missing; the message says what to install.
+    """
+    if not is_installed(module):
+        raise missing(module, purpose)
+
+
+def missing(module: str, purpose: str) -> ModuleNotFoundError:
+    """The error that says what to install; see ``require``."""
+    distribution, extra = EXTRAS[module]
+    return ModuleNotFoundError(
+        f"{purpose} needs {distribution}: pip install {distribution} (flexclear's extra {extra} has it)", name=module
+    )
+
+
+def require_for_metrics(asked: Iterable[str | None]) -> None:
+    """Raise unless the packages of these metrics, of ``flexclear.choices.METRICS``, can be found.
+
+    Raises:
+        ImportError: one is missing.
+    """
+    needing = dict.fromkeys(name for name in asked if name in OF_TORCHMETRICS)
+    if needing:
+        require("torchmetrics", f"scoring by {', '.join(needing)}")

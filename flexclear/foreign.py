@@ -1,0 +1,132 @@
+"""Lines that other libraries print and that concern nobody here: kept out, exactly these and no others.
+
+Importing diffusers logs eight lines about parts of torchao, torch and transformers that neither flexclear nor its user
+has asked for, and loading a pipeline draws progress bars of two libraries. ``hush`` drops log records by logger and text; it
+changes no level and no filter of ``warnings``, so that everything else still comes through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def _built_for_others(record: logging.LogRecord) -> bool:
+    """Whether torchao's library cannot be loaded here by its build: another Python's, or CUDA's beside a torch without."""
+    text = record.getMessage()
+    tag = re.search(r"\.cpython-(\d+)-", text)
+    if tag is not None and tag[1] != f"{sys.version_info.major}{sys.version_info.minor}":
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.version.cuda is None
+
+
+def _of_torchao(record: logging.LogRecord) -> bool:
+    kinds = record.args if isinstance(record.args, tuple) else ()
+    return any(getattr(kind, "__module__", "").startswith("torchao.") for kind in kinds)
+
+
+KNOWN: tuple[tuple[str, str, Callable[[logging.LogRecord], bool]], ...] = (
+    ("torchao", r"Failed to load \S+[/\\]_C\w*[.\w-]*\.so: ", _built_for_others),
+    ("torch.utils._pytree", r".* is an Enum subclass and is now natively supported by torch\.compile", _of_torchao),
+    (
+        "diffusers.quantizers.torchao.torchao_quantizer",
+        r"Unable to import `torchao` Tensor objects\.",
+        lambda record: True,
+    ),
+    (
+        # diffusers imports both names for IP-Adapters and safety checkers; PIL's processor gives the same numbers.
+        "transformers.utils.import_utils",
+        r"`(CLIP|Siglip)ImageProcessor` requires torchvision \(not installed\); falling back to ",
+        lambda record: True,
+    ),
+)
+"""(logger, beginning of the text, whether a record of it is meant): what ``hush`` drops."""
+
+
+class _Known(logging.Filter):
+    def __init__(self, text: str, meant: Callable[[logging.LogRecord], bool]) -> None:
+        super().__init__()
+        self._text, self._meant = re.compile(text), meant
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if logging.getLogger("flexclear").isEnabledFor(logging.DEBUG):
+            return True
+        return self._text.match(record.getMessage()) is None or not self._meant(record)
+
+
+def hush() -> None:
+    """Drop the log records of ``KNOWN``, from now on and wherever the libraries are imported.
+
+    They come back with ``logging.getLogger("flexclear").setLevel(logging.DEBUG)``.
+    """
+    for logger, text, meant in KNOWN:
+        filters = logging.getLogger(logger).filters
+        if not any(isinstance(present, _Known) for present in filters):
+            logging.getLogger(logger).addFilter(_Known(text, meant))
+
+
+class _Bars:
+    """Progress bars of diffusers' and transformers' loading, switched off while any thread asks for it."""
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.Lock(), 0
+        self._shown: list[Any] = []
+
+    def __enter__(self) -> None:
+        import diffusers.utils.logging
+        import transformers.utils.logging
+
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                modules = (diffusers.utils.logging, transformers.utils.logging)
+                self._shown = [module for module in modules if module.is_progress_bar_enabled()]
+                with _downloads_as_they_are():
+                    for module in self._shown:
+                        module.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                with _downloads_as_they_are():
+                    for module in self._shown:
+                        module.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _downloads_as_they_are() -> Iterator[None]:
+    """transformers switches the bars of huggingface_hub's downloads with its own; those may take hours and stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hidden = are_progress_bars_disabled()
+    yield
+    if are_progress_bars_disabled() != hidden:
+        (disable_progress_bars if hidden else enable_progress_bars)()
+
+
+without_bars = _Bars()
+"""Context without the bars of loading; those of downloads stay, and the pipeline's own belong to the pipeline."""
+
+
+def from_pretrained(kind: Any, place: Any, dtype: Any = None, **options: Any) -> Any:
+    """``kind.from_pretrained`` of diffusers without progress bars.
+
+    Args:
+        kind: class of a pipeline or a model.
+        place: folder or hub id.
+        dtype: data type of the weights, under the name that the installed diffusers has for it; None: as it is.
+        options: further ones.
+    """
+    from flexclear.versions import dtype_option
+
+    if dtype is not None:
+        options[dtype_option()] = dtype
+    with without_bars:
+        return kind.from_pretrained(str(place), **options)

@@ -1,0 +1,154 @@
+"""Every command in an environment without the packages of the extras: it runs, or says what is missing before it works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from flexclear.extras import EXTRAS
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+BLOCKED = (
+    "hypothesis",
+    "matplotlib",
+    "skimage",
+    "torchmetrics",
+    "yaml",
+    "peft",
+    "prodigyopt",
+    "fontTools",
+    "deepspeed",
+)
+"""As they are imported; the distributions are named alike but for two."""
+
+# Nothing of the extras can be found, as if it were not installed; torch itself neither, where nothing may be done.
+WITHOUT = """
+import contextlib, io, json, sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in blocked else self.finder.find_spec(name, path, target)
+
+    def find_distributions(self, context):
+        found = getattr(self.finder, "find_distributions", lambda context: ())(context)
+        return (one for one in found if one.name.lower() not in map(str.lower, blocked))
+
+blocked, commands = json.load(sys.stdin)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from flexclear.cli import main
+found = []
+for arguments in commands:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            status = end.code
+    found.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def without(blocked, commands, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        input=json.dumps([blocked, commands]),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=folder,
+    )
+    return json.loads(done.stdout)
+
+
+NEEDING = {
+    "fuzz": (("fuzz", "--seconds", "1"), "flexclear fuzz needs hypothesis"),
+    "attention": (
+        ("analyze", "attention", "embedded", "--prompt", "a"),
+        "flexclear analyze attention needs matplotlib",
+    ),
+    "perturb": (("analyze", "perturb", "embedded", "--prompt", "a"), "flexclear analyze perturb needs torchmetrics"),
+    "cost": (("analyze", "cost"), "flexclear analyze cost needs matplotlib"),
+    "distill": (("distill", "a.yaml"), "flexclear distill needs pyyaml"),
+    "eval": (("eval", ".", ".", "--metrics", "psnr"), "scoring by psnr needs torchmetrics"),
+    "eval, all": (("eval", ".", "."), "scoring by fid, is, lpips, psnr, ssim needs torchmetrics"),
+    "eval run": (("eval", "run", "a.yaml"), "flexclear eval run needs pyyaml"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "a.yaml").write_text("model: embedded\n")
+    found = without((*BLOCKED, "torch"), [list(arguments) for arguments, _ in NEEDING.values()], folder)
+    assert [path.name for path in folder.iterdir()] == ["a.yaml"], "nothing was begun"
+    return dict(zip(NEEDING, found, strict=True))
+
+
+@pytest.mark.parametrize("name", NEEDING)
+def test_a_command_that_needs_an_extra_says_so_before_it_works(refused, name):
+    status, out, err = refused[name]
+    assert (status, out) == (2, "")
+    assert err.startswith(f"flexclear: {NEEDING[name][1]}: pip install ")
+    assert err.count("\n") == 1
+
+
+def test_the_other_commands_run_without_extras(tmp_path):
+    from PIL import Image
+
+    blocked = tuple(name for name in BLOCKED if name != "yaml")  # transformers needs it itself
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (16, 16), "red").save(tmp_path / folder / "x.png")
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    fast = ("--steps", "1", "--text-len", "16", "--size", "64x64", "--device", "cpu")
+    commands = [
+        ("generate", "embedded", "--prompt", "a red apple", *fast, "--backend", "sdpa", "--out", "drawn"),
+        ("data", "generate", "embedded", "--prompts", "prompts.txt", "--count", "1", "--out", "data", *fast),
+        ("data", "cache", "data", "--model", "embedded", "--out", "cache", "--text-len", "16", "--device", "cpu"),
+        ("explain", "--height", "64", "--width", "64", "--table", "--png", "x.png"),
+        ("eval", "a", "b", "--metrics", "rmse", "--out", "scores", "--device", "cpu"),
+        ("report", "scores"),
+        ("doctor", "--quick", "--json", "--device", "cpu"),
+        ("demo", "--prompt", "a red apple", "--r", "3", "--steps", "2", "--size", "64", "--out", "demo"),
+    ]
+    for arguments, (status, out, err) in zip(commands, without(blocked, commands, tmp_path), strict=True):
+        assert status == 0, (arguments, err)
+        assert out, arguments
+
+
+def test_python_names_the_missing_package_too(tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('hypothesis', 'torchmetrics'): sys.modules[name] = None\n"
+        "import flexclear\n"
+        "for use in (lambda: flexclear.testing, lambda: flexclear.evaluation.evaluate('a', 'b', 'psnr')):\n"
+        "    try: use()\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("flexclear.testing needs hypothesis: pip install hypothesis")
+    assert second.startswith("scoring by psnr needs torchmetrics: pip install torchmetrics")
+
+
+def test_extras_hold_what_they_are_said_to_hold():
+    extras = PROJECT["optional-dependencies"]
+    for distribution, names in EXTRAS.values():
+        for name in names.split(" or "):
+            assert any(requirement.startswith(distribution) for requirement in extras[name]), (distribution, name)
+    assert not [name for name in extras["testing"] if "deepspeed" in name]
+
+
+def test_urls_are_those_of_the_paper_and_of_the_released_code():
+    assert set(PROJECT["urls"].values()) == {"https://arxiv.org/abs/2412.16112", "https://github.com/Huage001/CLEAR"}
