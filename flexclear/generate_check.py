@@ -126,14 +126,14 @@ def _check_model(folder: str, settings: GenerateSettings) -> None:
             )
     if settings.sizes or settings.highres or settings.text_len is not None:
         with loading(settings.model):
-            skeleton = _skeleton(folder, config)
+            skeleton = skeleton_of(folder, config)
         if skeleton is not None:
             check_sizes(skeleton, settings)
             if settings.text_len is not None:
                 check_text_len(skeleton, settings.text_len)
 
 
-def _skeleton(folder: str, config: dict[str, Any]) -> Any:
+def skeleton_of(folder: str, config: dict[str, Any]) -> Any:
     """The pipeline without weights, which knows which sizes it draws; None for one that needs more to be made."""
     import diffusers
 

@@ -205,6 +205,7 @@ def _say(result: WarmStart, path: str | Path) -> None:
 
 
 def _warm(pipe: Any, sizes: Sequence[Size], warm_up: Callable[[int, int], Any] | None, progress: bool) -> None:
+    from rich.console import Console
     from rich.progress import Progress
 
     def by_default(height: int, width: int) -> None:
@@ -215,7 +216,8 @@ def _warm(pipe: Any, sizes: Sequence[Size], warm_up: Callable[[int, int], Any] |
         finally:
             pipe.set_progress_bar_config(**shown)
 
-    with Progress(disable=not progress) as bar:
+    # Standard output is the program's own.
+    with Progress(console=Console(stderr=True), disable=not progress, redirect_stdout=False) as bar:
         task = bar.add_task("compiling", total=len(sizes))
         for height, width in sizes:
             bar.update(task, description=f"compiling {height} x {width}")

@@ -106,7 +106,7 @@ def load(settings: Settings) -> Any:
         sys.path.insert(0, str(Path.cwd()))
         try:
             pipe = getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # It is the user's function, whatever it raises.
             raise ValueError(
                 f"the model must be {EMBEDDED!r}, a folder or MODULE:NAME, {settings.model!r} cannot be loaded: {error}"
             ) from error

@@ -201,10 +201,14 @@ def test_settings_made_in_python_are_checked_alike(tmp_path, changed, message):
 
 
 def test_more_text_tokens_than_the_pipeline_takes_are_refused_before_weights_are_read(tmp_path, monkeypatch):
+    from flexclear.distill.caching import cache
     from flexclear.generate import check
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *args, **kwargs: pytest.fail("read"))
     settings = GenerateSettings("embedded", ("a",), tmp_path / "out", text_len=100000, device="cpu")
     with pytest.raises(ValueError, match="--text-len 100000: `max_sequence_length` cannot be greater than 512"):
         check(settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="--text-len 100000: `max_sequence_length` cannot be greater than 512"):
+        cache(tmp_path, "embedded", tmp_path / "out", text_len=100000)
     assert not (tmp_path / "out").exists()

@@ -64,7 +64,7 @@ def _load(path: str) -> Callable[[Any], Any]:
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # It is the user's module, whatever it raises.
         raise ValueError(f"--own must name a function as MODULE:NAME, {path!r} cannot be loaded: {error}") from error
     if not callable(found):
         raise TypeError(f"--own must name a function layout -> mask_mod, {path!r} is a {type(found).__name__}")

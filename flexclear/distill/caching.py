@@ -19,6 +19,7 @@ from flexclear.compile.files import whole_file
 from flexclear.distill.models import check_class, fingerprint, load_pipeline, pipeline_folder, transformer_class
 from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSamples, Sample, check_sample, shape_of
 from flexclear.distill.sources import Item, Skipped, find_items
+from flexclear.generate_check import check_text_len, skeleton_of
 from flexclear.reading import parse_json, read_text
 
 LARGEST_SCALED = 1 << 26
@@ -75,11 +76,15 @@ def cache(
         FileNotFoundError: no such source or model.
         OSError: a picture was replaced meanwhile, or the disk is full; what is finished is kept.
         TypeError: a model that training does not know.
-        ValueError: nothing usable is there, or ``out`` holds a cache of something else.
+        ValueError: there are more text tokens than the pipeline takes, nothing usable is there, or ``out`` holds a cache of
+            something else.
     """
     out = Path(out).expanduser()
     folder = pipeline_folder(model)
     check_class(transformer_class(folder))
+    whole = skeleton_of(str(folder), parse_json(read_text(folder / "model_index.json")))
+    if whole is not None:
+        check_text_len(whole, text_len)
     items, skipped = find_items(source)
     for out_of_use in skipped:
         say(f"skipped {out_of_use.name}: {out_of_use.reason}")

@@ -177,7 +177,7 @@ def test_every_family_s_pipeline_takes_the_arguments(kind, expected, tmp_path):
 def test_sizes_are_checked_by_the_rule_of_each_family_s_pipeline(tmp_path):
     import diffusers
 
-    from flexclear.generate_check import _skeleton, check_sizes
+    from flexclear.generate_check import check_sizes, skeleton_of
 
     for kind, vae_kind in (
         ("FluxPipeline", "AutoencoderKL"),
@@ -193,7 +193,7 @@ def test_sizes_are_checked_by_the_rule_of_each_family_s_pipeline(tmp_path):
             vae = getattr(diffusers, vae_kind)(**(extra if vae_kind == "AutoencoderKL" else {}))
         folder = tmp_path / kind
         vae.save_config(folder / "vae")
-        pipe = _skeleton(str(folder), {"_class_name": kind, "vae": ["diffusers", vae_kind]})
+        pipe = skeleton_of(str(folder), {"_class_name": kind, "vae": ["diffusers", vae_kind]})
         assert type(pipe).__name__ == kind
         settings = GenerateSettings(model="x", prompts=(APPLE,), out=tmp_path, sizes=((1024, 1040),))
         check_sizes(pipe, settings)
