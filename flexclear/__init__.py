@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flexclear.foreign import hush
+from flexclear.foreign import hush as _hush
 
 if TYPE_CHECKING:
     from flexclear import (
@@ -69,7 +69,7 @@ _HOME = {
 _PACKAGES = frozenset(__all__) - {"__version__", *_HOME} | {"testing"}
 
 
-hush()
+_hush()
 
 
 def __getattr__(name: str) -> Any:

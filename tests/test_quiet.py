@@ -216,3 +216,14 @@ def test_bars_are_off_while_any_thread_loads_and_then_as_before():
         assert not bars.is_progress_bar_enabled(), "off before, off afterwards"
     finally:
         bars.enable_progress_bar()
+
+
+def test_warming_up_shows_its_progress_on_standard_error(capsys):
+    from flexclear.optimization import _warm
+
+    drawn = []
+    _warm(None, [(64, 64), (64, 96)], lambda height, width: drawn.append((height, width)), progress=True)
+    captured = capsys.readouterr()
+    assert drawn == [(64, 64), (64, 96)]
+    assert captured.out == ""
+    assert "compiling 64 x 96" in captured.err
