@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import pickle
 import signal
 import time
 from unittest import mock
@@ -225,6 +227,11 @@ def bare_model(rank):
     act = (lambda: trouble("interrupt")) if me() == rank else (lambda: None)
     with at_call(model.transformer_blocks[1], 2, act):
         found = [outcome(lambda c=call: run(model, c), w) for call, w in zip(calls, whole, strict=True)]
+    twin = copy.deepcopy(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    # All of the twin's calls are its own, and what was pickled runs alone.
+    twin.x_embedder.weight.data.mul_(2)
+    found += [outcome(lambda: run(twin, calls[0]), whole[0]), outcome(lambda: run(loaded, calls[0]), whole[0])]
     parallel.disable(model)
     return found
 

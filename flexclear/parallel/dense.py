@@ -23,7 +23,8 @@ MARK = "flexclear.parallel.enable_dense"
 def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
     """Share the dense model's pictures among all ranks by diffusers' own context parallelism, for comparison.
 
-    Call it on every rank; ``disable`` undoes it. Image and text tokens must each be a multiple of the number of ranks.
+    Call it on every rank; ``disable`` undoes it. Ranks that stop or differ are not told of here: the others wait for
+    torch's own time-out, that of the default process group. Image and text tokens must each be a multiple of the number of ranks.
 
     Args:
         model_or_pipe: a model that is not transformed, or a pipeline with one.

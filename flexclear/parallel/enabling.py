@@ -57,7 +57,8 @@ def enable(
         warmup_steps: first steps of a run that are synchronous with ``"stale"``.
         shares: each rank's share of the picture, as proportions, for ranks of unequal speed; equal by default.
         too_small: for pictures with fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last ranks are idle.
-        timeout: seconds without an answer after which a rank counts as gone.
+        timeout: seconds without an answer after which a rank counts as gone. A rank that stops, by an interrupt or an error
+            in a callback, too, is heard of at once.
         split_vae: of a pipeline whose VAE decodes in tiles (``pipe.vae.enable_tiling()``): share the tiles, too.
 
     Returns:
@@ -66,6 +67,7 @@ def enable(
     Raises:
         TypeError: neither a model nor a pipeline with one, or ``mesh`` is no DeviceMesh.
         ValueError: the model cannot run on several ranks, an argument makes no sense, or there is no process group.
+        ParallelError: the process group had to be made, and ranks are missing.
     """
     model = model_of(model_or_pipe)
     entry = entry_hook_of(model)
@@ -94,7 +96,7 @@ def enable(
             "exchange='stale' needs to know the denoising step: give the pipeline, whose scheduler counts steps "
             "(step_index)"
         )
-    ranks = ranks_of(mesh)
+    ranks = ranks_of(mesh, float(timeout))
     options = Options(
         text=text,
         exchange=exchange,

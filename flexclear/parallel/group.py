@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from flexclear.parallel.errors import ParallelError
 
-def ranks_of(mesh: Any) -> list[int]:
+
+def ranks_of(mesh: Any, timeout: float | None = None) -> list[int]:
     """Global ranks of the group.
 
+    Args:
+        mesh: a one-dimensional ``DeviceMesh``, or None: all ranks.
+        timeout: seconds to wait for the other ranks where the default process group has to be made; None: as long as
+            torch does.
+
     Raises:
+        ParallelError: ranks are missing.
         TypeError: ``mesh`` is no DeviceMesh.
         ValueError: it has several dimensions, or does not hold this rank; or there is no process group.
     """
@@ -27,7 +36,7 @@ def ranks_of(mesh: Any) -> list[int]:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        _make_default_group("nccl" if cuda else "gloo", timeout)
     if mesh is None:
         return list(range(dist.get_world_size()))
     from torch.distributed.device_mesh import DeviceMesh
@@ -43,6 +52,28 @@ def ranks_of(mesh: Any) -> list[int]:
     if dist.get_rank() not in ranks:
         raise ValueError(f"rank {dist.get_rank()} is not in the mesh, which holds {ranks}")
     return ranks
+
+
+def _make_default_group(backend: str, timeout: float | None) -> None:
+    """
+    Raises:
+        ParallelError: ranks are missing.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    limit = dist.default_pg_timeout if timeout is None else timedelta(seconds=timeout)
+    try:
+        store, number, count = next(rendezvous("env://", timeout=limit))
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        who = "others" if rank == "0" else "rank 0"
+        raise ParallelError(
+            f"rank {rank}, set-up: waited {limit.total_seconds():g} s for {who} at {place}, and of {size} ranks not all came: "
+            f"{str(error).splitlines()[0]}. Every rank must be started, and call flexclear.parallel.enable"
+        ) from error
+    store.set_timeout(dist.default_pg_timeout)  # what this group is used for beside us
+    dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=number, world_size=count)
 
 
 def leave() -> None:

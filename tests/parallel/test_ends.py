@@ -125,8 +125,10 @@ def test_a_rank_that_waits_hears_a_signal_from_outside(two, first):
 
 
 def test_an_interrupt_in_a_call_without_a_pipeline_is_told(two):
-    for rank, (first, second, third) in enumerate(two.results("bare_model", 0)):
-        assert_drawn([first, third])
+    for rank, (first, second, third, twin, loaded) in enumerate(two.results("bare_model", 0)):
+        assert_drawn([first, third, loaded])
+        assert twin[0] == "drawn"
+        assert twin[1] > 1e-2, "a deep copy calls itself"
         if rank == 0:
             assert second == ("KeyboardInterrupt", "")
         else:

@@ -15,6 +15,7 @@ from flexclear.parallel.facts import differences, digest, sums
 from flexclear.parallel.softmax import merged, partial_attention, weighted
 
 from models import tiny_flux
+from parallel_group import free_port
 
 
 @pytest.fixture
@@ -42,6 +43,17 @@ def test_an_argument_that_makes_no_sense_is_named(model, options, words):
         parallel.enable(model, **options)
     with pytest.raises(ValueError, match="does not run on several ranks"):
         parallel.sent_bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [(0, "rank 0, set-up: waited 1 s for others"), (1, "waited 1 s for rank 0")]
+)
+def test_ranks_that_never_start_are_named(model, monkeypatch, rank, words):
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(parallel.ParallelError, match=words):
+        parallel.enable(model, timeout=1.0)
+    assert not dist.is_initialized()
 
 
 def test_a_dense_model_is_told_what_shares_it_out():
