@@ -30,7 +30,7 @@ from flexclear.grid import GridReader
 from flexclear.masks import Layout, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.memory import is_out_of_memory, note, what_takes_less
-from flexclear.modes import refuse_raster_readers
+from flexclear.modes import NO_EXPORT, refuse_export, refuse_raster_readers
 from flexclear.plan import Plan, get_plan
 from flexclear.schedule import Slot
 from flexclear.steps import StepCounter
@@ -121,8 +121,9 @@ class EntryHook(Hook):
         self.parallel: Session | None = None
         """The run over several ranks that the model takes part in (``flexclear.parallel``), or None."""
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=NO_EXPORT)
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
+        refuse_export()
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         if len(args) > len(names):
             raise TypeError(f"{type(model).__name__} takes {len(names)} arguments, got {len(args)} positional ones")

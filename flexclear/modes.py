@@ -13,6 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
+NO_EXPORT = (
+    "a model under flexclear.transform cannot be exported or traced: its window is made from each call's grid, outside of any "
+    "graph. flexclear.restore(model), then export, gives the dense model; to start a server without compiling, keep what "
+    "flexclear.optimize has compiled by flexclear.compile.save_artifacts(path), and give optimize(warm_start=path)"
+)
+
+
+def refuse_export() -> None:
+    """Raise inside torch.export (torch.onnx, AOTInductor) and torch.jit.trace. In export's strict mode Dynamo meets the hook
+    before this is asked, and gives ``NO_EXPORT`` as its reason.
+
+    Raises:
+        RuntimeError: the call is one of theirs.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise RuntimeError(NO_EXPORT)
+
 
 def context_parallelism_of(model: nn.Module) -> Any:
     """diffusers' settings of it, or None."""
