@@ -16,6 +16,9 @@ from flexclear.compile.recipes import RECIPES, check_recipe
 MIN_FEATURES = 256
 """Linears with fewer input or output features gain nothing: their time is that of launching them."""
 
+_LIBRARIES = ("optimum.quanto", "bitsandbytes", "diffusers.quantizers", "modelopt", "nunchaku", "sdnq", "auto_round")
+"""Packages whose layers keep their weights in low precision (``diffusers.quantizers`` has GGUF's)."""
+
 _MODULATION = ("norm", "mod", "modulation", "adaln_modulation", "img_mod", "txt_mod")
 
 
@@ -78,6 +81,23 @@ def _is_torchao(tensor: Tensor) -> bool:
     return type(tensor.data).__module__.startswith("torchao.")
 
 
+def quantized_elsewhere(model: nn.Module) -> str | None:
+    """A layer of ``model`` that another library than torchao keeps in low precision, in words; None: there is none."""
+    for name, module in model.named_modules():
+        packages = [kind.__module__ + "." for kind in type(module).__mro__]
+        library = next((known for known in _LIBRARIES if any(p.startswith(known + ".") for p in packages)), None)
+        weight = getattr(module, "weight", None)
+        if library is None and isinstance(module, nn.Linear) and isinstance(weight, Tensor):
+            kind = type(weight.data)
+            if not kind.__module__.startswith(("torch.", "torchao.")) and kind is not Tensor:
+                library = kind.__module__
+            elif not _is_torchao(weight) and not weight.is_floating_point():
+                library = type(module).__module__
+        if library is not None:
+            return f"{name} is a {type(module).__name__} of {library}"
+    return None
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that the model's parameters and buffers take, scales of quantised weights included."""
     return sum(_bytes_of(tensor) for tensor in [*model.parameters(), *model.buffers()])
@@ -129,8 +149,8 @@ def quantize(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: an unknown recipe, one that this device cannot run (the message names the device and the recipes it
-            can run), weights of a type that it does not take, a model that is quantised already, is offloaded or has a
-            fused LoRA that is still loaded, or nothing to quantise. Nothing is changed then.
+            can run), weights of a type that it does not take, a model that is quantised already, by whatever library, is
+            offloaded or has a fused LoRA that is still loaded, or nothing to quantise. Nothing is changed then.
     """
     chosen, kept = choose_linears(model, recipe, min_features, keep)
 
@@ -159,6 +179,12 @@ def choose_linears(
         raise ValueError(
             f"this {type(model).__name__} is quantised already: leave this pass out (fp8=False), or load the original "
             "weights to change the recipe"
+        )
+    foreign = quantized_elsewhere(model)
+    if foreign is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is quantised already ({foreign}): leave this pass out (fp8=False), or load the "
+            "original weights"
         )
     check_not_offloaded(model, "Quantise first, then offload")
     _check_no_fused_lora(model)

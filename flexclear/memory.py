@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
-from flexclear.compile.quantize import MIN_FEATURES, is_quantized, linears, weight_bytes, why_kept
+from flexclear.compile.quantize import MIN_FEATURES, is_quantized, linears, quantized_elsewhere, weight_bytes, why_kept
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -62,7 +62,7 @@ def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
 
 def _saved_by_eight_bits(model: nn.Module) -> int:
     """Bytes that quantising the big linears would save; 0 where they are quantised already."""
-    if is_quantized(model):
+    if is_quantized(model) or quantized_elsewhere(model) is not None:
         return 0
     return sum(
         linear.weight.numel() * (linear.weight.element_size() - 1)

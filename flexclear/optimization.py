@@ -22,7 +22,7 @@ from flexclear.compile import (
     runnable_recipes,
     uncompile,
 )
-from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantized, lora_layers
+from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantized, lora_layers, quantized_elsewhere
 from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.regional import check_mode
 from flexclear.convert import model_of, transform_again
@@ -91,8 +91,8 @@ def optimize(
     Raises:
         TypeError: neither a model nor a pipeline.
         ValueError: FP8 that this device does not have (the message names the device and the recipes it can run), an
-            unknown mode or recipe, sizes without a pipeline, FP8 on a model that has it, ``fuse_qkv`` with a LoRA or
-            eight-bit weights. Nothing is changed then.
+            unknown mode or recipe, sizes without a pipeline, FP8 on a model that is quantised, by whatever library,
+            ``fuse_qkv`` with a LoRA or quantised weights. Nothing is changed then.
     """
     model = model_of(model_or_pipe)
     if compile not in (True, False, *REGIONS):
@@ -171,6 +171,11 @@ def _check_fusable(model: nn.Module) -> None:
         )
     if is_quantized(model):
         raise ValueError("fuse_qkv comes before FP8: eight-bit weights cannot be fused. Leave fuse_qkv out")
+    foreign = quantized_elsewhere(model)
+    if foreign is not None:
+        raise ValueError(
+            f"fuse_qkv concatenates weights, and this {type(model).__name__} has quantised ones ({foreign}). Leave fuse_qkv out"
+        )
 
 
 def _fuse(model: Any) -> None:

@@ -184,6 +184,50 @@ def test_what_cannot_be_quantised_is_named(base, make, recipe, error, message):
         quantize(make(base), recipe)
 
 
+def by_quanto(model):
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8, include=["*to_q"])
+    quanto.freeze(model)
+
+
+def by_bitsandbytes(model):
+    kind = pytest.importorskip("bitsandbytes").nn.Linear4bit
+    replace_queries(model, lambda linear: kind(linear.in_features, linear.out_features, quant_type="nf4"))
+
+
+def by_gguf(model):
+    from diffusers.quantizers.gguf.utils import GGUFLinear
+
+    replace_queries(model, lambda linear: GGUFLinear(linear.in_features, linear.out_features))
+
+
+def by_hand(model):
+    def stored(linear):
+        linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+        return linear
+
+    replace_queries(model, stored)
+
+
+def replace_queries(model, make):
+    for attn in [module for name, module in model.named_modules() if name.endswith("attn")]:
+        attn.to_q = make(attn.to_q)
+
+
+@pytest.mark.parametrize("by", [by_quanto, by_bitsandbytes, by_gguf, by_hand])
+def test_weights_that_another_library_has_quantised_are_refused_by_name(model, by):
+    by(model)
+    layer = r"\(transformer_blocks.0.attn.to_q is a \w*Linear\w* of [\w.]+\)"
+    for options, message in (
+        ({"fp8": "int8"}, rf"FluxTransformer2DModel is quantised already {layer}: leave this pass out \(fp8=False\)"),
+        ({"fuse_qkv": True}, rf"fuse_qkv concatenates weights, .* quantised ones {layer}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flexclear.optimize(model, compile=False, **options)
+    assert not is_quantized(model)
+    assert not any(name.endswith("to_qkv") for name, _ in model.named_modules())
+
+
 def test_a_file_that_does_not_fit_changes_nothing(base, model, call, tmp_path):
     quantize(model, "int8")
     path = save_quantized(model, tmp_path / "model.safetensors")
