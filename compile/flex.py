@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexclear.compile.derivatives import transforms_in_force
+from flexclear.masks.lengths import LENGTHS
 
 
 class UnfusedAttentionError(RuntimeError):
@@ -90,7 +91,7 @@ def compiled_flex_attention(
             # Inductor's C++ kernel (torch 2.13) forgets where a view begins that the same graph has made: values that
             # are the last third of a fused projection would be read from its first.
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        return flex_attention(query, key, value, block_mask=mask, scale=scale)
+        return flex_attention(query, key, value, block_mask=_symbolic(mask), scale=scale)
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.
         raise _not_compiled(query)
@@ -126,6 +127,26 @@ def compiled_flex_attention(
         ) from error
 
 
+def _symbolic(mask: BlockMask) -> BlockMask:
+    """``mask`` with the sizes of a tensor for its lengths (``flexclear.masks.lengths``), so that they are not compiled in."""
+    lengths = getattr(mask, LENGTHS, None)
+    if lengths is None:
+        return mask
+    return BlockMask(
+        seq_lengths=(lengths.shape[0], lengths.shape[1]),
+        kv_num_blocks=mask.kv_num_blocks,
+        kv_indices=mask.kv_indices,
+        full_kv_num_blocks=mask.full_kv_num_blocks,
+        full_kv_indices=mask.full_kv_indices,
+        q_num_blocks=mask.q_num_blocks,
+        q_indices=mask.q_indices,
+        full_q_num_blocks=mask.full_q_num_blocks,
+        full_q_indices=mask.full_q_indices,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask.mask_mod,
+    )
+
+
 def why_not_compiled(device: torch.device, needs_grad: bool = False) -> str | None:
     """Why compiled FlexAttention cannot run on ``device``, or None if it can.
 
@@ -148,6 +169,12 @@ def _why_not_compiled_on_cpu() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.system() != "Linux" or not capability.startswith("AVX"):
         return f"on CPU its kernels need Linux and AVX2, this is {platform.system()} with {capability}"
+    return why_no_cpp_compiler()
+
+
+@functools.cache
+def why_no_cpp_compiler() -> str | None:
+    """Why Inductor cannot compile C++, or None if it can."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_leaves
 
 from flexclear.alternatives.mechanism import Attend
 from flexclear.attention import windowed_attention
@@ -42,6 +43,20 @@ class CallPlan:
     ntk_floor: float = 0.0
 
     band: BandCall | None = None
+
+    @property
+    def image_len(self) -> int:
+        """Number of image tokens."""
+        return self.base.layout.image_len
+
+    @property
+    def seq_len(self) -> int:
+        """Number of tokens of the joint sequence."""
+        return self.base.layout.seq_len
+
+    def sequence_tensors(self) -> list[Tensor]:
+        """Tensors of the plan with one row per token of the joint sequence, apart from the masks."""
+        return [tensor for tensor in tree_leaves(self.rotary) if isinstance(tensor, Tensor)]
 
     def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Raster tokens into the layout's order along ``dim``."""

@@ -23,6 +23,7 @@ from flexclear.alternatives.mechanism import Formula
 from flexclear.attention import choose_backend
 from flexclear.call_plan import CallPlan
 from flexclear.compile import why_not_compiled
+from flexclear.compile.calls import mark
 from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
 from flexclear.families.base import JOINT, Call, Family
 from flexclear.families.processors import WindowProcessor
@@ -141,7 +142,10 @@ class EntryHook(Hook):
         if self.parallel is not None:
             self.parallel.begin(model, kwargs, call, self.family, self.settings)
         plan = self.plan(model, call, switches, _needs_grad(model, kwargs), _transforms(model, kwargs))
-        return (), self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)
+        entered = self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)
+        if model._compiled_call_impl is not None:
+            mark(model, (), entered)
+        return (), entered
 
     def plan(
         self, model: nn.Module, call: Call, switches: Switches, needs_grad: bool, transforms: str | None = None

@@ -24,9 +24,10 @@ from flexclear.compile import (
 )
 from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantized, lora_layers, quantized_elsewhere
 from flexclear.compile.recipes import RECIPES, check_recipe
-from flexclear.compile.regional import check_mode
+from flexclear.compile.regional import check_compiler, check_max_sizes, check_mode
 from flexclear.convert import model_of, transform_again
 from flexclear.hooks import entry_hook_of
+from flexclear.switches import in_force
 
 Target = TypeVar("Target")
 Size = tuple[int, int]
@@ -35,6 +36,9 @@ logger = logging.getLogger("flexclear")
 
 FUSED_PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 """Projections of an attention layer that are not run any more once ``fuse_qkv_projections`` was called."""
+
+WARM_UP_PROMPT = "a photograph of a landscape"
+"""What sizes are warmed with. Of several tokens, since graphs are made for a text of none or one by themselves."""
 
 REGIONS = ("blocks", "whole")
 """What ``compile=`` may name: every repeated block by itself, or the model as one graph."""
@@ -47,6 +51,7 @@ def optimize(
     compile: bool | str = True,
     mode: str = "default",
     dynamic: bool = False,
+    max_sizes: int = 64,
     fuse_qkv: bool = False,
     vae: bool = False,
     sizes: Sequence[Size] = (),
@@ -72,13 +77,16 @@ def optimize(
             graph, minutes instead of seconds to compile. False: not at all.
         mode: ``torch.compile``'s mode, one of ``flexclear.compile.MODES``.
         dynamic: one set of graphs for all sizes instead of one per size.
+        max_sizes: sizes that graphs are made for, each number of pictures in a batch counted by itself, prompts not at
+            all; a call of one more raises RuntimeError.
         fuse_qkv: fuse the query, key and value projections first (``fuse_qkv_projections``); diffusers keeps the
             originals in memory beside them. LoRA must be fused and unloaded before; one that is loaded on these
             projections later makes calls raise, since it would have no effect.
         vae: compile the pipeline's VAE decoder as well.
         sizes: (height, width) in pixels that are compiled now, with a progress bar.
-        warm_up: makes one picture of a (height, width); by default the pipeline is called with an empty prompt and one
-            step. Give one for pipelines that need more than a prompt.
+        warm_up: makes one picture of a (height, width); by default the pipeline is called with a short prompt and one step,
+            or one more than ``dense_steps`` has. The graphs hold for prompts of every length. Give one for pipelines that
+            need more than a prompt.
         warm_start: a file of ``flexclear.compile.save_artifacts`` to load first; a stale or damaged one is logged and
             not used.
         min_features: linears with fewer input or output features are not quantised.
@@ -91,13 +99,16 @@ def optimize(
     Raises:
         TypeError: neither a model nor a pipeline.
         ValueError: FP8 that this device does not have (the message names the device and the recipes it can run), an
-            unknown mode or recipe, sizes without a pipeline, FP8 on a model that is quantised, by whatever library,
-            ``fuse_qkv`` with a LoRA or quantised weights. Nothing is changed then.
+            unknown mode or recipe, sizes without a pipeline, nothing to compile with on this device, FP8 on a model that
+            is quantised, by whatever library, ``fuse_qkv`` with a LoRA or quantised weights. Nothing is changed then.
     """
     model = model_of(model_or_pipe)
     if compile not in (True, False, *REGIONS):
         raise ValueError(f"compile must be True, False or one of {list(REGIONS)}, got {compile!r}")
     check_mode(mode)
+    check_max_sizes(max_sizes)
+    if compile or vae:
+        check_compiler(model, backend)
     recipe = _recipe(fp8, next(model.parameters()).device)
     checked = [_size(size) for size in sizes]
     if (checked or vae) and model_or_pipe is model:
@@ -118,7 +129,7 @@ def optimize(
     if compile:
         uncompile(model)
         region = compile_whole if compile == "whole" else compile_blocks
-        region(model, mode=mode, dynamic=dynamic, backend=backend)
+        region(model, mode=mode, dynamic=dynamic, max_sizes=max_sizes, backend=backend)
         _watch(model)
     if vae:
         model_or_pipe.vae.decoder.compile(dynamic=dynamic, backend=backend)  # type: ignore[attr-defined]
@@ -213,11 +224,15 @@ def _warm(pipe: Any, sizes: Sequence[Size], warm_up: Callable[[int, int], Any] |
     from rich.console import Console
     from rich.progress import Progress
 
+    # With dense steps at either end, one in between, which has the windows.
+    entry = entry_hook_of(model_of(pipe))
+    steps = 1 if entry is None else 1 + sum(in_force(entry.settings.switches).dense_steps)
+
     def by_default(height: int, width: int) -> None:
         shown = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(**{**shown, "disable": True})
         try:
-            pipe(prompt="", height=height, width=width, num_inference_steps=1)
+            pipe(prompt=WARM_UP_PROMPT, height=height, width=width, num_inference_steps=steps)
         finally:
             pipe.set_progress_bar_config(**shown)
 

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexclear.masks import Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
 from flexclear.masks.cache import ByteBoundedCache
 from flexclear.masks.defaults import independent
+from flexclear.masks.lengths import of_any_text_length
 from flexclear.masks.windows import captured_tensors
 from flexclear.pooling import Pooling, make_pooling
 from flexclear.reach import warn_of_unreached
@@ -109,7 +110,7 @@ def build_plan(
     y, x = layout.coordinates()
     return Plan(
         layout=layout,
-        mask=mask,
+        mask=None if mask is None else of_any_text_length(mask),
         order=None if raster else layout.permutation().to(device),
         inverse=None if raster else layout.inverse_permutation().to(device),
         rows=y.to(device, torch.float32),

@@ -17,19 +17,21 @@ class Pooling:
     Attributes:
         members: place in image order of each cell's tokens, row by row inside the cell, int64 ``[cells * d * d]``;
             places that a cut-off cell lacks repeat one that it has.
-        image_start, image_len: where the image tokens are in the sequence.
+        text_first: whether text precedes the image in the sequence, or follows it.
+        image_len: number of image tokens.
         share: factor on each of them, float32 ``[cells, d * d]``: 1 in whole cells. In a cut-off cell 0 for what is
             missing and ``d * d / present`` for the rest, so that equal weights stay a mean.
     """
 
     members: Tensor
     share: Tensor
-    image_start: int
+    text_first: bool
     image_len: int
 
     def append(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Keys or values ``[B, heads, N, head_dim]`` in sequence order with their pooled ones behind; see ``pool``."""
-        image = tokens[:, :, self.image_start : self.image_start + self.image_len]
+        start = tokens.shape[2] - self.image_len if self.text_first else 0
+        image = tokens[:, :, start : start + self.image_len]
         return torch.cat([tokens, self.pool(image, weight)], dim=2)
 
     def pool(self, image: Tensor, weight: Tensor) -> Tensor:
@@ -60,4 +62,4 @@ def make_pooling(layout: Layout, factor: int, device: torch.device) -> Pooling:
     present = ((y < height) & (x < width)).flatten(0, 1).flatten(1).float()
     members = place[y.clamp(max=height - 1), x.clamp(max=width - 1)].flatten()
     share = present * (factor * factor) / present.sum(1, keepdim=True)
-    return Pooling(members.to(device), share.to(device), layout.image_start, layout.image_len)
+    return Pooling(members.to(device), share.to(device), layout.text_first, layout.image_len)

@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
+from flexclear.masks.lengths import LENGTHS, of_any_text_length
 from flexclear.masks.windows import MaskMod
 
 
@@ -41,18 +42,21 @@ def with_text_mask_at(mask: BlockMask | Tensor, start: int, keep: Tensor) -> Blo
     if isinstance(mask, Tensor):
         seen = torch.ones(len(keep), mask.shape[1], dtype=torch.bool, device=mask.device)
         seen[:, start : start + keep.shape[1]] = keep.to(mask.device)
-        return mask & seen[:, None, None, :]
+        return of_any_text_length(mask & seen[:, None, None, :])
     lists = {
         name: getattr(mask, name)
         for kind in ("kv", "full_kv", "q", "full_q")
         for name in (f"{kind}_num_blocks", f"{kind}_indices")
     }
-    return BlockMask(
+    padded = BlockMask(
         seq_lengths=mask.seq_lengths,
         BLOCK_SIZE=mask.BLOCK_SIZE,
         mask_mod=_unpadded(mask.mask_mod, keep.to(mask.kv_indices.device), start),
         **lists,
     )
+    if hasattr(mask, LENGTHS):
+        setattr(padded, LENGTHS, getattr(mask, LENGTHS))
+    return padded
 
 
 def _unpadded(inner: MaskMod, keep: Tensor, start: int) -> MaskMod:

@@ -95,7 +95,7 @@ def pixart_attention(
 ) -> Tensor:
     """The formula over ``[B, heads, N, head_dim]`` in sequence order, text first."""
     assert weight is not None
-    text_len = pooling.image_start
+    text_len = key.shape[2] - pooling.image_len
     (text_key, image_key), (text_value, image_value) = (t.tensor_split([text_len], dim=2) for t in (key, value))
     seen_key = torch.cat([text_key, compress(image_key, weight, pooling)], dim=2)
     seen_value = torch.cat([text_value, compress(image_value, weight, pooling)], dim=2)

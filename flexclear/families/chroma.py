@@ -16,6 +16,7 @@ from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, req
 from flexclear.families.flux import check_residuals, check_tokens, flux_layers, permuted, with_ntk
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader
+from flexclear.masks.lengths import mark_symbolic
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ class ChromaFamily(Family):
         if mask is not None and mask.is_floating_point():
             text_len = kwargs["encoder_hidden_states"].shape[1]
             bias = torch.cat([mask[:, :text_len], plan.to_image_order(mask[:, text_len:])], dim=1)
+            mark_symbolic(bias, [1])
             plan = BiasedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)}, bias=bias)
         changed = with_ntk(model, permuted(kwargs, plan, exact_ids), ntk_factor)
         # The plan has it; every block would make [B, 1, N, N] of it.

@@ -16,6 +16,7 @@ from flexclear.families.flux import check_residuals, check_tokens
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader, Grids
 from flexclear.masks.defaults import independent
+from flexclear.masks.lengths import mark_symbolic
 
 SHAPES_EXPECTED = (
     "a list with one entry per sample, each a list of (frames, height, width) in tokens: the image's first, then those "
@@ -90,6 +91,8 @@ class QwenFamily(Family):
             kind: Any = type(embed)
             embed = _rope(kind, embed.theta * ntk_factor, tuple(embed.axes_dim), embed.scale_rope)
         image, words = _frequencies(embed, kwargs["img_shapes"], text.shape[1], tokens.device)
+        if len(words) > 1:
+            mark_symbolic(words, [0])
         plan = replace(plan, rotary=(plan.to_image_order(image, dim=0), words))
         changed = {**kwargs, "hidden_states": plan.to_image_order(tokens)}
         if kwargs.get("controlnet_block_samples") is not None:

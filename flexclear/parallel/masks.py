@@ -123,7 +123,7 @@ def build_band_plan(
     pooling = None
     if part.cells:
         cells = part.cells[rank]
-        pooling = Pooling(cells.members.flatten().to(device), cells.share.to(device), 0, len(part.own))
+        pooling = Pooling(cells.members.flatten().to(device), cells.share.to(device), False, len(part.own))
     every = [part_of_size(layout, bands, other) for other in range(bands.ranks)]
     return BandPlan(
         layout=layout,

@@ -1,0 +1,45 @@
+"""What of a mask changes with the number of text tokens, marked so that compiled graphs are not made for one of them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexclear.masks.defaults import independent
+
+LENGTHS = "symbolic_lengths"
+"""Attribute of a BlockMask under which an empty tensor ``[queries, keys, 0]`` says how long it is. Dynamo compiles the ints
+of ``seq_lengths`` in, and takes the sizes of a tensor as symbols."""
+
+Mask = TypeVar("Mask", BlockMask, Tensor)
+
+
+@independent
+def of_any_text_length(mask: Mask) -> Mask:
+    """``mask``, whose sizes a compiler is asked to take as symbols, also one that was told to compile each size by itself.
+
+    Args:
+        mask: a BlockMask, or a dense bool ``[..., queries, keys]``.
+    """
+    if isinstance(mask, Tensor):
+        mark_symbolic(mask, [dim for dim in (mask.ndim - 2, mask.ndim - 1) if mask.shape[dim] > 1])
+        return mask
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = getattr(mask, f"{kind}_num_blocks"), getattr(mask, f"{kind}_indices")
+        if counts is not None:
+            mark_symbolic(counts, [2])
+            mark_symbolic(indices, [2, 3])
+    lengths = torch.empty(*mask.seq_lengths, 0, device=mask.kv_indices.device)
+    mark_symbolic(lengths, [0, 1])
+    setattr(mask, LENGTHS, lengths)
+    return mask
+
+
+def mark_symbolic(tensor: Tensor, dims: list[int]) -> None:
+    """Ask Dynamo to take these sizes as symbols where it can; a graph that needs one of them fixed fixes it."""
+    marked: set[int] = getattr(tensor, "_dynamo_weak_dynamic_indices", set())
+    if not marked.issuperset(dims):
+        torch._dynamo.maybe_mark_dynamic(tensor, dims)
