@@ -98,7 +98,8 @@ def size_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
+    kind: Any = type(module)
+    return {**dict(zip(_names(kind), args, strict=False)), **kwargs}
 
 
 @functools.cache

@@ -76,7 +76,7 @@ def compile_blocks(
     remember_all_graphs()
     for block in blocks:
         block.compile(fullgraph=True, dynamic=dynamic, backend=backend, **_options(mode, backend, max_sizes))
-        block._compiled_call_impl = _CompiledBlock(block, room)  # type: ignore[assignment]
+        block._compiled_call_impl = _CompiledBlock(block, room)
     return blocks
 
 

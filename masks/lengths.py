@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -14,11 +12,9 @@ LENGTHS = "symbolic_lengths"
 """Attribute of a BlockMask under which an empty tensor ``[queries, keys, 0]`` says how long it is. Dynamo compiles the ints
 of ``seq_lengths`` in, and takes the sizes of a tensor as symbols."""
 
-Mask = TypeVar("Mask", BlockMask, Tensor)
-
 
 @independent
-def of_any_text_length(mask: Mask) -> Mask:
+def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
     """``mask``, whose sizes a compiler is asked to take as symbols, also one that was told to compile each size by itself.
 
     Args:

@@ -196,9 +196,15 @@ def by_bitsandbytes(model):
 
 
 def by_gguf(model):
+    pytest.importorskip("gguf")
     from diffusers.quantizers.gguf.utils import GGUFLinear
 
     replace_queries(model, lambda linear: GGUFLinear(linear.in_features, linear.out_features))
+
+
+def by_diffusers_itself(model):
+    kind = pytest.importorskip("diffusers.quantizers.bfl.utils").BFLFP8RLinear
+    replace_queries(model, lambda linear: kind(linear.in_features, linear.out_features))
 
 
 def by_hand(model):
@@ -214,7 +220,7 @@ def replace_queries(model, make):
         attn.to_q = make(attn.to_q)
 
 
-@pytest.mark.parametrize("by", [by_quanto, by_bitsandbytes, by_gguf, by_hand])
+@pytest.mark.parametrize("by", [by_quanto, by_bitsandbytes, by_gguf, by_diffusers_itself, by_hand])
 def test_weights_that_another_library_has_quantised_are_refused_by_name(model, by):
     by(model)
     layer = r"\(transformer_blocks.0.attn.to_q is a \w*Linear\w* of [\w.]+\)"

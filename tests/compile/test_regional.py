@@ -74,6 +74,7 @@ def test_one_size_more_than_there_is_room_for_raises_and_says_what_makes_room(mo
 
 
 def test_where_dynamo_makes_no_more_graphs_the_error_says_what_makes_room(model):
+    flexclear.transform(model, r=3, backend="sdpa")
     compile_blocks(model, backend="eager", max_sizes=1)
     with (
         torch._dynamo.config.patch(accumulated_recompile_limit=1, recompile_limit=1),
