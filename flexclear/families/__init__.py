@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from flexclear.families.base import Call, Family, Layer
+from flexclear.families.base import Call, Family, Layer, diffusers_class, refuse_other_forward
 from flexclear.families.chroma import ChromaFamily
 from flexclear.families.flux import FluxFamily
 from flexclear.families.flux2 import Flux2Family
@@ -26,10 +26,12 @@ def family_of(model: nn.Module) -> Family:
     """The family of ``model``.
 
     Raises:
-        TypeError: no family knows it; the message lists those that exist.
+        TypeError: no family knows it, and the message lists those that exist; or it is of a subclass with a forward of its
+            own, which may compute anything.
     """
     for family in FAMILIES:
         if family.matches(model):
+            refuse_other_forward(model, "the model given", diffusers_class(model, family.model_class))
             return family
     supported = ", ".join(family.model_class for family in FAMILIES)
     raise TypeError(f"{type(model).__name__} is not a model that flexclear can transform. Supported: {supported}")

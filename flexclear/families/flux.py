@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flexclear.alternatives.mechanism import Formula
 from flexclear.call_plan import CallPlan
-from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, required_tensor
+from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, refuse_mask, required_tensor
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader, exact_ids
 
@@ -27,22 +27,11 @@ def flux_layers(model: nn.Module) -> Iterator[Layer]:
         FluxIPAdapterAttnProcessor,
     )
 
-    from flexclear.families.processors import WindowProcessor
-
     found = 0
+    replaced = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
     for stack in ("transformer_blocks", "single_transformer_blocks"):
         for index, block in enumerate(getattr(model, stack, ())):
-            attn = getattr(block, "attn", None)
-            if not isinstance(attn, FluxAttention):
-                raise ValueError(
-                    f"{stack}[{index}] of this {type(model).__name__} has no FluxAttention named attn "
-                    f"(found {type(attn).__name__}): not the blocks that FLUX.1 has in diffusers"
-                )
-            if not isinstance(attn.processor, FluxAttnProcessor | FluxIPAdapterAttnProcessor | WindowProcessor):
-                raise TypeError(
-                    f"{stack}[{index}].attn has a {type(attn.processor).__name__}; flexclear replaces FluxAttnProcessor "
-                    "and FluxIPAdapterAttnProcessor. Unload the plugin that installed it, then transform"
-                )
+            attn = attention_of(model, block, f"{stack}[{index}]", "attn", FluxAttention, replaced)
             found += 1
             yield Layer(f"{stack}.{index}.attn", attn)
     if not found:

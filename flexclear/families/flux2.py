@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from flexclear.call_plan import CallPlan
-from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, required_tensor
+from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, refuse_mask, required_tensor
 from flexclear.families.flux import check_tokens, permuted, with_ntk
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader
@@ -37,8 +37,6 @@ class Flux2Family(Family):
             Flux2ParallelSelfAttnProcessor,
         )
 
-        from flexclear.families.processors import WindowProcessor
-
         stacks = {
             "transformer_blocks": (Flux2Attention, (Flux2AttnProcessor, Flux2KVAttnProcessor)),
             "single_transformer_blocks": (
@@ -49,18 +47,7 @@ class Flux2Family(Family):
         found = 0
         for stack, (kind, processors) in stacks.items():
             for index, block in enumerate(getattr(model, stack, ())):
-                attn = getattr(block, "attn", None)
-                if not isinstance(attn, kind):
-                    raise ValueError(
-                        f"{stack}[{index}] of this {type(model).__name__} has no {kind.__name__} named attn (found "
-                        f"{type(attn).__name__}): not the blocks that FLUX.2 has in diffusers"
-                    )
-                if not isinstance(attn.processor, (*processors, WindowProcessor)):
-                    raise TypeError(
-                        f"{stack}[{index}].attn has a {type(attn.processor).__name__}; flexclear replaces "
-                        f"{' and '.join(known.__name__ for known in processors)}. Unload the plugin that installed it, "
-                        "then transform"
-                    )
+                attn = attention_of(model, block, f"{stack}[{index}]", "attn", kind, processors)
                 found += 1
                 yield Layer(f"{stack}.{index}.attn", attn)
         if not found:

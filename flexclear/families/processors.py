@@ -14,6 +14,11 @@ PLAN = "flexclear_plan"
 """Name under which the plan reaches every processor."""
 
 
+def is_ours(processor: Any) -> bool:
+    """Whether ``processor`` is of a class of flexclear's own; a subclass from elsewhere may compute anything."""
+    return isinstance(processor, WindowProcessor) and type(processor).__module__.startswith("flexclear.")
+
+
 class WindowProcessor:
     """An attention processor that attends under the call's plan.
 
@@ -23,6 +28,18 @@ class WindowProcessor:
     """
 
     slot: int | None = None
+
+    _replaced: tuple[Any, ...] = ()
+
+    @property
+    def replaced(self) -> Any | None:
+        """The processor in whose place it is, for ``flexclear.restore``; None where diffusers made ours anew."""
+        return self._replaced[0] if self._replaced else None
+
+    def replace(self, processor: Any) -> None:
+        """Remember ``processor`` as the one replaced."""
+        # In a tuple: the weights of an IP-Adapter's processor are registered once, under the names that they have.
+        self._replaced = (processor,)
 
     def attend(self, plan: CallPlan | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Windowed attention, ``[B, N, heads, head_dim]`` in sequence order, as diffusers lays them out.

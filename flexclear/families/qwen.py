@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
-from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, required_tensor
+from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, refuse_mask, required_tensor
 from flexclear.families.flux import check_residuals, check_tokens
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader, Grids
@@ -50,21 +50,10 @@ class QwenFamily(Family):
         from diffusers.models.attention_processor import Attention
         from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-        from flexclear.families.processors import WindowProcessor
-
         blocks = getattr(model, "transformer_blocks", ())
         for index, block in enumerate(blocks):
-            attn = getattr(block, "attn", None)
-            if not isinstance(attn, Attention):
-                raise ValueError(
-                    f"transformer_blocks[{index}] of this {type(model).__name__} has no Attention named attn (found "
-                    f"{type(attn).__name__}): not the blocks that Qwen-Image has in diffusers"
-                )
-            if not isinstance(attn.processor, QwenDoubleStreamAttnProcessor2_0 | WindowProcessor):
-                raise TypeError(
-                    f"transformer_blocks[{index}].attn has a {type(attn.processor).__name__}; flexclear replaces "
-                    "QwenDoubleStreamAttnProcessor2_0. Unload the plugin that installed it, then transform"
-                )
+            where = f"transformer_blocks[{index}]"
+            attn = attention_of(model, block, where, "attn", Attention, (QwenDoubleStreamAttnProcessor2_0,))
             yield Layer(f"transformer_blocks.{index}.attn", attn)
         if not len(blocks):
             raise ValueError(f"this {type(model).__name__} has no blocks in transformer_blocks: nothing to transform")

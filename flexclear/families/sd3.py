@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
-from flexclear.families.base import JOINT, Call, Family, Layer, refuse_mask, required_tensor
-from flexclear.families.processors import PLAN, WindowProcessor
+from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, refuse_mask, required_tensor
+from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader
 
 IMAGE = "image"
@@ -45,26 +45,18 @@ class SD3Family(Family):
         )
 
         found = 0
+        replaced = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
         for index, block in enumerate(getattr(model, "transformer_blocks", ())):
             names = ("attn", "attn2") if getattr(block, "use_dual_attention", False) else ("attn",)
             for name in names:
-                attn = getattr(block, name, None)
-                where = f"transformer_blocks[{index}].{name}"
-                if not isinstance(attn, Attention):
-                    raise ValueError(
-                        f"{where} of this {type(model).__name__} is no Attention (found {type(attn).__name__}): not the "
-                        "blocks that SD3 has in diffusers"
-                    )
-                if isinstance(attn.processor, SD3IPAdapterJointAttnProcessor2_0):
+                where = f"transformer_blocks[{index}]"
+                present = getattr(getattr(block, name, None), "processor", None)
+                if isinstance(present, SD3IPAdapterJointAttnProcessor2_0):
                     raise TypeError(
-                        f"{where} has SD3's IP-Adapter, a second attention of the image over itself and the adapter's "
-                        "picture, for which there is no window yet. Load the pipeline without it, then transform"
+                        f"{where}.{name} has SD3's IP-Adapter, a second attention of the image over itself and the "
+                        "adapter's picture, for which there is no window yet. Load the pipeline without it, then transform"
                     )
-                if not isinstance(attn.processor, JointAttnProcessor2_0 | FusedJointAttnProcessor2_0 | WindowProcessor):
-                    raise TypeError(
-                        f"{where} has a {type(attn.processor).__name__}; flexclear replaces JointAttnProcessor2_0 and "
-                        "FusedJointAttnProcessor2_0. Unload the plugin that installed it, then transform"
-                    )
+                attn = attention_of(model, block, where, name, Attention, replaced)
                 found += 1
                 yield Layer(f"transformer_blocks.{index}.{name}", attn, JOINT if name == "attn" else IMAGE)
         if not found:

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
 from flexclear.compile.derivatives import function_transforms
-from flexclear.families.base import JOINT, Call, Family, Layer, required_tensor
-from flexclear.families.processors import WindowProcessor
+from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, required_tensor
 from flexclear.grid import GridReader
 from flexclear.masks.defaults import independent
 
@@ -68,17 +67,8 @@ class ZImageFamily(Family):
         found = 0
         for stack, scope in (("noise_refiner", IMAGE), ("layers", JOINT)):
             for index, block in enumerate(getattr(model, stack, ())):
-                attn = getattr(block, "attention", None)
-                if not isinstance(attn, Attention):
-                    raise ValueError(
-                        f"{stack}[{index}] of this {type(model).__name__} has no Attention named attention (found "
-                        f"{type(attn).__name__}): not the blocks that Z-Image has in diffusers"
-                    )
-                if not isinstance(attn.processor, ZSingleStreamAttnProcessor | WindowProcessor):
-                    raise TypeError(
-                        f"{stack}[{index}].attention has a {type(attn.processor).__name__}; flexclear replaces "
-                        "ZSingleStreamAttnProcessor. Unload the plugin that installed it, then transform"
-                    )
+                where = f"{stack}[{index}]"
+                attn = attention_of(model, block, where, "attention", Attention, (ZSingleStreamAttnProcessor,))
                 found += 1
                 yield Layer(f"{stack}.{index}.attention", attn, scope)
         if not found:

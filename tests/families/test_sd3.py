@@ -359,7 +359,9 @@ def test_a_model_that_cannot_be_windowed_is_refused_unchanged(make, error, messa
 def test_a_block_of_another_class_is_refused():
     model = tiny_sd3()
     model.transformer_blocks[1] = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"transformer_blocks\[1\].attn of this SD3Transformer2DModel is no Attention"):
+    with pytest.raises(
+        ValueError, match=r"transformer_blocks\[1\] of this SD3Transformer2DModel has no Attention named attn"
+    ):
         flexclear.transform(model, r=2)
 
 
