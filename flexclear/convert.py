@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,9 +12,10 @@ from torch import nn
 from flexclear.alternatives.mechanism import Formula, Mechanism, WindowMechanism
 from flexclear.alternatives.names import named
 from flexclear.choices import BACKENDS
-from flexclear.families import FAMILIES, Layer, family_of
-from flexclear.families.processors import WindowProcessor
-from flexclear.hooks import EntryHook, Settings, check_formula, entry_hook_of, install, uninstall
+from flexclear.exchange import all_or_nothing, put_hooks, put_originals, put_processor, remove_hooks, replaced_by
+from flexclear.families import FAMILIES, Family, Layer, family_of
+from flexclear.families.processors import is_ours
+from flexclear.hooks import EntryHook, Settings, check_formula, entry_hook_of
 from flexclear.masks import Downsampled, Layout, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
@@ -37,23 +39,59 @@ def model_of(model_or_pipe: Any) -> nn.Module:
     """The transformer itself: ``model_or_pipe``, or the ``transformer`` of a diffusers pipeline.
 
     Raises:
-        TypeError: neither; the message names what was given.
+        TypeError: neither, or a wrapper around the model; the message names what was given and what would do.
+    """
+    model, compiled = below_compile(model_or_pipe)
+    if compiled:
+        raise TypeError(
+            f"the {type(model).__name__} given is already wrapped by torch.compile(model). Transform first, then "
+            "compile: model.compile_repeated_blocks(fullgraph=True) or torch.compile"
+        )
+    return model
+
+
+def below_compile(model_or_pipe: Any) -> tuple[nn.Module, bool]:
+    """The same below ``torch.compile(model)`` too, and whether that is where it is.
+
+    Raises:
+        TypeError: see ``model_of``.
     """
     from torch._dynamo.eval_frame import OptimizedModule
 
-    model = model_or_pipe if isinstance(model_or_pipe, nn.Module) else getattr(model_or_pipe, "transformer", None)
-    if isinstance(model, OptimizedModule):
-        raise TypeError(
-            f"the {type(model._orig_mod).__name__} given is already wrapped by torch.compile(model). Transform first, then "
-            "compile: model.compile_repeated_blocks(fullgraph=True) or torch.compile"
-        )
+    bare = isinstance(model_or_pipe, nn.Module)
+    model: Any = model_or_pipe if bare else getattr(model_or_pipe, "transformer", None)
+    compiled = isinstance(model, OptimizedModule)
+    model = model._orig_mod if compiled else model
     if not isinstance(model, nn.Module):
         supported = ", ".join(family.model_class for family in FAMILIES)
         raise TypeError(
             f"expected a diffusers model or a pipeline with a transformer, got {type(model_or_pipe).__name__}. "
             f"Supported models: {supported}"
         )
-    return model
+    inside, path = _inside(model)
+    if path:
+        raise TypeError(
+            f"the {type(model).__name__} given wraps a {type(inside).__name__}, and flexclear works on the model itself. Give "
+            f"it before it is wrapped, or give {'model' if bare else 'pipe.transformer'}{path}"
+        )
+    return model, compiled
+
+
+def _inside(model: Any) -> tuple[nn.Module, str]:
+    """The supported model inside wrappers such as peft's, DDP's, FSDP's and DeepSpeed's, and how to reach it; the model
+    given and no path where it is none of these."""
+    inside, path = model, ""
+    while not any(family.matches(inside) for family in FAMILIES):
+        if callable(getattr(inside, "get_base_model", None)):
+            inside, path = inside.get_base_model(), f"{path}.get_base_model()"
+            continue
+        name = next(
+            (name for name in ("module", "_orig_mod") if isinstance(getattr(inside, name, None), nn.Module)), None
+        )
+        if name is None:
+            return model, ""
+        inside, path = getattr(inside, name), f"{path}.{name}"
+    return inside, path
 
 
 def px_per_token(model_or_pipe: Any) -> int:
@@ -109,6 +147,7 @@ def transform(
         down_factor: side d in tokens of cells whose pooled keys image queries see as well (method, section 4). Adds one
             parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only. ``save_pretrained`` writes them
             too, but diffusers' ``from_pretrained`` leaves them out, with a warning: keep them by ``flexclear.save_weights``.
+            Nor does ``EMAModel.save_pretrained`` know them: ``ema.copy_to(model.parameters())``, then ``save_weights``.
         dense_steps: (first, last): that many denoising steps at either end run dense attention. Needs the pipeline.
         ntk_factor: factor on the base of the rotary frequencies, for sizes beyond training; released setting: 10.
         proportional_attention: scale scores by sqrt(log_n0(n) / d) in place of sqrt(1 / d), n keys, n0 = 4608.
@@ -125,8 +164,11 @@ def transform(
         What was given. A model that is already transformed is transformed anew: the last call holds.
 
     Raises:
-        TypeError: an unsupported model, a plugin's attention processor, or an argument of the wrong type.
-        ValueError: an argument out of range, or a model without the blocks of its class. Nothing is changed then.
+        TypeError: an unsupported model or a wrapper around one, a plugin's attention processor, a subclass that computes
+            something of its own, or an argument of the wrong type.
+        ValueError: an argument out of range, or a model without the blocks of its class.
+
+    Whatever is raised, Ctrl-C included, the model is as it was.
     """
     model = model_of(model_or_pipe)
     family = family_of(model)
@@ -157,23 +199,9 @@ def transform(
     elif formula is not None:
         r = None
     windows = resolve(int(r) if r is DEFAULT_RADIUS else r, layers, down_factor)
-    if not family.pools and (down_factor is not None or any(isinstance(window, Downsampled) for window in windows)):
-        able = ", ".join(known.model_class for known in FAMILIES if known.pools)
-        raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
-    distinct = slots(layers, windows)
-    before = entry_hook_of(model)
-    originals = {layer.name: _original(layer, before) for layer in layers}
-    processors = []
-    for layer, window in zip(layers, windows, strict=True):
-        original, slot = originals[layer.name], distinct.index((layer.scope, window))
-        if formula is None:
-            factor = window.factor if isinstance(window, Downsampled) else None
-            processors.append(family.processor(layer, original, slot, factor))
-        else:
-            processors.append(family.formula_processor(layer, original, slot, formula))
     settings = Settings(
         windows={layer.name: window for layer, window in zip(layers, windows, strict=True)},
-        slots=distinct,
+        slots=slots(layers, windows),
         backend=backend,
         order=order,
         block_size=asked,
@@ -182,19 +210,49 @@ def transform(
         steps=steps,
         formula=formula,
     )
-    # Everything is known to fit; from here on the model changes.
-    uninstall(model)
-    for layer, processor in zip(layers, processors, strict=True):
-        _keep_trained_pooling(layer.module.processor, processor)
-        layer.module.set_processor(processor)
-    install(model, EntryHook(family, settings, originals), family.inner_hooks(model))
-    if before is not None and before.parallel is not None:
-        from flexclear.parallel import attach
-
-        attach(model, before.parallel)
-    if before is None or before.settings.order != order:
-        forget_cached_tokens(model)
+    _convert(model, family, layers, settings)
     return model_or_pipe
+
+
+def _convert(model: nn.Module, family: Family, layers: Sequence[Layer], settings: Settings) -> None:
+    """Give a model processors and hooks for these settings, in place of those of an earlier transform, or leave it as it is.
+
+    Raises:
+        ValueError: the model cannot have them.
+    """
+    pooled = any(isinstance(window, Downsampled) for window in settings.windows.values())
+    if pooled and not family.pools:
+        able = ", ".join(known.model_class for known in FAMILIES if known.pools)
+        raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
+    before = entry_hook_of(model)
+    processors = [_processor(family, layer, settings) for layer in layers]
+    entry = EntryHook(family, settings, None if before is None else before.parallel)
+    if entry.parallel is not None:
+        from flexclear.parallel.enabling import refuse_unshared
+
+        refuse_unshared(model, entry)
+    with all_or_nothing(model):
+        if before is None or before.settings.order != settings.order:
+            forget_cached_tokens(model)
+        for layer, processor in zip(layers, processors, strict=True):
+            put_processor(layer.module, processor)
+        put_hooks(model, entry)
+
+
+def _processor(family: Family, layer: Layer, settings: Settings) -> Any:
+    """A layer's processor for these settings, with the trained weights and the original of the one that it has."""
+    present = layer.module.processor
+    original = replaced_by(layer.module) if is_ours(present) else present
+    window = settings.windows[layer.name]
+    slot = settings.slots.index((layer.scope, window))
+    if settings.formula is None:
+        factor = window.factor if isinstance(window, Downsampled) else None
+        processor = family.processor(layer, original, slot, factor)
+    else:
+        processor = family.formula_processor(layer, original, slot, settings.formula)
+    processor.replace(original)
+    _keep_trained_pooling(present, processor)
+    return processor
 
 
 def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] | None = None) -> Target:
@@ -211,29 +269,15 @@ def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] 
     before = entry_hook_of(model)
     if before is None:
         raise ValueError(f"this {type(model).__name__} is not transformed; flexclear.transform(model, r=...) first")
-    old = before.settings
-    formula = old.formula if windows is None else None
-    radii: dict[int | str, Radius] = dict((old.windows if windows is None else windows).items())
-    transform(
-        model_or_pipe,
-        DEFAULT_RADIUS if formula is not None else radii,
-        attention="clear" if formula is None else formula,
-        backend=old.backend,
-        order=old.order,
-        block_size=old.block_size,
-        exact_position_ids=old.exact_position_ids,
-    )
-    after = entry_hook_of(model)
-    assert after is not None
-    # The bare model may be given here and the pipeline, which counts steps, have been given to transform.
-    after.settings = replace(after.settings, switches=old.switches, steps=old.steps)
+    family, settings = family_of(model), before.settings
+    layers = list(family.layers(model))
+    if windows is not None:
+        radii: dict[int | str, Radius] = dict(windows.items())
+        found = resolve(radii, layers)
+        named = {layer.name: window for layer, window in zip(layers, found, strict=True)}
+        settings = replace(settings, windows=named, slots=slots(layers, found), formula=None)
+    _convert(model, family, layers, settings)
     return model_or_pipe
-
-
-def _original(layer: Layer, before: EntryHook | None) -> Any:
-    """The processor to give back: the one from before an earlier transform, or what a plugin has put there since."""
-    present = layer.module.processor
-    return before.processors[layer.name] if before is not None and isinstance(present, WindowProcessor) else present
 
 
 def _keep_trained_pooling(old: Any, new: Any) -> None:
@@ -267,22 +311,42 @@ def _mechanism(attention: Any, r: Radii, down_factor: int | None) -> Mechanism |
 def restore(model_or_pipe: Target) -> Target:
     """Undo ``transform``: the processors that were there before, no hook left, outputs bit-identical to the original's.
 
-    A model that was not transformed is left as it is. Pooling weights (``down_factor``) go with the processors that hold
-    them: save them first.
+    It always works, whatever was done to the model since: a processor that somebody else has put in the place of ours
+    stays, and one warning names it. A model that was not transformed is left as it is. Pooling weights (``down_factor``) go
+    with the processors that hold them: save them first. Interrupted, it leaves the model transformed or restored.
 
     Returns:
         What was given.
 
     Raises:
-        TypeError: neither a model nor a pipeline with a transformer.
+        TypeError: neither a model nor a pipeline with a transformer, or a wrapper around one; see ``transform``.
+
+    Warns:
+        UserWarning: a processor that is not flexclear's stays.
     """
-    model = model_of(model_or_pipe)
+    model, _ = below_compile(model_or_pipe)
     entry = entry_hook_of(model)
-    if entry is not None:
-        for layer in entry.family.layers(model):
-            layer.module.set_processor(_original(layer, entry))
-        if entry.parallel is not None:
-            entry.parallel.close()
-        uninstall(model)
-        forget_cached_tokens(model)
+    stay = {} if entry is None else _others(model, entry.settings.windows)
+    with all_or_nothing(model):
+        for name in put_originals(model):
+            stay[name] = model.get_submodule(name).processor
+        remove_hooks(model)
+        if entry is not None:
+            forget_cached_tokens(model)
+    if entry is not None and entry.parallel is not None:
+        entry.parallel.close()
+    if stay:
+        names = ", ".join(f"{type(processor).__name__} on {name}" for name, processor in stay.items())
+        warnings.warn(
+            f"flexclear.restore has left what was put on this {type(model).__name__} after flexclear.transform: {names}. "
+            "Nothing of flexclear is left; model.set_attn_processor puts others in their place",
+            stacklevel=2,
+        )
     return model_or_pipe
+
+
+def _others(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Processors that are not ours, of the layers of these names that there still are."""
+    modules = dict(model.named_modules())
+    present = {name: getattr(modules.get(name), "processor", None) for name in names}
+    return {name: found for name, found in present.items() if found is not None and not is_ours(found)}

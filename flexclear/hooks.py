@@ -10,7 +10,7 @@ import inspect
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ def check_formula(formula: Formula | None, switches: Switches) -> None:
 
 
 class Hook:
-    """Base of every hook that flexclear installs; ``uninstall`` finds them by it.
+    """Base of every hook that flexclear installs; ``flexclear.exchange`` finds them by it.
 
     Attributes:
         after: of a hook on a module inside the model: whether it runs after the module's forward, not before.
@@ -113,13 +113,11 @@ class Hook:
 class EntryHook(Hook):
     """Forward pre-hook: reads the grids off the call, gets the plan, permutes what has a token axis."""
 
-    def __init__(self, family: Family, settings: Settings, processors: Mapping[str, Any]) -> None:
+    def __init__(self, family: Family, settings: Settings, parallel: Session | None = None) -> None:
         self.family = family
         self.settings = settings
-        self.processors = dict(processors)
-        """The processors that were there before, by module name, for ``restore``."""
         self._reader = GridReader()
-        self.parallel: Session | None = None
+        self.parallel = parallel
         """The run over several ranks that the model takes part in (``flexclear.parallel``), or None."""
 
     @torch.compiler.disable(reason=NO_EXPORT)
@@ -133,7 +131,7 @@ class EntryHook(Hook):
         call = self.family.read(model, kwargs, self._reader)
         kwargs = self._reader.guarded(kwargs)
         order, shared = call.order or self.settings.order, self.parallel is not None
-        refuse_raster_readers(model, self.processors, order, shared)
+        refuse_raster_readers(model, self.settings.windows, order, shared)
         switches = in_force(self.settings.switches)
         if switches.ntk_floor and not self.family.clips_ntk:
             raise ValueError(
@@ -217,14 +215,22 @@ class EntryHook(Hook):
         Raises:
             RuntimeError: it has; the message names the layer and says what to do.
         """
-        for name in self.processors:
+        for name in self.settings.windows:
             processor = model.get_submodule(name).processor
             if not isinstance(processor, WindowProcessor) or not self._fits(name, processor.slot):
                 raise RuntimeError(
                     f"{name} of this transformed {type(model).__name__} was given a {type(processor).__name__} after "
-                    "flexclear.transform (by load_ip_adapter, fuse_qkv_projections, set_attn_processor or the like). Call "
-                    "flexclear.transform(model, ...) again: it takes over what is there now"
+                    "flexclear.transform (by load_ip_adapter, fuse_qkv_projections, set_attn_processor or the like). "
+                    f"{self._advice(model)}"
                 )
+
+    def _advice(self, model: nn.Module) -> str:
+        """What to do about processors that are no longer ours."""
+        try:
+            list(self.family.layers(model))
+        except (TypeError, ValueError) as error:
+            return f"Put diffusers' own back, or flexclear.restore(model), which keeps what is there: {error}"
+        return "Call flexclear.transform(model, ...) again: it takes over what is there now"
 
     def _fits(self, name: str, slot: int | None) -> bool:
         """Whether a slot has the layer's window; one of an earlier transform, which a plugin has put back, may not."""
@@ -286,32 +292,3 @@ class ExitHook(Hook):
 def entry_hook_of(model: nn.Module) -> EntryHook | None:
     """The entry hook of a transformed model, None on any other."""
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, EntryHook)), None)
-
-
-def install(model: nn.Module, entry: EntryHook, inner: Sequence[tuple[nn.Module, Any]] = ()) -> None:
-    """Add both hooks, and the family's on modules inside the model."""
-    model.register_forward_pre_hook(entry, with_kwargs=True)
-    model.register_forward_hook(ExitHook(entry.family), with_kwargs=True, always_call=True)
-    install_inner(inner)
-
-
-def install_inner(inner: Sequence[tuple[nn.Module, Any]]) -> None:
-    """Add hooks on modules inside a model."""
-    for module, hook in inner:
-        if hook.after:
-            module.register_forward_hook(hook, with_kwargs=True)
-        else:
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def uninstall(model: nn.Module) -> None:
-    """Remove every hook of ours; found by type, because a deep copy of a model has no handles of its own."""
-    for module in model.modules():
-        for hooks, *flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-        ):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
-                del hooks[key]
-                for flag in flags:
-                    flag.pop(key, None)

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flexclear.convert import family_of, model_of, restore, transform, transform_again
+from flexclear.convert import family_of, model_of, transform, transform_again
+from flexclear.exchange import as_before
 from flexclear.highres.stages import KEEP
-from flexclear.hooks import entry_hook_of, install, uninstall
+from flexclear.hooks import entry_hook_of
 from flexclear.masks import Downsampled, Window
 from flexclear.schedule import Radii, resolve
 
@@ -55,29 +56,19 @@ def windowed(pipe: Any, windows: Mapping[str, Window | None] | None, hooks: bool
     model = model_of(pipe)
     entry = entry_hook_of(model)
     if entry is None:
-        if not hooks and (windows is None or not any(windows.values())):
-            yield
-            return
-        transform(pipe, windows if windows is not None else None)  # type: ignore[arg-type]
-        try:
-            yield
-        finally:
-            restore(pipe)
-        return
-    if windows is None or dict(windows) == dict(entry.settings.windows):
+        other = hooks or (windows is not None and any(windows.values()))
+    else:
+        other = windows is not None and dict(windows) != dict(entry.settings.windows)
+    if not other:
         yield
         return
-    layers = list(entry.family.layers(model))
-    processors = [layer.module.processor for layer in layers]
-    try:
-        transform_again(pipe, windows)
+    # The very same processors afterwards: other windows need not have the trained pooling weights.
+    with as_before(model):
+        if entry is None:
+            transform(pipe, windows)  # type: ignore[arg-type]
+        else:
+            transform_again(pipe, windows)
         yield
-    finally:
-        # The very same processors, whose trained pooling weights other windows need not have.
-        uninstall(model)
-        for layer, processor in zip(layers, processors, strict=True):
-            layer.module.set_processor(processor)
-        install(model, entry, entry.family.inner_hooks(model))
 
 
 def shifted(scheduler: Any, shift: float | None) -> Any:

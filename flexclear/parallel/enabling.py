@@ -10,7 +10,8 @@ from torch import nn
 
 from flexclear.choices import EXCHANGES, TEXTS
 from flexclear.convert import model_of
-from flexclear.hooks import EntryHook, entry_hook_of, install_inner
+from flexclear.exchange import all_or_nothing, put_hooks
+from flexclear.hooks import EntryHook, entry_hook_of
 from flexclear.parallel.decoding import split_decoding
 from flexclear.parallel.dense import disable_dense, refuse_other_parallelism
 from flexclear.parallel.ends import watch_calls
@@ -87,9 +88,7 @@ def enable(
             f"this {type(model).__name__} is dense, and borders are those of a window: flexclear.transform(model, r=...) "
             "first. flexclear.parallel.enable_dense runs the dense model on several ranks"
         )
-    why = why_not(model, entry)
-    if why is not None:
-        raise ValueError(f"this {type(model).__name__} cannot be shared by several ranks: {why}")
+    refuse_unshared(model, entry)
     pipe = None if model_or_pipe is model else model_or_pipe
     if exchange == "stale" and (pipe is None or not hasattr(getattr(pipe, "scheduler", None), "step_index")):
         raise ValueError(
@@ -106,14 +105,18 @@ def enable(
         timeout=float(timeout),
     )
     disable(model_or_pipe)
-    links = Links(ranks, options.timeout, str(next(_numbers)))
-    session = Session(links, options, StepCounter(pipe))
-    attach(model, session)
-    watch_calls(model, session)
-    if pipe is not None:
-        session.watch(pipe)
-        if split_vae:
-            split_decoding(pipe, session)
+    session = Session(Links(ranks, options.timeout, str(next(_numbers))), options, StepCounter(pipe))
+    try:
+        attach(model, session)
+        watch_calls(model, session)
+        if pipe is not None:
+            session.watch(pipe)
+            if split_vae:
+                split_decoding(pipe, session)
+    except BaseException:
+        disable(model_or_pipe)
+        session.close()
+        raise
     return model_or_pipe
 
 
@@ -125,11 +128,14 @@ def attach(model: nn.Module, session: Session) -> None:
     """
     entry = entry_hook_of(model)
     assert entry is not None
-    why = why_not(model, entry)
-    if why is not None:
-        raise ValueError(f"this {type(model).__name__} cannot be shared by several ranks: {why}")
-    entry.parallel = session
-    install_inner(entry.family.parallel_hooks(model, lambda: session.current))
+    refuse_unshared(model, entry)
+    _let(model, entry, session)
+
+
+def _let(model: nn.Module, entry: EntryHook, session: Session | None) -> None:
+    """Exchange a model's hooks for those of the same settings that take part in ``session``, or in none."""
+    with all_or_nothing(model):
+        put_hooks(model, EntryHook(entry.family, entry.settings, session))
 
 
 def disable(model_or_pipe: Target) -> Target:
@@ -141,11 +147,8 @@ def disable(model_or_pipe: Target) -> Target:
     model = model_of(model_or_pipe)
     entry = entry_hook_of(model)
     if entry is not None and entry.parallel is not None:
-        from flexclear.convert import transform_again
-
+        _let(model, entry, None)
         entry.parallel.close()
-        entry.parallel = None
-        transform_again(model)
     disable_dense(model)
     return model_or_pipe
 
@@ -163,11 +166,17 @@ def sent_bytes(model_or_pipe: Any) -> dict[str, int]:
     return dict(entry.parallel.links.sent)
 
 
-def why_not(model: nn.Module, entry: EntryHook) -> str | None:
-    """Why a transformed model cannot be shared by several ranks, or None."""
+def refuse_unshared(model: nn.Module, entry: EntryHook) -> None:
+    """Raise if a transformed model cannot be shared by several ranks.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    why = why_not_cached(model) or entry.family.why_not_parallel(model)
     if entry.settings.formula is not None:
-        return (
+        why = (
             f"attention={entry.settings.formula.kind!r} is no softmax over a window; CLEAR and the alternatives that are "
             "masks can"
         )
-    return why_not_cached(model) or entry.family.why_not_parallel(model)
+    if why is not None:
+        raise ValueError(f"this {type(model).__name__} cannot be shared by several ranks: {why}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from flexclear.convert import model_of, transform, transform_again
-from flexclear.families import Family, Layer, family_of
-from flexclear.hooks import EntryHook, entry_hook_of, install, uninstall
+from flexclear.convert import below_compile, transform, transform_again
+from flexclear.exchange import all_or_nothing, undo
+from flexclear.families import Layer, family_of
+from flexclear.hooks import EntryHook, entry_hook_of
 from flexclear.masks import Disc, Downsampled, Window
 from flexclear.schedule import resolve
 from flexclear.weights import files, keys, metadata
@@ -82,7 +83,7 @@ def load_weights(
         ValueError: a pickle, a damaged file, keys or shapes that do not fit, another base model, fused or quantised
             projections, or a file that does not say its radius and a model that is not transformed.
     """
-    model, compiled = _below_compile(model_or_pipe)
+    model, compiled = below_compile(model_or_pipe)
     family = family_of(model)
     layers = list(family.layers(model))
     parameters = keys.projections(model, layers)
@@ -109,7 +110,7 @@ def load_weights(
             "anew with the file's. flexclear.transform again to run these weights under a window of your own",
             stacklevel=2,
         )
-    with _unchanged_on_error(model, family, layers, entry) as write:
+    with all_or_nothing(model), _numbers_put_back_on_error() as write:
         if anew:
             _transform(model_or_pipe, model, windows, entry)
         for name in keys.pooling_shapes(windows):
@@ -127,16 +128,6 @@ def load_weights(
         base=stated.base,
         tensors=len(parameters),
     )
-
-
-def _below_compile(model_or_pipe: Any) -> tuple[nn.Module, bool]:
-    """The model, below ``torch.compile`` too: weights may change in place there, windows may not."""
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    given = model_or_pipe if isinstance(model_or_pipe, nn.Module) else getattr(model_or_pipe, "transformer", None)
-    if isinstance(given, OptimizedModule):
-        return model_of(given._orig_mod), True
-    return model_of(model_or_pipe), False
 
 
 def _windows(
@@ -175,11 +166,8 @@ def _transform(
 
 
 @contextlib.contextmanager
-def _unchanged_on_error(
-    model: nn.Module, family: Family, layers: Sequence[Layer], entry: EntryHook | None
-) -> Iterator[Any]:
-    """Gives a function that writes one tensor; whatever goes wrong, processors, hooks and numbers are put back."""
-    processors = [layer.module.processor for layer in layers]
+def _numbers_put_back_on_error() -> Iterator[Callable[[str, nn.Parameter, Tensor], None]]:
+    """Gives a function that writes one tensor; whatever goes wrong, the numbers that were there are put back."""
     written: list[tuple[nn.Parameter, Tensor]] = []
 
     def write(name: str, parameter: nn.Parameter, value: Tensor) -> None:
@@ -189,16 +177,13 @@ def _unchanged_on_error(
             written.append((parameter, parameter.detach().to("cpu", copy=True)))
             parameter.copy_(value)
 
-    try:
-        yield write
-    except BaseException:
+    def put_back() -> None:
         with torch.no_grad():
             for parameter, value in written:
                 parameter.copy_(value)
-        if entry_hook_of(model) is not entry:
-            uninstall(model)
-            for layer, processor in zip(layers, processors, strict=True):
-                layer.module.set_processor(processor)
-            if entry is not None:
-                install(model, entry, family.inner_hooks(model))
+
+    try:
+        yield write
+    except BaseException:
+        undo(put_back)
         raise

@@ -1,0 +1,152 @@
+"""A model's attention processors and flexclear's hooks, exchanged as one step: all of it or nothing.
+
+Each windowed processor knows the one in whose place it is, so what was there before cannot be lost with a hook. Processors
+are exchanged first and hooks last, and whatever is raised on the way, ``KeyboardInterrupt`` between any two lines included,
+puts back what was there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from flexclear.families.processors import is_ours
+from flexclear.hooks import EntryHook, ExitHook, Hook
+from flexclear.modes import forget_cached_tokens
+from flexclear.saving import SaveHook
+
+
+def put_processor(attention: Any, processor: Any) -> None:
+    """Give an attention module a processor. Unlike diffusers' ``set_processor`` it works where an interrupted one has left
+    the module without any."""
+    if not isinstance(processor, nn.Module):
+        attention._modules.pop("processor", None)
+    attention.processor = processor
+
+
+def replaced_by(attention: Any) -> Any | None:
+    """The processor to give back to an attention module that has one of ours, None where none is known."""
+    known = attention.processor.replaced
+    if known is not None:
+        return known
+    # load_ip_adapter makes processors of the classes that it finds, ours too, and asks for no other than such a fresh one.
+    default = getattr(type(attention), "_default_processor_cls", None)
+    return None if default is None else default()
+
+
+def put_hooks(model: nn.Module, entry: EntryHook) -> None:
+    """Give a model our hooks, in place of those that it has: at its entry, its exit and its ``state_dict``, and the family's
+    on modules inside it."""
+    remove_hooks(model)
+    inner = entry.family.inner_hooks(model)
+    session = entry.parallel
+    if session is not None:
+        inner = [*inner, *entry.family.parallel_hooks(model, lambda: session.current)]
+    for module, hook in inner:
+        if hook.after:
+            module.register_forward_hook(hook, with_kwargs=True)
+        else:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    model.register_state_dict_pre_hook(SaveHook())
+    model.register_forward_hook(ExitHook(entry.family), with_kwargs=True, always_call=True)
+    model.register_forward_pre_hook(entry, with_kwargs=True)
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Remove every hook of ours; found by type, because a deep copy of a model has no handles of its own."""
+    for module in model.modules():
+        for hooks, *flags in _hooks_of(module):
+            for key in _ours(hooks):
+                for flag in flags:
+                    flag.pop(key, None)
+                del hooks[key]
+
+
+def _hooks_of(module: Any) -> tuple[tuple[dict[int, Any], ...], ...]:
+    """Each ordered dictionary of hooks, and those that say how they are called."""
+    return (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        (module._state_dict_pre_hooks,),
+    )
+
+
+def _ours(hooks: dict[int, Any]) -> list[int]:
+    return [key for key, hook in hooks.items() if isinstance(hook, Hook)]
+
+
+class Snapshot:
+    """The processors of a model and our hooks on it, to be put back exactly: the same objects, hooks in the same order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._processors = [(module, module.processor) for module in model.modules() if hasattr(module, "processor")]
+        self._hooks: list[tuple[Any, list[tuple[int, Any]]]] = []
+        for module in model.modules():
+            for hooks, *flags in _hooks_of(module):
+                if _ours(hooks):
+                    self._hooks += [(each, list(each.items())) for each in (hooks, *flags)]
+
+    def put_back(self) -> None:
+        """Do it, and once more from the beginning where that is interrupted."""
+        undo(self._put_back)
+
+    def _put_back(self) -> None:
+        for module, processor in self._processors:
+            put_processor(module, processor)
+        remove_hooks(self._model)
+        for hooks, items in self._hooks:
+            for key, hook in items:
+                hooks[key] = hook
+                hooks.move_to_end(key)
+        forget_cached_tokens(self._model)
+
+
+def undo(action: Callable[[], None]) -> None:
+    """Run what puts something back, and where it is interrupted run it again: ``action`` may be run twice, but not half."""
+    try:
+        action()
+    except BaseException:
+        action()
+        raise
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """What is done to processors and our hooks inside a ``with`` block is undone if anything is raised in it."""
+    before = Snapshot(model)
+    try:
+        yield
+    except BaseException:
+        before.put_back()
+        raise
+
+
+@contextlib.contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Processors and our hooks are after a ``with`` block what they were before it."""
+    before = Snapshot(model)
+    try:
+        try:
+            yield
+        finally:
+            before.put_back()
+    except BaseException:
+        before.put_back()  # raised perhaps at the line above, before anything was put back
+        raise
+
+
+def put_originals(model: nn.Module) -> list[str]:
+    """Give every attention module with one of our processors the one from before; names of those that have none to get."""
+    left = []
+    for name, module in list(model.named_modules()):
+        if is_ours(getattr(module, "processor", None)):
+            original = replaced_by(module)
+            if original is None:
+                left.append(name)
+            else:
+                put_processor(module, original)
+    return left

@@ -1,0 +1,134 @@
+"""An exception at the n-th line that an operation runs, for every n: what is left is the old state or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+
+import torch
+
+import flexclear
+from flexclear.hooks import Hook
+
+PACKAGE = [str(pathlib.Path(package.__file__).parent) for package in (flexclear, flexclear.compile, flexclear.masks)]
+OTHERS = {
+    torch.nn.modules.module.__file__: (
+        "__setattr__",
+        "remove_from",
+        "register_forward_hook",
+        "register_forward_pre_hook",
+    ),
+}
+"""Where torch sets attributes and registers hooks: files and functions."""
+
+OFTEN = 2
+"""How many times a line that runs in a loop is interrupted at its first, and as often at its last."""
+
+
+class Stop(KeyboardInterrupt):
+    """Ctrl-C, told from a real one."""
+
+
+class Lines:
+    """Notes each line that runs of flexclear, and of what it sets attributes and registers hooks with; raises at some.
+
+    Args:
+        stops: numbers of the lines to raise at, from 0, in a row.
+    """
+
+    def __init__(self, *stops):
+        self.seen, self.stops = [], list(stops)
+
+    def _line(self, frame, event, argument):
+        if event == "line":
+            self.seen.append((frame.f_code.co_filename, frame.f_lineno))
+            if self.stops and len(self.seen) > self.stops[0]:
+                del self.stops[0]
+                raise Stop(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return self._line
+
+    def __call__(self, frame, event, argument):
+        code = frame.f_code
+        ours = code.co_filename.startswith(tuple(PACKAGE)) or code.co_name in OTHERS.get(code.co_filename, ())
+        return self._line if ours else None
+
+    def run(self, action):
+        """Run it; whether it came to its end."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            with contextlib.suppress(Stop):
+                action()
+                return True
+            return False
+        finally:
+            sys.settrace(before)
+
+    def points(self, *names):
+        """Numbers of the lines to stop at: all, but of the rounds of a long loop the first and the last; of files of these
+        names where any are given."""
+        rounds = {}
+        for number, place in enumerate(self.seen):
+            if not names or pathlib.Path(place[0]).name in names:
+                rounds.setdefault(place, []).append(number)
+        return sorted({number for found in rounds.values() for number in (*found[:OFTEN], *found[-OFTEN:])})
+
+
+def hooks_of(module):
+    """Our hooks on a module, with how each is called."""
+    pre, after = module._forward_pre_hooks, module._forward_hooks
+    return [
+        *((hook, key in module._forward_pre_hooks_with_kwargs) for key, hook in pre.items() if isinstance(hook, Hook)),
+        *(
+            (hook, key in module._forward_hooks_with_kwargs, key in module._forward_hooks_always_called)
+            for key, hook in after.items()
+            if isinstance(hook, Hook)
+        ),
+        *((hook,) for hook in module._state_dict_pre_hooks.values() if isinstance(hook, Hook)),
+    ]
+
+
+def state_of(model):
+    """Processors, hooks and parameters, the objects themselves."""
+    return [
+        (
+            name,
+            vars(module).get("processor"),
+            list(module._modules),
+            hooks_of(module),
+            list(module._parameters.values()),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+def same(one, other):
+    """Whether two states hold the same objects."""
+    return _ids(one) == _ids(other)
+
+
+def _ids(value):
+    if isinstance(value, list | tuple):
+        return tuple(map(_ids, value))
+    return value if isinstance(value, str | bool) else id(value)
+
+
+def outline_of(model):
+    """What another model in the same state has as well: types, slots, windows, and originals' types."""
+    return [
+        (
+            name,
+            type(getattr(module, "processor", None)),
+            getattr(getattr(module, "processor", None), "slot", None),
+            type(getattr(getattr(module, "processor", None), "replaced", None)),
+            [(type(hook), _said(hook), *flags) for hook, *flags in hooks_of(module)],
+            [(key, value.shape) for key, value in module._parameters.items() if value is not None],
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+def _said(hook):
+    settings = getattr(hook, "settings", None)
+    return None if settings is None else (settings.windows, settings.slots, settings.order, hook.parallel is not None)
