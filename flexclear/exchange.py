@@ -8,7 +8,7 @@ puts back what was there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from flexclear.families.processors import is_ours
 from flexclear.hooks import EntryHook, ExitHook, Hook
 from flexclear.modes import forget_cached_tokens
 from flexclear.saving import SaveHook
+from flexclear.undoing import afterwards, undo
 
 
 def put_processor(attention: Any, processor: Any) -> None:
@@ -105,15 +106,6 @@ class Snapshot:
         forget_cached_tokens(self._model)
 
 
-def undo(action: Callable[[], None]) -> None:
-    """Run what puts something back, and where it is interrupted run it again: ``action`` may be run twice, but not half."""
-    try:
-        action()
-    except BaseException:
-        action()
-        raise
-
-
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """What is done to processors and our hooks inside a ``with`` block is undone if anything is raised in it."""
@@ -128,15 +120,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
     """Processors and our hooks are after a ``with`` block what they were before it."""
-    before = Snapshot(model)
-    try:
-        try:
-            yield
-        finally:
-            before.put_back()
-    except BaseException:
-        before.put_back()  # raised perhaps at the line above, before anything was put back
-        raise
+    with afterwards(Snapshot(model).put_back):
+        yield
 
 
 def put_originals(model: nn.Module) -> list[str]:

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flexclear.compile.files import whole_file
-from flexclear.convert import model_of, restore, transform
+from flexclear.convert import model_of, transform
 from flexclear.embedded import model_directory
+from flexclear.exchange import as_before
 from flexclear.families import family_of
+from flexclear.undoing import numbers_as_before
 from flexclear.weights import keys, load_weights
 
 INDEX = "students.json"
@@ -130,13 +130,7 @@ def as_student(pipe: Any, student: Student) -> Iterator[None]:
     """
     model = model_of(pipe)
     projections = keys.projections(model, list(family_of(model).layers(model)))
-    kept = {name: parameter.detach().clone() for name, parameter in projections.items()}
-    try:
+    with numbers_as_before(projections.values()), as_before(model):
         transform(pipe, r=student.radius, down_factor=student.down_factor)
         load_weights(pipe, student.path)
         yield
-    finally:
-        restore(pipe)
-        with torch.no_grad():
-            for name, parameter in projections.items():
-                parameter.copy_(kept[name])

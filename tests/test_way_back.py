@@ -10,10 +10,13 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 import flexclear
+from flexclear.analysis.attending import attending
 from flexclear.exchange import Snapshot
 from flexclear.families.processors import WindowProcessor
 from flexclear.highres.state import windowed
+from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc
+from flexclear.undoing import numbers_as_before
 
 from interruptions import OTHERS, Lines, hooks_of, outline_of, same, state_of
 from models import flux_call, tiny_flux
@@ -42,6 +45,8 @@ STATES = {
     "three": lambda model: flexclear.transform(model, r=3, backend="sdpa"),
     "pooled": lambda model: flexclear.transform(model, r=2, down_factor=2, backend="sdpa"),
     "again": lambda model: flexclear.transform(model, r=3, down_factor=2, backend="sdpa"),
+    "alone": lambda model: alone(model),
+    "joined": lambda model: share(alone(model)),
     "shared": lambda model: share(flexclear.transform(model, r=2, backend="sdpa", order="raster")),
 }
 CASES = [
@@ -54,6 +59,8 @@ CASES = [
     ("sd3", "plain", "three"),
     ("sd3", "shared", "three"),
     ("sd3", "shared", "plain"),
+    ("sd3", "alone", "joined"),
+    ("sd3", "joined", "alone"),
     ("zimage", "two", "three"),
     ("zimage", "two", "plain"),
 ]
@@ -63,6 +70,13 @@ def share(model):
     """Let it take part in a run over several ranks that never begins."""
     flexclear.parallel.attach(model, SimpleNamespace(current=None, close=lambda: None, links=None))
     return model
+
+
+def alone(model):
+    """Let it be transformed, and take part in no run."""
+    if entry_hook_of(model) is None:
+        STATES["two"](model)
+    return flexclear.parallel.disable(model)
 
 
 @pytest.mark.parametrize(("kind", "before", "after"), CASES)
@@ -199,6 +213,30 @@ def test_interrupted_other_windows_for_a_while_leave_the_own_ones():
     for number in lines.points("state.py", "convert.py", "exchange.py"):
         assert not Lines(number).run(draw)
         assert same(state_of(pipe.transformer), old), lines.seen[number]
+
+
+def test_interrupted_for_a_while_numbers_and_attention_are_put_back():
+    model, _ = small("flux")
+    flexclear.transform(model, r=2)
+    processors = model.attn_processors
+    parameters = list(model.parameters())
+    before = [parameter.clone() for parameter in parameters]
+
+    def work():
+        with (
+            numbers_as_before(parameters),
+            attending(processors, lambda *given: None),
+            torch.no_grad(),
+        ):
+            for parameter in parameters:
+                parameter.add_(1)
+
+    lines = Lines()
+    assert lines.run(work)
+    for number in lines.points("undoing.py", "attending.py"):
+        assert not Lines(number).run(work)
+        assert all(torch.equal(*pair) for pair in zip(parameters, before, strict=True)), lines.seen[number]
+        assert not any("attend" in vars(processor) for processor in processors.values()), lines.seen[number]
 
 
 class Custom:

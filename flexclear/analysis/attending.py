@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flexclear.undoing import afterwards
+
 Attend = Callable[..., Tensor]
 """Takes a layer's name and its processor, then what ``WindowProcessor.attend`` takes; returns what that returns."""
 
@@ -25,10 +27,12 @@ def attending(processors: Mapping[str, Any], attend: Attend) -> Iterator[None]:
         raise ValueError(
             f"{taken[0]} is inside another block of flexclear.analysis (observe or clipped_distances); end that one first"
         )
-    for name, processor in processors.items():
-        processor.attend = functools.partial(attend, name, processor)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for processor in processors.values():
-            del processor.attend
+            vars(processor).pop("attend", None)
+
+    with afterwards(put_back):
+        for name, processor in processors.items():
+            processor.attend = functools.partial(attend, name, processor)
+        yield

@@ -14,6 +14,7 @@ from flexclear.compile.files import whole_file, write_errors
 from flexclear.convert import transform_again
 from flexclear.distill.students import ADAPTER, trained_parameters
 from flexclear.hooks import entry_hook_of
+from flexclear.undoing import afterwards
 from flexclear.weights import load_weights, save_weights
 
 
@@ -24,9 +25,8 @@ def as_found(model: Any) -> Iterator[None]:
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
     training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
     forward = model.__dict__.get("forward")
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         if ADAPTER in getattr(model, "peft_config", {}):
             model.delete_adapters(ADAPTER)
         for parameter, flag in flags.items():
@@ -39,6 +39,9 @@ def as_found(model: Any) -> Iterator[None]:
         model.__dict__.pop("forward", None)
         if forward is not None:
             model.forward = forward
+
+    with afterwards(put_back):
+        yield
 
 
 def start_from(model: Any, path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from flexclear.alternatives.names import named
 from flexclear.compile.files import whole_file
-from flexclear.convert import model_of, px_per_token, restore, transform
+from flexclear.convert import model_of, px_per_token, transform
 from flexclear.evaluation.conditions import distance_to_condition
 from flexclear.evaluation.config import EvalConfig, VariantConfig
 from flexclear.evaluation.evaluate import STORE
@@ -24,6 +24,7 @@ from flexclear.evaluation.networks import Networks
 from flexclear.evaluation.pictures import pair_names, read_captions, read_folder, read_picture
 from flexclear.evaluation.store import Store
 from flexclear.evaluation.tables import COLUMNS, CONDITION, ITSELF, MODEL, PROMPTS, REAL, REFERENCE, TABLES, markdown
+from flexclear.exchange import as_before
 from flexclear.extras import require_for_metrics
 from flexclear.families import family_of
 from flexclear.fingerprints import fingerprint_files
@@ -35,6 +36,7 @@ from flexclear.hooks import entry_hook_of
 from flexclear.image_reading import read_image
 from flexclear.model_explanation import explain_model
 from flexclear.picture_files import Target, read_settings
+from flexclear.undoing import numbers_as_before
 from flexclear.versions import versions
 from flexclear.weights import keys, load_weights
 
@@ -303,11 +305,10 @@ def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iter
         yield
         return
     model = model_of(pipe)
-    kept = {}
+    changed = {}
     if variant.weights is not None:
-        projections = keys.projections(model, list(family_of(model).layers(model)))
-        kept = {name: parameter.detach().clone() for name, parameter in projections.items()}
-    try:
+        changed = keys.projections(model, list(family_of(model).layers(model)))
+    with numbers_as_before(changed.values()), as_before(model):
         options: dict[str, Any] = {"backend": backend}
         if variant.attention != "clear":
             options["attention"] = named(variant.attention, **variant.sizes)
@@ -324,12 +325,6 @@ def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iter
                 assert entry is not None
                 transform(pipe, r=dict(entry.settings.windows.items()), backend=backend)
         yield
-    finally:
-        restore(pipe)
-        if kept:
-            with torch.no_grad():
-                for name, parameter in projections.items():
-                    parameter.copy_(kept[name])
 
 
 def _sheet(config: EvalConfig, folders: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from flexclear.highres.stages import KEEP
 from flexclear.hooks import entry_hook_of
 from flexclear.masks import Downsampled, Window
 from flexclear.schedule import Radii, resolve
+from flexclear.undoing import afterwards
 
 
 def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
@@ -81,8 +82,6 @@ def shifted(scheduler: Any, shift: float | None) -> Any:
 def scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
     """Another scheduler on the pipeline inside a ``with`` block: what counts its steps looks there."""
     before = pipe.scheduler
-    try:
+    with afterwards(lambda: setattr(pipe, "scheduler", before)):
         pipe.scheduler = scheduler
         yield
-    finally:
-        pipe.scheduler = before

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from flexclear.undoing import afterwards
+
 _STATE = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
 
 OVERLAP = 0.25
@@ -56,15 +58,17 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[int]:
     side = tile_size(vae, tile)
     mine = dict(zip(_STATE, (True, side, side // 2 ** (len(vae.config.block_out_channels) - 1), OVERLAP), strict=True))
     states = _open.setdefault(vae, [{name: getattr(vae, name) for name in _STATE}])
-    try:
-        states.append(mine)
-        _set(vae, mine)
-        yield side
-    finally:
+
+    def put_back() -> None:
         states[:] = [state for state in states if state is not mine]
         _set(vae, states[-1])
         if len(states) == 1:
-            del _open[vae]
+            _open.pop(vae, None)
+
+    with afterwards(put_back):
+        states.append(mine)
+        _set(vae, mine)
+        yield side
 
 
 _open: WeakKeyDictionary[Any, list[dict[str, Any]]] = WeakKeyDictionary()

@@ -73,7 +73,7 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
     try:
         with mock.patch.object(torch.accelerator, "device_count", return_value=devices):
             model.enable_parallelism(config=config)
-    except Exception:
+    except BaseException:
         # diffusers notes the settings in the model before it looks at the attention backend.
         disable_dense(model)
         raise
