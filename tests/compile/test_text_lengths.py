@@ -19,9 +19,9 @@ LENGTHS = [20, 21, HEIGHT * WIDTH, 32, 2, 3, 5, 7, 11, 13, 33, 47, 64, 77, 100, 
 HEAD_64 = {"num_attention_heads": 1, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
 
 
-def chroma(kind):
+def chroma():
     cases = family("chroma")
-    return cases.tiny_chroma(), lambda length: cases.chroma_call(HEIGHT, WIDTH, length, 2, kind=kind)
+    return cases.tiny_chroma(), lambda length: cases.chroma_call(HEIGHT, WIDTH, length, 2, kind="float")
 
 
 def flux():
@@ -63,8 +63,7 @@ MODELS = {
     "flux": flux,
     "flux2": flux2,
     "sd3": sd3,
-    "chroma, bool": lambda: chroma("bool"),
-    "chroma, float": lambda: chroma("float"),
+    "chroma": chroma,
     "qwen": qwen,
     "qwen, padded": qwen_padded,
     "zimage": zimage,
