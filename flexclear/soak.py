@@ -40,6 +40,7 @@ from flexclear.soak_calls import (
     load,
     perform,
     set_up,
+    without_diffusers_warnings,
 )
 
 MEASURE_EVERY = 4
@@ -123,6 +124,7 @@ class SoakReport:
         return 0.0 if self.settings.device == "cpu" and not self.settings.compile else 1e-3
 
 
+@without_diffusers_warnings()
 def soak_test(
     settings: Settings,
     bounds: Bounds | None = None,
@@ -287,6 +289,7 @@ def _compare(found: SoakReport, samples: list[tuple[Call, Tensor]]) -> None:
             found.failures.append(f"a fresh process draws another picture, by {difference:.1e}, for {call}")
 
 
+@without_diffusers_warnings()
 def replay(asked: Path, pictures: Path) -> None:
     """Make the pictures of a file of calls, each with a newly loaded pipeline and an empty plan cache."""
     content = json.loads(asked.read_text())

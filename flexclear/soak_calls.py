@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -84,15 +85,26 @@ class Stopped(Exception):
     """Raised in a step callback to interrupt a call."""
 
 
+@contextlib.contextmanager
+def without_diffusers_warnings() -> Iterator[None]:
+    """A block, or a function, in which diffusers logs errors only: every LoRA without weights for a text encoder is a
+    warning."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load(settings: Settings) -> Any:
     """The pipeline, not transformed yet, without its progress bar.
 
     Raises:
         ValueError: ``settings.model`` is neither a folder nor a function that can be imported.
     """
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # every LoRA without weights for a text encoder is a warning
     if settings.model == EMBEDDED:
         from flexclear import embedded
 
