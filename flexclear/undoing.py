@@ -39,10 +39,10 @@ def numbers_as_before(parameters: Iterable[Tensor]) -> Iterator[None]:
     """The numbers in ``parameters`` are after a ``with`` block what they were before it."""
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
 
+    @torch.no_grad()
     def put_back() -> None:
-        with torch.no_grad():
-            for parameter, numbers in kept:
-                parameter.copy_(numbers)
+        for parameter, numbers in kept:
+            parameter.copy_(numbers)
 
     with afterwards(put_back):
         yield

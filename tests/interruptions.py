@@ -54,8 +54,8 @@ class Lines:
         return self._line if ours else None
 
     def run(self, action):
-        """Run it; whether it came to its end."""
-        before = sys.gettrace()
+        """Run it; whether it came to its end. Gradients must not be left off."""
+        before, gradients = sys.gettrace(), torch.is_grad_enabled()
         sys.settrace(self)
         try:
             with contextlib.suppress(Stop):
@@ -64,6 +64,8 @@ class Lines:
             return False
         finally:
             sys.settrace(before)
+            left, _ = torch.is_grad_enabled(), torch.set_grad_enabled(gradients)
+            assert left == gradients, self.seen[-1]
 
     def points(self, *names):
         """Numbers of the lines to stop at: all, but of the rounds of a long loop the first and the last; of files of these

@@ -171,17 +171,18 @@ def _numbers_put_back_on_error() -> Iterator[Callable[[str, nn.Parameter, Tensor
     """Gives a function that writes one tensor; whatever goes wrong, the numbers that were there are put back."""
     written: list[tuple[nn.Parameter, Tensor]] = []
 
+    # Not a with block: Ctrl-C right at the end of one would leave gradients off.
+    @torch.no_grad()
     def write(name: str, parameter: nn.Parameter, value: Tensor) -> None:
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} in the file holds numbers that are not finite. Nothing was changed")
-        with torch.no_grad():
-            written.append((parameter, parameter.detach().to("cpu", copy=True)))
-            parameter.copy_(value)
+        written.append((parameter, parameter.detach().to("cpu", copy=True)))
+        parameter.copy_(value)
 
+    @torch.no_grad()
     def put_back() -> None:
-        with torch.no_grad():
-            for parameter, value in written:
-                parameter.copy_(value)
+        for parameter, value in written:
+            parameter.copy_(value)
 
     try:
         yield write
