@@ -190,11 +190,12 @@ def _check_fusable(model: nn.Module) -> None:
 
 
 def _fuse(model: Any) -> None:
+    # First, so that no interruption leaves fused projections without it; it lets others pass.
+    if not any(isinstance(hook, FusedProjectionsCheck) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(FusedProjectionsCheck())
     model.fuse_qkv_projections()
     if entry_hook_of(model) is not None:
         transform_again(model)
-    if not any(isinstance(hook, FusedProjectionsCheck) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(FusedProjectionsCheck())
 
 
 class FusedProjectionsCheck:
