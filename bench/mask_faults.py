@@ -261,8 +261,8 @@ FAULTS = (
     Fault(
         "padding-dense-of-the-first-sample",
         "masks/padding.py",
-        "return mask & seen[:, None, None, :]",
-        "return mask & seen[:1, None, None, :]",
+        "mask & seen[:, None, None, :]",
+        "mask & seen[:1, None, None, :]",
         "with masked SDPA every sample has the first one's padding",
     ),
     Fault(

@@ -164,7 +164,6 @@ def why_not_compiled(device: torch.device, needs_grad: bool = False) -> str | No
     return _why_not_compiled_on_cpu()
 
 
-@functools.cache
 def _why_not_compiled_on_cpu() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.system() != "Linux" or not capability.startswith("AVX"):

@@ -225,11 +225,10 @@ def _warm(pipe: Any, sizes: Sequence[Size], warm_up: Callable[[int, int], Any] |
     from rich.console import Console
     from rich.progress import Progress
 
-    # With dense steps at either end, one in between, which has the windows.
-    entry = entry_hook_of(model_of(pipe))
-    steps = 1 if entry is None else 1 + sum(in_force(entry.settings.switches).dense_steps)
-
     def by_default(height: int, width: int) -> None:
+        # With dense steps at either end, one in between, which has the windows.
+        entry = entry_hook_of(model_of(pipe))
+        steps = 1 if entry is None else 1 + sum(in_force(entry.settings.switches).dense_steps)
         shown = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(**{**shown, "disable": True})
         try:

@@ -22,5 +22,11 @@ settings.load_profile("flexclear")
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _alone():
+    """Each test has its seed, and leaves to the next one what it has found."""
     torch.manual_seed(0)
+    yield
+    found = torch.is_grad_enabled(), torch.get_default_dtype()
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    assert found == (True, torch.float32), "the test has left gradients off, or another default type"

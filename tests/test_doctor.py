@@ -52,12 +52,12 @@ def test_a_missing_compiler_is_the_reason_and_the_exit_status_is_1(monkeypatch):
         raise InvalidCxxCompiler()
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    flex._why_not_compiled_on_cpu.cache_clear()
+    flex.why_no_cpp_compiler.cache_clear()
     try:
         done = run("--device", "cpu", "--quick")
         as_json = run("--device", "cpu", "--quick", "--json")
     finally:
-        flex._why_not_compiled_on_cpu.cache_clear()
+        flex.why_no_cpp_compiler.cache_clear()
     assert done.exit_code == as_json.exit_code == 1
     assert "transform does not run compiled: no C++ compiler was found" in done.stdout
     assert "sdpa        should work" in done.stdout
