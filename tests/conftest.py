@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import signal
+import tempfile
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch: workers, and what they start, share the cores
     cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Inductor's cache does not know it, and kernels that were compiled under another one crash.
+    own = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
 
 # A shell that starts tests in its background has them ignore SIGINT, and all that they start, which some tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
