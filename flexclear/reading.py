@@ -7,6 +7,9 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+YAML_DEPTH = 100
+"""Lists and mappings inside one another that a YAML document may have."""
+
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, with or without a byte order mark.
@@ -67,11 +70,23 @@ def parse_yaml(text: str) -> Any:
     """What a YAML document holds.
 
     Raises:
-        ValueError: it is no YAML, a mapping has a key twice, a number cannot be read, or it is nested too deeply.
+        ValueError: it is no YAML, a mapping has a key twice, a number cannot be read, or it is nested too deeply
+            (``YAML_DEPTH``).
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            # Counted: how deep Python recurses is the process's own setting, which test tools raise.
+            if self.depth >= YAML_DEPTH:
+                raise ValueError("it is nested too deeply")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
         def compose_mapping_node(self, anchor: Any) -> Any:
             # Here, before merge keys (<<) are resolved: what they bring may be replaced.
             node = super().compose_mapping_node(anchor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ from flexclear.highres.folder import Folder
 from flexclear.highres.stages import Stage
 from flexclear.image_reading import image_size, png_text, read_image
 from flexclear.picture_files import png_bytes, read_settings
-from flexclear.reading import lines_of, parse_json, parse_yaml
+from flexclear.reading import YAML_DEPTH, lines_of, parse_json, parse_yaml
 
 from picture_bombs import bomb
 
@@ -41,6 +42,19 @@ def test_a_key_given_twice_is_an_error_in_json_and_yaml():
     merged = "x: {y: &b {<<: {p: 1}, p: 2}}\nz: {<<: *b, p: 3}\n"
     assert parse_yaml(merged) == {"x": {"y": {"p": 2}}, "z": {"p": 3}}
     assert parse_yaml("1: a\n'1': b\n") == {1: "a", "1": "b"}
+
+
+def test_how_deep_a_document_may_be_does_not_depend_on_the_process():
+    """Hypothesis and others raise the interpreter's own limit for the time of a test, or for good."""
+    deep = "[" * YAML_DEPTH + "]" * YAML_DEPTH
+    before = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(20_000)
+        assert str(parse_yaml(deep)) == deep
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse_yaml(f"[{deep}]")
+    finally:
+        sys.setrecursionlimit(before)
 
 
 @pytest.mark.parametrize(
