@@ -80,7 +80,7 @@ def variants(query: Tensor, key: Tensor, value: Tensor, layout: Layout, r: int) 
         Variant("dense SDPA", lambda: F.scaled_dot_product_attention(query, key, value), layout, None),
         Variant("raster order, 128 x 128", windowed(raster, RASTER_BLOCK), raster, window),
     ]
-    for q, kv in (default_block_size(layout), (64, 64)):
+    for q, kv in (default_block_size(layout.seq_len), (64, 64)):
         found.append(Variant(f"tiled order, {q} x {kv}", windowed(layout, (q, kv)), layout, window, (q, kv)))
     if why_no_natten() is None:
         found.append(natten_variant(query, key, value, layout, r))

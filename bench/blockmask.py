@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from flexclear.compile.kernels import Kernel
 from flexclear.masks import Disc, Layout, block_mask, disc
 from flexclear.masks.blocks import default_block_size
 from flexclear.plan import get_plan
@@ -55,7 +56,7 @@ def build(kind: str, side: int, r: int) -> dict[str, Any]:
                 layout.seq_len,
                 layout.seq_len,
                 device="cpu",
-                BLOCK_SIZE=default_block_size(layout),
+                BLOCK_SIZE=default_block_size(layout.seq_len),
             )
         times.append(time.perf_counter() - start)
     assert mask is not None
@@ -79,7 +80,7 @@ def cache_hit_us(side: int, r: int) -> float:
     """Microseconds to find the plan of a picture that was drawn before, its layout read anew from the call; median."""
 
     def find() -> object:
-        return get_plan(Layout(side, side), Disc(r), "flex", (128, 64), torch.device("cpu"))
+        return get_plan(Layout(side, side), Disc(r), "flex", Kernel((128, 64)), torch.device("cpu"))
 
     find()
     times = []

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexclear.compile.derivatives import transforms_in_force
-from flexclear.masks.lengths import LENGTHS
+from flexclear.compile.kernels import Options, choose, completed
+from flexclear.masks.carried import KERNEL_OPTIONS, LENGTHS
 
 
 class UnfusedAttentionError(RuntimeError):
@@ -38,21 +39,22 @@ def _not_compiled(query: Tensor) -> UnfusedAttentionError:
     )
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-    # Traced, this condition is False and leaves no code behind. If the line ever runs, Python runs it: not compiled.
-    if not torch.compiler.is_compiling():
-        raise _not_compiled(query)
-    return flex_attention(query, key, value, block_mask=mask, scale=scale)
-
-
 @functools.lru_cache(maxsize=256)
-def _compiled(facts: Hashable) -> Callable[..., Tensor]:
-    """A compiled copy of ``_attend`` for calls that share ``facts``.
+def _compiled(facts: Hashable, options: Options) -> Callable[..., Tensor]:
+    """Attention compiled for calls that share ``facts`` and the options of their kernels.
 
     Dynamo counts recompiles per code object, and each of these facts costs one; with a code object per set of facts
     no number of models, types and devices in a process adds up to the limit.
     """
-    copy = types.FunctionType(_attend.__code__.replace(), _attend.__globals__, f"attend_{abs(hash(facts)):x}")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+        # Traced, this condition is False and leaves no code behind. If the line ever runs, Python runs it: not compiled.
+        if not torch.compiler.is_compiling():
+            raise _not_compiled(query)
+        return flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=dict(options))
+
+    name = f"attend_{abs(hash((facts, options))):x}"
+    copy = types.FunctionType(attend.__code__.replace(), attend.__globals__, name, None, attend.__closure__)
     return torch.compile(copy, fullgraph=True, dynamic=True)
 
 
@@ -72,8 +74,9 @@ def compiled_flex_attention(
     """FlexAttention, always fused: traced into the caller's graph while compiling, compiled here otherwise.
 
     One graph serves every sequence length, every window of one family and every batch size above 1, for the same types,
-    heads and block size. A ``mask_mod`` of your own should capture its numbers as tensors: FlexAttention compiles
-    Python numbers in, and every new value would be a new graph.
+    heads, block size and kernel options. Those are what the mask carries, or what ``flexclear.compile.kernels`` chooses. A
+    ``mask_mod`` of your own should capture its numbers as tensors: FlexAttention compiles Python numbers in, and every new
+    value would be a new graph.
 
     Args:
         query, key, value: ``[B, heads, N, head_dim]``, one dtype and device.
@@ -85,13 +88,21 @@ def compiled_flex_attention(
 
     Raises:
         UnfusedAttentionError: it cannot be compiled here or now; the message says why and what to do.
+        ValueError: its kernels cannot take the mask's blocks on this GPU.
     """
     if torch.compiler.is_compiling():
         if query.device.type == "cpu":
             # Inductor's C++ kernel (torch 2.13) forgets where a view begins that the same graph has made: values that
             # are the last third of a fused projection would be read from its first.
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        return flex_attention(query, key, value, block_mask=_symbolic(mask), scale=scale)
+        return flex_attention(
+            query,
+            key,
+            value,
+            block_mask=_symbolic(mask),
+            scale=scale,
+            kernel_options=dict(getattr(mask, KERNEL_OPTIONS, ())),
+        )
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.
         raise _not_compiled(query)
@@ -117,7 +128,7 @@ def compiled_flex_attention(
         _codes(mask.mask_mod),
     )
     try:
-        return _compiled(facts)(query, key, value, mask, scale)
+        return _compiled(facts, options_for(query, mask, needs_grad))(query, key, value, mask, scale)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise UnfusedAttentionError(
             f"flexclear: Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for attention over "
@@ -125,6 +136,20 @@ def compiled_flex_attention(
             "instead; else raise torch._dynamo.config.recompile_limit, or call torch.compiler.reset(). "
             + _ADVICE.format(n=query.shape[2])
         ) from error
+
+
+def options_for(query: Tensor, mask: BlockMask, needs_grad: bool) -> Options:
+    """Options of the kernels for a call: those that the mask carries, or the table's for its blocks and lengths.
+
+    Raises:
+        ValueError: the kernels cannot take the mask's blocks on this GPU.
+    """
+    carried: Options | None = getattr(mask, KERNEL_OPTIONS, None)
+    if carried is not None:
+        return carried
+    block_size = (mask.BLOCK_SIZE[0], mask.BLOCK_SIZE[1])
+    kernel = choose(query.device, query.dtype, query.shape[3], backward=needs_grad, block_size=block_size)
+    return completed(kernel, mask)
 
 
 def _symbolic(mask: BlockMask) -> BlockMask:

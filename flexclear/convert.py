@@ -12,11 +12,12 @@ from torch import nn
 from flexclear.alternatives.mechanism import Formula, Mechanism, WindowMechanism
 from flexclear.alternatives.names import named
 from flexclear.choices import BACKENDS
+from flexclear.compile.kernels import check_kernel_options
 from flexclear.exchange import all_or_nothing, put_hooks, put_originals, put_processor, remove_hooks, replaced_by
 from flexclear.families import FAMILIES, Family, Layer, family_of
 from flexclear.families.processors import is_ours
 from flexclear.hooks import EntryHook, Settings, check_formula, entry_hook_of
-from flexclear.masks import Downsampled, Layout, Window
+from flexclear.masks import Downsampled, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE, ORDERS
@@ -118,6 +119,7 @@ def transform(
     backend: str = "auto",
     order: str = "tiled",
     block_size: int | tuple[int, int] | None = None,
+    kernel_options: Mapping[str, Any] | None = None,
     exact_position_ids: bool = True,
 ) -> Target:
     """Give every attention layer CLEAR's circular window, in place (paper section 3.2).
@@ -156,7 +158,10 @@ def transform(
             ``"flex"`` or ``"sdpa"`` insist.
         order: ``"tiled"`` (fast) or ``"raster"`` token order inside the model; results are the same.
         block_size: tokens per block of the BlockMask, or a (query, key-value) pair; multiples of 16 from 16 to 256.
-            Chosen by ``flexclear.masks.blocks.default_block_size`` for each resolution otherwise.
+            Chosen for each resolution, type and GPU otherwise (``flexclear.compile.kernels``). Blocks that the kernels of
+            a GPU cannot take raise in the call.
+        kernel_options: options of FlexAttention's kernels on GPUs, such as ``{"num_stages": 2}``, that win over the chosen
+            ones; which, see ``flexclear.compile.kernels.check_kernel_options``.
         exact_position_ids: hand exact float32 position ids to the model. diffusers makes FLUX's ids in the pipeline's
             type, and bfloat16 cannot tell neighbouring rows above 256 apart. False keeps the caller's.
 
@@ -187,7 +192,8 @@ def transform(
     steps = StepCounter(None if model_or_pipe is model else model_or_pipe)
     if switches.dense_steps != (0, 0):
         steps.current()
-    asked = None if block_size is None else check_block_size(block_size, Layout(1, 1))
+    asked = None if block_size is None else check_block_size(block_size)
+    options = check_kernel_options(kernel_options)
 
     mechanism = _mechanism(attention, r, down_factor)
     formula = mechanism if isinstance(mechanism, Formula) else None
@@ -205,6 +211,8 @@ def transform(
         backend=backend,
         order=order,
         block_size=asked,
+        kernel_options=options,
+        head_dim=layers[0].module.inner_dim // layers[0].module.heads,
         exact_position_ids=exact_position_ids,
         switches=switches,
         steps=steps,

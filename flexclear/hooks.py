@@ -25,11 +25,12 @@ from flexclear.call_plan import CallPlan
 from flexclear.compile import why_not_compiled
 from flexclear.compile.calls import mark
 from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
+from flexclear.compile.kernels import Kernel, Options, choose
 from flexclear.families.base import JOINT, Call, Family
 from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
 from flexclear.masks import Layout, Window
-from flexclear.masks.blocks import check_block_size
+from flexclear.masks.blocks import default_block_size
 from flexclear.memory import is_out_of_memory, note, what_takes_less
 from flexclear.modes import NO_EXPORT, refuse_export, refuse_raster_readers
 from flexclear.plan import Plan, get_plan
@@ -46,6 +47,7 @@ class Settings:
     """How a model was transformed; see ``flexclear.transform`` for the meaning of each field.
 
     ``windows`` is by layer name, ``slots`` what a plan holds one mask each for. With a ``formula`` there are no windows.
+    ``head_dim`` is the model's.
     """
 
     windows: Mapping[str, Window | None]
@@ -53,10 +55,30 @@ class Settings:
     backend: str
     order: str
     block_size: tuple[int, int] | None
+    kernel_options: Options
+    head_dim: int
     exact_position_ids: bool
     switches: Switches
     steps: StepCounter
     formula: Formula | None = None
+
+    def kernel(self, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int, backward: bool) -> Kernel:
+        """Blocks and kernel options of a call.
+
+        Raises:
+            ValueError: the kernels on ``device`` cannot take those that were asked for.
+        """
+        if backend != "flex":
+            return Kernel(self.block_size or default_block_size(seq_len))
+        return choose(
+            device,
+            dtype,
+            self.head_dim,
+            backward=backward,
+            seq_len=seq_len,
+            block_size=self.block_size,
+            options=self.kernel_options,
+        )
 
 
 def _tensors(*trees: Any) -> Iterator[Tensor]:
@@ -180,11 +202,11 @@ class EntryHook(Hook):
             (height, width), *references = call.grids
             order = call.order or settings.order
             layout = Layout(height, width, text_len, self.family.text_first, order, tuple(references))
-            block_size = check_block_size(settings.block_size, layout)
-            if self.parallel is not None:
-                return self.parallel.part(layout, window, backend, block_size, device, scope in call.keep)
             backward = needs_grad and backend == "flex"
-            return get_plan(layout, window, backend, block_size, device, backward, scope in call.keep)
+            kernel = settings.kernel(backend, device, dtype, layout.seq_len, backward)
+            if self.parallel is not None:
+                return self.parallel.part(layout, window, backend, kernel, device, scope in call.keep)
+            return get_plan(layout, window, backend, kernel, device, backward, scope in call.keep)
 
         def mask_of(scope: str, plan: Plan) -> BlockMask | Tensor | None:
             keep = call.keep.get(scope)

@@ -9,7 +9,6 @@ from flexclear.alternatives.mechanism import Formula
 from flexclear.families.base import JOINT
 from flexclear.hooks import EntryHook
 from flexclear.masks import Cost, Full, Layout, Window, cost
-from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 
 
@@ -137,7 +136,7 @@ def explain_model(
             key = (layer.scope, window, channels)
             if key not in costs:
                 layout = Layout(*grid, text_len if layer.scope == JOINT else 0, family.text_first, order)
-                size = check_block_size(None if entry is None else entry.settings.block_size, layout)
+                size = None if entry is None else entry.settings.block_size
                 costs[key] = cost(layout, Full() if window is None else window, channels=channels, block_size=size)
             spent = costs[key]
             flops = spent.flops

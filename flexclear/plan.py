@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.compile.kernels import Kernel, with_kernel
 from flexclear.masks import Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
 from flexclear.masks.cache import ByteBoundedCache
 from flexclear.masks.defaults import independent
@@ -73,13 +74,13 @@ def build_plan(
     layout: Layout,
     window: Window | None,
     backend: str,
-    block_size: tuple[int, int],
+    kernel: Kernel,
     device: torch.device,
     backward: bool,
     text_padded: bool = False,
 ) -> Plan:
-    """Build a plan; see ``Plan``. ``window`` None is dense attention, ``backend`` is ``"flex"`` or ``"sdpa"``;
-    the others as ``block_mask`` takes them.
+    """Build a plan; see ``Plan``. ``window`` None is dense attention, ``backend`` is ``"flex"`` or ``"sdpa"``, ``kernel``
+    says how FlexAttention is built; the others as ``block_mask`` takes them.
 
     Raises:
         ValueError: the dense mask of masked SDPA would be larger than ``MAX_DENSE_BYTES``.
@@ -93,9 +94,10 @@ def build_plan(
     if window is None:
         mask = torch.ones(1, layout.seq_len, dtype=torch.bool, device=device) if text_padded else None
     elif backend == "flex":
-        mask = block_mask(
-            layout, window, block_size=block_size, device=device, backward=backward, text_padded=text_padded
+        lists = block_mask(
+            layout, window, block_size=kernel.block_size, device=device, backward=backward, text_padded=text_padded
         )
+        mask = with_kernel(lists, kernel)
     elif layout.seq_len**2 > MAX_DENSE_BYTES:
         raise ValueError(
             f"masked SDPA over {layout.seq_len} tokens ({layout.height} x {layout.width} image tokens and "
@@ -136,11 +138,11 @@ def get_plan(
     layout: Layout,
     window: Window | None,
     backend: str,
-    block_size: tuple[int, int],
+    kernel: Kernel,
     device: torch.device,
     backward: bool = False,
     text_padded: bool = False,
 ) -> Plan:
     """The cached plan of these facts, built if it is not there; see ``build_plan``."""
-    key = (layout, window, backend, block_size, device, backward, text_padded)
+    key = (layout, window, backend, kernel, device, backward, text_padded)
     return plans.get(key, lambda: build_plan(*key))

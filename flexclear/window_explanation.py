@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flexclear.compile.files import whole_file
 from flexclear.masks import Cost, Disc, Layout, block_pairs, cost
-from flexclear.masks.blocks import check_block_size
+from flexclear.masks.blocks import check_block_size, default_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.pictures import block_picture, window_picture
 from flexclear.sheet import side_by_side
@@ -154,7 +154,8 @@ def explain_window(
     for name, value in (("height", height), ("width", width)):
         check_int(name, value, px_per_token, None, "in pixels")
     layout = Layout(height // px_per_token, width // px_per_token, text_len, text_first)
-    window, pair = Disc(r), check_block_size(block_size, layout)
+    window = Disc(r)
+    pair = default_block_size(layout.seq_len) if block_size is None else check_block_size(block_size)
     return Explanation(
         layout=layout,
         window=window,

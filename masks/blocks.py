@@ -30,8 +30,8 @@ _FORWARD_LISTS_SUFFICE = "compute_q_blocks" in inspect.signature(BlockMask.from_
 """Whether this torch accepts a BlockMask without the lists by key-value block; 2.8 insists on them."""
 
 
-def default_block_size(layout: Layout) -> tuple[int, int]:
-    """Tokens per (query, key-value) block where nothing else is asked for.
+def default_block_size(seq_len: int, backward: bool = False) -> tuple[int, int]:
+    """Tokens per (query, key-value) block of a sequence where nothing else is asked for.
 
     (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. Executed over useful work at 1024 to 8192 px and r = 8 to
     32 is 1.29 to 1.60 (``cost``), against 1.31 to 1.76 with (128, 128) and 1.22 to 1.43 with (64, 64). On two CPU cores
@@ -39,18 +39,19 @@ def default_block_size(layout: Layout) -> tuple[int, int]:
 
     (128, 128) from 2^19 tokens on (above 11,500 px): lists are rows x columns of blocks because text rows name every
     block, and at 16,384 px they would pass 1 GB; at r = 16 the executed work is the same.
+
+    (128, 128) also for a backward pass: FlexAttention's backward kernels on GPUs work on up to 128 keys at a time, and
+    refuse blocks that these do not divide.
     """
-    return (128, 64) if layout.seq_len < MANY_TOKENS else (128, 128)
+    return (128, 64) if seq_len < MANY_TOKENS and not backward else (128, 128)
 
 
-def check_block_size(block_size: int | tuple[int, int] | None, layout: Layout) -> tuple[int, int]:
-    """``block_size`` as ``(query, key-value)``, the layout's default for None.
+def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    """``block_size`` as ``(query, key-value)``.
 
     Raises:
         ValueError: not one or two multiples of 16 from 16 to 256.
     """
-    if block_size is None:
-        return default_block_size(layout)
     pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
     if len(pair) != 2 or any(not isinstance(b, int) or b % 16 or not 16 <= b <= 256 for b in pair):
         raise ValueError(
@@ -110,7 +111,7 @@ def block_pairs(
         TypeError: ``window`` is neither.
         ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
     """
-    q_size, kv_size = check_block_size(block_size, layout)
+    q_size, kv_size = default_block_size(layout.seq_len) if block_size is None else check_block_size(block_size)
     if is_plain(window):
         found, whole = scan_blocks(window, layout.seq_len, layout.seq_len, (q_size, kv_size), device)
         q, kv = torch.nonzero(found, as_tuple=True)
@@ -197,6 +198,8 @@ def block_mask(
         TypeError: ``window`` is neither.
         ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
     """
+    if block_size is None:
+        block_size = default_block_size(layout.seq_len, backward)
     pairs = block_pairs(layout, window, block_size, device, text_padded)
     if is_plain(window):
         mask_mod, key_len = window, layout.seq_len

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.masks.carried import LENGTHS
 from flexclear.masks.defaults import independent
-
-LENGTHS = "symbolic_lengths"
-"""Attribute of a BlockMask under which an empty tensor ``[queries, keys, 0]`` says how long it is. Dynamo compiles the ints
-of ``seq_lengths`` in, and takes the sizes of a tensor as symbols."""
 
 
 @independent
@@ -28,6 +25,7 @@ def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
         if counts is not None:
             mark_symbolic(counts, [2])
             mark_symbolic(indices, [2, 3])
+    # Dynamo compiles the ints of seq_lengths in, and takes the sizes of a tensor as symbols.
     lengths = torch.empty(*mask.seq_lengths, 0, device=mask.kv_indices.device)
     mark_symbolic(lengths, [0, 1])
     setattr(mask, LENGTHS, lengths)

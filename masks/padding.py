@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.masks.carried import carry
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
-from flexclear.masks.lengths import LENGTHS, of_any_text_length
+from flexclear.masks.lengths import of_any_text_length
 from flexclear.masks.windows import MaskMod
 
 
@@ -54,9 +55,7 @@ def with_text_mask_at(mask: BlockMask | Tensor, start: int, keep: Tensor) -> Blo
         mask_mod=_unpadded(mask.mask_mod, keep.to(mask.kv_indices.device), start),
         **lists,
     )
-    if hasattr(mask, LENGTHS):
-        setattr(padded, LENGTHS, getattr(mask, LENGTHS))
-    return padded
+    return carry(mask, padded)
 
 
 def _unpadded(inner: MaskMod, keep: Tensor, start: int) -> MaskMod:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import flexclear
+from flexclear.compile.kernels import Kernel
 from flexclear.masks import Disc, Downsampled, Layout, dense_mask
 from flexclear.plan import get_plan, plans
 from flexclear.testing import assert_matches_dense
@@ -48,5 +49,5 @@ def test_a_transformed_model_trains_through_compiled_attention_with_the_gradient
 
 def test_a_plan_on_the_gpu_keeps_nothing_on_the_cpu():
     plans.clear()
-    plan = get_plan(Layout(32, 32), Disc(8), "flex", (128, 64), torch.device("cuda", 0), backward=True)
+    plan = get_plan(Layout(32, 32), Disc(8), "flex", Kernel((128, 64)), torch.device("cuda", 0), backward=True)
     assert {tensor.device.type for tensor in plan.tensors()} == {"cuda"}

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 import flexclear
 from flexclear.compile import why_not_compiled
+from flexclear.compile.kernels import Kernel
 from flexclear.families.flux_attention import FluxWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
 from flexclear.plan import plans
@@ -311,7 +312,7 @@ def test_a_plan_counts_every_byte_it_holds(backend):
 
     plans.clear()
     layout = Layout(12, 20, 16)
-    plan = get_plan(layout, Disc(3), backend, (128, 64), CPU)
+    plan = get_plan(layout, Disc(3), backend, Kernel((128, 64)), CPU)
     n, index_bytes = layout.seq_len, 2 * 8 * layout.image_len + 2 * 4 * layout.image_len
     if backend == "sdpa":
         mask_bytes = n * n
@@ -342,7 +343,7 @@ def test_a_default_device_does_not_reach_masks_and_plans():
     expected = block_mask(layout, Disc(3))
     with torch.device("meta"):
         ours, spent = block_mask(layout, Disc(3)), cost(layout, Disc(3))
-        plan = build_plan(layout, Disc(3), "flex", (128, 64), CPU, backward=True)
+        plan = build_plan(layout, Disc(3), "flex", Kernel((128, 64)), CPU, backward=True)
         assert dense_mask(layout, Disc(3)).device == CPU
     assert torch.equal(ours.kv_indices, expected.kv_indices)
     assert spent == cost(layout, Disc(3))

@@ -56,7 +56,8 @@ def facts_of_model(model: nn.Module, settings: Settings, options: Options) -> di
     facts: dict[str, Any] = {
         "the windows (r)": names,
         "the settings of transform": [
-            repr(settings.switches), settings.order, settings.backend, settings.block_size, settings.exact_position_ids
+            repr(settings.switches), settings.order, settings.backend, settings.block_size, settings.kernel_options,
+            settings.exact_position_ids,
         ],
         "the settings of parallel.enable": sorted((name, str(value)) for name, value in asdict(options).items()),
     }  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.compile.kernels import Kernel, with_kernel
 from flexclear.masks import Downsampled, Layout, Window
 from flexclear.masks.blocks import block_mask_between
 from flexclear.masks.cache import ByteBoundedCache
@@ -97,7 +98,7 @@ def build_band_plan(
     bands: Bands,
     rank: int,
     backend: str,
-    block_size: tuple[int, int],
+    kernel: Kernel,
     device: torch.device,
     text_padded: bool = False,
 ) -> BandPlan:
@@ -114,9 +115,10 @@ def build_band_plan(
     elif len(part.own) == 0:
         mask = None
     elif backend == "flex":
-        mask = block_mask_between(
-            layout, window, len(part.own), keys, block_size=block_size, device=device, text_padded=text_padded
+        lists = block_mask_between(
+            layout, window, len(part.own), keys, block_size=kernel.block_size, device=device, text_padded=text_padded
         )
+        mask = with_kernel(lists, kernel)
     else:
         mask = dense_band_mask(part, device)
     packed = packed_raster(layout)[part.own]

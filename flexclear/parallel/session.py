@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flexclear.compile.kernels import Kernel
 from flexclear.masks import Layout, Window
 from flexclear.parallel.band import BandCall
 from flexclear.parallel.compiled import ticket_of
@@ -185,14 +186,14 @@ class Session:
         layout: Layout,
         window: Window | None,
         backend: str,
-        block_size: tuple[int, int],
+        kernel: Kernel,
         device: torch.device,
         text_padded: bool,
     ) -> BandPlan:
         """This rank's plan of the current call."""
         assert self.current is not None
         bands = self.current.bands
-        return get_band_plan(layout, window, bands, self.links.rank, backend, block_size, device, text_padded)
+        return get_band_plan(layout, window, bands, self.links.rank, backend, kernel, device, text_padded)
 
     def band(
         self, plans: Sequence[Any], masks: Sequence[Any], slots: Sequence[Slot], keep: Mapping[str, Tensor]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.call_plan import CallPlan
+from flexclear.compile.kernels import Kernel
 from flexclear.masks import Downsampled, Layout, Window, block_mask, block_pairs, cost, dense_mask, with_text_mask
 from flexclear.masks.scan import ask
 from flexclear.parallel.masks import build_band_plan
@@ -42,7 +43,7 @@ def check_order(layout: Layout) -> None:
     text = np.full(layout.text_len, -1)
     packed = [text, (y << 16 | x)[order]] if layout.text_first else [(y << 16 | x)[order], text]
     assert np.array_equal(layout.packed_coordinates().numpy(), np.concatenate(packed)), "packed coordinates are wrong"
-    plan = build_plan(layout, None, "sdpa", (16, 16), CPU, backward=False)
+    plan = build_plan(layout, None, "sdpa", Kernel((16, 16)), CPU, backward=False)
     tokens = torch.arange(start)
     assert torch.equal(plan.to_image_order(tokens, 0), torch.from_numpy(order)), "a plan's order is wrong"
     call = CallPlan(base=plan, masks=(None,), poolings=(None,))
@@ -136,7 +137,7 @@ def check_attend(layout: Layout, window: Window, right: Tensor) -> None:
     """Attention of a plan with masked SDPA, pooled keys included, against softmax in NumPy for some queries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = build_plan(layout, window, "sdpa", (16, 16), CPU, backward=False)
+        plan = build_plan(layout, window, "sdpa", Kernel((16, 16)), CPU, backward=False)
     assert isinstance(plan.mask, Tensor)
     assert torch.equal(plan.mask, right), "the dense mask of a plan is wrong"
     generator = torch.Generator().manual_seed(layout.seq_len)
@@ -202,7 +203,7 @@ def check_ranks(layout: Layout, window: Window, block_size: int | tuple[int, int
     padded = right.clone()
     padded[:, len(part.own) : len(part.own) + text] &= keep
     for backend in ("flex", "sdpa"):
-        plan = build_band_plan(layout, window, bands, rank, backend, size, CPU, text_padded=True)
+        plan = build_band_plan(layout, window, bands, rank, backend, Kernel(size), CPU, text_padded=True)
         for kept, expected in ((torch.ones_like(keep), right), (keep, padded)):
             mask = plan.masked(kept)
             if isinstance(mask, Tensor):

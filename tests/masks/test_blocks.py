@@ -246,9 +246,9 @@ def test_executed_work_is_near_useful_work_at_ragged_sizes(shape):
 
 
 def test_the_default_block_size_keeps_the_lists_of_16384_px_under_a_gigabyte():
-    assert default_block_size(Layout(512, 512)) == (128, 64)
+    assert default_block_size(512 * 512 + 512) == (128, 64)
     huge = Layout(1024, 1024)
-    q_size, kv_size = default_block_size(huge)
+    q_size, kv_size = default_block_size(huge.seq_len)
     entries = -(-huge.seq_len // q_size) * -(-huge.seq_len // kv_size)
     assert 2 * 4 * entries < 1e9
     assert cost(huge, Disc(16)).amplification <= 1.62

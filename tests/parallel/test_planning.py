@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexclear.compile.kernels import Kernel
 from flexclear.families.zimage import room_for
 from flexclear.masks import Both, Disc, Downsampled, Layout, Neighborhood, Square, Strided, Swin, block_mask, dense_mask
 from flexclear.masks.layout import BAND
@@ -156,7 +157,7 @@ def test_a_ranks_block_mask_holds_the_same_pairs_as_its_dense_one(picture, windo
         return
     bands = cut(layout, ranks)
     rank = data.draw(st.integers(0, ranks - 1))
-    plan = build_band_plan(layout, window, bands, rank, "flex", (16, 32), CPU)
+    plan = build_band_plan(layout, window, bands, rank, "flex", Kernel((16, 32)), CPU)
     dense = dense_band_mask(plan.part)
     queries, keys = dense.shape
     assert plan.mask.shape == (1, 1, queries, keys)
@@ -178,7 +179,7 @@ def test_a_ranks_block_mask_holds_the_same_pairs_as_its_dense_one(picture, windo
 def test_padded_text_is_left_out_of_a_ranks_keys(backend):
     layout, keep = Layout(32, 16, 9), torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) > 0.5
     bands = cut(layout, 2)
-    plan = build_band_plan(layout, Disc(5), bands, 1, backend, (16, 32), CPU, text_padded=True)
+    plan = build_band_plan(layout, Disc(5), bands, 1, backend, Kernel((16, 32)), CPU, text_padded=True)
     own = len(plan.part.own)
     expected = dense_band_mask(plan.part).repeat(2, 1, 1)
     expected[:, :, own : own + 9] &= keep[:, None]
@@ -232,7 +233,7 @@ def test_shares_that_make_no_sense_are_refused(shares):
 
 def test_a_ranks_block_mask_of_the_whole_picture_is_the_mask_without_text_rows():
     layout = Layout(16, 16, 16, text_first=False)
-    plan = build_band_plan(layout, Disc(3), Bands(0, (0, 16)), 0, "flex", (128, 64), CPU)
+    plan = build_band_plan(layout, Disc(3), Bands(0, (0, 16)), 0, "flex", Kernel((128, 64)), CPU)
     whole = block_mask(layout, Disc(3), block_size=(128, 64))
     assert torch.equal(plan.mask.kv_num_blocks[0, 0], whole.kv_num_blocks[0, 0, :2])
     assert torch.equal(plan.order, layout.permutation())

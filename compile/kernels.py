@@ -1,0 +1,330 @@
+"""What FlexAttention's CUDA kernels are built as: the mask's blocks and the kernel's tile, by GPU, type and head dim.
+
+Inductor has a tile of its own for each GPU, and a kernel whose tile does not divide the mask's blocks is not generated. So
+both are chosen here, in one table, and nothing is left to a version of torch but the backward's tile, which 128 x 128 blocks
+take whatever it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexclear.masks.blocks import MANY_TOKENS, default_block_size
+from flexclear.masks.carried import KERNEL_OPTIONS
+
+Capability = tuple[int, int]
+Value = int | bool | str
+Options = tuple[tuple[str, Value], ...]
+"""Options of a kernel as (name, value), sorted by name: hashable, and constant to a compiler."""
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the forward kernel is built in some cases.
+
+    Attributes:
+        capabilities: of the GPUs; None: any.
+        dtypes: of query, key and value; None: any.
+        head_dim: the largest that the row is for.
+        tile: (queries, keys) that a thread block works on at a time.
+        warps, stages: of a thread block, and of its pipeline.
+        block_size: of the mask; None: ``default_block_size``.
+        reason: why.
+    """
+
+    capabilities: tuple[Capability, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
+    head_dim: int
+    tile: tuple[int, int]
+    warps: int
+    stages: int
+    reason: str
+    block_size: tuple[int, int] | None = None
+
+
+HOPPER: tuple[Capability, ...] = ((9, 0), (10, 0), (10, 3))
+"""228 KB of shared memory: H100, H200, B200, B300."""
+AMPERE: tuple[Capability, ...] = ((8, 0), (8, 7))
+"""164 KB: A100, Orin."""
+SMALL: tuple[Capability, ...] = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""100 KB: RTX 30, 40, 50, L4, L40S."""
+
+TABLE: tuple[Row, ...] = (
+    Row(HOPPER, HALF, 64, (128, 64), 8, 3, "Inductor's own tile has 128 keys and does not divide blocks of 64"),
+    Row(HOPPER, HALF, 128, (128, 64), 8, 3, "Inductor's own tile"),
+    Row(HOPPER, HALF, 256, (64, 32), 4, 3, "Inductor's own tile"),
+    Row(HOPPER, None, 64, (128, 32), 4, 3, "Inductor's own tile for float32"),
+    Row(HOPPER, None, 128, (32, 64), 4, 3, "Inductor's own tile for float32"),
+    Row(HOPPER, None, 256, (32, 32), 4, 3, "Inductor's own tile for float32"),
+    Row(AMPERE, HALF, 64, (128, 64), 4, 3, "Inductor's own tile"),
+    Row(AMPERE, HALF, 128, (128, 64), 8, 3, "Inductor's own tile"),
+    Row(AMPERE, HALF, 256, (32, 64), 4, 3, "Inductor's own tile"),
+    Row(AMPERE, None, 128, (128, 32), 4, 3, "Inductor's own tile for float32"),
+    Row(AMPERE, None, 256, (64, 16), 4, 3, "Inductor's own tile for float32"),
+    Row(SMALL, HALF, 64, (128, 64), 4, 3, "Inductor's own tile"),
+    Row(SMALL, HALF, 128, (128, 64), 8, 2, "two stages, since three leave 2.5 KB of shared memory"),
+    Row(None, None, 128, (64, 32), 4, 1, "an unknown GPU: 48 KB of shared memory suffice"),
+    Row(None, None, 1 << 16, (16, 16), 4, 1, "the same for long heads"),
+)
+"""The first row that fits holds. A new GPU is a row before the last two."""
+
+_TILE = ("BLOCK_M", "BLOCK_N")
+_BACKWARD_TILE = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
+_SWITCHES = ("PRESCALE_QK", "USE_TMA", "IS_DIVISIBLE")
+_UNSAFE = {
+    "ROWS_GUARANTEED_SAFE": "a query's first blocks may hold no key that it sees, and the result would be nan",
+    "BLOCKS_ARE_CONTIGUOUS": "the blocks of a window are not, and other keys would be attended to",
+}
+_BACKENDS = ("TRITON", "FLASH")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is chosen for some calls.
+
+    Attributes:
+        block_size: tokens per (query, key-value) block of the mask.
+        options: of the kernel; ``attach`` completes them with what depends on the mask's lengths.
+    """
+
+    block_size: tuple[int, int]
+    options: Options = ()
+
+
+def check_kernel_options(options: Mapping[str, Any] | None) -> Options:
+    """``options`` of FlexAttention's kernels, checked and sorted.
+
+    Args:
+        options: names of ``torch.nn.attention.flex_attention.FlexKernelOptions``, which says what each is. Taken are the tile
+            (``BLOCK_M``, ``BLOCK_N``; backward ``BLOCK_M1``, ``BLOCK_N1``, ``BLOCK_M2``, ``BLOCK_N2``), ``num_warps``,
+            ``num_stages``, ``USE_TMA``, ``PRESCALE_QK``, ``IS_DIVISIBLE`` (False only: True is chosen where it holds) and
+            ``BACKEND``. ``fwd_`` or ``bwd_`` before a name of the tile, ``num_warps``, ``num_stages`` or ``USE_TMA`` means
+            one of the kernels.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: an option or a value that is not one of these.
+    """
+    if options is None:
+        return ()
+    if not isinstance(options, Mapping):
+        raise TypeError(f"kernel_options must be a mapping of FlexAttention's kernel options, got {options!r}")
+    return tuple(sorted((name, _checked(name, value)) for name, value in options.items()))
+
+
+def _checked(name: str, value: Any) -> Value:
+    plain = name[4:] if isinstance(name, str) and name.startswith(("fwd_", "bwd_")) else name
+    if plain in _UNSAFE:
+        raise ValueError(f"kernel_options: {name} cannot be given, since {_UNSAFE[plain]}")
+    wanted: str | None = None
+    if plain in (*_TILE, *_BACKWARD_TILE):
+        if not _is_int(value) or value & (value - 1) or not 16 <= value <= 256:
+            wanted = "a power of two from 16 to 256"
+    elif plain == "num_warps":
+        if not _is_int(value) or value not in (1, 2, 4, 8, 16):
+            wanted = "1, 2, 4, 8 or 16"
+    elif plain == "num_stages":
+        if not _is_int(value) or not 1 <= value <= 8:
+            wanted = "an int from 1 to 8"
+    elif plain == "USE_TMA" or name == "PRESCALE_QK":
+        wanted = None if isinstance(value, bool) else "True or False"
+    elif name == "IS_DIVISIBLE":
+        wanted = None if value is False else "False; True is chosen by itself for lengths that divide"
+    elif name == "BACKEND":
+        wanted = None if value in _BACKENDS else f"one of {list(_BACKENDS)}"
+    else:
+        known = [*_TILE, *_BACKWARD_TILE, "num_warps", "num_stages", *_SWITCHES, "BACKEND"]
+        raise ValueError(f"kernel_options: {name!r} is not one of {known}, some with fwd_ or bwd_ before them")
+    if wanted is not None:
+        raise ValueError(f"kernel_options: {name} must be {wanted}, got {value!r}")
+    checked: Value = value
+    return checked
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    backward: bool = False,
+    seq_len: int = 0,
+    block_size: tuple[int, int] | None = None,
+    options: Options = (),
+) -> Kernel:
+    """Blocks and kernel options for attention on ``device``.
+
+    Args:
+        device, dtype, head_dim: of query, key and value.
+        backward: whether a backward pass follows.
+        seq_len: tokens of the sequence.
+        block_size: blocks that the mask is to have, or has; chosen otherwise.
+        options: of ``check_kernel_options``; they win over the table's. Without a meaning on CPU.
+
+    Raises:
+        ValueError: the kernel cannot take the block size, or options that this GPU has not.
+    """
+    if device.type != "cuda":
+        return Kernel(block_size or default_block_size(seq_len))
+    capability = torch.cuda.get_device_capability(device)
+    row = find_row(capability, dtype, head_dim)
+    given = dict(options)
+    _check_device(given, capability, dtype, backward)
+    if given.get("BACKEND") == "FLASH":
+        return Kernel(_flash_blocks(capability, block_size), options)
+    own = row.block_size if seq_len < MANY_TOKENS and not backward else None
+    chosen = block_size or own or default_block_size(seq_len, backward)
+    if backward:
+        _check_backward(chosen, head_dim, dtype, given)
+    tile = {name: given.get(f"fwd_{name}", given.get(name)) for name in _TILE}
+    for name, size in zip(_TILE, chosen, strict=True):
+        asked = tile[name]
+        if asked is not None and size % int(asked):
+            raise ValueError(
+                f"kernel_options: {name}={asked} does not divide the blocks of {chosen[0]} x {chosen[1]} (query x key-value) "
+                "tokens; give block_size as well"
+            )
+    wanted: dict[str, Value] = {
+        f"fwd_{name}": _divisor(size, most) for name, size, most in zip(_TILE, chosen, row.tile, strict=True)
+    }
+    wanted.update(fwd_num_warps=row.warps, fwd_num_stages=row.stages)
+    for name in given:
+        wanted.pop(name, None)
+        wanted.pop(f"fwd_{name}", None)
+    return Kernel(chosen, tuple(sorted({**wanted, **given}.items())))
+
+
+def find_row(capability: Capability, dtype: torch.dtype, head_dim: int) -> Row:
+    """The row of ``TABLE`` that holds."""
+    return next(
+        row
+        for row in TABLE
+        if (row.capabilities is None or capability in row.capabilities)
+        and (row.dtypes is None or dtype in row.dtypes)
+        and head_dim <= row.head_dim
+    )
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest power of two up to ``most`` that divides ``size``."""
+    return min(size & -size, most)
+
+
+def _check_device(given: Mapping[str, Value], capability: Capability, dtype: torch.dtype, backward: bool) -> None:
+    """Raise if options are for another GPU, type or torch.
+
+    Raises:
+        ValueError: they are.
+    """
+    here = f"this GPU has compute capability {capability[0]}.{capability[1]}"
+    if any(given.get(name) for name in ("USE_TMA", "fwd_USE_TMA", "bwd_USE_TMA")) and capability < (9, 0):
+        raise ValueError(f"kernel_options: USE_TMA needs compute capability 9.0, {here}")
+    if "BACKEND" not in given:
+        return
+    if not _knows_backend():
+        raise ValueError(f"kernel_options: BACKEND is not known to torch {torch.__version__}; leave it out")
+    if given["BACKEND"] != "FLASH":
+        return
+    if capability[0] not in (9, 10, 11):
+        raise ValueError(f"kernel_options: BACKEND='FLASH' needs compute capability 9.x to 11.x, {here}")
+    if dtype not in HALF:
+        raise ValueError(f"kernel_options: BACKEND='FLASH' computes in bfloat16 or float16, got {dtype}")
+    if not _has_flash():
+        raise ValueError(
+            "kernel_options: BACKEND='FLASH' needs the package flash-attn-4: pip install --pre flash-attn-4"
+        )
+    others = sorted(set(given) - {"BACKEND"})
+    if others:
+        raise ValueError(
+            f"kernel_options: {others} are options of Triton's kernels and have no effect on BACKEND='FLASH'"
+        )
+
+
+def _knows_backend() -> bool:
+    from torch.nn.attention import flex_attention
+
+    return "BACKEND" in getattr(getattr(flex_attention, "FlexKernelOptions", None), "__annotations__", {})
+
+
+def _has_flash() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+def _flash_blocks(capability: Capability, block_size: tuple[int, int] | None) -> tuple[int, int]:
+    """The blocks that FlashAttention 4 takes: a thread block's tile, and two of them on Blackwell.
+
+    Raises:
+        ValueError: others are asked for.
+    """
+    only = (128, 128) if capability[0] == 9 else (256, 128)
+    if block_size not in (None, only):
+        raise ValueError(f"BACKEND='FLASH' takes blocks of {only} on this GPU, got block_size={block_size}")
+    return only
+
+
+def _check_backward(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype, given: Mapping[str, Value]) -> None:
+    """Raise if Inductor has no backward kernel for blocks of this size; it compares its own tile, whatever is asked for.
+
+    Raises:
+        ValueError: it has none.
+    """
+    tile = _backward_tile(head_dim, dtype)
+    asked = {name: given.get(f"bwd_{name}", given.get(name)) for name in _BACKWARD_TILE}
+    for name, own in zip(_BACKWARD_TILE, tile, strict=True):
+        size = block_size[0 if "_M" in name else 1]
+        for number in (own, asked[name]):
+            if number is not None and size % int(number):
+                raise ValueError(
+                    f"block_size {block_size[0]} x {block_size[1]} (query x key-value tokens) cannot be trained on: the "
+                    f"backward kernel at head dim {head_dim} in {dtype} works on {name}={number} at a time on this GPU. Give "
+                    f"multiples of {max(tile[0], tile[2])} queries and {max(tile[1], tile[3])} keys, or leave block_size out"
+                )
+
+
+@functools.cache
+def _backward_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Inductor's own tile of the backward kernel (M1, N1, M2, N2) on the current GPU."""
+    try:
+        from torch._inductor.choices import InductorChoices
+
+        tile = InductorChoices().get_flex_attention_bwd_configs(head_dim, dtype, "cuda")[-1]
+        return tile.block_m1, tile.block_n1, tile.block_m2, tile.block_n2
+    except (ImportError, AttributeError, TypeError):  # another torch: what none exceeds
+        return (128, 128, 128, 128)
+
+
+def completed(kernel: Kernel, mask: BlockMask) -> Options:
+    """The options of ``kernel`` for ``mask``: also that its lengths divide, where they do.
+
+    ``IS_DIVISIBLE`` leaves out every comparison with the ends of the sequence. Inductor finds out by itself for lengths
+    that are compiled in only.
+    """
+    options = dict(kernel.options)
+    if options and options.get("BACKEND") != "FLASH":
+        divisible = all(
+            length % 128 == 0 and length % size == 0
+            for length, size in zip(mask.seq_lengths, mask.BLOCK_SIZE, strict=True)
+        )
+        options.setdefault("IS_DIVISIBLE", divisible)
+    return tuple(sorted(options.items()))
+
+
+def with_kernel(mask: BlockMask, kernel: Kernel) -> BlockMask:
+    """Let ``mask`` carry the options that its kernels are to have."""
+    setattr(mask, KERNEL_OPTIONS, completed(kernel, mask))
+    return mask
