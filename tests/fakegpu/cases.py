@@ -1,0 +1,128 @@
+"""What is generated, compiled or interpreted: a mask over a layout, types and sizes of query, key and value, options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexclear.masks import Disc, Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
+
+MASKS: dict[str, dict[str, Any]] = {
+    "disc": {},
+    "pooled": {"pooled": 4},
+    "padded": {"padding": (512, 77)},
+    "references": {"references": ((64, 64),)},
+}
+"""What a mask may have beside the circular window, in the arguments of ``Case``: pooled keys, padded text (a batch), and
+the pictures of an editing model."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attention of one kind, as JSON can hold it.
+
+    Attributes:
+        head_dim, dtype, heads: of query, key and value.
+        backward: compile for training: the forward pass keeps the log-sum-exp, and the backward pass follows.
+        height, width, text_len, text_first, references, r: layout and window.
+        pooled: side in tokens of a cell of pooled keys, 0 for none.
+        padding: text tokens that each sample of a batch keeps; none: one sample, all kept.
+        block_size: tokens per (query, key-value) block; None: what flexclear chooses.
+        options: FlexAttention's kernel options; None: what flexclear chooses.
+    """
+
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    backward: bool = False
+    heads: int = 4
+    height: int = 64
+    width: int = 64
+    text_len: int = 512
+    text_first: bool = True
+    references: tuple[tuple[int, int], ...] = ()
+    r: int = 16
+    pooled: int = 0
+    padding: tuple[int, ...] = ()
+    block_size: tuple[int, int] | None = None
+    options: dict[str, Any] | None = field(default=None, hash=False)
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Case:
+        """The case that ``to_json`` was made from: JSON has lists where this has tuples."""
+        facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        facts["references"] = tuple((height, width) for height, width in facts.get("references", ()))
+        return cls(**facts)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def batch(self) -> int:
+        return len(self.padding) or 1
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.height, self.width, self.text_len, self.text_first, references=self.references)
+
+    @property
+    def window(self) -> Window:
+        return Downsampled(Disc(self.r), self.pooled) if self.pooled else Disc(self.r)
+
+    @property
+    def keep(self) -> Tensor | None:
+        """Bool ``[batch, text_len]``, or None where no text is padded."""
+        if not self.padding:
+            return None
+        return torch.arange(self.text_len) < torch.tensor(self.padding)[:, None]
+
+    def block_mask(self) -> BlockMask:
+        """On the CPU, with the lists that a backward pass needs if there is one."""
+        mask = block_mask(
+            self.layout,
+            self.window,
+            block_size=self.block_size,
+            backward=self.backward,
+            text_padded=self.keep is not None,
+        )
+        return mask if self.keep is None else with_text_mask(mask, self.layout, self.keep)
+
+    def dense_mask(self) -> Tensor:
+        """Bool, broadcasts to ``[batch, heads, queries, keys]``."""
+        mask = dense_mask(self.layout, self.window)
+        return mask if self.keep is None else with_text_mask(mask, self.layout, self.keep)
+
+
+def on_device(mask: BlockMask, moved: Callable[[Tensor], Tensor]) -> BlockMask:
+    """``mask`` with its lists, and the tensors that its ``mask_mod`` captures, as ``moved`` gives them."""
+    lists = {
+        name: None if getattr(mask, name) is None else moved(getattr(mask, name))
+        for kind in ("kv", "full_kv", "q", "full_q")
+        for name in (f"{kind}_num_blocks", f"{kind}_indices")
+    }
+    mask_mod = _rebound(mask.mask_mod, moved)
+    return BlockMask(seq_lengths=mask.seq_lengths, BLOCK_SIZE=mask.BLOCK_SIZE, mask_mod=mask_mod, **lists)
+
+
+def _rebound(function: Any, moved: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a function that captures other tensors, in functions that it captures too."""
+
+    def other(content: Any) -> Any:
+        if isinstance(content, Tensor):
+            return moved(content)
+        return _rebound(content, moved) if isinstance(content, FunctionType) else content
+
+    cells = tuple(CellType(other(cell.cell_contents)) for cell in function.__closure__ or ())
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    copy.__dict__.update(function.__dict__)
+    return copy
