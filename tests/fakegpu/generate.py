@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
-from fakegpu.cases import Case, on_device
 from flexclear.compile import compiled_flex_attention
+
+from fakegpu.cases import Case, on_device
 
 Call = Callable[[list[Any]], Any]
 
