@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexclear.compile.derivatives import transforms_in_force
-from flexclear.compile.kernels import Options, choose, completed
+from flexclear.compile.kernels import Options, as_dict, choose, completed
 from flexclear.masks.carried import KERNEL_OPTIONS, LENGTHS
 
 
@@ -51,7 +51,7 @@ def _compiled(facts: Hashable, options: Options) -> Callable[..., Tensor]:
         # Traced, this condition is False and leaves no code behind. If the line ever runs, Python runs it: not compiled.
         if not torch.compiler.is_compiling():
             raise _not_compiled(query)
-        return flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=dict(options))
+        return flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=as_dict(options))
 
     name = f"attend_{abs(hash((facts, options))):x}"
     copy = types.FunctionType(attend.__code__.replace(), attend.__globals__, name, None, attend.__closure__)
@@ -101,7 +101,7 @@ def compiled_flex_attention(
             value,
             block_mask=_symbolic(mask),
             scale=scale,
-            kernel_options=dict(getattr(mask, KERNEL_OPTIONS, ())),
+            kernel_options=as_dict(getattr(mask, KERNEL_OPTIONS, ())),
         )
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.

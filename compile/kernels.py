@@ -324,6 +324,11 @@ def completed(kernel: Kernel, mask: BlockMask) -> Options:
     return tuple(sorted(options.items()))
 
 
+def as_dict(options: Options) -> Any:
+    """Options as FlexAttention takes them."""
+    return dict(options)
+
+
 def with_kernel(mask: BlockMask, kernel: Kernel) -> BlockMask:
     """Let ``mask`` carry the options that its kernels are to have."""
     setattr(mask, KERNEL_OPTIONS, completed(kernel, mask))
