@@ -55,9 +55,9 @@ def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tenso
     return time.perf_counter() - start, out
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, variant: Variant, rows: Tensor) -> Tensor:
+def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: Window | None, rows: Tensor) -> Tensor:
     """float32 attention of some query rows, masked by the window's own inequality: ``[B, heads, len(rows), D]``."""
-    device, layout, window = query.device, variant.layout, variant.window
+    device = query.device
     rows = rows.to(device)
     allowed = torch.ones(len(rows), layout.seq_len, dtype=torch.bool, device=device)
     if window is not None:
@@ -129,7 +129,7 @@ def measure(
         variant.first_call_s, out = timed(variant.run, device)
         skipped = layout.seq_len - variant.layout.seq_len
         inputs = [tensor[:, :, skipped:] for tensor in (query, key, value)]
-        expected = reference(*inputs, variant, rows - skipped)
+        expected = reference(*inputs, variant.layout, variant.window, rows - skipped)
         errors[variant.name] = float((out[:, :, rows.to(device)].float() - expected).norm() / expected.norm())
         if errors[variant.name] > 1e-2:
             raise AssertionError(f"{variant.name} is wrong: relative error {errors[variant.name]:.2e} to float32")

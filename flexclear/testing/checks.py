@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexclear.compile import compiled_flex_attention
+from flexclear.compile.flex import options_for
+from flexclear.compile.kernels import as_dict
 from flexclear.masks import Downsampled, Layout, MaskMod, Window, block_mask, dense_mask
 from flexclear.masks.scan import ask
 from flexclear.masks.windows import as_window, is_plain
@@ -32,6 +34,7 @@ def assert_matches_dense(
     *,
     block_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    head_dim: int = HEAD_DIM,
     device: torch.device | str = "cpu",
     attention: bool = True,
     around: bool = True,
@@ -56,7 +59,7 @@ def assert_matches_dense(
         layout: the sequence.
         window: a window, or a ``mask_mod`` of your own over the layout's sequence positions.
         block_size: tokens per block, or a (query, key-value) pair.
-        dtype: of query, key and value.
+        dtype, head_dim: of query, key and value.
         device: where it runs.
         attention: whether to run compiled attention too.
         around: whether to check what is made besides the mask; without it and attention, a small case takes
@@ -88,7 +91,7 @@ def assert_matches_dense(
         if around:
             _check_around(layout, defined, mask, reference)
     if attention:
-        _check_attention(mask, reference.to(device), dtype, device)
+        _check_attention(mask, reference.to(device), dtype, device, head_dim)
 
 
 def _check_mask(mask: BlockMask, reference: Tensor) -> None:
@@ -146,11 +149,13 @@ def _check_mask_mod(mask: BlockMask, reference: Tensor, first: int = 0) -> None:
         )
 
 
-def _check_attention(mask: BlockMask, reference: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:
+def _check_attention(
+    mask: BlockMask, reference: Tensor, dtype: torch.dtype, device: torch.device | str, head_dim: int
+) -> None:
     generator = torch.Generator().manual_seed(sum(reference.shape))
 
     def noise(length: int) -> Tensor:
-        return torch.randn(1, HEADS, length, HEAD_DIM, generator=generator).to(device, dtype)
+        return torch.randn(1, HEADS, length, head_dim, generator=generator).to(device, dtype)
 
     query, key, value = noise(reference.shape[0]), noise(reference.shape[1]), noise(reference.shape[1])
     expected = _sdpa(query.float(), key.float(), value.float(), reference)
@@ -183,11 +188,15 @@ def _check_near(what: str, ours: Tensor, expected: Tensor, allowance: Tensor) ->
 def _check_log_sum_exp(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, reference: Tensor) -> None:
     from torch.nn.attention.flex_attention import AuxRequest
 
+    options = as_dict(options_for(query, mask, needs_grad=False))
+
     def with_log_sum_exp(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Any:
-        return flex_attention(query, key, value, block_mask=mask, return_aux=AuxRequest(lse=True))
+        return flex_attention(
+            query, key, value, block_mask=mask, kernel_options=options, return_aux=AuxRequest(lse=True)
+        )
 
     _, aux = torch.compile(with_log_sum_exp, fullgraph=True, dynamic=True)(query, key, value, mask)
-    scores = query.float() @ key.float().transpose(-1, -2) / HEAD_DIM**0.5
+    scores = query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
     expected = scores.masked_fill(~reference, float("-inf")).logsumexp(-1)
     error = (aux.lse.float() - expected).abs().max()
     assert error <= 2e-2, f"the log-sum-exp of compiled attention is off by {error:.2e}"
