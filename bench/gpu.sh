@@ -51,10 +51,12 @@ stage() {
 }
 
 marked=$(grep -rl "mark.gpu" "$here/tests" --include='*.py')
-stage tests "${TESTS_S:-60}" "$python" -m pytest -m gpu -n 8 --dist load -p no:cacheprovider --rootdir "$here" -c "$here/pyproject.toml" $marked
-stage attention "${ATTENTION_S:-140}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit "${ATTENTION_S:-120}" $tiny
-stage model "${MODEL_S:-195}" "$python" "$here/bench/gpu_model.py" "$rows" --limit 170 --artifacts "$work/artifacts" $tiny
+stage tests "${TESTS_S:-85}" "$python" -m pytest -m gpu -n 12 --dist load -p no:cacheprovider -W ignore \
+    --rootdir "$here" -c "$here/pyproject.toml" $marked
+stage attention "${ATTENTION_S:-110}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit $((${ATTENTION_S:-110} - 8)) $tiny
+stage model "${MODEL_S:-195}" "$python" "$here/bench/gpu_model.py" "$rows" --limit $((${MODEL_S:-195} - 25)) \
+    --artifacts "$work/artifacts" $tiny
 TORCHINDUCTOR_CACHE_DIR=$work/other TRITON_CACHE_DIR=$work/other-triton \
-    stage warm "${WARM_S:-50}" "$python" "$here/bench/gpu_model.py" "$rows" --warm "$work/artifacts" $tiny
-stage backward "${BACKWARD_S:-35}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit 25 --only-backward $tiny
+    stage warm "${WARM_S:-45}" "$python" "$here/bench/gpu_model.py" "$rows" --warm "$work/artifacts" $tiny
+stage backward "${BACKWARD_S:-40}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit 30 --only-backward $tiny
 "$python" "$here/bench/gpu_report.py" "$rows" "$out/gpu.md"

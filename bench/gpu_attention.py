@@ -76,25 +76,36 @@ def tiled(blocks: tuple[int, int], tile: tuple[int, int], warps: int, stages: in
     return Spec(name + "".join(f", {key} {value}" for key, value in others.items()), blocks, options)
 
 
-SWEEP = (
-    tiled((128, 64), (128, 64), 8, 2),
-    tiled((128, 64), (128, 64), 8, 4),
-    tiled((128, 64), (128, 64), 4, 3),
-    tiled((128, 64), (64, 64), 4, 3),
-    tiled((128, 64), (128, 64), 8, 3, PRESCALE_QK=True),
-    tiled((128, 64), (128, 64), 8, 3, USE_TMA=True),
-    tiled((128, 64), (128, 64), 8, 3, IS_DIVISIBLE=False),
-    tiled((64, 64), (64, 64), 4, 3),
-    tiled((64, 64), (64, 64), 4, 2),
-    tiled((64, 128), (64, 128), 4, 2),
-    tiled((128, 128), (128, 128), 8, 2),
-    tiled((128, 128), (128, 128), 8, 3),
-    tiled((128, 128), (128, 64), 8, 3),
-    tiled((128, 128), (128, 64), 4, 3),
-    tiled((128, 32), (128, 32), 8, 4),
-    tiled((128, 128), (128, 128), 8, 2, USE_TMA=True),
-    Spec("FlashAttention 4", None, {"BACKEND": "FLASH"}),
-)
+FLASH = Spec("FlashAttention 4", None, {"BACKEND": "FLASH"})
+SWEEPS = {
+    128: (
+        tiled((64, 64), (64, 64), 4, 2),
+        tiled((64, 64), (64, 64), 4, 4),
+        tiled((64, 64), (64, 64), 4, 3, USE_TMA=True),
+        tiled((64, 64), (64, 64), 4, 3, PRESCALE_QK=True),
+        tiled((64, 64), (64, 64), 4, 3, IS_DIVISIBLE=False),
+        tiled((64, 64), (64, 64), 8, 3),
+        tiled((64, 128), (64, 64), 4, 3),
+        tiled((64, 32), (64, 32), 4, 4),
+        tiled((128, 64), (128, 64), 8, 3),
+        tiled((128, 128), (128, 128), 8, 3),
+        tiled((128, 128), (64, 64), 4, 3),
+        FLASH,
+    ),
+    64: (
+        tiled((64, 128), (64, 128), 4, 3),
+        tiled((64, 128), (64, 128), 4, 1),
+        tiled((64, 128), (64, 128), 4, 2, USE_TMA=True),
+        tiled((64, 128), (64, 128), 4, 2, PRESCALE_QK=True),
+        tiled((64, 128), (64, 128), 8, 2),
+        tiled((64, 256), (64, 256), 8, 2),
+        tiled((64, 64), (64, 64), 4, 3),
+        tiled((128, 64), (128, 64), 8, 3),
+        tiled((128, 128), (64, 128), 4, 2),
+        FLASH,
+    ),
+}
+"""What is compared with the choice, by head dim."""
 
 
 def attention_of(spec: Spec, shape: Shape, side: int, r: int, like: Tensor) -> tuple[Layout, Any]:
@@ -116,23 +127,30 @@ def inputs(shape: Shape, side: int, device: torch.device) -> tuple[Tensor, Tenso
     return query, key, value
 
 
-def timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """Milliseconds of one call."""
+def timer(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
+    """Milliseconds of one call, of several in a row: on a GPU a single short one would be timed with its launch."""
 
-    def on_gpu(run: Callable[[], Any]) -> float:
+    def on_gpu(run: Callable[[], Any], calls: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run()
+        for _ in range(calls):
+            run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / calls
 
-    def on_cpu(run: Callable[[], Any]) -> float:
+    def on_cpu(run: Callable[[], Any], calls: int) -> float:
         start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
+        for _ in range(calls):
+            run()
+        return 1e3 * (time.perf_counter() - start) / calls
 
     return on_gpu if device.type == "cuda" else on_cpu
+
+
+def repeats(measure: Callable[[Callable[[], Any], int], float], run: Callable[[], Any]) -> int:
+    """Calls that take about 10 ms together."""
+    return max(1, min(50, round(10 / measure(run, 3))))
 
 
 def dense_runs(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -157,6 +175,7 @@ class Running:
 
     run: Callable[[], Tensor]
     row: dict[str, Any]
+    calls: int = 1
     times: list[float] = field(default_factory=list)
 
 
@@ -168,6 +187,7 @@ def group(
     rows = torch.randperm(query.shape[2])[:SAMPLED]
     about = {"shape": shape.name, "side": side, "px": 16 * side, "tokens": query.shape[2], "r": r}
     present: list[Running] = []
+    measure = timer(device)
 
     def add(name: str, run: Callable[[], Tensor], layout: Layout, window: Disc | None, **facts: Any) -> str | None:
         try:
@@ -176,7 +196,8 @@ def group(
         except Exception as error:  # one variant that fails is a row, and the others go on
             return f"{type(error).__name__}: {error}"[:400]
         error = (out[:, :, rows.to(device)].float() - expected).norm() / expected.norm()
-        present.append(Running(run, {**about, "variant": name, **facts, "relative_error": float(error)}))
+        row = {**about, "variant": name, **facts, "relative_error": float(error)}
+        present.append(Running(run, row, repeats(measure, run)))
         return None
 
     if dense:
@@ -201,10 +222,9 @@ def group(
         failed = add(spec.name, lambda mask=mask: windowed_attention(query, key, value, mask), layout, Disc(r), **facts)
         if failed is not None:
             yield {**about, "variant": spec.name, "failed": failed}
-    measure = timer(device)
     for _ in range(rounds):
         for variant in present:
-            variant.times.append(measure(variant.run))
+            variant.times.append(measure(variant.run, variant.calls))
     for variant in present:
         ms = statistics.median(variant.times)
         pairs = variant.row.get("executed_pairs", query.shape[2] ** 2)
@@ -234,14 +254,14 @@ def backward_group(shape: Shape, side: int, r: int, rounds: int, device: torch.d
         except Exception as error:
             yield {**about, "variant": f"{name}, with backward", "failed": f"{type(error).__name__}: {error}"[:400]}
     for _, name in itertools.product(range(rounds), times):
-        times[name].append(measure(lambda name=name: both(runs[name])))
+        times[name].append(measure(lambda name=name: both(runs[name]), 3))
     for name, found in times.items():
         yield {**about, "variant": f"{name}, with backward", "ms": statistics.median(found), "times": found}
 
 
 def prepare(part: int, parts: int, device: torch.device) -> None:
     """Compile a share of all kernels, into Inductor's cache on disk."""
-    jobs = [(spec, shape) for shape in SHAPES for spec in (CHOSEN, RASTER, *SWEEP)]
+    jobs = [(spec, shape) for shape in SHAPES for spec in (CHOSEN, RASTER, *SWEEPS[shape.head_dim])]
     for spec, shape in jobs[part::parts]:
         query, key, value = inputs(shape, 64, device)
         try:
@@ -270,7 +290,7 @@ def prepare_all(parts: int, seconds: float) -> None:
 def main(
     out: Annotated[Path, typer.Argument(help="JSON lines, appended to.")],
     limit: Annotated[float, typer.Option(help="Seconds after which no group is begun.")] = 120,
-    processes: Annotated[int, typer.Option(help="That compile first; 0: none.")] = 8,
+    processes: Annotated[int, typer.Option(help="That compile first; 0: none.")] = 12,
     sweep: Annotated[bool, typer.Option(help="Blocks and kernel options, not the chosen ones alone.")] = True,
     only_backward: Annotated[bool, typer.Option(help="Forward and backward passes together, nothing else.")] = False,
     tiny: Annotated[bool, typer.Option(help="Small sizes, on whatever device there is.")] = False,
@@ -283,11 +303,10 @@ def main(
         prepare(*json.loads(prepare_part), device)
         return
     rows, clock = Rows(out, "backward" if only_backward else "attention", device), Clock(limit)
-    shapes, specs = SHAPES, (*SWEEP,) if sweep else ()
-    sides: tuple[int, ...] = (64, 128, 256, 512)
+    shapes, sides = SHAPES, (64, 128, 256, 512)
     if tiny:
         shapes = tuple(Shape(shape.name, 1, shape.head_dim, 5, shape.text_first) for shape in SHAPES)
-        sides, specs = (16,), specs[:2]
+        sides = (16,)
     if only_backward:
         if device.type == "cuda":  # on CPU FlexAttention has no backward pass
             measure_backward(shapes, sides[:3], clock, rows, device)
@@ -295,17 +314,20 @@ def main(
     if device.type == "cuda" and processes and not tiny:
         prepare_all(processes, limit / 2)
         rows.add({"variant": "compiled first", "seconds": clock.spent})
-    # What decides most comes first: a run that is stopped has the sizes and the sweep of FLUX.1 at 2048 px.
-    jobs = [(shape, side, 16, True) for side in sides for shape in shapes]
-    jobs += [(shape, side, r, False) for side in sides[1:] for r in (8, 32) for shape in shapes]
-    for shape, side, r, dense in jobs:
+    # What decides most comes first, so that a run that is stopped has it: all sizes, then the sweep, then other radii.
+    jobs = [(shape, side, 16, True, ()) for side in sides for shape in shapes]
+    if sweep:
+        swept = sides[-2:-1] or sides
+        jobs += [(shape, side, 16, False, SWEEPS[shape.head_dim]) for side in swept for shape in shapes]
+    jobs += [(shape, side, r, False, ()) for side in sides[1:3] for r in (8, 32) for shape in shapes]
+    for shape, side, r, dense, specs in jobs:
         if clock.over:
             rows.add({"variant": "stopped", "limit_s": limit})
             return
-        swept = specs if side in (16, 128, 256) or (side == 64 and r == 16) else ()
-        rounds = 3 if side >= 512 else 9
-        for row in group(shape, side, r, (CHOSEN, RASTER, *swept), dense, rounds, device):
+        start = clock.spent
+        for row in group(shape, side, r, (CHOSEN, RASTER, *specs[: 2 if tiny else None]), dense, 5, device):
             rows.add(row)
+        rows.add({"variant": f"{shape.name} at {side}, r = {r}: whole group", "seconds": clock.spent - start})
 
 
 def measure_backward(

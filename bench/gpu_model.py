@@ -26,7 +26,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import flexclear
-from flexclear.compile import save_artifacts
+from flexclear.compile import save_artifacts, weight_bytes
 from flexclear.optimization import artifact_configuration
 
 from gpu_attention import timer
@@ -42,13 +42,10 @@ TINY = {
     "joint_attention_dim": 64,
     "pooled_projection_dim": 32,
 }
-WAYS: dict[str, dict[str, Any]] = {
-    "r = 16": {"r": 16},
-    "dense": {},
-    "r = 8": {"r": 8},
-    "r = 16, FP8": {"r": 16, "fp8": True},
-}
-"""By importance. Windows of any radius are the same graphs."""
+WAYS: dict[str, dict[str, Any]] = {"r = 16": {"r": 16}, "dense": {}, "r = 16, FP8": {"r": 16, "fp8": True}}
+"""By importance. Other radii are the same graphs: ``OTHER_R`` is measured on the first way's model."""
+
+OTHER_R = 8
 
 DENSE_PX = 4096
 """Largest size at which the whole model is run with dense attention."""
@@ -101,8 +98,8 @@ def fresh(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def step(model: nn.Module, side: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One step at a size: its first call, the median of others, and the peak of memory in them."""
+def step(model: nn.Module, side: int, device: torch.device, most: int = 3) -> dict[str, Any]:
+    """One step at a size: its first call, the median of up to ``most`` others, and the peak of memory in them."""
     arguments = call_of(model, side, device)
     start = time.perf_counter()
     model(**arguments)
@@ -111,7 +108,9 @@ def step(model: nn.Module, side: int, device: torch.device, rounds: int) -> dict
     first = time.perf_counter() - start
     fresh(device)
     measure = timer(device)
-    times = [measure(lambda: model(**arguments)) for _ in range(rounds)]
+    times = [measure(lambda: model(**arguments), 1)]
+    while len(times) < most and sum(times) < 5000:
+        times.append(measure(lambda: model(**arguments), 1))
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     return {"first_call_s": first, "ms": statistics.median(times), "times": times, "peak_gb": peak}
 
@@ -142,7 +141,7 @@ def dense_from_blocks(model: Any, side: int, device: torch.device) -> dict[str, 
     try:
         for few in ((1, 1), (2, 1), (1, 2)):
             model.transformer_blocks, model.single_transformer_blocks = both[: few[0]], singles[: few[1]]
-            measured[few] = step(model, side, device, 2)
+            measured[few] = step(model, side, device, 1)
     finally:
         model.transformer_blocks, model.single_transformer_blocks = both, singles
     base = measured[1, 1]["ms"]
@@ -175,11 +174,11 @@ def main(
     if warm is not None:
         rows = Rows(out, "warm start", device)
         model = ready(build(device, tiny), "r = 16", warm)
-        rows.add({"way": "r = 16", "side": sides[0], "cache": "artefacts", **step(model, sides[0], device, 3)})
+        rows.add({"way": "r = 16", "side": sides[0], "cache": "artefacts", **step(model, sides[0], device)})
         return
     rows = Rows(out, "model", device)
     ways = [way for way in WAYS if not (way.endswith("FP8") and device.type != "cuda")]
-    cold = prepare_all([way for way in ways if way != "r = 8"], tiny, limit / 2)
+    cold = prepare_all(ways, tiny, limit / 2)
     rows.add({"compiled first": cold, "seconds": clock.spent})
     for way in ways:
         measure_way(way, sides, device, tiny, clock, rows, artifacts if way == "r = 16" else None)
@@ -188,32 +187,39 @@ def main(
 def measure_way(
     way: str, sides: tuple[int, ...], device: torch.device, tiny: bool, clock: Clock, rows: Rows, artifacts: Path | None
 ) -> None:
-    """All sizes of one way, each a row; what fails is a row too."""
+    """All sizes of one way, on a model of its own."""
+    torch.compiler.reset()
     fresh(device)
     if clock.over:
         rows.add({"way": way, "stopped_after_s": clock.limit})
         return
     start = time.perf_counter()
     model = ready(build(device, tiny), way)
-    about = {"way": way, "fp8": bool(WAYS[way].get("fp8")), "r": WAYS[way].get("r")}
-    rows.add(
-        {**about, "built_s": time.perf_counter() - start, "weights_gb": flexclear.compile.weight_bytes(model) / 1e9}
-    )
+    rows.add({"way": way, "built_s": time.perf_counter() - start, "weights_gb": weight_bytes(model) / 1e9})
+    measure_sizes(model, way, sides, device, tiny, clock, rows)
+    if artifacts is not None:
+        save_artifacts(artifacts, artifact_configuration(model, None, "default", True))
+        flexclear.transform(model, r=OTHER_R)
+        measure_sizes(model, f"r = {OTHER_R}", sides[1:3], device, tiny, clock, rows)
+
+
+def measure_sizes(
+    model: nn.Module, way: str, sides: tuple[int, ...], device: torch.device, tiny: bool, clock: Clock, rows: Rows
+) -> None:
+    """A row a size; what fails is a row too."""
     for side in sides:
         if clock.over:
-            rows.add({**about, "stopped_after_s": clock.limit})
+            rows.add({"way": way, "stopped_after_s": clock.limit})
             return
-        size = {**about, "side": side, "px": 16 * side}
+        size = {"way": way, "side": side, "px": 16 * side}
         try:
             estimated = way == "dense" and (16 * side > DENSE_PX or (tiny and side == sides[-1]))
-            found = dense_from_blocks(model, side, device) if estimated else step(model, side, device, 3)
+            found = dense_from_blocks(model, side, device) if estimated else step(model, side, device)
         except Exception as error:  # out of memory at one size, say; the others go on
             rows.add({**size, "failed": f"{type(error).__name__}: {error}"[:400]})
             fresh(device)
             continue
         rows.add({**size, **found})
-    if artifacts is not None:
-        save_artifacts(artifacts, artifact_configuration(model, None, "default", True))
 
 
 if __name__ == "__main__":
