@@ -30,3 +30,32 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
             "whose class ends in TransformerBlock"
         )
     return found
+
+
+def hook_inside(block: nn.Module) -> str | None:
+    """What diffusers or accelerate have hooked inside ``block``, in words; None: nothing."""
+    found = _hooked(block)
+    return None if found is None else hook_on(found[1], found[0])
+
+
+def hook_on(module: nn.Module, name: str) -> str | None:
+    """What diffusers or accelerate have put around the forward of ``module``, in words; None: nothing."""
+    own = vars(module)
+    if "forward" not in own:
+        return None
+    hooks = list(getattr(own.get("_diffusers_hook"), "hooks", ()))
+    hooks += [type(own["_hf_hook"]).__name__] if "_hf_hook" in own else []
+    return f"a hook ({', '.join(hooks)}) is on {name}" if hooks else None
+
+
+def _hooked(module: nn.Module) -> tuple[str, nn.Module] | None:
+    # Asked in every call of every block, so not by named_modules().
+    for name, child in module._modules.items():
+        if child is not None:
+            if "forward" in child.__dict__ and hook_on(child, name) is not None:
+                return name, child
+            if child._modules:
+                found = _hooked(child)
+                if found is not None:
+                    return f"{name}.{found[0]}", found[1]
+    return None

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from typing import Any
 
 import torch
 from torch import nn
 
 from flexclear.compile.blocks import repeated_blocks
-from flexclear.compile.calls import Size, mark, ready, size_of
+from flexclear.compile.compiled import GRAPHS_PER_SIZE, VARIANTS, CompiledForward, CompiledModel, Room, check_no_hooks
 from flexclear.compile.flex import why_no_cpp_compiler
 from flexclear.compile.report import remember_all_graphs
 
 MODES = ("default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
 """``torch.compile``'s modes. The last two use CUDA graphs."""
-
-GRAPHS_PER_SIZE = 2
-"""Graphs that one kind of block may need for one size: one, and one more for texts of one token or none."""
-
-VARIANTS = 4
-"""By how many they may multiply: with and without gradients, padding in the text, dense steps, an adapter."""
 
 
 def check_mode(mode: str) -> str:
@@ -54,6 +47,11 @@ def compile_blocks(
     Nothing is compiled yet when this returns: each size is compiled in its first call. The number of text tokens is a
     symbol in the graphs, so that no prompt costs one; a text of one token or none is an exception.
 
+    Hooks that diffusers or accelerate put on a block later run as Python around its graph: ``enable_group_offload`` by
+    blocks, first-block and magnitude caches, and what is on the model as a whole. With one inside a block (offloading by
+    leaves, sequential offloading, layerwise casting, caches of attention) its calls raise RuntimeError, since no one graph
+    can hold it; ``uncompile`` lets such a model run.
+
     Args:
         model: a transformer, transformed or not.
         mode: one of ``MODES``.
@@ -66,17 +64,21 @@ def compile_blocks(
         The blocks.
 
     Raises:
-        ValueError: an unknown mode, a model without repeated blocks, or nothing that could compile on its device.
+        ValueError: an unknown mode, a model without repeated blocks, blocks that have such hooks already, or nothing that
+            could compile on its device. Nothing is changed then.
     """
     check_mode(mode)
     check_max_sizes(max_sizes)
     check_compiler(model, backend)
+    check_no_hooks(model)
     blocks = repeated_blocks(model)
-    room = _Room(type(model).__name__, None if dynamic else max_sizes)
+    room = Room(type(model).__name__, None if dynamic else max_sizes)
     remember_all_graphs()
+    options = _options(mode, backend, max_sizes)
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=dynamic, backend=backend, **_options(mode, backend, max_sizes))
-        block._compiled_call_impl = _CompiledBlock(block, room)
+        forward = CompiledForward(block, room, fullgraph=True, dynamic=dynamic, backend=backend, **options)
+        block.forward = forward  # type: ignore[method-assign]
+        block._compiled_call_impl = block._call_impl
     return blocks
 
 
@@ -96,72 +98,8 @@ def compile_whole(
     check_compiler(model, backend)
     remember_all_graphs()
     model.compile(dynamic=dynamic, backend=backend, **_options(mode, backend, max_sizes))
-    model._compiled_call_impl = _CompiledModel(model, _Room(type(model).__name__, None if dynamic else max_sizes))
+    model._compiled_call_impl = CompiledModel(model, Room(type(model).__name__, None if dynamic else max_sizes))
     return model
-
-
-class _Room:
-    """The sizes that a model has been compiled for, as many as there is room for; without limit where that is None."""
-
-    def __init__(self, model: str, max_sizes: int | None) -> None:
-        self.model, self.max_sizes = model, max_sizes
-        self._seen: set[Size] = set()
-        self._lock = threading.Lock()
-
-    def admit(self, size: Size | None) -> None:
-        """Raise if a size is one too many.
-
-        Raises:
-            RuntimeError: it is.
-        """
-        if size is None or self.max_sizes is None or size in self._seen:
-            return
-        with self._lock:
-            if len(self._seen) >= self.max_sizes and size not in self._seen:
-                raise RuntimeError(
-                    f"this {self.model} was compiled with max_sizes={self.max_sizes} and has met as many; tokens of "
-                    f"{' x '.join(map(str, size))} (samples x image tokens) would be one more. Give a larger max_sizes, or "
-                    "dynamic=True for one set of graphs for all sizes, to flexclear.optimize or compile_blocks"
-                )
-            self._seen.add(size)
-
-    def full(self, module: nn.Module) -> RuntimeError:
-        """What to raise where Dynamo makes no more graphs."""
-        return RuntimeError(
-            f"Dynamo makes no more graphs for {type(module).__name__} of this {self.model}: there is room for "
-            f"{GRAPHS_PER_SIZE * VARIANTS} of each size. flexclear.compile.report() names the cause of each. If these are "
-            "sizes of several models, give a larger max_sizes, or dynamic=True for one set of graphs for all sizes, to "
-            "flexclear.optimize or compile_blocks"
-        )
-
-
-class _CompiledBlock:
-    """In the place of the ``_compiled_call_impl`` that ``nn.Module.compile`` has made."""
-
-    def __init__(self, module: nn.Module, room: _Room) -> None:
-        self._module, self._room = module, room
-        self._compiled: Any = module._compiled_call_impl
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._compiled(*args, **kwargs)
-        self._room.admit(size_of(self._module, args, kwargs))
-        args, kwargs = self._ready(args, kwargs)
-        try:
-            return self._compiled(*args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise self._room.full(self._module) from error
-
-    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return ready(self._module, args, kwargs)
-
-
-class _CompiledModel(_CompiledBlock):
-    """The same for a whole model, whose entry marks what a plan makes."""
-
-    def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mark(self._module, args, kwargs)
-        return args, kwargs
 
 
 def uncompile(model: nn.Module) -> nn.Module:
@@ -172,6 +110,8 @@ def uncompile(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         module._compiled_call_impl = None
+        if isinstance(vars(module).get("forward"), CompiledForward):
+            del module.forward
     return model
 
 

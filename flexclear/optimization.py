@@ -22,6 +22,7 @@ from flexclear.compile import (
     runnable_recipes,
     uncompile,
 )
+from flexclear.compile.compiled import check_no_hooks
 from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantized, lora_layers, quantized_elsewhere
 from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.regional import check_compiler, check_max_sizes, check_mode
@@ -109,6 +110,8 @@ def optimize(
     check_max_sizes(max_sizes)
     if compile or vae:
         check_compiler(model, backend)
+    if compile and compile != "whole":
+        check_no_hooks(model)
     recipe = _recipe(fp8, next(model.parameters()).device)
     checked = [_size(size) for size in sizes]
     if (checked or vae) and model_or_pipe is model:

@@ -1,0 +1,141 @@
+"""What stands in the place of a module's forward or of its call once it is compiled."""
+
+from __future__ import annotations
+
+import threading
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexclear.compile.blocks import hook_inside, hook_on, repeated_blocks
+from flexclear.compile.calls import Size, mark, ready, size_of
+
+GRAPHS_PER_SIZE = 2
+"""Graphs that one kind of block may need for one size: one, and one more for texts of one token or none."""
+
+VARIANTS = 4
+"""By how many they may multiply: with and without gradients, padding in the text, dense steps, an adapter."""
+
+
+class Room:
+    """The sizes that a model has been compiled for, as many as there is room for; without limit where that is None."""
+
+    def __init__(self, model: str, max_sizes: int | None) -> None:
+        self.model, self.max_sizes = model, max_sizes
+        self._seen: set[Size] = set()
+        self._lock = threading.Lock()
+
+    def admit(self, size: Size | None) -> None:
+        """Raise if a size is one too many.
+
+        Raises:
+            RuntimeError: it is.
+        """
+        if size is None or self.max_sizes is None or size in self._seen:
+            return
+        with self._lock:
+            if len(self._seen) >= self.max_sizes and size not in self._seen:
+                raise RuntimeError(
+                    f"this {self.model} was compiled with max_sizes={self.max_sizes} and has met as many; tokens of "
+                    f"{' x '.join(map(str, size))} (samples x image tokens) would be one more. Give a larger max_sizes, or "
+                    "dynamic=True for one set of graphs for all sizes, to flexclear.optimize or compile_blocks"
+                )
+            self._seen.add(size)
+
+    def full(self, module: nn.Module) -> RuntimeError:
+        """What to raise where Dynamo makes no more graphs."""
+        return RuntimeError(
+            f"Dynamo makes no more graphs for {type(module).__name__} of this {self.model}: there is room for "
+            f"{GRAPHS_PER_SIZE * VARIANTS} of each size. flexclear.compile.report() names the cause of each. If these are "
+            "sizes of several models, give a larger max_sizes, or dynamic=True for one set of graphs for all sizes, to "
+            "flexclear.optimize or compile_blocks"
+        )
+
+
+class CompiledForward:
+    """A block's ``forward`` as a graph, in the instance's own ``forward``: hooks of other libraries, which replace that,
+    find it there and run around it as Python. ``_compiled_call_impl`` of the block says whether it is in force, since it
+    cannot be taken out from under such hooks.
+
+    Copies and pickles of the block have its class's forward there, as ``nn.Module.compile`` has it.
+    """
+
+    __slots__ = ("_compiled", "_module", "_room")
+
+    def __init__(self, module: nn.Module, room: Room, **options: Any) -> None:
+        self._module, self._room = module, room
+        self._compiled: Any = torch.compile(self.__wrapped__, **options)
+
+    @property
+    def __wrapped__(self) -> Any:
+        # Looked up by inspect.signature, too.
+        return types.MethodType(type(self._module).forward, self._module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self._module._compiled_call_impl is None:
+            return self.__wrapped__(*args, **kwargs)
+        inside = hook_inside(self._module)
+        if inside is not None:
+            raise RuntimeError(
+                f"{inside} of a compiled {type(self._module).__name__} of this {self._room.model}, which is one graph and "
+                "cannot hold it. Offload by blocks (offload_type='block_level') or as a whole (enable_model_cpu_offload), "
+                "which go around the graphs; or flexclear.compile.uncompile(model), or optimize(compile=False), to run it "
+                "uncompiled"
+            )
+        self._room.admit(size_of(self._module, args, kwargs))
+        args, kwargs = ready(self._module, args, kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise self._room.full(self._module) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is asked while its own dictionary is empty, and answers with its class's.
+        return getattr, (self._module, "forward")
+
+
+class CompiledModel:
+    """In the place of the ``_compiled_call_impl`` that ``nn.Module.compile`` has made of a whole model."""
+
+    def __init__(self, module: nn.Module, room: Room) -> None:
+        self._module, self._room = module, room
+        self._compiled: Any = module._compiled_call_impl
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._compiled(*args, **kwargs)
+        self._room.admit(size_of(self._module, args, kwargs))
+        mark(self._module, args, kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise self._room.full(self._module) from error
+
+
+def check_no_hooks(model: nn.Module) -> None:
+    """Raise if another library has put hooks on the repeated blocks of ``model`` or inside them, or somebody has given one a
+    forward of its own: that is what would be compiled, and hooks cannot be.
+
+    Raises:
+        ValueError: one has.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    for block in repeated_blocks(model):
+        name = names[id(block)]
+        found = hook_on(block, "the block") or hook_inside(block)
+        if found is not None:
+            raise ValueError(
+                f"{found} of {name} of this {type(model).__name__} (by enable_group_offload, enable_sequential_cpu_offload, "
+                "enable_cache, enable_layerwise_casting, a device_map or the like), and its blocks are to be compiled without. "
+                "Compile first: flexclear.optimize(...), then offload or cache; or compile=False"
+            )
+        own: Any = vars(block).get("forward")
+        # A hook that was removed leaves what it had found there, as an attribute.
+        left = isinstance(own, CompiledForward) or getattr(own, "__func__", None) is type(block).forward
+        if own is not None and not left:
+            raise ValueError(
+                f"{name} of this {type(model).__name__} was given a forward of its own ({own!r:.80}), and its class's is to be "
+                f"compiled. del model.{name}.forward takes it back; or compile=False"
+            )
