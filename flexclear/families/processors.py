@@ -90,3 +90,22 @@ class WindowProcessor:
                 "context parallelism cannot be enabled on a transformed model: its windows are made for whole pictures. "
                 "flexclear.restore(model) first"
             )
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``[B, N, heads, head_dim]`` with neighbouring channels turned as pairs.
+
+    Args:
+        states: queries or keys.
+        cos, sin: of each channel's angle, both of a pair alike, broadcast over ``states``.
+    """
+    # Real numbers where diffusers has complex ones, which Inductor does not fuse; a sum last, because Inductor's
+    # FlexAttention on CPU (torch 2.13) does not take a concatenation for its query.
+    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    across = torch.stack([-second, first], dim=-1).flatten(-2)
+    return (states.float() * cos + across * sin).to(states.dtype)
+
+
+def cos_and_sin(frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables for ``rotate``, ``[..., head_dim]``, of diffusers' complex ones, ``[..., head_dim / 2]``."""
+    return frequencies.real.repeat_interleave(2, dim=-1), frequencies.imag.repeat_interleave(2, dim=-1)

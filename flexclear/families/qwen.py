@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from flexclear.call_plan import CallPlan
 from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, refuse_mask, required_tensor
 from flexclear.families.flux import check_residuals, check_tokens
-from flexclear.families.processors import PLAN
+from flexclear.families.processors import PLAN, cos_and_sin
 from flexclear.grid import GridReader, Grids
 from flexclear.masks.defaults import independent
 from flexclear.masks.lengths import mark_symbolic
+
+Tables = tuple[Tensor, Tensor]
 
 SHAPES_EXPECTED = (
     "a list with one entry per sample, each a list of (frames, height, width) in tokens: the image's first, then those "
@@ -79,10 +81,11 @@ class QwenFamily(Family):
         if ntk_factor != 1:
             kind: Any = type(embed)
             embed = _rope(kind, embed.theta * ntk_factor, tuple(embed.axes_dim), embed.scale_rope)
-        image, words = _frequencies(embed, kwargs["img_shapes"], text.shape[1], tokens.device)
-        if len(words) > 1:
-            mark_symbolic(words, [0])
-        plan = replace(plan, rotary=(plan.to_image_order(image, dim=0), words))
+        image, words = _tables(embed, kwargs["img_shapes"], text.shape[1], tokens.device)
+        if text.shape[1] > 1:
+            for table in words:
+                mark_symbolic(table, [0])
+        plan = replace(plan, rotary=(tuple(plan.to_image_order(table, dim=0) for table in image), words))
         changed = {**kwargs, "hidden_states": plan.to_image_order(tokens)}
         if kwargs.get("controlnet_block_samples") is not None:
             changed["controlnet_block_samples"] = [
@@ -155,6 +158,7 @@ def _rope(kind: type, theta: float, axes: tuple[int, ...], scale_rope: bool) -> 
 
 
 @independent
-def _frequencies(embed: Any, img_shapes: Any, text_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rotary frequencies of the image in raster order and of the text, complex ``[tokens, head_dim / 2]``."""
-    return embed(img_shapes, max_txt_seq_len=text_len, device=device)
+def _tables(embed: Any, img_shapes: Any, text_len: int, device: torch.device) -> tuple[Tables, Tables]:
+    """Rotary tables of the image in raster order and of the text, cosines and sines ``[tokens, head_dim]``."""
+    image, words = embed(img_shapes, max_txt_seq_len=text_len, device=device)
+    return cos_and_sin(image), cos_and_sin(words)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_qwenimage import (
-    QwenDoubleStreamAttnProcessor2_0,
-    apply_rotary_emb_qwen,
-)
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor
 
 from flexclear.call_plan import CallPlan
-from flexclear.families.processors import WindowProcessor
+from flexclear.families.processors import WindowProcessor, rotate
 from flexclear.modes import known_to_hooks
 
 
@@ -33,7 +30,8 @@ class QwenWindowProcessor(WindowProcessor):
         flexclear_plan: CallPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Shapes: image ``[B, N, C]``, text ``[B, T, C]``. Padded text is masked by the plan, so that
-        ``encoder_hidden_states_mask`` has nothing to add; rotary frequencies are the plan's, in its order.
+        ``encoder_hidden_states_mask`` has nothing to add; rotary tables are the plan's, in its order, in the place of
+        ``image_rotary_emb``.
 
         Returns:
             Image and text, shaped as they came.
@@ -42,13 +40,13 @@ class QwenWindowProcessor(WindowProcessor):
             ValueError: no plan: the block was called without the model's entry, where windows are made.
         """
         head_dim = attn.inner_dim // attn.heads
-        rotary = image_rotary_emb if flexclear_plan is None else flexclear_plan.rotary
-        image_freqs, text_freqs = (None, None) if rotary is None else rotary
+        # Without a plan attend raises.
+        image_tables, text_tables = (None, None) if flexclear_plan is None else flexclear_plan.rotary
         text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
         image = (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         parts = zip(
-            _projected(encoder_hidden_states, *text, head_dim, text_freqs),
-            _projected(hidden_states, *image, head_dim, image_freqs),
+            _projected(encoder_hidden_states, *text, head_dim, text_tables),
+            _projected(hidden_states, *image, head_dim, image_tables),
             strict=True,
         )
         query, key, value = (torch.cat(part, dim=1) for part in parts)
@@ -71,7 +69,7 @@ def _projected(
     norm_query: Any,
     norm_key: Any,
     head_dim: int,
-    freqs: Tensor | None,
+    tables: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of one stream after norms and RoPE, ``[B, tokens, heads, head_dim]``."""
     query, key, value = (layer(tokens).unflatten(-1, (-1, head_dim)) for layer in (to_query, to_key, to_value))
@@ -79,6 +77,7 @@ def _projected(
         query = norm_query(query)
     if norm_key is not None:
         key = norm_key(key)
-    if freqs is not None:
-        query, key = (apply_rotary_emb_qwen(t, freqs, use_real=False) for t in (query, key))
+    if tables is not None:
+        cos, sin = (table.unsqueeze(1) for table in tables)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     return query, key, value

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZSin
 from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
-from flexclear.families.processors import PLAN, WindowProcessor
+from flexclear.families.processors import PLAN, WindowProcessor, cos_and_sin, rotate
 from flexclear.families.zimage import pads_of, room_for
 from flexclear.hooks import Hook
 from flexclear.masks.defaults import independent
@@ -172,15 +172,6 @@ class ZImageWindowProcessor(WindowProcessor):
 known_to_hooks(ZImageWindowProcessor, ZSingleStreamAttnProcessor)
 
 
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``[B, N, heads, head_dim]`` with neighbouring channels turned as pairs."""
-    # Real numbers where diffusers has complex ones, for the compiler; a sum last, because Inductor's FlexAttention on CPU
-    # (torch 2.13) does not take a concatenation for its query.
-    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    across = torch.stack([-second, first], dim=-1).flatten(-2)
-    return (states.float() * cos + across * sin).to(states.dtype)
-
-
 @independent
 def rotary(embed: Any, base: Plan, lengths: list[int], ntk_factor: float) -> Rotary:
     """Rotary embedding of the joint sequence: the image in the plan's order, its pads, the caption.
@@ -207,7 +198,7 @@ def rotary(embed: Any, base: Plan, lengths: list[int], ntk_factor: float) -> Rot
         own[start : start + length, 0] = torch.arange(1, length + 1, device=ids.device)
         tables[length] = embed(own)
     table = torch.stack([tables[length] for length in (lengths if len(tables) > 1 else lengths[:1])]).unsqueeze(2)
-    return table.real.repeat_interleave(2, dim=-1), table.imag.repeat_interleave(2, dim=-1)
+    return cos_and_sin(table)
 
 
 @functools.lru_cache(maxsize=8)
