@@ -19,6 +19,10 @@ MATRIX_PRODUCT = re.compile(r"\b(?:HGMMA|IGMMA|QGMMA|UTC[A-Z]*MMA|[HIQD]MMA)\b")
 """SASS instructions of tensor cores: warp groups (Hopper), tensor memory (Blackwell), warps (the others)."""
 
 
+PLAIN_PRODUCT = re.compile(r"\bFFMA2?\b")
+"""Without tensor cores, as float32 is multiplied at full precision, hundreds of these make a matrix product."""
+
+
 class NotCompiled(RuntimeError):
     """Triton or ptxas refuses."""
 
@@ -29,7 +33,7 @@ class Loop:
 
     Attributes:
         instructions: SASS instructions from the loop's first to the branch back.
-        products: those of them that are matrix products of tensor cores.
+        products: those of them that are matrix products of tensor cores, or where there are none, multiply and add.
     """
 
     instructions: int

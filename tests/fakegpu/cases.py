@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.compile.kernels import Kernel, check_kernel_options, choose, with_kernel
 from flexclear.masks import Disc, Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
+from flexclear.masks.blocks import default_block_size
+from flexclear.masks.carried import KERNEL_OPTIONS
 
 MASKS: dict[str, dict[str, Any]] = {
     "disc": {},
@@ -35,7 +38,8 @@ class Case:
         pooled: side in tokens of a cell of pooled keys, 0 for none.
         padding: text tokens that each sample of a batch keeps; none: one sample, all kept.
         block_size: tokens per (query, key-value) block; None: what flexclear chooses.
-        options: FlexAttention's kernel options; None: what flexclear chooses.
+        options: FlexAttention's kernel options, of which flexclear chooses those that are not given.
+        exact: hand the kernels ``options`` alone, past flexclear's choice and checks: to try what the table may hold.
     """
 
     head_dim: int = 128
@@ -51,7 +55,8 @@ class Case:
     pooled: int = 0
     padding: tuple[int, ...] = ()
     block_size: tuple[int, int] | None = None
-    options: dict[str, Any] | None = field(default=None, hash=False)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    exact: bool = False
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Case:
@@ -86,16 +91,45 @@ class Case:
             return None
         return torch.arange(self.text_len) < torch.tensor(self.padding)[:, None]
 
-    def block_mask(self) -> BlockMask:
-        """On the CPU, with the lists that a backward pass needs if there is one."""
+    def kernel(self) -> Kernel:
+        """Blocks and options of the kernels on the GPU that ``device.install`` has described.
+
+        Raises:
+            ValueError: flexclear refuses them.
+        """
+        cuda, options = torch.device("cuda", 0), tuple(sorted(self.options.items()))
+        if self.exact:
+            blocks = self.block_size or default_block_size(self.layout.seq_len, self.backward)
+            return Kernel(blocks, options)
+        return choose(
+            cuda,
+            self.torch_dtype,
+            self.head_dim,
+            backward=self.backward,
+            seq_len=self.layout.seq_len,
+            block_size=self.block_size,
+            options=check_kernel_options(self.options),
+        )
+
+    def block_mask(self, moved: Callable[[Tensor], Tensor]) -> BlockMask:
+        """The mask for these kernels, its tensors as ``moved`` gives them.
+
+        Raises:
+            ValueError: flexclear refuses its blocks or options.
+        """
+        kernel, keep = self.kernel(), self.keep
         mask = block_mask(
             self.layout,
             self.window,
-            block_size=self.block_size,
+            block_size=kernel.block_size,
             backward=self.backward,
-            text_padded=self.keep is not None,
+            text_padded=keep is not None,
         )
-        return mask if self.keep is None else with_text_mask(mask, self.layout, self.keep)
+        mask = _on_device(mask if keep is None else with_text_mask(mask, self.layout, keep), moved)
+        if self.exact:
+            setattr(mask, KERNEL_OPTIONS, kernel.options)
+            return mask
+        return with_kernel(mask, kernel)
 
     def dense_mask(self) -> Tensor:
         """Bool, broadcasts to ``[batch, heads, queries, keys]``."""
@@ -103,7 +137,7 @@ class Case:
         return mask if self.keep is None else with_text_mask(mask, self.layout, self.keep)
 
 
-def on_device(mask: BlockMask, moved: Callable[[Tensor], Tensor]) -> BlockMask:
+def _on_device(mask: BlockMask, moved: Callable[[Tensor], Tensor]) -> BlockMask:
     """``mask`` with its lists, and the tensors that its ``mask_mod`` captures, as ``moved`` gives them."""
     lists = {
         name: None if getattr(mask, name) is None else moved(getattr(mask, name))

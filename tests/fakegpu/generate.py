@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention.flex_attention import flex_attention
 
 from flexclear.compile import compiled_flex_attention
 
-from fakegpu.cases import Case, on_device
+from fakegpu.cases import Case
 
 Call = Callable[[list[Any]], Any]
 
@@ -94,7 +92,10 @@ def attention_sources(case: Case) -> list[str]:
         NotGenerated: flexclear or Inductor refuses.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    mask = on_device(case.block_mask(), functools.partial(fake, mode))
+    try:
+        mask = case.block_mask(functools.partial(fake, mode))
+    except ValueError as error:
+        raise NotGenerated(f"flexclear: {error}") from error
     queries, keys = mask.seq_lengths
 
     def projected(length: int) -> Tensor:
@@ -105,22 +106,9 @@ def attention_sources(case: Case) -> list[str]:
 
     def call() -> None:
         with mode, torch.set_grad_enabled(case.backward):
-            attend(projected(queries), projected(keys), projected(keys), mask, case.options)
+            compiled_flex_attention(projected(queries), projected(keys), projected(keys), mask)
 
     return sources(call)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any] | None) -> Tensor:
-    """flexclear's attention with kernel options, or with those that it chooses."""
-    if options is None:
-        return compiled_flex_attention(query, key, value, mask)
-    if "options" in inspect.signature(compiled_flex_attention).parameters:
-        return compiled_flex_attention(query, key, value, mask, options=options)
-
-    def with_options(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-        return flex_attention(query, key, value, block_mask=mask, kernel_options=options)
-
-    return torch.compile(with_options, fullgraph=True, dynamic=True)(query, key, value, mask)
 
 
 def fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

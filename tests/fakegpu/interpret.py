@@ -19,9 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
+from flexclear.compile import compiled_flex_attention
+from flexclear.masks.carried import KERNEL_OPTIONS
+
 from fakegpu.assemble import load_kernel
-from fakegpu.cases import Case, on_device
-from fakegpu.generate import Call, attend, fake, graphs_to
+from fakegpu.cases import Case
+from fakegpu.generate import Call, fake, graphs_to
 
 
 class Pairs:
@@ -57,11 +60,12 @@ def interpret(case: Case) -> dict[str, Any]:
     """Run a case's forward pass, log-sum-exp and, if it has them, gradients; errors against masked SDPA in float32.
 
     Returns:
-        ``errors``: greatest absolute difference of ``output``, ``lse``, ``query``, ``key``, ``value`` (gradients).
+        ``errors``: greatest absolute difference of ``output``, ``lse``, ``query``, ``key``, ``value`` (gradients);
+        ``unmasked``: of the output from attention without a mask, which the errors must stay far below.
     """
     pairs, graphs = Pairs(), 0
     generator = torch.Generator().manual_seed(0)
-    mask, dense = on_device(case.block_mask(), pairs.fake), case.dense_mask()
+    mask, dense = case.block_mask(pairs.fake), case.dense_mask()
     queries, keys = mask.seq_lengths
 
     def noise(length: int) -> Tensor:
@@ -78,16 +82,22 @@ def interpret(case: Case) -> dict[str, Any]:
     ours: dict[str, Tensor] = {}
     with graphs_to(handle), pairs.mode:
         with torch.set_grad_enabled(case.backward):
-            output = attend(*inputs, mask, case.options)
+            output = compiled_flex_attention(*inputs, mask)
             if case.backward:
                 ours = dict(
                     zip(("query", "key", "value"), torch.autograd.grad(output, inputs, grad_output), strict=True)
                 )
         with torch.no_grad():
-            ours |= {"output": output.detach(), "lse": _log_sum_exp(inputs, mask, case.options)}
+            ours |= {"output": output.detach(), "lse": _log_sum_exp(inputs, mask)}
     expected = _expected(query.float(), key.float(), value.float(), grad.float(), dense)
     errors = {name: (pairs.real(found).float() - expected[name]).abs().max().item() for name, found in ours.items()}
-    return {"status": "ok", "errors": errors, "graphs": graphs, "tokens": [queries, keys]}
+    unmasked = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    facts = {
+        "graphs": graphs,
+        "tokens": [queries, keys],
+        "unmasked": (unmasked - expected["output"]).abs().max().item(),
+    }
+    return {"status": "ok", "errors": errors, **facts}
 
 
 def _expected(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, dense: Tensor) -> dict[str, Tensor]:
@@ -100,7 +110,9 @@ def _expected(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, dense: Te
     return {**found, **dict(zip(("query", "key", "value"), gradients, strict=True))}
 
 
-def _log_sum_exp(fakes: list[Tensor], mask: Any, options: dict[str, Any] | None) -> Tensor:
+def _log_sum_exp(fakes: list[Tensor], mask: Any) -> Tensor:
+    options = dict(getattr(mask, KERNEL_OPTIONS))
+
     def with_log_sum_exp(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Any:
         wanted = AuxRequest(lse=True)
         return flex_attention(query, key, value, block_mask=mask, return_aux=wanted, kernel_options=options)

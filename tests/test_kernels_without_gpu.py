@@ -1,0 +1,162 @@
+"""The kernels of CUDA GPUs on a machine that has none: generated, compiled for two GPUs, and run in Triton's interpreter.
+
+What patches torch for it runs in processes of its own (``fakegpu``). ``bench/kernels.py`` does the same for every GPU, type and
+mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+
+import pytest
+
+from fakegpu import assemble, device, worker
+from fakegpu.cases import Case
+
+ADA, HOPPER = (8, 9), (9, 0)
+HEAD_DIMS = (64, 128)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _possible():
+    """Skip where there is nothing to compile with, and say why; in continuous integration that is a failure."""
+    reason = device.why_not()
+    if reason is not None:
+        assert os.environ.get("CI") != "true", reason
+        pytest.skip(reason)
+
+
+@functools.cache
+def compiled(capability):
+    """Kernels by head dim and kind: inference and training of each head dim, over the circular window."""
+    cases = [Case(head_dim=head_dim, backward=backward) for head_dim in HEAD_DIMS for backward in (False, True)]
+    found = {}
+    for case, result in zip(cases, worker.run(capability, cases), strict=True):
+        assert result["status"] == "ok", (case, result["reason"])
+        found.update({(case.head_dim, kernel["kind"]): kernel for kernel in result["kernels"]})
+    return found
+
+
+@pytest.mark.parametrize("kind", ["forward", "lse", "backward"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm_89", "sm_90"])
+def test_the_kernel_compiles_without_spills_within_the_gpus_shared_memory(capability, head_dim, kind):
+    kernel = compiled(capability)[head_dim, kind]
+    assert kernel["target"] == {ADA: "sm_89", HOPPER: "sm_90a"}[capability]
+    assert kernel["constants"]["QK_HEAD_DIM"] == head_dim
+    assert 0 < kernel["shared"] <= device.GPUS[capability][2]
+    assert kernel["wgmma" if capability == HOPPER else "mma"] > 0
+    loops = [loop["instructions"] for loop in kernel["loops"]]
+    if kind == "backward":
+        # For queries and for keys, each over partial blocks and over full ones, which ask no mask_mod.
+        assert len(loops) == 4
+        assert loops[0] > loops[1]
+        assert loops[2] > loops[3]
+    else:
+        assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
+        partial, full = loops
+        assert partial > full
+
+
+LAYOUTS = {
+    "odd sizes, text first": Case(height=17, width=9, text_len=5, r=4),
+    "pooled keys, text last": Case(height=13, width=11, text_len=37, text_first=False, r=3, pooled=4),
+}
+
+
+@functools.cache
+def interpreted():
+    cases = [Case(**{**case.to_json(), **SMALL}) for case in LAYOUTS.values()]
+    return dict(zip(LAYOUTS, worker.run(HOPPER, cases, "interpret"), strict=True))
+
+
+SMALL = {"head_dim": 64, "dtype": "float32", "heads": 1, "backward": True}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_output_log_sum_exp_and_gradients_of_the_generated_code_equal_masked_sdpa(layout):
+    """In the interpreter, in float32; 1e-5 is what ``flexclear.testing`` asks of float32 anywhere."""
+    result = interpreted()[layout]
+    assert set(result["errors"]) == {"output", "lse", "query", "key", "value"}
+    assert all(error <= 1e-5 for error in result["errors"].values()), result["errors"]
+    assert result["unmasked"] > 0.1
+
+
+def test_what_inductor_cannot_generate_is_a_refusal_with_its_reason():
+    case = Case(head_dim=64, block_size=(128, 64), options={"BLOCK_N": 128}, exact=True)
+    (result,) = worker.run(HOPPER, [case])
+    assert result["status"] == "refused"
+    assert "Q and KV block size must be divisible by BLOCK_M and BLOCK_N" in result["reason"]
+
+
+def test_a_process_that_fails_says_how():
+    with pytest.raises(RuntimeError, match=r"worker ended with 1: [^$]*no GPU of capability \\(7, 5\\) is described"):
+        list(worker.run((7, 5), [Case()]))
+
+
+class TestWhyNot:
+    @pytest.fixture
+    def packages(self, tmp_path, monkeypatch):
+        """Write packages that are found in place of torch and triton."""
+
+        def write(version="2.13.0", built_for="cuda", triton=("backends/nvidia/bin/ptxas",)):
+            builds = {name: repr("1") if name == built_for else None for name in ("cuda", "hip", "xpu")}
+            lines = [f"__version__ = {version!r}", *(f"{name}: Optional[str] = {build}" for name, build in builds.items())]
+            files = {"torch/__init__.py": "", "torch/version.py": "\n".join(lines)}
+            if triton is not None:
+                files.update(dict.fromkeys([f"triton/{name}" for name in ("__init__.py", *triton)], ""))
+            for name, text in files.items():
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / name).write_text(text)
+
+            def find_spec(name):
+                origin = tmp_path / name / "__init__.py"
+                return type("Spec", (), {"origin": str(origin)}) if origin.is_file() else None
+
+            monkeypatch.setattr(device.importlib.util, "find_spec", find_spec)
+
+        return write
+
+    def test_nothing_is_wrong_with_a_cuda_build_and_triton(self, packages):
+        packages()
+        assert device.why_not() is None
+
+    @pytest.mark.parametrize(
+        ("found", "reason"),
+        [
+            ({"triton": None}, r"triton is not installed \(pip install triton\)"),
+            ({"triton": ()}, "triton .* has no backend for NVIDIA GPUs"),
+            ({"built_for": "hip"}, "torch 2.13.0 is built for hip, whose kernels are others"),
+            ({"version": "2.7.1+cu126"}, r"needs torch 2\.8 or later, this is 2\.7\.1\+cu126"),
+        ],
+        ids=["no triton", "triton of another vendor", "torch of another vendor", "old torch"],
+    )
+    def test_what_is_missing_is_named_with_what_is_not_checked(self, packages, found, reason):
+        packages(**found)
+        expected = rf"CUDA kernels are neither generated nor compiled nor interpreted here: .*{reason}"
+        assert re.fullmatch(expected, device.why_not())
+
+    def test_no_compiler_matters_to_the_cpu_build_alone(self, packages, monkeypatch):
+        monkeypatch.setattr(device.shutil, "which", lambda name: None)
+        packages()
+        assert device.why_not() is None
+        packages(built_for=None)
+        assert "no C++ compiler" in device.why_not()
+
+
+def test_loops_are_found_in_machine_code():
+    code = """
+.L_x_1:
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0010*/                   MUFU.EX2 R5, R5 ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0030*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   BRA `(.L_x_3) ;
+.L_x_3:
+        /*0060*/                   EXIT ;
+"""
+    assert assemble.loops(code) == [assemble.Loop(instructions=3, products=1)]
