@@ -96,6 +96,11 @@ def attention_kernels(source: str) -> list[tuple[str, str]]:
     return [(name, text) for name, text in kernel_sources(source) if "flex_attention" in name and "tem" in name]
 
 
+def cutedsl_kernels(source: str) -> list[str]:
+    """Names of the kernels in CuTe DSL, FlashAttention's: to compile them takes the package flash-attn-4."""
+    return re.findall(r"async_compile\.cutedsl\('(\w+)'", source)
+
+
 def compile_kernel(name: str, text: str, machine_code: bool = True) -> Kernel:
     """Compile one kernel as Inductor would, for the GPU that ``device.install`` has described.
 

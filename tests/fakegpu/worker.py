@@ -1,40 +1,44 @@
 """The process of one compute capability: cases as JSON lines in, results as JSON lines out.
 
-    echo '{"head_dim": 64}' | PYTHONPATH=tests python -m fakegpu.worker 9.0 compile
-    echo '{"head_dim": 64, "height": 9, "width": 9, "dtype": "float32", "backward": true}' |
-        PYTHONPATH=tests python -m fakegpu.worker 9.0 interpret
+    echo '{"case": {"head_dim": 64}}' | PYTHONPATH=tests python -m fakegpu.worker 9.0 compile
 
-A line ``{"case": ..., "status": "ok", "kernels": [...]}`` each; ``"refused"`` and a ``"reason"`` where Inductor, Triton or
-ptxas refuses.
+A line ``{"case": ..., "status": "ok", "kernels": [...]}`` each; ``"refused"`` and a ``"reason"`` where flexclear, Inductor,
+Triton or ptxas refuses; ``"known"`` where the case's ``"fingerprint"`` is the one that was given as ``"known"``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 Capability = tuple[int, int]
 
 
-def run(capability: Capability, cases: Iterable[Any], how: str = "compile") -> Iterator[dict[str, Any]]:
+def run(
+    capability: Capability, cases: Sequence[Any], how: str = "compile", known: Sequence[str | None] | None = None
+) -> Iterator[dict[str, Any]]:
     """Results of cases, one by one, from a process of their own.
 
     Args:
         capability: of the GPU that is not there, such as ``(9, 0)``.
         cases: of ``fakegpu.cases``, or their JSON.
         how: ``"compile"``: registers, spills, shared memory, loops; ``"interpret"``: errors against masked SDPA.
+        known: the ``"fingerprint"`` of an earlier result of each case, which is not made anew then.
 
     Raises:
         RuntimeError: the process ended early; the message has the end of what it wrote.
     """
-    lines = [json.dumps(case if isinstance(case, dict) else case.to_json()) for case in cases]
+    facts = [case if isinstance(case, dict) else case.to_json() for case in cases]
+    pairs = zip(facts, known or [None] * len(facts), strict=True)
+    lines = [json.dumps({"case": case, "known": fingerprint}) for case, fingerprint in pairs]
     environment = {**os.environ, "PYTHONPATH": _search_path(), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
     if how == "interpret":
@@ -79,23 +83,44 @@ def main(capability: str, how: str) -> None:
     else:
         do = compile_case
     for line in sys.stdin:
-        if line.strip():
-            case, start = json.loads(line), time.perf_counter()
-            result = do(Case.from_json(case))
-            result = {"case": case, "capability": [major, minor], **result}
-            results.write(json.dumps({**result, "seconds": round(time.perf_counter() - start, 1)}) + "\n")
-            results.flush()
+        request, start = json.loads(line), time.perf_counter()
+        case = Case.from_json(request["case"])
+        mark = fingerprint(case, how)
+        result = {"status": "known"} if mark == request.get("known") else do(case)
+        facts = {"case": request["case"], "capability": [major, minor], "fingerprint": mark}
+        results.write(json.dumps({**facts, **result, "seconds": round(time.perf_counter() - start, 1)}) + "\n")
+        results.flush()
+
+
+def fingerprint(case: Any, how: str) -> str:
+    """What a result depends on: the case, what flexclear chooses for it, its masks, torch and Triton."""
+    import torch
+    import triton
+
+    import flexclear.masks
+
+    try:
+        kernel = repr(case.kernel())
+    except ValueError as error:
+        kernel = str(error)
+    masks = [file.read_text() for file in sorted(Path(flexclear.masks.__file__).parent.glob("*.py"))]
+    facts = [how, case, kernel, torch.__version__, triton.__version__, masks]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def compile_case(case: Any) -> dict[str, Any]:
     """Attention's kernels of a case, compiled."""
-    from fakegpu.assemble import NotCompiled, attention_kernels, compile_kernel
+    from fakegpu.assemble import NotCompiled, attention_kernels, compile_kernel, cutedsl_kernels
     from fakegpu.generate import NotGenerated, attention_sources
 
     try:
-        found = [kernel for source in attention_sources(case) for kernel in attention_kernels(source)]
+        generated = attention_sources(case)
     except NotGenerated as error:
         return {"status": "refused", "reason": str(error), "kernels": []}
+    found = [kernel for source in generated for kernel in attention_kernels(source)]
+    flash = [name for source in generated for name in cutedsl_kernels(source)]
+    if flash:
+        return {"status": "ok", "kernels": [], "generated": ", ".join(flash)}
     kernels: list[dict[str, Any]] = []
     for name, text in found:
         try:
