@@ -29,16 +29,17 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Row:
-    """How the forward kernel is built in some cases.
+    """How the kernels are built in some cases.
 
     Attributes:
         capabilities: of the GPUs; None: any.
         dtypes: of query, key and value; None: any.
         head_dim: the largest that the row is for.
-        tile: (queries, keys) that a thread block works on at a time.
-        warps, stages: of a thread block, and of its pipeline.
+        tile: (queries, keys) that a thread block of the forward pass works on at a time.
+        warps, stages: of such a thread block, and of its pipeline.
         block_size: of the mask; None: ``default_block_size``.
         reason: why.
+        backward: warps and stages of the backward pass; None: Inductor's own.
     """
 
     capabilities: tuple[Capability, ...] | None
@@ -49,6 +50,7 @@ class Row:
     stages: int
     reason: str
     block_size: tuple[int, int] | None = None
+    backward: tuple[int, int] | None = None
 
 
 HOPPER: tuple[Capability, ...] = ((9, 0),)
@@ -63,21 +65,29 @@ SMALL: tuple[Capability, ...] = ((8, 6), (8, 9), (12, 0), (12, 1))
 TABLE: tuple[Row, ...] = (
     Row(HOPPER, HALF, 64, (64, 128), 4, 2, "measured: a quarter faster than the best of other blocks", (64, 128)),
     Row(HOPPER, HALF, 128, (64, 64), 4, 3, "measured: a quarter faster than 128 x 64; two thread blocks fit", (64, 64)),
-    Row(HOPPER, HALF, 256, (64, 32), 4, 3, "Inductor's own tile"),
-    Row(BLACKWELL, HALF, 64, (128, 64), 8, 3, "Inductor's own tile has 128 keys and does not divide blocks of 64"),
-    Row(BLACKWELL, HALF, 128, (128, 64), 8, 3, "Inductor's own tile"),
-    Row(BLACKWELL, HALF, 256, (64, 32), 4, 3, "Inductor's own tile"),
-    Row((*HOPPER, *BLACKWELL), None, 64, (128, 32), 4, 3, "Inductor's own tile for float32"),
-    Row((*HOPPER, *BLACKWELL), None, 128, (32, 64), 4, 3, "Inductor's own tile for float32"),
-    Row((*HOPPER, *BLACKWELL), None, 256, (32, 32), 4, 3, "Inductor's own tile for float32"),
-    Row(AMPERE, HALF, 64, (128, 64), 4, 3, "Inductor's own tile"),
-    Row(AMPERE, HALF, 128, (128, 64), 8, 3, "Inductor's own tile"),
+    Row(HOPPER, HALF, 256, (64, 32), 4, 3, "Inductor's own tile; backward, few of its spills are left", None, (8, 2)),
+    Row(
+        BLACKWELL,
+        HALF,
+        64,
+        (128, 64),
+        8,
+        3,
+        "Inductor's own has 128 keys: no divisor of 64; 4 warps spill",
+        None,
+        (8, 3),
+    ),
+    Row(BLACKWELL, HALF, 128, (128, 64), 8, 3, "Inductor's own tile; backward, 4 warps spill", None, (8, 3)),
+    Row(BLACKWELL, HALF, 256, (64, 32), 4, 3, "Inductor's own tile; backward, 4 warps spill", None, (8, 1)),
+    Row((*AMPERE, *SMALL), HALF, 64, (128, 64), 8, 3, "of Inductor's own tile, half the instructions with 8 warps"),
+    Row(AMPERE, HALF, 128, (128, 64), 8, 3, "Inductor's own tile; backward, 4 warps spill", None, (8, 2)),
     Row(AMPERE, HALF, 256, (32, 64), 4, 3, "Inductor's own tile"),
-    Row(AMPERE, None, 128, (128, 32), 4, 3, "Inductor's own tile for float32"),
-    Row(AMPERE, None, 256, (64, 16), 4, 3, "Inductor's own tile for float32"),
-    Row(SMALL, HALF, 64, (128, 64), 4, 3, "Inductor's own tile"),
-    Row(SMALL, HALF, 128, (128, 64), 8, 2, "two stages, since three leave 2.5 KB of shared memory"),
-    Row(None, None, 128, (64, 32), 4, 1, "an unknown GPU: 48 KB of shared memory suffice"),
+    Row(SMALL, HALF, 128, (128, 64), 8, 2, "three stages leave 2.5 KB; backward, 4 warps spill", None, (8, 2)),
+    Row(SMALL, HALF, 256, (64, 64), 8, 1, "fewest instructions for a key that fit without spills"),
+    Row(None, (torch.float32,), 64, (64, 32), 8, 2, "exact products fill registers: Inductor's own tiles spill"),
+    Row(None, (torch.float32,), 128, (64, 16), 8, 2, "the same"),
+    Row(None, (torch.float32,), 256, (32, 16), 8, 2, "the same"),
+    Row(None, None, 128, (64, 32), 4, 1, "an unknown GPU: 48 KB of shared memory suffice in half precision"),
     Row(None, None, 1 << 16, (16, 16), 4, 1, "the same for long heads"),
 )
 """The first row that fits holds. A new GPU is a row before the last two."""
@@ -205,9 +215,11 @@ def choose(
         f"fwd_{name}": _divisor(size, most) for name, size, most in zip(_TILE, chosen, row.tile, strict=True)
     }
     wanted.update(fwd_num_warps=row.warps, fwd_num_stages=row.stages)
+    if backward and row.backward is not None:
+        wanted.update(bwd_num_warps=row.backward[0], bwd_num_stages=row.backward[1])
     for name in given:
-        wanted.pop(name, None)
-        wanted.pop(f"fwd_{name}", None)
+        for replaced in (name, f"fwd_{name}", f"bwd_{name}"):
+            wanted.pop(replaced, None)
     return Kernel(chosen, tuple(sorted({**wanted, **given}.items())))
 
 

@@ -55,10 +55,20 @@ def test_the_tile_shrinks_to_divide_blocks_that_are_asked_for(gpu, block_size):
     assert all(size % part == 0 and part >= 16 for size, part in zip(block_size, tile, strict=True))
 
 
-def test_a_radius_of_unknown_gpus_and_their_types_meets_the_last_rows():
+def test_the_backward_pass_has_warps_of_its_own(gpu):
+    gpu((8, 9))
+    forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2}
+    backward = {**forward, "bwd_num_warps": 8, "bwd_num_stages": 2}
+    assert dict(choose(CUDA, torch.bfloat16, 128).options) == forward
+    assert dict(choose(CUDA, torch.bfloat16, 128, backward=True).options) == backward
+    found = dict(choose(CUDA, torch.bfloat16, 128, backward=True, options=(("num_warps", 4),)).options)
+    assert found["num_warps"] == 4
+    assert not {"fwd_num_warps", "bwd_num_warps"} & set(found)
+
+
+def test_unknown_gpus_and_head_dims_meet_the_last_rows():
     assert find_row((13, 7), torch.bfloat16, 64) is kernels.TABLE[-2]
     assert find_row((9, 0), torch.bfloat16, LONG) is kernels.TABLE[-1]
-    assert find_row((9, 0), torch.bfloat16, 64).tile[1] == 64  # Inductor's own has 128, which blocks of 64 cannot take
     assert all(row.reason for row in kernels.TABLE)
 
 
@@ -74,7 +84,7 @@ def test_a_radius_of_unknown_gpus_and_their_types_meets_the_last_rows():
     ids=str,
 )
 def test_what_is_asked_for_wins_over_the_table(gpu, options, kept):
-    gpu((9, 0))
+    gpu((10, 0))
     found = dict(choose(CUDA, torch.bfloat16, 128, options=check_kernel_options(options)).options)
     assert kept.items() <= found.items()
     replaced = {f"fwd_{name}" for name in options}
