@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from flexclear.compile.blocks import repeated_blocks
 from flexclear.compile.recipes import RECIPES, check_recipe
+from flexclear.undoing import undo
 
 MIN_FEATURES = 256
 """Linears with fewer input or output features gain nothing: their time is that of launching them."""
@@ -126,6 +128,7 @@ def quantize(
     *,
     min_features: int = MIN_FEATURES,
     keep: Callable[[str, nn.Linear], bool] | None = None,
+    device: torch.device | str | None = None,
 ) -> QuantizationReport:
     """Store the big linears of ``model``'s transformer blocks in eight bits, in place.
 
@@ -139,34 +142,95 @@ def quantize(
     raises. ``save_quantized`` writes it to safetensors; diffusers' ``save_pretrained`` does so only as a pickle
     (``safe_serialization=False``). It can be offloaded to memory, not to disk.
 
+    Where the original weights do not fit the card, leave the model on the CPU and give ``device``: linear by linear is moved
+    there and quantised, then the rest of the model moved, so that there is room for the result at most, and one linear.
+
     Args:
-        model: a transformer; its weights on the device that it will run on.
+        model: a transformer.
         recipe: a name of ``flexclear.compile.RECIPES``: ``"rowwise"`` and ``"tensorwise"`` (FP8 products; compute
             capability 8.9 or later), ``"weight_only"`` (anywhere), ``"int8"`` (older GPUs, CPU).
         min_features: linears with fewer input or output features are kept.
         keep: called with (name, linear); True keeps a linear that the rules would quantise.
+        device: the one to run on, where the whole model is afterwards. None: where its weights are.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: an unknown recipe, one that this device cannot run (the message names the device and the recipes it
             can run), weights of a type that it does not take, a model that is quantised already, by whatever library, is
             offloaded or has a fused LoRA that is still loaded, or nothing to quantise. Nothing is changed then.
+
+    Whatever else is raised on the way, such as for want of memory: a model that is moved is put back as it was; one that is
+    quantised where it is has given up its weights one by one, and a note on the exception says how many.
     """
-    chosen, kept = choose_linears(model, recipe, min_features, keep)
+    target = None if device is None else _indexed(torch.device(device))
+    chosen, kept = choose_linears(model, recipe, min_features, keep, target)
 
     from torchao.quantization import quantize_
 
     before = weight_bytes(model)
     marked = {id(linear) for linear in chosen.values()}
-    quantize_(model, RECIPES[recipe].config(), filter_fn=lambda module, name: id(module) in marked)
-    for linear in chosen.values():
-        # torchao gives each linear a method of its own for its repr, which cannot be pickled.
-        linear.__dict__.pop("extra_repr", None)
+    moved = target is not None and any(parameter.device != target for parameter in model.parameters())
+    try:
+        with _put_back(model) if moved else _said(model, chosen):
+            quantize_(
+                model, RECIPES[recipe].config(), filter_fn=lambda module, name: id(module) in marked, device=target
+            )
+    finally:
+        for linear in chosen.values():
+            # torchao gives each linear a method of its own for its repr, which cannot be pickled.
+            linear.__dict__.pop("extra_repr", None)
     return QuantizationReport(recipe, tuple(chosen), kept, before, weight_bytes(model))
 
 
+def _indexed(device: torch.device) -> torch.device:
+    """``device`` as tensors on it name it."""
+    return torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+@contextlib.contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """If anything is raised in a ``with`` block, parameters and buffers of ``model`` are those from before, where they were."""
+    kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+        (tensors, name, tensor, tensor.data)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+
+    def put_back() -> None:
+        for tensors, name, tensor, data in kept:
+            tensor.data = data
+            tensors[name] = tensor
+
+    try:
+        yield
+    except BaseException:
+        undo(put_back)
+        raise
+
+
+@contextlib.contextmanager
+def _said(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """What is raised in a ``with`` block is given a note that says how far quantising has come."""
+    try:
+        yield
+    except BaseException as error:
+        done = sum(_is_torchao(linear.weight) for linear in chosen.values())
+        if done:
+            error.add_note(
+                f"flexclear: {done} of {len(chosen)} linears of this {type(model).__name__} are in eight bits now, the others "
+                "are not. Load the original weights; from the CPU, quantize(..., device=...) is all or nothing"
+            )
+        raise
+
+
 def choose_linears(
-    model: nn.Module, recipe: str, min_features: int, keep: Callable[[str, nn.Linear], bool] | None = None
+    model: nn.Module,
+    recipe: str,
+    min_features: int,
+    keep: Callable[[str, nn.Linear], bool] | None = None,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """What ``quantize`` would do, with all of its checks: the linears to quantise, and why each other one is kept."""
     if not isinstance(model, nn.Module):
@@ -174,7 +238,7 @@ def choose_linears(
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError(f"this {type(model).__name__} has no weights")
-    check_recipe(recipe, parameter.device)
+    check_recipe(recipe, device or parameter.device)
     if is_quantized(model):
         raise ValueError(
             f"this {type(model).__name__} is quantised already: leave this pass out (fp8=False), or load the original "

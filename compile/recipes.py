@@ -89,7 +89,10 @@ def why_not_recipe(name: str, device: torch.device) -> str | None:
     if not RECIPES[name].multiplies_fp8:
         return None
     if device.type != "cuda":
-        return f"FP8 products need a CUDA device, this is {device.type!r}"
+        there = (
+            ", and the model is not on the one that is here: give device='cuda'" if torch.cuda.is_available() else ""
+        )
+        return f"FP8 products need a CUDA device, this is {device.type!r}{there}"
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
         return (

@@ -77,7 +77,7 @@ def compile_blocks(
     options = _options(mode, backend, max_sizes)
     for block in blocks:
         forward = CompiledForward(block, room, fullgraph=True, dynamic=dynamic, backend=backend, **options)
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
         block._compiled_call_impl = block._call_impl
     return blocks
 
@@ -115,8 +115,9 @@ def uncompile(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_compiler(model: nn.Module, backend: str) -> None:
-    """Raise if Inductor has nothing to compile with where ``model`` is; it would say so in the first call.
+def check_compiler(model: nn.Module, backend: str, device: torch.device | None = None) -> None:
+    """Raise if Inductor has nothing to compile with where ``model`` is, or on the ``device`` where it will be; it would say so
+    in the first call.
 
     Raises:
         ValueError: it has not.
@@ -124,13 +125,13 @@ def check_compiler(model: nn.Module, backend: str) -> None:
     parameter = next(model.parameters(), None)
     if backend != "inductor" or parameter is None:
         return
-    obstacle = None
-    if parameter.device.type == "cpu":
+    obstacle, device = None, device or parameter.device
+    if device.type == "cpu":
         obstacle = why_no_cpp_compiler()
-    elif parameter.device.type == "cuda" and not torch.utils._triton.has_triton():
+    elif device.type == "cuda" and not torch.utils._triton.has_triton():
         obstacle = "Triton is not installed, or does not know this GPU"
     if obstacle is not None:
-        raise ValueError(f"torch.compile cannot run on {parameter.device}: {obstacle}. compile=False leaves it out")
+        raise ValueError(f"torch.compile cannot run on {device}: {obstacle}. compile=False leaves it out")
 
 
 def _options(mode: str, backend: str, max_sizes: int) -> dict[str, Any]:

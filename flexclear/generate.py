@@ -104,18 +104,19 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
             pipe = from_pretrained(DiffusionPipeline, setup.folder, setup.dtype)
     check_sizes(pipe, settings)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(setup.device)
     if settings.r != DENSE:
         _window(pipe, settings, setup, say)
     if setup.recipe is not None:
         from flexclear.compile import quantize
 
         try:
-            report = quantize(pipe.transformer, setup.recipe, min_features=_min_features(settings))
+            # Before the pipeline is moved: the original weights need not fit the device.
+            report = quantize(pipe.transformer, setup.recipe, min_features=_min_features(settings), device=setup.device)
         except ValueError as error:
             hint = f". --min-features (now {_min_features(settings)}) says what is tiny" if "tiny" in str(error) else ""
             raise ValueError(f"{error}{hint}") from error
         say(str(report))
+    pipe.to(setup.device)
     if settings.parallel:
         from flexclear import parallel
 

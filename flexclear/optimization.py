@@ -49,6 +49,7 @@ def optimize(
     model_or_pipe: Target,
     *,
     fp8: bool | str = False,
+    device: torch.device | str | None = None,
     compile: bool | str = True,
     mode: str = "default",
     dynamic: bool = False,
@@ -74,6 +75,9 @@ def optimize(
     Args:
         model_or_pipe: a pipeline, or its transformer.
         fp8: True: FP8 products with one scale per row. Or a name of ``flexclear.compile.RECIPES``. False: none.
+        device: with ``fp8``, for a model that is on the CPU because its original weights do not fit the card: it is moved
+            there linear by linear as it is quantised (``flexclear.compile.quantize``). The rest of a pipeline stays where it
+            is: ``pipe.to(device)`` or ``pipe.enable_model_cpu_offload()`` afterwards.
         compile: True or ``"blocks"``: every repeated block, equal ones share their graphs. ``"whole"``: the model as one
             graph, minutes instead of seconds to compile. False: not at all.
         mode: ``torch.compile``'s mode, one of ``flexclear.compile.MODES``.
@@ -101,34 +105,45 @@ def optimize(
         TypeError: neither a model nor a pipeline.
         ValueError: FP8 that this device does not have (the message names the device and the recipes it can run), an
             unknown mode or recipe, sizes without a pipeline, nothing to compile with on this device, FP8 on a model that
-            is quantised, by whatever library, ``fuse_qkv`` with a LoRA or quantised weights. Nothing is changed then.
+            is quantised, by whatever library, ``fuse_qkv`` with a LoRA or quantised weights, ``device`` without ``fp8`` or
+            with ``sizes``. Nothing is changed then.
     """
     model = model_of(model_or_pipe)
     if compile not in (True, False, *REGIONS):
         raise ValueError(f"compile must be True, False or one of {list(REGIONS)}, got {compile!r}")
     check_mode(mode)
     check_max_sizes(max_sizes)
+    target = None if device is None else torch.device(device)
+    if target is not None and fp8 is False:
+        raise ValueError(
+            f"device={device!r} is where FP8 weights are made; without fp8, move the model: pipe.to({device!r})"
+        )
     if compile or vae:
-        check_compiler(model, backend)
+        check_compiler(model, backend, target)
     if compile and compile != "whole":
         check_no_hooks(model)
-    recipe = _recipe(fp8, next(model.parameters()).device)
+    recipe = _recipe(fp8, target or next(model.parameters()).device)
     checked = [_size(size) for size in sizes]
     if (checked or vae) and model_or_pipe is model:
         raise ValueError("sizes and vae need the pipeline, got its transformer alone: flexclear.optimize(pipe, ...)")
+    if checked and target is not None:
+        raise ValueError(
+            f"sizes are warmed with the whole pipeline, and device={device!r} moves the transformer alone. Leave sizes out, move "
+            "or offload the rest (pipe.enable_model_cpu_offload()), and call the pipeline once at each size"
+        )
     if fuse_qkv and not hasattr(model, "fuse_qkv_projections"):
         raise ValueError(f"{type(model).__name__} has no fuse_qkv_projections; leave fuse_qkv out")
     if fuse_qkv:
         _check_fusable(model)
     if recipe is not None:
-        choose_linears(model, recipe, min_features)
+        choose_linears(model, recipe, min_features, device=target)
 
     if warm_start is not None:
         _say(load_artifacts(warm_start, artifact_configuration(model, recipe, mode, dynamic)), warm_start)
     if fuse_qkv:
         _fuse(model)
     if recipe is not None:
-        logger.info("flexclear: %s", quantize(model, recipe, min_features=min_features))
+        logger.info("flexclear: %s", quantize(model, recipe, min_features=min_features, device=target))
     if compile:
         uncompile(model)
         region = compile_whole if compile == "whole" else compile_blocks

@@ -148,3 +148,15 @@ def test_optimize_takes_fp8_products_where_the_gpu_has_them(base, recipe, graphs
     else:
         with pytest.raises(ValueError, match=r"needs? compute capability 8\.9.*can run"):
             flexclear.optimize(local(base), fp8=recipe)
+
+
+def test_a_model_on_the_cpu_is_quantised_on_its_way_and_never_there_as_a_whole(recipe):
+    model = quantizable_flux()
+    largest = max(linear.weight.nbytes for linear in model.modules() if isinstance(linear, torch.nn.Linear))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    done = quantize(model, recipe, device="cuda")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    # The linear in question in bfloat16, and float32 copies of it while its scales are sought.
+    assert torch.cuda.max_memory_allocated() - before <= done.bytes_after + 6 * largest
+    assert torch.equal(run(model), run(eight_bit(quantizable_flux().to(GPU), recipe)))
