@@ -195,10 +195,9 @@ def loops(sass: str) -> list[Loop]:
         for span in back
         if not any(span[0] <= other[0] and other[1] <= span[1] and other != span for other in back)
     ]
-    found = [
-        Loop(end - start, sum(bool(MATRIX_PRODUCT.search(line)) for line in code[start:end])) for start, end in inner
-    ]
-    return [loop for loop in found if loop.products]
+    product, least = (MATRIX_PRODUCT, 1) if any(map(MATRIX_PRODUCT.search, code)) else (PLAIN_PRODUCT, 100)
+    found = [Loop(end - start, sum(bool(product.search(line)) for line in code[start:end])) for start, end in inner]
+    return [loop for loop in found if loop.products >= least]
 
 
 @contextlib.contextmanager
