@@ -12,6 +12,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 SHELL := /bin/bash
 
+# Whether torch names the Triton that it was made for, as its CUDA builds do; any other version would replace torch.
+PINS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
+
 .PHONY: demo test lint bench setup clean
 .DELETE_ON_ERROR:
 
@@ -22,7 +25,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory .system
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c '$(PINS_TRITON)' && left_out='^triton==' || left_out='^$$'; \
+		grep -v "$$left_out" constraints.txt > .venv/constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e '.[dev]'
 	@touch $@
 
 # What pip cannot bring: venv's ensurepip, and a C++ compiler with Python's headers for torch.compile on CPU.
