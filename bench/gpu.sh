@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The measurements that need a GPU, in one command without a network: tests, attention, a FLUX.1-shaped model, warm starts.
 #
-#   bench/gpu.sh --out results --wheels wheels [--stages "tests attention model warm backward"] [--tiny] [--python python3]
+#   bench/gpu.sh --out results --wheels wheels [--stages "tests attention model warm backward more-tests"] [--tiny] [--python python3]
 #
 # Every stage stops at its limit (8 minutes together on an H100), writes its rows as it measures them, and goes on where an
 # earlier one has failed. Rows go to OUT/rows.jsonl, tables to OUT/gpu.md, what was printed to OUT/<stage>.log.
@@ -12,7 +12,7 @@
 #       diffusers==0.42.1 torchao==0.18.0 importlib_metadata zipp
 set -u
 here=$(cd "$(dirname "$0")/.." && pwd)
-out=$here/bench/results/gpu wheels= python=python3 stages="tests attention model warm backward" tiny=
+out=$here/bench/results/gpu wheels= python=python3 stages="tests attention model warm backward more-tests" tiny=
 while [ $# -gt 0 ]; do
     case $1 in
         --out) out=$2; shift 2 ;;
@@ -43,20 +43,21 @@ stage() {
     local name=$1 limit=$2 start=$SECONDS rc
     shift 2
     case " $stages " in *" $name "*) ;; *) return ;; esac
-    timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1
+    timeout -s INT -k 5 "$limit" "$@" > "$out/$name.log" 2>&1  # interrupted, pytest still says what has failed
     rc=$?
     echo "{\"stage\": \"$name\", \"returned\": $rc, \"seconds\": $((SECONDS - start)), \"limit_s\": $limit}" >> "$rows"
     echo "$name: returned $rc after $((SECONDS - start)) s"
     [ $rc = 0 ] || tail -5 "$out/$name.log"
 }
 
-marked=$(grep -rl "mark.gpu" "$here/tests" --include='*.py')
-stage tests "${TESTS_S:-85}" "$python" -m pytest -m gpu -n 12 --dist load -p no:cacheprovider -W ignore \
-    --rootdir "$here" -c "$here/pyproject.toml" $marked
-stage attention "${ATTENTION_S:-110}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit $((${ATTENTION_S:-110} - 8)) $tiny
-stage model "${MODEL_S:-195}" "$python" "$here/bench/gpu_model.py" "$rows" --limit $((${MODEL_S:-195} - 25)) \
+run_tests=("$python" -m pytest -m gpu -n 12 --dist load -p no:cacheprovider -W ignore --tb short --rootdir "$here" -c "$here/pyproject.toml")
+others=$(grep -rl "mark.gpu" "$here/tests" --include='*.py' | grep -v tests/test_cuda.py)
+stage tests "${TESTS_S:-60}" "${run_tests[@]}" "$here/tests/test_cuda.py"
+stage attention "${ATTENTION_S:-110}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit $((${ATTENTION_S:-110} - 25)) $tiny
+stage model "${MODEL_S:-180}" "$python" "$here/bench/gpu_model.py" "$rows" --limit $((${MODEL_S:-180} - 25)) \
     --artifacts "$work/artifacts" $tiny
 TORCHINDUCTOR_CACHE_DIR=$work/other TRITON_CACHE_DIR=$work/other-triton \
-    stage warm "${WARM_S:-45}" "$python" "$here/bench/gpu_model.py" "$rows" --warm "$work/artifacts" $tiny
-stage backward "${BACKWARD_S:-40}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit 30 --only-backward $tiny
+    stage warm "${WARM_S:-40}" "$python" "$here/bench/gpu_model.py" "$rows" --warm "$work/artifacts" $tiny
+stage backward "${BACKWARD_S:-40}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit 25 --only-backward $tiny
+stage more-tests "${MORE_TESTS_S:-50}" "${run_tests[@]}" $others
 "$python" "$here/bench/gpu_report.py" "$rows" "$out/gpu.md"

@@ -104,6 +104,7 @@ def report(rows: list[Row]) -> str:
     parts = []
     about = next((row["facts"] for row in rows if "facts" in row), {})
     parts.append(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    parts += [row["note"] + "\n" for row in rows if "note" in row]
     ends = [f"{row['stage']}: {row['seconds']} s" + (f", ended with {row['returned']}" if row["returned"] else "")
             for row in rows if "returned" in row]  # fmt: skip
     parts.append("Stages: " + "; ".join(ends) + ".\n")
