@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,18 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+INEXACT_INT8 = (
+    "without VNNI instructions, which this CPU has not, oneDNN's eight-bit products overflow and come out wrong"
+)
+
+
+@functools.cache
+def _int8_products_are_exact() -> bool:
+    """Whether sums of the largest eight-bit products come out right on this CPU, beyond what 16 bits hold."""
+    left, right = (torch.full(size, 127, dtype=torch.int8, device="cpu") for size in ((32, 64), (64, 32)))
+    return bool((torch._int_mm(left, right) == 64 * 127 * 127).all())
+
+
 def why_not_recipe(name: str, device: torch.device) -> str | None:
     """Why a recipe cannot run on ``device``, or None if it can.
 
@@ -86,6 +99,8 @@ def why_not_recipe(name: str, device: torch.device) -> str | None:
         import torchao  # noqa: F401
     except ImportError as error:
         return f"torchao cannot be imported: {error}"
+    if name == "int8" and device.type == "cpu" and not _int8_products_are_exact():
+        return INEXACT_INT8
     if not RECIPES[name].multiplies_fp8:
         return None
     if device.type != "cuda":

@@ -124,7 +124,10 @@ def test_eight_bit_weights_take_less_memory_at_their_peak(recipe):
         peaks[eight] = torch.cuda.max_memory_allocated()
         del model
     assert done is not None
-    assert peaks[False] - peaks[True] >= 0.5 * (done.bytes_before - done.bytes_after)
+    saved = done.bytes_before - done.bytes_after
+    if recipe == "weight_only":  # a weight is brought back for its product: in float32 twice, then in its own type
+        saved -= 10 * max(parameter.numel() for parameter in wide.parameters())
+    assert peaks[False] - peaks[True] >= 0.5 * saved
 
 
 def test_pictures_stay_above_the_floor(recipe):
@@ -133,6 +136,7 @@ def test_pictures_stay_above_the_floor(recipe):
     pipe = embedded.pipeline(torch_dtype=torch.bfloat16, device=GPU)
     pipe.set_progress_bar_config(disable=True)
     flexclear.transform(pipe, r=4)
+    flexclear.load_weights(pipe, "embedded", filename="clear_local_4.safetensors")  # see test_quantize_pictures
     expected = generate(pipe, vocabulary, requests, steps=8)
     quantize(pipe.transformer, recipe, min_features=128)
     levels = picture_psnr(generate(pipe, vocabulary, requests, steps=8), expected)
