@@ -113,7 +113,8 @@ def test_offloaded_eight_bit_weights_give_what_they_give_at_home(base, recipe, k
 
 
 def test_eight_bit_weights_take_less_memory_at_their_peak(recipe):
-    wide = tiny_flux(num_attention_heads=16, attention_head_dim=64, axes_dims_rope=(16, 24, 24)).to(torch.bfloat16)
+    size = {"num_attention_heads": 16, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
+    wide = tiny_flux(**size, num_layers=4, num_single_layers=8).to(torch.bfloat16)
     peaks = {}
     for eight in (False, True):
         model = flexclear.transform(copy.deepcopy(wide).to(GPU), r=3, backend="sdpa")
@@ -127,7 +128,7 @@ def test_eight_bit_weights_take_less_memory_at_their_peak(recipe):
     saved = done.bytes_before - done.bytes_after
     if recipe == "weight_only":  # a weight is brought back for its product: in float32 twice, then in its own type
         saved -= 10 * max(parameter.numel() for parameter in wide.parameters())
-    assert peaks[False] - peaks[True] >= 0.5 * saved
+    assert peaks[False] - peaks[True] >= 0.5 * saved > 0
 
 
 def test_pictures_stay_above_the_floor(recipe):
