@@ -74,7 +74,7 @@ def compile_blocks(
     blocks = repeated_blocks(model)
     room = Room(type(model).__name__, None if dynamic else max_sizes)
     remember_all_graphs()
-    options = _options(mode, backend, max_sizes)
+    options = _options(mode, backend, max_sizes, dynamic)
     for block in blocks:
         forward = CompiledForward(block, room, fullgraph=True, dynamic=dynamic, backend=backend, **options)
         block.forward = forward
@@ -97,7 +97,7 @@ def compile_whole(
     check_max_sizes(max_sizes)
     check_compiler(model, backend)
     remember_all_graphs()
-    model.compile(dynamic=dynamic, backend=backend, **_options(mode, backend, max_sizes))
+    model.compile(dynamic=dynamic, backend=backend, **_options(mode, backend, max_sizes, dynamic))
     model._compiled_call_impl = CompiledModel(model, Room(type(model).__name__, None if dynamic else max_sizes))
     return model
 
@@ -134,14 +134,28 @@ def check_compiler(model: nn.Module, backend: str, device: torch.device | None =
         raise ValueError(f"torch.compile cannot run on {device}: {obstacle}. compile=False leaves it out")
 
 
-def _options(mode: str, backend: str, max_sizes: int) -> dict[str, Any]:
+def _options(mode: str, backend: str, max_sizes: int, dynamic: bool) -> dict[str, Any]:
     """Options of one ``torch.compile``: the mode, and room for graphs. Where torch has no argument for the recompile limit,
     the process's is raised."""
     graphs = GRAPHS_PER_SIZE * VARIANTS * max_sizes
     config = torch._dynamo.config
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * graphs)
-    options: dict[str, Any] = {} if mode == "default" or backend != "inductor" else {"mode": mode}
+    options: dict[str, Any] = {"options": _inductor_options(mode, dynamic)} if backend == "inductor" else {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return {**options, "recompile_limit": graphs}
     config.recompile_limit = max(config.recompile_limit, graphs)
+    return options
+
+
+def _inductor_options(mode: str, dynamic: bool) -> dict[str, Any]:
+    """What a mode stands for, without a pass of Inductor's that the number of text tokens, a symbol, does not survive.
+
+    On GPUs it merges loops once they are fused (torch 2.13), and cannot split the merged ones again where it does not see that
+    C * (text + image) is a multiple of text + image: FLUX's single blocks in FP8 by rows or INT8 fail with CantSplit.
+    """
+    import torch._inductor.config
+
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode, dynamic))
+    if hasattr(torch._inductor.config, "loop_ordering_after_fusion"):
+        options["loop_ordering_after_fusion"] = False
     return options
