@@ -167,6 +167,12 @@ class Memory(TorchDispatchMode):
         gc.collect()
         self.peak = self.live
 
+    def settle(self, model: nn.Module) -> None:
+        """Count what the model holds now, and what it has let go of no more."""
+        gc.collect()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self._add(tensor)
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
@@ -207,6 +213,7 @@ def _place() -> str:
     frames = traceback.extract_stack()
     inside = [frame for frame in frames if "/flexclear/" in frame.filename or "/diffusers/" in frame.filename]
     frame = next(
-        (frame for frame in reversed(inside) if "tests/fakegpu" not in frame.filename and "/_" not in frame.filename), None
+        (frame for frame in reversed(inside) if "tests/fakegpu" not in frame.filename and "/_" not in frame.filename),
+        None,
     )
     return "?" if frame is None else f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"

@@ -122,5 +122,3 @@ def fallbacks(source: str) -> dict[str, int]:
     """Operators that a graph runs one by one besides kernels and products, by name."""
     body = source.rpartition("def call")[2]
     return dict(Counter(re.findall(r"torch\.ops\.([\w.]+)\.\w+\(", body)))
-
-

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fakegpu.host import CUDA, MODE, known
 
@@ -62,18 +63,16 @@ def build(name: str, tiny: bool = False, device: torch.device = CUDA) -> nn.Modu
             model = make(**{**published, **(small if tiny else {})})
     finally:
         torch.set_default_dtype(before)
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None and tensor.is_floating_point() and tensor.dtype is not BFLOAT16:
-                    with MODE:
-                        tensors[key] = nn.Parameter(tensor.to(BFLOAT16)) if isinstance(tensor, nn.Parameter) else tensor
+    if any(parameter.dtype is not BFLOAT16 for parameter in model.parameters()):
+        with MODE:
+            model.to(BFLOAT16)
     return model.eval().requires_grad_(False)
 
 
-def largest(name: str, tiny: bool = False) -> int | None:
+def largest(name: str) -> int | None:
     """Pixels on the longest side that the model's positions reach; None: any."""
-    return CONFIGS[name][1]["pos_embed_max_size"] * PIXELS if name == "SD3.5-large" else None
+    reach = CONFIGS[name][1].get("pos_embed_max_size")
+    return None if reach is None else reach * PIXELS
 
 
 def call(name: str, model: nn.Module, height: int, width: int, text: int = TEXT) -> dict[str, Any]:
@@ -86,13 +85,12 @@ def _new(*shape: int, dtype: torch.dtype = BFLOAT16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device=CUDA)
 
 
-def _positions(height: int, width: int, axes: int = 3) -> Tensor:
-    from torch.utils._python_dispatch import _disable_current_modes
-
+def _positions(height: int, width: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Known ids (index, row, column, ...) in raster order, ``[..., axes]`` of a shape."""
     with _disable_current_modes():
-        ids = torch.zeros(height, width, axes)
+        ids = torch.zeros(height, width, shape[-1])
         ids[..., 1], ids[..., 2] = torch.arange(height)[:, None], torch.arange(width)
-        return ids.view(-1, axes)
+        return known(ids.view(shape).to(dtype))
 
 
 def _flux(config: Any, height: int, width: int, text: int) -> dict[str, Any]:
@@ -102,7 +100,7 @@ def _flux(config: Any, height: int, width: int, text: int) -> dict[str, Any]:
         "pooled_projections": _new(1, config.pooled_projection_dim),
         "timestep": _new(1),
         "guidance": _new(1, dtype=torch.float32),
-        "img_ids": known(_positions(height, width)),
+        "img_ids": _positions(height, width, -1, 3, dtype=torch.float32),
         "txt_ids": torch.zeros(text, 3, dtype=BFLOAT16, device=CUDA),
         "return_dict": False,
     }
@@ -114,7 +112,7 @@ def _flux2(config: Any, height: int, width: int, text: int) -> dict[str, Any]:
         "encoder_hidden_states": _new(1, text, config.joint_attention_dim),
         "timestep": _new(1),
         "guidance": _new(1),
-        "img_ids": known(_positions(height, width, 4).long()[None]),
+        "img_ids": _positions(height, width, 1, -1, 4, dtype=torch.int64),
         "txt_ids": torch.zeros(1, text, 4, dtype=torch.int64, device=CUDA),
         "return_dict": False,
     }
