@@ -51,11 +51,20 @@ def row(capability=(8, 9), kernels=(), section="attention", **case):
             row(kernels=[kernel(kind="backward", shared=101_377)]),
             "backward: 101377 bytes of shared memory, the GPU has 101376",
         ),
+        ({**row(kernels=[kernel(spill_stores=4)], section="options"), "name": "IS_DIVISIBLE=False"}, "spills 4 bytes"),
         ({**row(), "status": "refused", "reason": "no tile"}, "disc: refused: no tile"),
         ({**row(section="interpreter"), "errors": {**ERRORS, "key": 2e-5}}, "disc: key is off by 2.0e-05"),
         ({**row(section="interpreter"), "errors": {**ERRORS, "lse": float("nan")}}, "disc: lse is off by nan"),
     ],
-    ids=["spills", "spills with log-sum-exp", "shared memory", "refused", "wrong", "not a number"],
+    ids=[
+        "spills",
+        "spills with log-sum-exp",
+        "shared memory",
+        "spills where lengths do not divide",
+        "refused",
+        "wrong",
+        "not a number",
+    ],
 )
 def test_what_may_not_be_is_a_fault_that_says_where(faulty, message):
     (fault,) = kernels_report.faults([faulty])

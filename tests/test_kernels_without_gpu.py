@@ -30,16 +30,18 @@ def _possible():
 
 # Inference and training of each head dim over the circular window, and what no kernel can be generated for.
 CASES = [Case(head_dim=head_dim, backward=backward) for head_dim in HEAD_DIMS for backward in (False, True)]
+UNEVEN = [Case(head_dim=head_dim, text_len=500) for head_dim in HEAD_DIMS]
 IMPOSSIBLE = Case(head_dim=64, block_size=(128, 64), options={"BLOCK_N": 128}, exact=True)
 
 
 @functools.cache
 def results(capability):
-    return dict(zip([*CASES, IMPOSSIBLE], worker.run(capability, [*CASES, IMPOSSIBLE]), strict=True))
+    cases = [*CASES, *UNEVEN, IMPOSSIBLE]
+    return dict(zip(cases, worker.run(capability, cases), strict=True))
 
 
-def compiled(capability, head_dim, kind):
-    result = results(capability)[Case(head_dim=head_dim, backward=kind != "forward")]
+def compiled(capability, head_dim, kind, **others):
+    result = results(capability)[Case(head_dim=head_dim, backward=kind != "forward", **others)]
     assert result["status"] == "ok", result["reason"]
     (kernel,) = (kernel for kernel in result["kernels"] if kernel["kind"] == kind)
     return kernel
@@ -64,6 +66,15 @@ def test_the_kernel_compiles_without_spills_within_the_gpus_shared_memory(capabi
         assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
         partial, full = loops
         assert partial > full
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm_89", "sm_90"])
+def test_comparisons_with_the_sequences_end_are_left_out_only_where_lengths_divide(capability, head_dim):
+    even, uneven = (compiled(capability, head_dim, "forward", text_len=length) for length in (512, 500))
+    assert (even["constants"]["IS_DIVISIBLE"], uneven["constants"]["IS_DIVISIBLE"]) == (True, False)
+    assert (uneven["spill_stores"], uneven["spill_loads"]) == (0, 0)
+    assert 0 < uneven["shared"] <= device.GPUS[capability][2]
 
 
 LAYOUTS = {
