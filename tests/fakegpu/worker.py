@@ -39,17 +39,18 @@ def run(
     facts = [case if isinstance(case, dict) else case.to_json() for case in cases]
     pairs = zip(facts, known or [None] * len(facts), strict=True)
     lines = [json.dumps({"case": case, "known": fingerprint}) for case, fingerprint in pairs]
-    environment = {**os.environ, "PYTHONPATH": _search_path(), "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("TRITON_INTERPRET", None)
-    if how == "interpret":
-        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "fakegpu.worker", f"{capability[0]}.{capability[1]}", how]
-    pipe = subprocess.PIPE
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment)
+    with (
+        tempfile.TemporaryDirectory(prefix="fakegpu_") as folder,
+        tempfile.TemporaryFile("w+") as requests,
+        tempfile.TemporaryFile("w+") as errors,
+    ):
+        requests.write("\n".join(lines))
+        requests.seek(0)
+        process = subprocess.Popen(
+            command, stdin=requests, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(how, folder)
+        )
         try:
-            process.stdin.write("\n".join(lines) + "\n")
-            process.stdin.close()
             count = 0
             for line in process.stdout:
                 count += 1
@@ -62,9 +63,12 @@ def run(
             process.wait()
 
 
-def _search_path() -> str:
-    here = str(Path(__file__).parents[1])
-    return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+def _environment(how: str, folder: str) -> dict[str, str]:
+    """This process's, without a GPU, and with a folder for all that compilers leave behind."""
+    tests = str(Path(__file__).parents[1])
+    found = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if how == "interpret" else "0"}
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
+    return {**found, **dict.fromkeys(("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), folder)}
 
 
 def main(capability: str, how: str) -> None:
