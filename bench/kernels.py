@@ -25,8 +25,8 @@ import typer
 from rich.console import Console
 
 from fakegpu import device, worker
-from kernels_cases import Job, jobs
-from kernels_report import faults, read_rows, row_of, write
+from kernels_cases import jobs
+from kernels_report import faults, key_of, read_rows, row_of, write
 from machine import RESULTS
 
 console = Console(stderr=True)
@@ -38,6 +38,7 @@ def main(
     ] = None,
     capability: Annotated[list[str] | None, typer.Option(help="such as 9.0; repeatable")] = None,
     mask: Annotated[list[str] | None, typer.Option(help="name of a mask, options or layout; repeatable")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16 or float32; repeatable")] = None,
     again: Annotated[bool, typer.Option(help="measure anew what is known")] = False,
     limit: Annotated[float | None, typer.Option(help="seconds after which no case is begun")] = None,
     out: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
@@ -53,17 +54,18 @@ def main(
         if (not section or job.section in section)
         and (not capability or "{}.{}".format(*job.capability) in capability)
         and (not mask or job.name in mask)
+        and (not dtype or job.case.dtype in dtype)
     ]
     if not wanted:
-        raise typer.BadParameter("no case is of that section, capability and mask")
+        raise typer.BadParameter("no case is of that section, capability, mask and dtype")
     rows, start = read_rows(out), time.perf_counter()
     for (kind, gpu, _), group in groupby(wanted, key=lambda job: (job.how, job.capability, job.section)):
         left = list(group)
-        known = [None if again else rows.get(_key(job), {}).get("fingerprint") for job in left]
+        known = [None if again else rows.get(key_of(job), {}).get("fingerprint") for job in left]
         results = worker.run(gpu, [job.case for job in left], kind, known)
         for number, (job, result) in enumerate(zip(left, results, strict=True)):
             if result["status"] != "known":
-                rows[_key(job)] = row_of(job, result)
+                rows[key_of(job)] = row_of(job, result)
                 write(rows, out)
                 console.print(f"{job.section}, sm_{gpu[0]}{gpu[1]}, {job.name}, {_short(result)}", highlight=False)
             if limit is not None and time.perf_counter() - start > limit and number + 1 < len(left):
@@ -75,10 +77,6 @@ def main(
     for fault in found:
         console.print(fault, highlight=False)
     raise typer.Exit(1 if found else 0)
-
-
-def _key(job: Job) -> str:
-    return f"{job.section} {job.capability} {job.case.to_json()}"
 
 
 def _short(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from fakegpu.device import GPUS
-from kernels_cases import CHECKPOINTS, HALF, INTERPRETED_FOR, Job
+from kernels_cases import CHECKPOINTS, HALF, INTERPRETED_FOR, Job, jobs
 from machine import facts, write_results
 
 Row = dict[str, Any]
@@ -26,17 +27,21 @@ UNEVEN = "IS_DIVISIBLE=False"
 PASSES = {"forward": "forward", "lse": "forward with LSE", "backward": "backward"}
 
 
+def key_of(job: Job) -> str:
+    """What a row is found by."""
+    return f"{job.section} {job.capability} {job.case.to_json()}"
+
+
 def row_of(job: Job, result: Row) -> Row:
     """What is kept of a result."""
     return {"section": job.section, "name": job.name, **result}
 
 
 def read_rows(out: Path) -> dict[str, Row]:
-    """Earlier rows by their keys; none if there is no file or it is of other columns."""
-    file = out / f"{NAME}.json"
-    if not file.is_file():
-        return {}
-    return {row.pop("key"): row for row in json.loads(file.read_text())["rows"]}
+    """Earlier rows of cases that there still are, by their keys."""
+    file, keys = out / f"{NAME}.json", set(map(key_of, jobs()))
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    return {key: row for row in rows if (key := row.pop("key")) in keys}
 
 
 def write(rows: dict[str, Row], out: Path) -> None:
@@ -97,7 +102,9 @@ def _summary(by_section: dict[str, list[Row]]) -> str:
     spilling = sum(kernel["spill_stores"] + kernel["spill_loads"] > 0 for _, kernel in kernels)
     strict = [kernel for row, kernel in kernels if may_not_spill(row, kernel)]
     spilling_strictly = sum(kernel["spill_stores"] + kernel["spill_loads"] > 0 for kernel in strict)
-    found = faults(rows)
+    found, missing = faults(rows), Counter(f"{job.section}, {job.name}, {job.case.dtype}" for job in jobs())
+    missing.subtract(f"{row['section']}, {row['name']}, {row['case']['dtype']}" for row in rows)
+    left = [f"{name} ({count})" for name, count in missing.items() if count > 0]
     lines = [
         f"{len(rows)} cases, {len(kernels)} kernels compiled, {sum(row['status'] == 'refused' for row in rows)} cases refused. "
         f"{spilling} kernels spill registers; of the {len(strict)} that may not (bfloat16 and float16 forward, head dim to 128, "
@@ -105,6 +112,8 @@ def _summary(by_section: dict[str, list[Row]]) -> str:
         "Mask unless named otherwise: 64 x 64 image tokens, 512 of text, r = 16. Loops: SASS instructions of one turn of the "
         "innermost loops, over partial blocks and over full ones; backward has two of each, for queries and for keys.",
     ]
+    if left:
+        lines.append(f"Cases that are not measured yet; `python bench/kernels.py` goes on: {'; '.join(left)}.")
     if found:
         lines += ["Faults:", "\n".join(f"- {fault}" for fault in found)]
     return "\n\n".join(lines)
