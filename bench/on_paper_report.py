@@ -14,6 +14,9 @@ CARDS = (24, 48, 80)
 OUTSIDE = 1.0
 """GB that are not counted: CUDA's context (about 0.5), cuBLAS's workspaces, what the allocator splits."""
 
+COPIES = 6
+"""Bytes of the largest linear that quantising it may take besides: itself, and float32 copies while scales are sought."""
+
 FIRST_READING = {
     1024: (24.3, 24.1, 15.5),
     4096: (31.2, 28.4, 18.7),
@@ -47,6 +50,8 @@ def faults(rows: Iterable[Row]) -> list[str]:
             found.append(where + row["reason"])
         elif what == "loaded":
             quantized[str(job)] = row["quantized"]
+            if job["from_cpu"] and row["peak"] > row["weights"] + COPIES * row["largest"]:
+                found.append(where + f"{row['peak'] / GB:.1f} GB at a time for {row['weights'] / GB:.1f} GB")
         elif "graphs" in row and "pixels" in row:
             found += [where + text for text in _wrong(job, row, quantized.get(str(job), 0))]
         elif row["fallbacks"]:

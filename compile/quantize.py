@@ -171,7 +171,7 @@ def quantize(
     marked = {id(linear) for linear in chosen.values()}
     moved = target is not None and any(parameter.device != target for parameter in model.parameters())
     try:
-        with _put_back(model) if moved else _said(model, chosen):
+        with _put_back(model, chosen) if moved else _said(model, chosen):
             quantize_(
                 model, RECIPES[recipe].config(), filter_fn=lambda module, name: id(module) in marked, device=target
             )
@@ -188,8 +188,12 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """If anything is raised in a ``with`` block, parameters and buffers of ``model`` are those from before, where they were."""
+def _put_back(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """If anything is raised in a ``with`` block, parameters and buffers of ``model`` are those from before, where they were.
+
+    Weights that are to be quantised are exchanged for others of the same numbers at its begin: those that are kept would
+    otherwise be moved, and take up the device for as long.
+    """
     kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
         (tensors, name, tensor, tensor.data)
         for module in model.modules()
@@ -204,6 +208,8 @@ def _put_back(model: nn.Module) -> Iterator[None]:
             tensors[name] = tensor
 
     try:
+        for linear in chosen.values():
+            linear.weight = nn.Parameter(linear.weight.data, linear.weight.requires_grad)
         yield
     except BaseException:
         undo(put_back)

@@ -73,9 +73,10 @@ def test_the_report_has_every_job_and_says_that_it_is_computed(found):
     ],
 )
 def test_the_report_names_what_is_wrong(change, fault):
-    job = {"model": "FLUX.1-dev", "precision": "rowwise", "compiled": True}
+    job = {"model": "FLUX.1-dev", "precision": "rowwise", "compiled": True, "from_cpu": True}
     row = {"job": job, "what": "first", "pixels": 512, "graphs": 2, "causes": [], "readings": ["ids"], "transfers": []}
     row["products"] = {"_scaled_mm": 34}
-    loaded = {"job": job, "what": "loaded", "quantized": 34}
+    loaded = {"job": job, "what": "loaded", "quantized": 34, "weights": 50, "peak": 60, "largest": 2}
+    assert "at a time" in faults([{**loaded, "peak": 70}])[0]
     assert faults([loaded, row]) == []
     assert [text for text in faults([loaded, {**row, **change}]) if fault in text]

@@ -102,6 +102,7 @@ def study(job: Job) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
         model = published.build(job.model, job.tiny, torch.device("cpu") if job.from_cpu else host.CUDA)
         memory = host.Memory(model)
+        largest = max(linear.weight.nbytes for _, linear, _ in linears(model))
         flexclear.transform(model, r=job.r)
         fp8 = False if job.precision == "bfloat16" else job.precision
         if job.from_cpu:
@@ -118,6 +119,7 @@ def study(job: Job) -> Iterator[dict[str, Any]]:
             "weights": memory.live,
             "peak": memory.peak,
             "quantized": quantized,
+            "largest": largest,
             "seconds": round(time.perf_counter() - start, 1),
         }
         calls = {pixels: _call(job, model, pixels) for pixels in job.pixels}
