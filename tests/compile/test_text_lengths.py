@@ -159,6 +159,22 @@ def test_warmed_sizes_compile_nothing_for_real_prompts_and_dense_steps(embedded_
     assert report().since(before).graphs == ()
 
 
+def test_a_warmed_qwen_image_pipeline_compiles_nothing_for_prompts_and_negative_prompts(monkeypatch):
+    pipe = family("qwen").pipeline("QwenImagePipeline")
+
+    def encoded(prompt, *args, **kwargs):
+        # As the real one for a single prompt: five tokens of the template and those of the words, none of them padding.
+        return torch.randn(1, 5 + len(prompt.split()), 12), None
+
+    monkeypatch.setattr(pipe, "encode_prompt", encoded)
+    flexclear.transform(pipe, r=3, backend="sdpa")
+    flexclear.optimize(pipe, sizes=[(48, 64)], backend="eager", progress=False)
+    before = report()
+    for prompt in ("a red apple", "a very long prompt " * 40, "tea"):
+        pipe(prompt, negative_prompt=" ", true_cfg_scale=4.0, height=48, width=64, num_inference_steps=2)
+    assert report().since(before).graphs == ()
+
+
 @pytest.fixture
 def embedded_copy():
     from diffusers import FluxPipeline
