@@ -41,7 +41,6 @@ class Row:
         reason: why.
         backward: warps and stages of the backward pass; None: Inductor's own.
         backward_tile: queries and keys of its tiles; None: Inductor's own.
-        uneven_keys: keys of the forward tile where lengths do not divide and comparisons with their ends fill registers.
     """
 
     capabilities: tuple[Capability, ...] | None
@@ -54,7 +53,6 @@ class Row:
     block_size: tuple[int, int] | None = None
     backward: tuple[int, int] | None = None
     backward_tile: int | None = None
-    uneven_keys: int | None = None
 
 
 HOPPER: tuple[Capability, ...] = ((9, 0),)
@@ -69,29 +67,17 @@ SMALL: tuple[Capability, ...] = ((8, 6), (8, 9), (12, 0), (12, 1))
 TABLE: tuple[Row, ...] = (
     Row(HOPPER, HALF, 64, (64, 128), 4, 2, "measured: a quarter faster than the best of other blocks", (64, 128)),
     Row(HOPPER, HALF, 128, (64, 64), 4, 3, "measured: a quarter faster than 128 x 64; two thread blocks fit", (64, 64)),
-    Row(HOPPER, HALF, 256, (64, 32), 4, 3, "Inductor's own tile; backward, larger ones spill", None, (8, 2), 32),
-    Row(
-        BLACKWELL,
-        HALF,
-        64,
-        (128, 64),
-        8,
-        3,
-        "Inductor's own has 128 keys: no divisor of 64; 4 warps spill",
-        None,
-        (8, 3),
-    ),
-    Row(BLACKWELL, HALF, 128, (128, 64), 8, 3, "Inductor's own tile; backward, 4 warps spill", None, (8, 3)),
-    Row(BLACKWELL, HALF, 256, (64, 32), 4, 3, "Inductor's own tile; backward, 4 warps spill", None, (8, 1)),
-    Row((*AMPERE, *SMALL), HALF, 64, (128, 64), 8, 3, "of Inductor's own tile, half the instructions with 8 warps"),
-    Row(AMPERE, HALF, 128, (128, 64), 8, 3, "Inductor's own tile; backward, 4 warps spill", None, (8, 2)),
-    Row(AMPERE, HALF, 256, (32, 64), 4, 3, "Inductor's own tile; backward, larger ones spill", None, (8, 1), 32),
-    Row(SMALL, HALF, 128, (128, 64), 8, 2, "three stages leave 2.5 KB", None, (8, 2), uneven_keys=32),
-    Row(
-        SMALL, HALF, 256, (64, 64), 8, 1, "fewest instructions for a key; backward, larger do not fit", None, (8, 1), 32
-    ),
+    Row(HOPPER, HALF, 256, (64, 32), 4, 3, "Inductor's own; backward, it spills", backward=(8, 2), backward_tile=32),
+    Row(BLACKWELL, HALF, 64, (128, 64), 8, 3, "Inductor's own has 128 keys: no divisor of 64", backward=(8, 3)),
+    Row(BLACKWELL, HALF, 128, (128, 64), 8, 3, "Inductor's own; backward, 4 warps spill", backward=(8, 3)),
+    Row(BLACKWELL, HALF, 256, (64, 32), 4, 3, "Inductor's own; backward, 4 warps spill", backward=(8, 1)),
+    Row((*AMPERE, *SMALL), HALF, 64, (128, 64), 8, 3, "of Inductor's own, half the instructions with 8 warps"),
+    Row(AMPERE, HALF, 128, (128, 64), 8, 3, "Inductor's own; backward, 4 warps spill", backward=(8, 2)),
+    Row(AMPERE, HALF, 256, (32, 64), 4, 3, "Inductor's own; backward, it spills", backward=(8, 1), backward_tile=32),
+    Row(SMALL, HALF, 128, (128, 64), 8, 3, "Inductor's own, 2.5 KB below what there is", backward=(8, 2)),
+    Row(SMALL, HALF, 256, (64, 64), 8, 1, "fewest instructions a key that fit", backward=(8, 1), backward_tile=32),
     Row(None, (torch.float32,), 64, (64, 32), 8, 2, "exact products fill registers: Inductor's own tiles spill"),
-    Row(None, (torch.float32,), 128, (64, 16), 8, 2, "the same"),
+    Row(None, (torch.float32,), 128, (64, 16), 8, 2, "the same; backward, 4 warps spill", backward=(8, 2)),
     Row(None, (torch.float32,), 256, (32, 16), 8, 2, "the same"),
     Row(None, None, 128, (64, 32), 4, 1, "an unknown GPU: 48 KB of shared memory suffice in half precision"),
     Row(None, None, 1 << 16, (16, 16), 4, 1, "the same for long heads"),
@@ -115,12 +101,10 @@ class Kernel:
     Attributes:
         block_size: tokens per (query, key-value) block of the mask.
         options: of the kernel; ``completed`` adds what depends on the mask's lengths.
-        uneven: those that differ where the lengths do not divide.
     """
 
     block_size: tuple[int, int]
     options: Options = ()
-    uneven: Options = ()
 
 
 def check_kernel_options(options: Mapping[str, Any] | None) -> Options:
@@ -230,10 +214,7 @@ def choose(
     for name in given:
         for replaced in (name, f"fwd_{name}", f"bwd_{name}"):
             wanted.pop(replaced, None)
-    uneven: Options = ()
-    if row.uneven_keys is not None and "fwd_BLOCK_N" in wanted:
-        uneven = (("fwd_BLOCK_N", _divisor(chosen[1], row.uneven_keys)),)
-    return Kernel(chosen, tuple(sorted({**wanted, **given}.items())), uneven)
+    return Kernel(chosen, tuple(sorted({**wanted, **given}.items())))
 
 
 def find_row(capability: Capability, dtype: torch.dtype, head_dim: int) -> Row:
@@ -351,7 +332,6 @@ def completed(kernel: Kernel, mask: BlockMask) -> Options:
             for length, size in zip(mask.seq_lengths, mask.BLOCK_SIZE, strict=True)
         )
         options.setdefault("IS_DIVISIBLE", divisible)
-        options.update(() if options["IS_DIVISIBLE"] else kernel.uneven)
     return tuple(sorted(options.items()))
 
 

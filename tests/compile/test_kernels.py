@@ -57,7 +57,7 @@ def test_the_tile_shrinks_to_divide_blocks_that_are_asked_for(gpu, block_size):
 
 def test_the_backward_pass_has_warps_of_its_own(gpu):
     gpu((8, 9))
-    forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 2}
+    forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}
     backward = {**forward, "bwd_num_warps": 8, "bwd_num_stages": 2}
     assert dict(choose(CUDA, torch.bfloat16, 128).options) == forward
     assert dict(choose(CUDA, torch.bfloat16, 128, backward=True).options) == backward
