@@ -146,9 +146,11 @@ def _peaks(rows: list[Row]) -> str:
 
 
 def _cards(rows: list[Row]) -> str:
-    def largest(model: str, name: str, card: int) -> str:
-        fits = [s for s in _sizes(rows, model) if (_peak(rows, model, name, s) or 1e9) + OUTSIDE <= card]
-        return str(max(fits)) if fits else "none"
+    def largest(model: str, name: str, card: int) -> str | None:
+        known = {size: _peak(rows, model, name, size) for size in _sizes(rows, model)}
+        peaks = {size: peak for size, peak in known.items() if peak is not None}
+        fits = [size for size, peak in peaks.items() if peak + OUTSIDE <= card]
+        return str(max(fits)) if fits else "none" if peaks else None
 
     lines = [
         [f"{model}, {name}", *(largest(model, name, card) for card in CARDS)]
