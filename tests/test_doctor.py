@@ -10,13 +10,17 @@ from typer.testing import CliRunner
 
 import flexclear
 from flexclear import cli, doctor
-from flexclear.compile import RECIPES, why_not_recipe
+from flexclear.compile import RECIPES, why_not_compiled, why_not_recipe
+
+UNABLE = why_not_compiled(torch.device("cpu"))
+able = pytest.mark.skipif(UNABLE is not None, reason=f"FlexAttention is not compiled here: {UNABLE}")
 
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["doctor", *arguments])
 
 
+@able
 def test_what_is_tried_works_as_transform_does():
     done = run("--device", "cpu", "--json")
     found = json.loads(done.stdout)
@@ -34,6 +38,7 @@ def test_what_is_tried_works_as_transform_does():
         assert found["recipes"][name] == why_not_recipe(name, torch.device("cpu")), "it works where it should"
 
 
+@able
 def test_people_get_lines_with_reasons():
     done = run("--device", "cpu", "--quick")
     assert done.exit_code == 0, done.output
@@ -42,6 +47,7 @@ def test_people_get_lines_with_reasons():
     assert done.stdout.rstrip().endswith("transform runs compiled here")
 
 
+@able
 def test_a_missing_compiler_is_the_reason_and_the_exit_status_is_1(monkeypatch):
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
@@ -65,6 +71,7 @@ def test_a_missing_compiler_is_the_reason_and_the_exit_status_is_1(monkeypatch):
     assert "no C++ compiler was found" in as_json.stderr
 
 
+@able
 @pytest.mark.parametrize("quick", [True, False])
 def test_compilation_that_is_switched_off_is_the_reason(quick):
     with torch._dynamo.config.patch(disable=True):
@@ -74,6 +81,7 @@ def test_compilation_that_is_switched_off_is_the_reason(quick):
     assert found.backends["sdpa"] is None
 
 
+@able
 def test_a_failure_while_trying_is_told_on_one_line(monkeypatch):
     def broken(device, backend):
         if backend == "flex":
@@ -86,6 +94,7 @@ def test_a_failure_while_trying_is_told_on_one_line(monkeypatch):
     assert found.compile is None, "torch.compile itself works"
 
 
+@able
 def test_attention_that_computes_something_else_is_no_working_attention(monkeypatch):
     monkeypatch.setattr(doctor, "_transformed", lambda device, backend: torch.ones(2) * (2 if backend == "flex" else 1))
     assert "something else than masked SDPA: relative error 1.0e+00" in doctor._attempt(

@@ -6,19 +6,24 @@ import pytest
 import torch
 from eight_bit import ATTENTION, lora_file, quantizable_flux
 
+from flexclear.compile import why_not_compiled
 from flexclear.compile.recipes import INEXACT_INT8
+
+REFUSALS = [reason for reason in (INEXACT_INT8, why_not_compiled(torch.device("cpu"))) if reason is not None]
+"""What a CPU may lack, in flexclear's words: exact INT8 products, and what FlexAttention's kernels need."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """A test of INT8 products, on a CPU whose INT8 products flexclear refuses, is skipped with the refusal's reason."""
+    """A test of what flexclear refuses on this CPU is skipped with the refusal's reason."""
     try:
         return (yield)
     except (ValueError, AssertionError) as error:
         found: BaseException | None = error
         while found is not None:  # a test that waits for another error has it behind its own
-            if INEXACT_INT8 in str(found):
-                pytest.skip(INEXACT_INT8)
+            for reason in REFUSALS:
+                if reason in str(found):
+                    pytest.skip(reason)
             found = found.__context__
         raise
 

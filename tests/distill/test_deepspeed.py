@@ -86,6 +86,12 @@ def test_deepspeed_trains_what_one_process_trains_and_goes_on(two, one, file, tm
         assert (ours[name] - tensor).abs().max() <= 1e-6, name
 
 
+def near_in_bfloat16(name, value):
+    """The prediction loss is the mean square d^2 of a difference of outputs of about 1, which bfloat16 rounds by 2^-8 of
+    themselves, however small the difference is: an error of up to 2 d 2^-8."""
+    return pytest.approx(value, rel=BFLOAT16, abs=2 * value**0.5 * 2**-8 if name == "prediction" else 0)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("any_precision")
 def test_deepspeed_in_bfloat16_trains_what_one_process_trains(two, file, tmp_path):
@@ -96,7 +102,7 @@ def test_deepspeed_in_bfloat16_trains_what_one_process_trains(two, file, tmp_pat
         output = tmp_path / str(stage)
         for found in two.results("train_by_deepspeed", output, own, teacher=teacher, **options):
             for ours, theirs in zip(found["losses"], expected["losses"], strict=True):
-                assert ours == pytest.approx(theirs, rel=BFLOAT16)
+                assert ours == {name: near_in_bfloat16(name, value) for name, value in theirs.items()}
         assert {tensor.dtype for tensor in load_file(output / "weights.safetensors").values()} == {torch.bfloat16}
 
 
