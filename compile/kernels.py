@@ -185,7 +185,8 @@ def choose(
     """
     if device.type != "cuda":
         return Kernel(block_size or default_block_size(seq_len))
-    capability = torch.cuda.get_device_capability(device)
+    # ROCm's numbers are of another maker, and mean none of the table's.
+    capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
     row = find_row(capability, dtype, head_dim)
     given = dict(options)
     _check_device(given, capability, dtype, backward)
@@ -194,7 +195,7 @@ def choose(
     own = row.block_size if seq_len < MANY_TOKENS and not backward else None
     chosen = block_size or own or default_block_size(seq_len, backward)
     if backward:
-        _check_backward(chosen, head_dim, dtype, given)
+        _check_backward(chosen, capability, head_dim, dtype, given)
     tile = {name: given.get(f"fwd_{name}", given.get(name)) for name in _TILE}
     for name, size in zip(_TILE, chosen, strict=True):
         asked = tile[name]
@@ -288,13 +289,19 @@ def _flash_blocks(capability: Capability, block_size: tuple[int, int] | None) ->
     return only
 
 
-def _check_backward(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype, given: Mapping[str, Value]) -> None:
+def _check_backward(
+    block_size: tuple[int, int],
+    capability: Capability,
+    head_dim: int,
+    dtype: torch.dtype,
+    given: Mapping[str, Value],
+) -> None:
     """Raise if Inductor has no backward kernel for blocks of this size; it compares its own tile, whatever is asked for.
 
     Raises:
         ValueError: it has none.
     """
-    tile = _backward_tile(head_dim, dtype)
+    tile = _backward_tile(capability, head_dim, dtype)
     asked = {name: given.get(f"bwd_{name}", given.get(name)) for name in _BACKWARD_TILE}
     for name, own in zip(_BACKWARD_TILE, tile, strict=True):
         size = block_size[0 if "_M" in name else 1]
@@ -308,8 +315,8 @@ def _check_backward(block_size: tuple[int, int], head_dim: int, dtype: torch.dty
 
 
 @functools.cache
-def _backward_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Inductor's own tile of the backward kernel (M1, N1, M2, N2) on the current GPU."""
+def _backward_tile(capability: Capability, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Inductor's own tile of the backward kernel (M1, N1, M2, N2) on the current GPU, which is of this capability."""
     try:
         from torch._inductor.choices import InductorChoices
 

@@ -66,6 +66,15 @@ def test_the_backward_pass_has_warps_of_its_own(gpu):
     assert not {"fwd_num_warps", "bwd_num_warps"} & set(found)
 
 
+def test_amds_gpus_are_unknown_ones_whatever_their_number(gpu, monkeypatch):
+    """An MI200 calls itself 9.0, as an H100 does."""
+    gpu((9, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert dict(choose(CUDA, torch.bfloat16, 128).options)["fwd_num_stages"] == 1
+    with pytest.raises(ValueError, match="USE_TMA needs"):
+        choose(CUDA, torch.bfloat16, 128, options=(("USE_TMA", True),))
+
+
 def test_unknown_gpus_and_head_dims_meet_the_last_rows():
     assert find_row((13, 7), torch.bfloat16, 64) is kernels.TABLE[-2]
     assert find_row((9, 0), torch.bfloat16, LONG) is kernels.TABLE[-1]
