@@ -206,7 +206,7 @@ def test_plans_differ_by_their_options_and_the_cpu_has_none(gpu):
 
 def test_a_model_keeps_its_options_when_it_is_transformed_again():
     model = tiny_flux()
-    flexclear.transform(model, r=4, kernel_options={"num_stages": 2})
+    flexclear.transform(model, r=4, backend="sdpa", kernel_options={"num_stages": 2})
     flexclear.convert.transform_again(model)
     settings = entry_hook_of(model).settings
     assert settings.kernel_options == (("num_stages", 2),)
