@@ -12,7 +12,7 @@ from flexclear.generate import GenerateSettings, parse_radius, parse_size, read_
 
 
 def test_quantising_what_is_too_small_says_which_option_lowers_the_limit(command, tmp_path):
-    arguments = ("generate", "embedded", *FAST, "--prompt", APPLE, "--recipe", "int8", "--out", tmp_path)
+    arguments = ("generate", "embedded", *FAST, "--prompt", APPLE, "--recipe", "weight_only", "--out", tmp_path)
     status, _, error = command(*arguments)
     assert status == 2
     assert "has no linear to quantise" in error
