@@ -3,8 +3,8 @@
 #
 #   bench/gpu.sh --out results --wheels wheels [--stages "tests attention model warm backward more-tests"] [--tiny] [--python python3]
 #
-# Every stage stops at its limit (8 minutes together on an H100), writes its rows as it measures them, and goes on where an
-# earlier one has failed. Rows go to OUT/rows.jsonl, tables to OUT/gpu.md, what was printed to OUT/<stage>.log.
+# Every stage stops at its limit (8 minutes together on an H100), writes its rows as it measures them, and runs whether or not
+# an earlier one has failed. Rows go to OUT/rows.jsonl, tables to OUT/gpu.md, what was printed to OUT/<stage>.log.
 #
 # Needed beside torch, triton, transformers, accelerate, peft, hypothesis and pytest: diffusers and torchao. Without a network,
 # a folder of wheels is installed beside this script's copy of flexclear; to make one (10 MB):

@@ -105,7 +105,7 @@ SWEEPS = {
         FLASH,
     ),
 }
-"""What is compared with the choice, by head dim."""
+"""Specs that are compared with the choice, by head dim."""
 
 
 def attention_of(spec: Spec, shape: Shape, side: int, r: int, like: Tensor) -> tuple[Layout, Any]:
@@ -193,7 +193,7 @@ def group(
         try:
             out = run()
             expected = reference(query, key, value, layout, window, rows)
-        except Exception as error:  # one variant that fails is a row, and the others go on
+        except Exception as error:  # a variant that fails is a row, and does not stop the others
             return f"{type(error).__name__}: {error}"[:400]
         error = (out[:, :, rows.to(device)].float() - expected).norm() / expected.norm()
         row = {**about, "variant": name, **facts, "relative_error": float(error)}

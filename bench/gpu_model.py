@@ -215,7 +215,7 @@ def measure_sizes(
         try:
             estimated = way == "dense" and (16 * side > DENSE_PX or (tiny and side == sides[-1]))
             found = dense_from_blocks(model, side, device) if estimated else step(model, side, device)
-        except Exception as error:  # out of memory at one size, say; the others go on
+        except Exception as error:  # out of memory at one size, say; other sizes may fit
             rows.add({**size, "failed": f"{type(error).__name__}: {error}"[:400]})
             fresh(device)
             continue

@@ -89,7 +89,7 @@ def model(rows: list[Row]) -> str:
 
 
 def missing(rows: list[Row]) -> str:
-    """What was not measured, and why."""
+    """The variants that were not measured, and why."""
     found = []
     for row in rows:
         why = row.get("failed") or row.get("not_run")

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: a clock with a limit, and rows that are on disk as soon as they are measured."""
+"""Shared by the GPU benchmarks: a clock with a limit, and rows that are on disk as soon as they are measured."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The kernels of CUDA GPUs, compiled on a machine that needs none: registers, spills, shared memory, length of their loops.
 
-    python bench/kernels.py                                        # all; goes on where it was stopped
+    python bench/kernels.py                                        # all; resumes where it was stopped
     python bench/kernels.py --section interpreter --capability 9.0 --again
     python bench/kernels.py --limit 600                            # seconds
 

@@ -113,7 +113,7 @@ def _summary(by_section: dict[str, list[Row]]) -> str:
         "innermost loops, over partial blocks and over full ones; backward has two of each, for queries and for keys.",
     ]
     if left:
-        lines.append(f"Cases that are not measured yet; `python bench/kernels.py` goes on: {'; '.join(left)}.")
+        lines.append(f"Cases that are not measured yet; `python bench/kernels.py` measures them: {'; '.join(left)}.")
     if found:
         lines += ["Faults:", "\n".join(f"- {fault}" for fault in found)]
     return "\n\n".join(lines)

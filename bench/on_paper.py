@@ -1,6 +1,6 @@
 """Published models at full width and depth on a GPU that is not there: what synchronises, compiles, multiplies, and memory.
 
-    python bench/on_paper.py                                  # all, about an hour; goes on where it was stopped
+    python bench/on_paper.py                                  # all, about an hour; resumes where it was stopped
     python bench/on_paper.py --model FLUX.1-dev --again
 
 Weights and tokens are fake, masks and plans are real, Inductor's wrappers are generated and run with kernels that do nothing
@@ -71,7 +71,7 @@ def main(
         if (model and job.model not in model) or (there and not again):
             continue
         if limit is not None and time.perf_counter() - start > limit:
-            console.print(f"stopped after {limit:g} s; the same command goes on")
+            console.print(f"stopped after {limit:g} s; the same command continues")
             break
         console.print(f"{job.model} in {job.precision}, {'compiled' if job.compiled else 'eager'}")
         try:

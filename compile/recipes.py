@@ -76,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 INEXACT_INT8 = (
-    "without VNNI instructions, which this CPU has not, oneDNN's eight-bit products overflow and come out wrong"
+    "without VNNI instructions, which this CPU lacks, oneDNN's eight-bit products overflow and come out wrong"
 )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from flexclear.alternatives.mechanism import Formula
 from flexclear.families.base import JOINT
 from flexclear.hooks import EntryHook
@@ -136,7 +138,7 @@ def explain_model(
             key = (layer.scope, window, channels)
             if key not in costs:
                 layout = Layout(*grid, text_len if layer.scope == JOINT else 0, family.text_first, order)
-                size = None if entry is None else entry.settings.block_size
+                size = None if entry is None else _block_size(model, entry, layout)
                 costs[key] = cost(layout, Full() if window is None else window, channels=channels, block_size=size)
             spent = costs[key]
             flops = spent.flops
@@ -154,6 +156,13 @@ def explain_model(
     )
 
 
+def _block_size(model: nn.Module, entry: EntryHook, layout: Layout) -> tuple[int, int]:
+    """The blocks that attention without gradients has where the model is."""
+    parameter = next(model.parameters())
+    kernel = entry.settings.kernel("flex", parameter.device, parameter.dtype, layout.seq_len, backward=False)
+    return kernel.block_size
+
+
 def _settings(entry: EntryHook) -> tuple[str, ...]:
     own = entry.settings
     lines = [
@@ -161,6 +170,8 @@ def _settings(entry: EntryHook) -> tuple[str, ...]:
         + ("by size" if own.block_size is None else f"{own.block_size[0]} x {own.block_size[1]}")
         + (", exact position ids" if own.exact_position_ids else ", the caller's position ids")
     ]
+    if own.kernel_options:
+        lines.append("kernel options " + ", ".join(f"{name}={value}" for name, value in own.kernel_options))
     switches = own.switches
     if switches.dense_steps != (0, 0):
         lines.append(

@@ -1,4 +1,4 @@
-"""The command that compiles kernels without a GPU: what it calls a fault, and that it goes on where it was stopped."""
+"""The command that compiles kernels without a GPU: what it calls a fault, and that it resumes where it was stopped."""
 
 from __future__ import annotations
 

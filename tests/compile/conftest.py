@@ -6,11 +6,11 @@ import pytest
 import torch
 from eight_bit import ATTENTION, lora_file, quantizable_flux
 
-from flexclear.compile import why_not_compiled
-from flexclear.compile.recipes import INEXACT_INT8
+from flexclear.compile import why_not_compiled, why_not_recipe
 
-REFUSALS = [reason for reason in (INEXACT_INT8, why_not_compiled(torch.device("cpu"))) if reason is not None]
-"""What a CPU may lack, in flexclear's words: exact INT8 products, and what FlexAttention's kernels need."""
+CPU = torch.device("cpu")
+REFUSALS = [reason for reason in (why_not_recipe("int8", CPU), why_not_compiled(CPU)) if reason is not None]
+"""Of exact INT8 products and of FlexAttention's kernels, in flexclear's words: what this CPU lacks, and nothing else."""
 
 
 @pytest.hookimpl(wrapper=True)

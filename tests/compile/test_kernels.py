@@ -112,6 +112,8 @@ def test_what_is_asked_for_wins_over_the_table(gpu, options, kept):
         ({"num_stages": 0}, "num_stages must be an int from 1 to 8, got 0"),
         ({"USE_TMA": 1}, "USE_TMA must be True or False, got 1"),
         ({"fwd_PRESCALE_QK": True}, "'fwd_PRESCALE_QK' is not one of"),
+        ({"fwd_BLOCK_M1": 64}, "'fwd_BLOCK_M1' is not one of"),
+        ({"bwd_BLOCK_M": 64}, "'bwd_BLOCK_M' is not one of"),
         ({"BACKEND": "TRITON_DECODE"}, "BACKEND must be one of"),
         ({"waves": 3}, "'waves' is not one of"),
         ({3: 3}, "3 is not one of"),
@@ -140,6 +142,8 @@ def test_options_that_are_no_mapping_are_refused():
         ((9, 0), torch.float16, {"options": {"BLOCK_M": 128}, "block_size": (64, 64)}, "BLOCK_M=128 does not divide"),
         ((9, 0), torch.bfloat16, {"block_size": (128, 64), "backward": True}, "cannot be trained on.*128 keys"),
         ((9, 0), torch.bfloat16, {"options": {"BLOCK_N1": 256}, "backward": True}, "BLOCK_N1=256"),
+        ((9, 0), torch.bfloat16, {"options": {"BLOCK_M1": 128, "BLOCK_N1": 64}, "backward": True}, "M1 must divide"),
+        ((9, 0), torch.bfloat16, {"options": {"bwd_BLOCK_M2": 32}, "backward": True}, "BLOCK_N2 must divide BLOCK_M2"),
     ],
     ids=str,
 )
@@ -211,5 +215,6 @@ def test_a_model_keeps_its_options_when_it_is_transformed_again():
     settings = entry_hook_of(model).settings
     assert settings.kernel_options == (("num_stages", 2),)
     assert settings.head_dim == model.config.attention_head_dim
+    assert "kernel options num_stages=2" in str(flexclear.explain(model))
     with torch.no_grad():
         model(**flux_call(8, 8, 4))
