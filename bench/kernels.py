@@ -8,7 +8,8 @@ Inductor generates them from fake tensors on ``cuda:0``, Triton and ptxas compil
 small layouts in float32 against masked SDPA. Writes ``bench/results/kernels.{json,md}`` after every case. Fails if a kernel is
 refused, wants more shared memory than its GPU has, or spills where none may; or if a result is wrong.
 
-What has been measured is kept if torch, Triton, the masks and what flexclear chooses for the case are what they were.
+What has been measured is kept if torch, Triton, the masks and what flexclear chooses for the case are what they were, or the
+generated sources are.
 """
 
 from __future__ import annotations
@@ -61,10 +62,12 @@ def main(
     rows, start = read_rows(out), time.perf_counter()
     for (kind, gpu, _), group in groupby(wanted, key=lambda job: (job.how, job.capability, job.section)):
         left = list(group)
-        known = [None if again else rows.get(key_of(job), {}).get("fingerprint") for job in left]
+        known = [None if again else rows.get(key_of(job)) for job in left]
         results = worker.run(gpu, [job.case for job in left], kind, known)
         for number, (job, result) in enumerate(zip(left, results, strict=True)):
-            if result["status"] != "known":
+            if result["status"] == "known":
+                rows[key_of(job)].update((name, result[name]) for name in ("fingerprint", "sources") if name in result)
+            else:
                 rows[key_of(job)] = row_of(job, result)
                 write(rows, out)
                 console.print(f"{job.section}, sm_{gpu[0]}{gpu[1]}, {job.name}, {_short(result)}", highlight=False)

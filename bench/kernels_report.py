@@ -148,6 +148,8 @@ def _compiled(rows: list[Row]) -> str:
             lines.append(_line([*start, f"refused: {row['reason'][:120]}", *[""] * (len(columns) - 5)]))
         if row.get("generated"):
             lines.append(_line([*start, f"generated, not compiled: {row['generated']}", *[""] * (len(columns) - 5)]))
+        if row.get("compiled"):
+            lines.append(_line([*start, f"compiled by {row['by']}", *[""] * (len(columns) - 5)]))
     return "\n".join(lines)
 
 

@@ -41,6 +41,7 @@ class Row:
         reason: why.
         backward: warps and stages of the backward pass; None: Inductor's own.
         backward_tile: queries and keys of its tiles; None: Inductor's own.
+        padded: warps and stages of the forward pass where text may be padded, whose mask takes more registers; None: as else.
     """
 
     capabilities: tuple[Capability, ...] | None
@@ -53,6 +54,7 @@ class Row:
     block_size: tuple[int, int] | None = None
     backward: tuple[int, int] | None = None
     backward_tile: int | None = None
+    padded: tuple[int, int] | None = None
 
 
 HOPPER: tuple[Capability, ...] = ((9, 0),)
@@ -65,7 +67,17 @@ SMALL: tuple[Capability, ...] = ((8, 6), (8, 9), (12, 0), (12, 1))
 """100 KB: RTX 30, 40, 50, L4, L40S."""
 
 TABLE: tuple[Row, ...] = (
-    Row(HOPPER, HALF, 64, (64, 128), 4, 2, "measured: 0.91 of the time of 64 x 64, 0.72 of 128 x 64", (64, 128)),
+    Row(
+        HOPPER,
+        HALF,
+        64,
+        (64, 128),
+        4,
+        2,
+        "measured: 0.91 of the time of 64 x 64, 0.72 of 128 x 64; padded text spills with 4 warps",
+        (64, 128),
+        padded=(8, 2),
+    ),
     Row(HOPPER, HALF, 128, (64, 64), 4, 3, "measured: 0.75 of the time of 128 x 64; two thread blocks fit", (64, 64)),
     Row(HOPPER, HALF, 256, (64, 32), 4, 3, "Inductor's own; backward, it spills", backward=(8, 2), backward_tile=32),
     Row(BLACKWELL, HALF, 64, (128, 64), 8, 3, "Inductor's own has 128 keys: no divisor of 64", backward=(8, 3)),
@@ -106,6 +118,11 @@ class Kernel:
 
     block_size: tuple[int, int]
     options: Options = ()
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a ``mask_mod`` may shift bits: FlashAttention 4 is written in CuTe DSL, whose tensors have no shift."""
+        return ("BACKEND", "FLASH") not in self.options
 
 
 def check_kernel_options(options: Mapping[str, Any] | None) -> Options:
@@ -169,6 +186,7 @@ def choose(
     *,
     backward: bool = False,
     seq_len: int = 0,
+    text_padded: bool = False,
     block_size: tuple[int, int] | None = None,
     options: Options = (),
 ) -> Kernel:
@@ -178,6 +196,7 @@ def choose(
         device, dtype, head_dim: of query, key and value.
         backward: whether a backward pass follows.
         seq_len: tokens of the sequence.
+        text_padded: whether the mask asks for every text key whether it is padding.
         block_size: blocks that the mask is to have, or has; chosen otherwise.
         options: of ``check_kernel_options``; they win over the table's. Without a meaning on CPU.
 
@@ -208,7 +227,8 @@ def choose(
     wanted: dict[str, Value] = {
         f"fwd_{name}": _divisor(size, most) for name, size, most in zip(_TILE, chosen, row.tile, strict=True)
     }
-    wanted.update(fwd_num_warps=row.warps, fwd_num_stages=row.stages)
+    warps, stages = row.padded if text_padded and row.padded is not None else (row.warps, row.stages)
+    wanted.update(fwd_num_warps=warps, fwd_num_stages=stages)
     if backward and row.backward is not None:
         wanted.update(bwd_num_warps=row.backward[0], bwd_num_stages=row.backward[1])
     if backward and row.backward_tile is not None:

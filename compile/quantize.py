@@ -261,6 +261,9 @@ def choose_linears(
     kept, chosen = {}, {}
     for name, linear, in_block in linears(model):
         reason = why_kept(name, linear, in_block, min_features)
+        if reason is None and recipe == "tensorwise" and linear.weight.shape == (128, 128):
+            # torchao 0.18 tells kinds of scales by the size of what one of them is for, and would look for 1 x 128 in the input.
+            reason = "128 x 128: torchao would take its one scale for that of a block"
         if reason is None and keep is not None and keep(name, linear):
             reason = "kept on request"
         if reason is None:

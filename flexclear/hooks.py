@@ -62,7 +62,15 @@ class Settings:
     steps: StepCounter
     formula: Formula | None = None
 
-    def kernel(self, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int, backward: bool) -> Kernel:
+    def kernel(
+        self,
+        backend: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        seq_len: int,
+        backward: bool,
+        text_padded: bool = False,
+    ) -> Kernel:
         """Blocks and kernel options of a call.
 
         Raises:
@@ -76,6 +84,7 @@ class Settings:
             self.head_dim,
             backward=backward,
             seq_len=seq_len,
+            text_padded=text_padded,
             block_size=self.block_size,
             options=self.kernel_options,
         )
@@ -203,10 +212,11 @@ class EntryHook(Hook):
             order = call.order or settings.order
             layout = Layout(height, width, text_len, self.family.text_first, order, tuple(references))
             backward = needs_grad and backend == "flex"
-            kernel = settings.kernel(backend, device, dtype, layout.seq_len, backward)
+            text_padded = scope in call.keep
+            kernel = settings.kernel(backend, device, dtype, layout.seq_len, backward, text_padded)
             if self.parallel is not None:
-                return self.parallel.part(layout, window, backend, kernel, device, scope in call.keep)
-            return get_plan(layout, window, backend, kernel, device, backward, scope in call.keep)
+                return self.parallel.part(layout, window, backend, kernel, device, text_padded)
+            return get_plan(layout, window, backend, kernel, device, backward, text_padded)
 
         def mask_of(scope: str, plan: Plan) -> BlockMask | Tensor | None:
             keep = call.keep.get(scope)

@@ -95,7 +95,13 @@ def build_plan(
         mask = torch.ones(1, layout.seq_len, dtype=torch.bool, device=device) if text_padded else None
     elif backend == "flex":
         lists = block_mask(
-            layout, window, block_size=kernel.block_size, device=device, backward=backward, text_padded=text_padded
+            layout,
+            window,
+            block_size=kernel.block_size,
+            device=device,
+            backward=backward,
+            text_padded=text_padded,
+            packed=kernel.shifts,
         )
         mask = with_kernel(lists, kernel)
     elif layout.seq_len**2 > MAX_DENSE_BYTES:

@@ -178,6 +178,7 @@ def block_mask(
     device: torch.device | str = "cpu",
     backward: bool = False,
     text_padded: bool = False,
+    packed: bool = True,
 ) -> BlockMask:
     """The window over the layout as FlexAttention's ``BlockMask``, batch and head broadcast.
 
@@ -193,6 +194,7 @@ def block_mask(
         device: where the lists and the captured tables are put, and where a ``mask_mod`` of your own has its tensors.
         backward: also build the lists by key-value block, which the backward kernels walk.
         text_padded: prepare for ``with_text_mask``: every block of text keys asks the ``mask_mod``.
+        packed: False for kernels in a language without shifts; see ``Window.mask_mod_over``.
 
     Raises:
         TypeError: ``window`` is neither.
@@ -204,7 +206,8 @@ def block_mask(
     if is_plain(window):
         mask_mod, key_len = window, layout.seq_len
     else:
-        mask_mod, key_len = as_window(window).mask_mod(layout, device), as_window(window).key_len(layout)
+        found = as_window(window)
+        mask_mod, key_len = found.mask_mod(layout, device, packed), found.key_len(layout)
     return _assembled(pairs, mask_mod, (layout.seq_len, key_len), device, backward)
 
 
@@ -218,6 +221,7 @@ def block_mask_between(
     block_size: tuple[int, int],
     device: torch.device | str = "cpu",
     text_padded: bool = False,
+    packed: bool = True,
 ) -> BlockMask:
     """The window over some of the layout's tokens: queries are the tokens of the first keys.
 
@@ -226,10 +230,10 @@ def block_mask_between(
         window: a window of this package.
         queries: number of queries.
         key_tokens: packed coordinates of the keys, int32 ``[keys]``.
-        block_size, device, text_padded: see ``block_mask``.
+        block_size, device, text_padded, packed: see ``block_mask``.
     """
     pairs = pairs_between(layout, window, key_tokens[:queries], key_tokens, block_size, text_padded)
-    mask_mod = window.mask_mod_over(layout, key_tokens, device)
+    mask_mod = window.mask_mod_over(layout, key_tokens, device, packed)
     return _assembled(pairs, mask_mod, (queries, len(key_tokens)), device, backward=False)
 
 

@@ -98,29 +98,33 @@ class Window(ABC):
         return torch.cat([packed, packed.new_full((self.key_len(layout) - len(packed),), POOLED)])
 
     @independent
-    def mask_mod(self, layout: Layout, device: torch.device | str = "cpu") -> MaskMod:
-        """The window over ``layout`` as a FlexAttention ``mask_mod``.
+    def mask_mod(self, layout: Layout, device: torch.device | str = "cpu", packed: bool = True) -> MaskMod:
+        """The window over ``layout`` as a FlexAttention ``mask_mod``; ``packed``: see ``mask_mod_over``.
 
         The function carries its window (``mask_mod.window``) and is named after it.
         """
-        return self.mask_mod_over(layout, self.key_coordinates(layout), device)
+        return self.mask_mod_over(layout, self.key_coordinates(layout), device, packed)
 
     @independent
-    def mask_mod_over(self, layout: Layout, keys: Tensor, device: torch.device | str = "cpu") -> MaskMod:
+    def mask_mod_over(
+        self, layout: Layout, keys: Tensor, device: torch.device | str = "cpu", packed: bool = True
+    ) -> MaskMod:
         """The same where query ``i`` is the token of key ``i``, and further keys may follow the queries.
 
         Args:
             layout: what the window's rule is bound to.
             keys: packed coordinates of the keys, TEXT and POOLED among them, int32 ``[keys]``.
             device: where.
+            packed: look both coordinates up at once, and take them apart with a shift. False: in two tables, for
+                kernels in a language without shifts (CuTe DSL: FlashAttention 4).
         """
-        table = coordinate_table(keys, device)
+        place = (_packed_places if packed else _separate_places)(keys, device)
         inside = self.rule(layout, lambda number: torch.tensor(number, dtype=torch.int32, device=device))
         has_pooled = bool((keys == POOLED).any())
 
         def mask_mod(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            q, kv = table[q_idx], table[kv_idx]
-            allowed = inside(q >> 16, q & 0xFFFF, kv >> 16, kv & 0xFFFF)
+            (q, y_q, x_q), (kv, y_kv, x_kv) = place(q_idx), place(kv_idx)
+            allowed = inside(y_q, x_q, y_kv, x_kv)
             if has_pooled:
                 # Image queries see all pooled keys; text queries do not, they see every token already.
                 return torch.where(kv == POOLED, q >= 0, allowed | (q < 0) | (kv < 0))
@@ -129,6 +133,31 @@ class Window(ABC):
         mask_mod.__name__ = self.name
         mask_mod.window = self  # type: ignore[attr-defined]
         return mask_mod
+
+
+Places = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""What a position holds: negative (TEXT, POOLED) for other than image tokens, row, column."""
+
+
+def _packed_places(keys: Tensor, device: torch.device | str) -> Places:
+    table = coordinate_table(keys, device)
+
+    def place(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = table[index]
+        return found, found >> 16, found & 0xFFFF
+
+    return place
+
+
+def _separate_places(keys: Tensor, device: torch.device | str) -> Places:
+    rows = coordinate_table(torch.where(keys < 0, keys, keys >> 16), device)
+    columns = coordinate_table(keys & 0xFFFF, device)
+
+    def place(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        row = rows[index]
+        return row, row, columns[index]
+
+    return place
 
 
 def coordinate_table(packed: Tensor, device: torch.device | str = "cpu") -> Tensor:

@@ -22,10 +22,14 @@ ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
 WHY_NOT = why_not_compiled(CPU)
 
 
-def quantizable_flux():
+def quantizable_flux(num_single_layers=1):
     """A FLUX of 1 + 1 blocks, 4 heads x 64, bfloat16, whose blocks do something."""
     model = tiny_flux(
-        num_attention_heads=4, attention_head_dim=64, axes_dims_rope=(16, 24, 24), num_layers=1, num_single_layers=1
+        num_attention_heads=4,
+        attention_head_dim=64,
+        axes_dims_rope=(16, 24, 24),
+        num_layers=1,
+        num_single_layers=num_single_layers,
     )
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -30,12 +30,16 @@ def _possible():
 # Inference and training of each head dim over the circular window, and what no kernel can be generated for.
 CASES = [Case(head_dim=head_dim, backward=backward) for head_dim in HEAD_DIMS for backward in (False, True)]
 UNEVEN = [Case(head_dim=head_dim, text_len=500) for head_dim in HEAD_DIMS]
+PADDED = [Case(head_dim=head_dim, padding=(512, 77)) for head_dim in HEAD_DIMS]
+FLASH = [
+    Case(head_dim=64, options={"BACKEND": "FLASH"}, **kind) for kind in ({}, {"pooled": 4}, {"padding": (512, 77)})
+]
 IMPOSSIBLE = Case(head_dim=64, block_size=(128, 64), options={"BLOCK_N": 128}, exact=True)
 
 
 @functools.cache
 def results(capability):
-    cases = [*CASES, *UNEVEN, IMPOSSIBLE]
+    cases = [*CASES, *UNEVEN, *PADDED, IMPOSSIBLE, *(FLASH if capability == HOPPER else [])]
     return dict(zip(cases, worker.run(capability, cases), strict=True))
 
 
@@ -74,6 +78,20 @@ def test_comparisons_with_the_sequences_end_are_left_out_only_where_lengths_divi
     assert (even["constants"]["IS_DIVISIBLE"], uneven["constants"]["IS_DIVISIBLE"]) == (True, False)
     assert (uneven["spill_stores"], uneven["spill_loads"]) == (0, 0)
     assert 0 < uneven["shared"] <= device.GPUS[capability][2]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm_89", "sm_90"])
+def test_a_mask_that_asks_for_padding_spills_nothing(capability, head_dim):
+    kernel = compiled(capability, head_dim, "forward", padding=(512, 77))
+    assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
+
+
+@pytest.mark.parametrize("case", FLASH, ids=["disc", "pooled keys", "padded text"])
+def test_flash_attention_is_generated_of_what_its_language_has(case):
+    result = results(HOPPER)[case]
+    assert result["status"] == "ok", result["reason"]
+    assert "flex_attention" in (result.get("compiled") or result["generated"])
 
 
 LAYOUTS = {

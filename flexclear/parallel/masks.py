@@ -116,7 +116,14 @@ def build_band_plan(
         mask = None
     elif backend == "flex":
         lists = block_mask_between(
-            layout, window, len(part.own), keys, block_size=kernel.block_size, device=device, text_padded=text_padded
+            layout,
+            window,
+            len(part.own),
+            keys,
+            block_size=kernel.block_size,
+            device=device,
+            text_padded=text_padded,
+            packed=kernel.shifts,
         )
         mask = with_kernel(lists, kernel)
     else:

@@ -55,6 +55,16 @@ def test_the_tile_shrinks_to_divide_blocks_that_are_asked_for(gpu, block_size):
     assert all(size % part == 0 and part >= 16 for size, part in zip(block_size, tile, strict=True))
 
 
+def test_padded_text_has_warps_of_its_own_where_its_mask_would_spill(gpu):
+    gpu((9, 0))
+    warps = [
+        dict(choose(CUDA, torch.bfloat16, 64, text_padded=padded).options)["fwd_num_warps"] for padded in (False, True)
+    ]
+    assert warps == [4, 8]
+    given = choose(CUDA, torch.bfloat16, 64, text_padded=True, options=(("num_warps", 4),))
+    assert dict(given.options)["num_warps"] == 4
+
+
 def test_the_backward_pass_has_warps_of_its_own(gpu):
     gpu((8, 9))
     forward = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}

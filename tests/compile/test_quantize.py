@@ -20,7 +20,7 @@ from flexclear.compile import (
     sqnr,
     why_not_recipe,
 )
-from flexclear.compile.quantize import is_quantized, linears, weight_bytes, why_kept
+from flexclear.compile.quantize import choose_linears, is_quantized, linears, weight_bytes, why_kept
 
 from models import flux_call, tiny_flux
 
@@ -74,6 +74,18 @@ def test_the_weights_shrink_by_what_the_report_says(base, model, recipe):
     saved = report.bytes_before - report.bytes_after
     assert 0.95 * elements <= saved <= elements
     assert f"{len(report.quantized)} linears in {recipe}" in str(report)
+
+
+def test_a_weight_that_torchao_would_take_for_one_block_of_scales_is_kept(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    gpu = torch.device("cuda", 0)
+    model = tiny_flux(num_attention_heads=2, attention_head_dim=64, axes_dims_rope=(16, 24, 24)).to(torch.bfloat16)
+    name = "transformer_blocks.0.attn.to_q"
+    assert model.get_submodule(name).weight.shape == (128, 128)
+    _, kept = choose_linears(model, "tensorwise", 128, device=gpu)
+    assert kept[name].startswith("128 x 128")
+    chosen, _ = choose_linears(model, "rowwise", 128, device=gpu)
+    assert name in chosen
 
 
 def test_every_linear_is_quantised_or_kept_with_a_reason(model):

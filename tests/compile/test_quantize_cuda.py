@@ -156,12 +156,15 @@ def test_optimize_takes_fp8_products_where_the_gpu_has_them(base, recipe, graphs
 
 
 def test_a_model_on_the_cpu_is_quantised_on_its_way_and_never_there_as_a_whole(recipe):
-    model = quantizable_flux()
+    model = quantizable_flux(num_single_layers=8)
     largest = max(linear.weight.nbytes for linear in model.modules() if isinstance(linear, torch.nn.Linear))
+    # What was asked for: the allocator rounds up, and gives larger blocks that happen to be free.
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     done = quantize(model, recipe, device="cuda")
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
-    # The linear in question in bfloat16, and float32 copies of it while its scales are sought.
-    assert torch.cuda.max_memory_allocated() - before <= done.bytes_after + 6 * largest
-    assert torch.equal(run(model), run(eight_bit(quantizable_flux().to(GPU), recipe)))
+    # The linear in question in bfloat16, and in float32 as it is, scaled and clamped.
+    bar = done.bytes_after + 7 * largest
+    assert peak <= bar < done.bytes_before
+    assert torch.equal(run(model), run(eight_bit(quantizable_flux(num_single_layers=8).to(GPU), recipe)))

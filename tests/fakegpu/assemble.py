@@ -96,9 +96,9 @@ def attention_kernels(source: str) -> list[tuple[str, str]]:
     return [(name, text) for name, text in kernel_sources(source) if "flex_attention" in name and "tem" in name]
 
 
-def cutedsl_kernels(source: str) -> list[str]:
-    """Names of the kernels in CuTe DSL, FlashAttention's: to compile them takes the package flash-attn-4."""
-    return re.findall(r"async_compile\.cutedsl\('(\w+)'", source)
+def cutedsl_kernels(source: str) -> list[tuple[str, str]]:
+    """Names and sources of the kernels in CuTe DSL, FlashAttention's: to compile them takes the package flash-attn-4."""
+    return re.findall(r"async_compile\.cutedsl\('(\w+)', r'''(.*?)'''", source, re.S)
 
 
 def compile_kernel(name: str, text: str, machine_code: bool = True) -> Kernel:

@@ -107,6 +107,7 @@ class Case:
             self.head_dim,
             backward=self.backward,
             seq_len=self.layout.seq_len,
+            text_padded=self.keep is not None,
             block_size=self.block_size,
             options=check_kernel_options(self.options),
         )
@@ -124,6 +125,7 @@ class Case:
             block_size=kernel.block_size,
             backward=self.backward,
             text_padded=keep is not None,
+            packed=kernel.shifts,
         )
         mask = _on_device(mask if keep is None else with_text_mask(mask, self.layout, keep), moved)
         if self.exact:

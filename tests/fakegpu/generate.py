@@ -91,7 +91,15 @@ def attention_sources(case: Case) -> list[str]:
     Raises:
         NotGenerated: flexclear or Inductor refuses.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return sources(attention_call(case, FakeTensorMode(allow_non_fake_inputs=True)))
+
+
+def attention_call(case: Case, mode: FakeTensorMode) -> Callable[[], None]:
+    """A call of flexclear's attention on fakes.
+
+    Raises:
+        NotGenerated: flexclear refuses.
+    """
     if case.options.get("BACKEND") == "FLASH":
         _believe_in_flash()
     try:
@@ -110,12 +118,12 @@ def attention_sources(case: Case) -> list[str]:
         with mode, torch.set_grad_enabled(case.backward):
             compiled_flex_attention(projected(queries), projected(keys), projected(keys), mask)
 
-    return sources(call)
+    return call
 
 
 @functools.cache
 def _believe_in_flash() -> None:
-    """From now on, the package flash-attn-4 is taken to be there: code is generated for it that cannot be compiled."""
+    """From now on, the package flash-attn-4 is taken to be there: without it, code is generated and not compiled."""
     import torch._inductor.kernel.flex.flex_flash_attention as flash
 
     import flexclear.compile.kernels as kernels

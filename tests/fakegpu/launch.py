@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fakegpu.generate import graphs_to
+from fakegpu.assemble import NotCompiled
+from fakegpu.cases import Case
+from fakegpu.generate import attention_call, graphs_to
 from fakegpu.host import CUDA, MODE
 
 REPLACED = {
@@ -83,11 +88,32 @@ class _Kernel:
         LAUNCHES.triton[self._name] += 1
 
 
+class _Flash:
+    """A kernel of FlashAttention 4: called with fakes, the package compiles it and launches nothing."""
+
+    def __init__(self, name: str, source: str) -> None:
+        # Written to a file, since CuTe DSL reads the source of the functions that it compiles.
+        file = Path(tempfile.mkdtemp(prefix="fakegpu_")) / f"{name}.py"
+        file.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self._main = getattr(module, f"{name}_main")
+
+    def run(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
+        self._main(*args, stream)
+
+
 class AsyncCompile:
     """In the place of Inductor's."""
 
     def triton(self, name: str, source: str, device_str: str = "cuda") -> _Kernel:
         return _Kernel(name)
+
+    def cutedsl(self, name: str, source: str, **kwargs: Any) -> _Flash:
+        return _Flash(name, source)
 
     def wait(self, scope: dict[str, Any]) -> None:
         pass
@@ -106,6 +132,19 @@ class Extern:
             return function(*args, **kwargs) if out is None else out
 
         return call
+
+
+def compile_flash(case: Case) -> None:
+    """Let FlashAttention 4 compile the kernels of a case.
+
+    Raises:
+        NotCompiled: it refuses.
+    """
+    try:
+        with launching():
+            attention_call(case, MODE)()
+    except Exception as error:
+        raise NotCompiled(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
 
 
 def empty(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:

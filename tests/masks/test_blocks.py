@@ -53,10 +53,11 @@ def test_the_dense_reference_equals_a_double_loop(layout, r):
             assert mask[i][j] == near, (i, j)
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "in two tables"])
 @given(layouts_with_windows())
-def test_the_mask_mod_equals_the_dense_reference(drawn):
+def test_the_mask_mod_equals_the_dense_reference(packed, drawn):
     layout, window = drawn
-    assert torch.equal(evaluated(window.mask_mod(layout), layout, window), dense_mask(layout, window))
+    assert torch.equal(evaluated(window.mask_mod(layout, packed=packed), layout, window), dense_mask(layout, window))
 
 
 @given(layouts_with_windows(), block_sizes)
