@@ -50,7 +50,9 @@ stage() {
     [ $rc = 0 ] || tail -5 "$out/$name.log"
 }
 
-run_tests=("$python" -m pytest -m gpu -n 12 --dist load -p no:cacheprovider -W ignore --tb short --rootdir "$here" -c "$here/pyproject.toml")
+# -v: each test is named as it ends, so that a run which is killed has said what failed.
+run_tests=("$python" -m pytest -m gpu -v -n 12 --dist load -p no:cacheprovider -W ignore --tb short --show-capture no
+    --rootdir "$here" -c "$here/pyproject.toml")
 others=$(grep -rl "mark.gpu" "$here/tests" --include='*.py' | grep -v tests/test_cuda.py)
 stage tests "${TESTS_S:-60}" "${run_tests[@]}" "$here/tests/test_cuda.py"
 stage attention "${ATTENTION_S:-110}" "$python" "$here/bench/gpu_attention.py" "$rows" --limit $((${ATTENTION_S:-110} - 25)) $tiny

@@ -108,7 +108,7 @@ def report(rows: list[Row]) -> str:
     ends = [f"{row['stage']}: {row['seconds']} s" + (f", ended with {row['returned']}" if row["returned"] else "")
             for row in rows if "returned" in row]  # fmt: skip
     parts.append("Stages: " + "; ".join(ends) + ".\n")
-    makers = {"attention": attention, "model": model, "warm start": model, "backward": attention}
+    makers = {"attention": attention, "flash": attention, "model": model, "warm start": model, "backward": attention}
     for stage, make in makers.items():
         own = [row for row in rows if row["stage"] == stage and "returned" not in row]
         if any("ms" in row or "failed" in row or "not_run" in row for row in own):

@@ -133,7 +133,8 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> Options:
             (``BLOCK_M``, ``BLOCK_N``; backward ``BLOCK_M1``, ``BLOCK_N1``, ``BLOCK_M2``, ``BLOCK_N2``), ``num_warps``,
             ``num_stages``, ``USE_TMA``, ``PRESCALE_QK``, ``IS_DIVISIBLE`` (False only: True is chosen where it holds) and
             ``BACKEND``. ``fwd_`` or ``bwd_`` before a name of the tile, ``num_warps``, ``num_stages`` or ``USE_TMA`` means
-            one of the kernels.
+            one of the kernels. ``BACKEND="FLASH"`` is FlashAttention 4: the package flash-attn-4, on Hopper and Blackwell,
+            head dims to 128 in half precision.
 
     Raises:
         TypeError: no mapping.
@@ -209,7 +210,7 @@ def choose(
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
     row = find_row(capability, dtype, head_dim)
     given = dict(options)
-    _check_device(given, capability, dtype)
+    _check_device(given, capability, dtype, head_dim)
     if given.get("BACKEND") == "FLASH":
         return Kernel(_flash_blocks(capability, block_size), options)
     own = row.block_size if seq_len < MANY_TOKENS and not backward else None
@@ -257,8 +258,8 @@ def _divisor(size: int, most: int) -> int:
     return min(size & -size, most)
 
 
-def _check_device(given: Mapping[str, Value], capability: Capability, dtype: torch.dtype) -> None:
-    """Raise if options are for another GPU, type or torch.
+def _check_device(given: Mapping[str, Value], capability: Capability, dtype: torch.dtype, head_dim: int) -> None:
+    """Raise if options are for another GPU, type, head dim or torch.
 
     Raises:
         ValueError: they are.
@@ -276,6 +277,8 @@ def _check_device(given: Mapping[str, Value], capability: Capability, dtype: tor
         raise ValueError(f"kernel_options: BACKEND='FLASH' needs compute capability 9.x to 11.x, {here}")
     if dtype not in HALF:
         raise ValueError(f"kernel_options: BACKEND='FLASH' computes in bfloat16 or float16, got {dtype}")
+    if head_dim > 128:
+        raise ValueError(f"kernel_options: BACKEND='FLASH' takes blocks of 128 keys to head dim 128, got {head_dim}")
     if not _has_flash():
         raise ValueError(
             "kernel_options: BACKEND='FLASH' needs the package flash-attn-4: pip install --pre flash-attn-4"

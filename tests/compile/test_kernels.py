@@ -11,7 +11,7 @@ from flexclear.compile.kernels import HALF, Kernel, check_kernel_options, choose
 from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc, Layout, block_mask, with_text_mask
 from flexclear.masks.carried import KERNEL_OPTIONS
-from flexclear.plan import get_plan, plans
+from flexclear.plan import build_plan, get_plan, plans
 
 from models import flux_call, tiny_flux
 
@@ -165,6 +165,19 @@ def test_what_a_gpu_cannot_take_is_refused_with_what_it_can(gpu, monkeypatch, ca
         choose(CUDA, dtype, 128, **arguments)
 
 
+def test_masks_for_flash_have_no_shifts(gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "_has_flash", lambda: True)
+    gpu((9, 0))
+    found = {}
+    for name in ("TRITON", "FLASH"):
+        kernel = choose(CUDA, torch.bfloat16, 64, options=check_kernel_options({"BACKEND": name}))
+        plan = build_plan(Layout(8, 8, 5), Disc(3), "flex", kernel, torch.device("cpu"), backward=False)
+        places = torch.arange(69)
+        graph = torch.fx.experimental.proxy_tensor.make_fx(plan.mask.mask_mod)(None, None, places[:, None], places)
+        found[name] = {str(node.target) for node in graph.graph.nodes if "shift" in str(node.target)}
+    assert found == {"TRITON": {"aten.__rshift__.Scalar"}, "FLASH": set()}
+
+
 def test_flash_takes_its_own_blocks_and_no_options_of_triton(gpu, monkeypatch):
     monkeypatch.setattr(kernels, "_has_flash", lambda: True)
     flash = check_kernel_options({"BACKEND": "FLASH"})
@@ -173,6 +186,8 @@ def test_flash_takes_its_own_blocks_and_no_options_of_triton(gpu, monkeypatch):
         assert choose(CUDA, torch.bfloat16, 128, options=flash) == Kernel(blocks, flash)
         with pytest.raises(ValueError, match="takes blocks of"):
             choose(CUDA, torch.bfloat16, 128, options=flash, block_size=(64, 64))
+    with pytest.raises(ValueError, match="to head dim 128, got 256"):
+        choose(CUDA, torch.bfloat16, 256, options=flash)
     with pytest.raises(ValueError, match="options of Triton's kernels"):
         choose(CUDA, torch.bfloat16, 128, options=check_kernel_options({"BACKEND": "FLASH", "num_warps": 8}))
 
