@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,36 @@ from flexclear.attention import windowed_attention
 from flexclear.plan import Plan
 from flexclear.pooling import Pooling
 
-if TYPE_CHECKING:
-    from flexclear.parallel.band import BandCall
+
+class Band(Protocol):
+    """One call in this process: attention of its image tokens and of all text, and what the others have."""
+
+    @property
+    def ticket(self) -> Tensor:
+        """The run's number, a 0-d tensor: what a compiled block names it by (``flexclear::band_attend``)."""
+
+    def attend(
+        self,
+        mask: Any,
+        slot: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention of one layer, ``[B, heads, N, head_dim]`` in sequence order, N this process's image tokens and the text.
+
+        Args:
+            mask: of its image queries.
+            slot: which plan is the layer's.
+            query, key, value: after norms and rotary embedding.
+            weight: pooling weights, or None.
+            scale: factor on the scores.
+        """
+
+    def gather(self, tokens: Tensor, dim: int = 1) -> Tensor:
+        """This process's image tokens into those of the whole image, in raster order along ``dim``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +53,7 @@ class CallPlan:
 
     Attributes:
         base: token order, coordinates and layout of the joint sequence.
-        masks: mask of each slot (``flexclear.schedule.Slot``): a BlockMask, a dense bool mask, or None: dense attention.
+        masks: mask of each slot (``flexclear.runtime.facts.Slot``): a BlockMask, a dense bool mask, or None: dense attention.
         poolings: where each slot's pooled keys come from, or None.
         rotary: rotary embedding in sequence order that replaces the model's own; None keeps the model's.
         gains: 0-d factor on the queries of each slot (proportional attention), or None.
@@ -42,7 +70,7 @@ class CallPlan:
     formula: Attend | None = None
     ntk_floor: float = 0.0
 
-    band: BandCall | None = None
+    band: Band | None = None
 
     @property
     def image_len(self) -> int:

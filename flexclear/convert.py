@@ -16,12 +16,13 @@ from flexclear.compile.kernels import check_kernel_options
 from flexclear.exchange import all_or_nothing, put_hooks, put_originals, put_processor, remove_hooks, replaced_by
 from flexclear.families import FAMILIES, Family, Layer, family_of
 from flexclear.families.processors import is_ours
-from flexclear.hooks import EntryHook, Settings, check_formula, entry_hook_of
+from flexclear.hooks import EntryHook, check_formula, entry_hook_of
 from flexclear.masks import Downsampled, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE, ORDERS
 from flexclear.modes import forget_cached_tokens, refuse_context_parallelism
+from flexclear.runtime.facts import Settings
 from flexclear.schedule import Radii, Radius, resolve, slots
 from flexclear.steps import StepCounter
 from flexclear.switches import Switches
@@ -236,9 +237,7 @@ def _convert(model: nn.Module, family: Family, layers: Sequence[Layer], settings
     processors = [_processor(family, layer, settings) for layer in layers]
     entry = EntryHook(family, settings, None if before is None else before.parallel)
     if entry.parallel is not None:
-        from flexclear.parallel.enabling import refuse_unshared
-
-        refuse_unshared(model, entry)
+        entry.parallel.check(model, family, settings)
     with all_or_nothing(model):
         if before is None or before.settings.order != settings.order:
             forget_cached_tokens(model)

@@ -11,8 +11,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,69 +24,16 @@ from flexclear.call_plan import CallPlan
 from flexclear.compile import why_not_compiled
 from flexclear.compile.calls import mark
 from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
-from flexclear.compile.kernels import Kernel, Options, choose
-from flexclear.families.base import JOINT, Call, Family
 from flexclear.families.processors import WindowProcessor
 from flexclear.grid import GridReader
 from flexclear.masks import Layout, Window
-from flexclear.masks.blocks import default_block_size
 from flexclear.memory import is_out_of_memory, note, what_takes_less
 from flexclear.modes import NO_EXPORT, refuse_export, refuse_raster_readers
 from flexclear.plan import Plan, get_plan
-from flexclear.schedule import Slot
-from flexclear.steps import StepCounter
+from flexclear.runtime.facts import JOINT, Call, Settings
+from flexclear.runtime.family import Family
+from flexclear.runtime.partition import Partition
 from flexclear.switches import Switches, in_force, proportional_gain
-
-if TYPE_CHECKING:
-    from flexclear.parallel.session import Session
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model was transformed; see ``flexclear.transform`` for the meaning of each field.
-
-    ``windows`` is by layer name, ``slots`` what a plan holds one mask each for. With a ``formula`` there are no windows.
-    ``head_dim`` is the model's.
-    """
-
-    windows: Mapping[str, Window | None]
-    slots: tuple[Slot, ...]
-    backend: str
-    order: str
-    block_size: tuple[int, int] | None
-    kernel_options: Options
-    head_dim: int
-    exact_position_ids: bool
-    switches: Switches
-    steps: StepCounter
-    formula: Formula | None = None
-
-    def kernel(
-        self,
-        backend: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        seq_len: int,
-        backward: bool,
-        text_padded: bool = False,
-    ) -> Kernel:
-        """Blocks and kernel options of a call.
-
-        Raises:
-            ValueError: the kernels on ``device`` cannot take those that were asked for.
-        """
-        if backend != "flex":
-            return Kernel(self.block_size or default_block_size(seq_len))
-        return choose(
-            device,
-            dtype,
-            self.head_dim,
-            backward=backward,
-            seq_len=seq_len,
-            text_padded=text_padded,
-            block_size=self.block_size,
-            options=self.kernel_options,
-        )
 
 
 def _tensors(*trees: Any) -> Iterator[Tensor]:
@@ -144,7 +90,7 @@ class Hook:
 class EntryHook(Hook):
     """Forward pre-hook: reads the grids off the call, gets the plan, permutes what has a token axis."""
 
-    def __init__(self, family: Family, settings: Settings, parallel: Session | None = None) -> None:
+    def __init__(self, family: Family, settings: Settings, parallel: Partition | None = None) -> None:
         self.family = family
         self.settings = settings
         self._reader = GridReader()

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from flexclear.alternatives.mechanism import Formula
-from flexclear.families.base import JOINT
 from flexclear.hooks import EntryHook
 from flexclear.masks import Cost, Full, Layout, Window, cost
 from flexclear.masks.checks import check_int
+from flexclear.runtime.facts import JOINT
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
-from flexclear.families.base import Layer
 from flexclear.masks import Disc, Downsampled, Window
+from flexclear.runtime.facts import Layer, Slot
 
 Radius: TypeAlias = int | Window | None
 """A window radius in tokens, a window, or None for a layer that stays dense."""
 
 Radii: TypeAlias = Radius | Sequence[Radius] | Mapping[int | str, Radius] | Callable[[int, str], Radius]
 """One radius for all layers, or one per layer; see ``resolve``."""
-
-Slot: TypeAlias = tuple[str, Window | None]
-"""What one of a plan's masks is for: the scope of attention, and the window over it."""
 
 REST = "default"
 """Key of a mapping for all layers that no other key names."""

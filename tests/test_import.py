@@ -46,10 +46,14 @@ def documented_names():
     return sorted(set(re.findall(r"\bflexclear\.([a-z_]\w*(?:\.[a-z_]\w*)*)", (ROOT / "README.md").read_text())))
 
 
+INTERNAL = {"commands", "runtime"}
+"""Packages that other packages use and users do not."""
+
+
 def public_packages():
-    """Each package of the library but ``commands``, which is the command line's own; two lie beside ``flexclear/``."""
+    """Each package of the library that users import; two lie beside ``flexclear/``."""
     inside = {path.parent.name for path in (ROOT / "flexclear").glob("*/__init__.py")}
-    return sorted(inside - {"commands"} | {"compile", "masks"})
+    return sorted(inside - INTERNAL | {"compile", "masks"})
 
 
 def test_every_public_name_resolves_after_import_flexclear_alone():

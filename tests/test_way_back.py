@@ -68,7 +68,9 @@ CASES = [
 
 def share(model):
     """Let it take part in a run over several ranks that never begins."""
-    flexclear.parallel.attach(model, SimpleNamespace(current=None, close=lambda: None, links=None))
+    flexclear.parallel.attach(
+        model, SimpleNamespace(current=None, check=lambda *given: None, close=lambda: None, links=None)
+    )
     return model
 
 
@@ -378,7 +380,7 @@ def test_a_compiled_model_is_restored_below_its_wrapper():
 def test_restoring_ends_a_run_over_several_ranks_and_so_does_disabling_with_a_foreign_processor():
     model, _ = small("sd3")
     closed = []
-    session = SimpleNamespace(current=None, close=lambda: closed.append(True), links=None)
+    session = SimpleNamespace(current=None, check=lambda *given: None, close=lambda: closed.append(True), links=None)
     for leave in (flexclear.restore, flexclear.parallel.disable):
         flexclear.parallel.attach(flexclear.transform(model, r=2, backend="sdpa"), session)
         assert hooks_of(model.proj_out)

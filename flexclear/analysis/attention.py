@@ -21,9 +21,9 @@ from flexclear.analysis.attending import attending
 from flexclear.call_plan import CallPlan
 from flexclear.convert import model_of
 from flexclear.families import family_of
-from flexclear.families.base import JOINT
 from flexclear.families.processors import WindowProcessor
 from flexclear.hooks import entry_hook_of
+from flexclear.runtime.facts import JOINT
 from flexclear.steps import StepCounter
 
 MAX_NUMBERS = 1 << 23

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from flexclear.families.base import Call, Family, Layer, diffusers_class, refuse_other_forward
+from flexclear.families.checks import refuse_other_forward
 from flexclear.families.chroma import ChromaFamily
 from flexclear.families.flux import FluxFamily
 from flexclear.families.flux2 import Flux2Family
 from flexclear.families.qwen import QwenFamily
 from flexclear.families.sd3 import SD3Family
 from flexclear.families.zimage import ZImageFamily
+from flexclear.runtime.facts import Call, Layer
+from flexclear.runtime.family import Family, diffusers_class
 
 FAMILIES: tuple[Family, ...] = (
     FluxFamily(),

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from flexclear.alternatives.mechanism import Formula
 from flexclear.call_plan import CallPlan
-from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, refuse_mask, required_tensor
+from flexclear.families.checks import attention_of, refuse_mask, required_tensor
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader, exact_ids
+from flexclear.runtime.facts import JOINT, Call, Layer
+from flexclear.runtime.family import Family
 
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 """Arguments with which FLUX-like models take a ControlNet's residuals, one row per image token."""

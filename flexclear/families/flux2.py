@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from flexclear.call_plan import CallPlan
-from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, refuse_mask, required_tensor
+from flexclear.families.checks import attention_of, refuse_mask, required_tensor
 from flexclear.families.flux import check_tokens, permuted, with_ntk
 from flexclear.families.processors import PLAN
 from flexclear.grid import GridReader
+from flexclear.runtime.facts import JOINT, Call, Layer
+from flexclear.runtime.family import Family
 
 CACHE_ARGUMENTS = ("kv_cache_mode", "kv_cache", "num_ref_tokens")
 

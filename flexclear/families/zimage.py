@@ -32,9 +32,11 @@ from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
 from flexclear.compile.derivatives import function_transforms
-from flexclear.families.base import JOINT, Call, Family, Layer, attention_of, required_tensor
+from flexclear.families.checks import attention_of, required_tensor
 from flexclear.grid import GridReader
 from flexclear.masks.defaults import independent
+from flexclear.runtime.facts import JOINT, Call, Layer
+from flexclear.runtime.family import Family
 
 IMAGE = "image"
 """Scope of the refiner blocks, which see the picture and its padding."""

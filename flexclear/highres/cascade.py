@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from flexclear.choices import METHODS
-from flexclear.families.base import Family
 from flexclear.highres.folder import Folder, picture_digest
 from flexclear.highres.imax import check_level, low_band, projected_scheduler
 from flexclear.highres.kinds import Kind, kind_of
@@ -25,6 +24,7 @@ from flexclear.highres.state import scheduled, shifted, windowed, windows_of
 from flexclear.highres.tiling import tile_size, tiled
 from flexclear.masks import Window
 from flexclear.parallel.facts import digest
+from flexclear.runtime.family import Family
 from flexclear.schedule import Radii
 from flexclear.switches import Switches, in_force, override
 

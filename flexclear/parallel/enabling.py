@@ -14,11 +14,11 @@ from flexclear.exchange import all_or_nothing, put_hooks
 from flexclear.hooks import EntryHook, entry_hook_of
 from flexclear.parallel.decoding import split_decoding
 from flexclear.parallel.dense import disable_dense, refuse_other_parallelism
-from flexclear.parallel.ends import watch_calls
+from flexclear.parallel.ends import session_of, watch_calls
 from flexclear.parallel.group import ranks_of
 from flexclear.parallel.links import Links
 from flexclear.parallel.planning import TOO_SMALL, check_shares
-from flexclear.parallel.session import Options, Session, why_not_cached
+from flexclear.parallel.session import Options, Session, refuse_unshared
 from flexclear.steps import StepCounter
 
 Target = TypeVar("Target")
@@ -88,7 +88,7 @@ def enable(
             f"this {type(model).__name__} is dense, and borders are those of a window: flexclear.transform(model, r=...) "
             "first. flexclear.parallel.enable_dense runs the dense model on several ranks"
         )
-    refuse_unshared(model, entry)
+    refuse_unshared(model, entry.family, entry.settings)
     pipe = None if model_or_pipe is model else model_or_pipe
     if exchange == "stale" and (pipe is None or not hasattr(getattr(pipe, "scheduler", None), "step_index")):
         raise ValueError(
@@ -128,7 +128,7 @@ def attach(model: nn.Module, session: Session) -> None:
     """
     entry = entry_hook_of(model)
     assert entry is not None
-    refuse_unshared(model, entry)
+    refuse_unshared(model, entry.family, entry.settings)
     _let(model, entry, session)
 
 
@@ -160,23 +160,7 @@ def sent_bytes(model_or_pipe: Any) -> dict[str, int]:
     Raises:
         ValueError: the model does not run on several ranks.
     """
-    entry = entry_hook_of(model_of(model_or_pipe))
-    if entry is None or entry.parallel is None:
+    session = session_of(model_of(model_or_pipe))
+    if session is None:
         raise ValueError("this model does not run on several ranks; flexclear.parallel.enable(pipe) first")
-    return dict(entry.parallel.links.sent)
-
-
-def refuse_unshared(model: nn.Module, entry: EntryHook) -> None:
-    """Raise if a transformed model cannot be shared by several ranks.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    why = why_not_cached(model) or entry.family.why_not_parallel(model)
-    if entry.settings.formula is not None:
-        why = (
-            f"attention={entry.settings.formula.kind!r} is no softmax over a window; CLEAR and the alternatives that are "
-            "masks can"
-        )
-    if why is not None:
-        raise ValueError(f"this {type(model).__name__} cannot be shared by several ranks: {why}")
+    return dict(session.links.sent)

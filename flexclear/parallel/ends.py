@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -23,6 +23,12 @@ def told(session: Session) -> Iterator[None]:
     except BaseException as error:
         session.failed(error)
         raise
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session that a model takes part in, or None."""
+    entry = entry_hook_of(model)
+    return None if entry is None else cast("Session | None", entry.parallel)
 
 
 class _Call:
@@ -45,8 +51,7 @@ class _Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
         assert model is not None
-        entry = entry_hook_of(model)
-        session = None if entry is None else entry.parallel
+        session = session_of(model)
         if session is None:
             return type(model)._call_impl(model, *args, **kwargs)
         with told(session):

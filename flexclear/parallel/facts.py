@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flexclear.runtime.facts import Call, Settings
+
 if TYPE_CHECKING:
-    from flexclear.families.base import Call
-    from flexclear.hooks import Settings
     from flexclear.parallel.session import Options
 
 SAMPLED = 4096

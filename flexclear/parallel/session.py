@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,9 @@ from flexclear.parallel.links import Links
 from flexclear.parallel.masks import BandPlan, get_band_plan
 from flexclear.parallel.planning import Bands, cut
 from flexclear.parallel.transfers import Pending
-from flexclear.schedule import Slot
+from flexclear.runtime.facts import Call, Settings, Slot
+from flexclear.runtime.family import Family
 from flexclear.steps import StepCounter
-
-if TYPE_CHECKING:
-    from flexclear.families.base import Call, Family
-    from flexclear.hooks import Settings
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class _Borders:
 
 
 class Session:
-    """Holds what a run over several ranks needs from one call to the next; one call at a time.
+    """What a run over several ranks needs from one call to the next, a ``Partition``; one call at a time.
 
     Args:
         links: the ways between the ranks.
@@ -89,6 +86,10 @@ class Session:
         (height, width), *references = call.grids
         layout = Layout(height, width, 0, text_first, "raster", tuple(references))
         return cut(layout, self.links.size, self.options.shares, self.options.too_small)
+
+    def check(self, model: nn.Module, family: Family, settings: Settings) -> None:
+        """Raise if a model that is transformed like this cannot be shared; see ``refuse_unshared``."""
+        refuse_unshared(model, family, settings)
 
     # A pipeline's denoising loop
 
@@ -271,6 +272,22 @@ def why_not_cached(model: nn.Module) -> str | None:
         "it has a cache (enable_cache), which decides from the tokens that it sees which blocks to skip, and each rank sees "
         "others. model.disable_cache() first"
     )
+
+
+def refuse_unshared(model: nn.Module, family: Family, settings: Settings) -> None:
+    """Raise if a transformed model cannot be shared by several ranks.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    why = why_not_cached(model) or family.why_not_parallel(model)
+    if settings.formula is not None:
+        why = (
+            f"attention={settings.formula.kind!r} is no softmax over a window; CLEAR and the alternatives that are "
+            "masks can"
+        )
+    if why is not None:
+        raise ValueError(f"this {type(model).__name__} cannot be shared by several ranks: {why}")
 
 
 def _no_session() -> None:

@@ -1,0 +1,105 @@
+"""What is known before any work: of a model's layers, of how it was transformed, of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from flexclear.alternatives.mechanism import Formula
+from flexclear.compile.kernels import Kernel, Options, choose
+from flexclear.masks import Window
+from flexclear.masks.blocks import default_block_size
+from flexclear.steps import StepCounter
+from flexclear.switches import Switches
+
+JOINT = "joint"
+"""Scope of attention over text and image together; every family has it."""
+
+Slot: TypeAlias = tuple[str, Window | None]
+"""What one of a plan's masks is for: the scope of attention, and the window over it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer whose processor is replaced.
+
+    Attributes:
+        name: path of the module in the model.
+        module: the attention module; has ``processor`` and ``set_processor``.
+        scope: which tokens it attends over, ``JOINT`` or a name of the family's own.
+    """
+
+    name: str
+    module: Any
+    scope: str = JOINT
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model as the entry hook sees it, read before any work.
+
+    Attributes:
+        tokens: a floating-point input, for its device and type.
+        grids: (height, width) in tokens of the image, then of each reference picture.
+        text_lens: number of text tokens by scope.
+        keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent where nothing is.
+        order: token order of a call that cannot have the one that ``transform`` was given, else None.
+    """
+
+    tokens: Tensor
+    grids: tuple[tuple[int, int], ...]
+    text_lens: dict[str, int]
+    keep: dict[str, Tensor] = field(default_factory=dict)
+    order: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model was transformed; see ``flexclear.transform`` for the meaning of each field.
+
+    ``windows`` is by layer name, ``slots`` what a plan holds one mask each for. With a ``formula`` there are no windows.
+    ``head_dim`` is the model's.
+    """
+
+    windows: Mapping[str, Window | None]
+    slots: tuple[Slot, ...]
+    backend: str
+    order: str
+    block_size: tuple[int, int] | None
+    kernel_options: Options
+    head_dim: int
+    exact_position_ids: bool
+    switches: Switches
+    steps: StepCounter
+    formula: Formula | None = None
+
+    def kernel(
+        self,
+        backend: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        seq_len: int,
+        backward: bool,
+        text_padded: bool = False,
+    ) -> Kernel:
+        """Blocks and kernel options of a call.
+
+        Raises:
+            ValueError: the kernels on ``device`` cannot take those that were asked for.
+        """
+        if backend != "flex":
+            return Kernel(self.block_size or default_block_size(seq_len))
+        return choose(
+            device,
+            dtype,
+            self.head_dim,
+            backward=backward,
+            seq_len=seq_len,
+            text_padded=text_padded,
+            block_size=self.block_size,
+            options=self.kernel_options,
+        )

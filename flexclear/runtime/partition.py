@@ -1,0 +1,66 @@
+"""What the hooks ask of a run over several processes, each of which has a part of the image.
+
+``flexclear.parallel`` implements ``Partition``, and ``Band`` of ``call_plan``. Nothing here, nor in what uses them, imports
+it: who shares a model out gives its entry hook a ``Partition``, and that one gives every call its ``Band``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flexclear.call_plan import Band
+from flexclear.compile.kernels import Kernel
+from flexclear.masks import Layout, Window
+from flexclear.plan import Plan
+from flexclear.runtime.facts import Call, Settings, Slot
+from flexclear.runtime.family import Family
+
+
+class Partition(Protocol):
+    """A model's run over several processes, from one call to the next."""
+
+    @property
+    def current(self) -> Band | None:
+        """The call that is running, or None between two."""
+
+    def check(self, model: nn.Module, family: Family, settings: Settings) -> None:
+        """Raise if a model that is transformed like this cannot be shared.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    def watch(self, pipe: Any) -> None:
+        """Know of how a pipeline's denoising loop ends."""
+
+    def begin(
+        self, model: nn.Module, kwargs: Mapping[str, Any], call: Call, family: Family, settings: Settings
+    ) -> None:
+        """When a call's arguments are known: agree with the other processes.
+
+        Raises:
+            ValueError: the call cannot be shared, or processes differ.
+        """
+
+    def part(
+        self,
+        layout: Layout,
+        window: Window | None,
+        backend: str,
+        kernel: Kernel,
+        device: torch.device,
+        text_padded: bool,
+    ) -> Plan:
+        """This process's plan of the call that has begun; arguments as in ``get_plan``."""
+
+    def band(
+        self, plans: Sequence[Any], masks: Sequence[Any], slots: Sequence[Slot], keep: Mapping[str, Tensor]
+    ) -> Band:
+        """The call that has begun, with its plans and masks, one per slot."""
+
+    def close(self) -> None:
+        """End the run: the model is whole in this process again."""
