@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from flexclear.call_plan import CallPlan
 from flexclear.compile.derivatives import function_transforms
 from flexclear.families.checks import attention_of, required_tensor
+from flexclear.families.zimage_pads import padding, pads_of, room_for
 from flexclear.grid import GridReader
 from flexclear.masks.defaults import independent
 from flexclear.runtime.facts import JOINT, Call, Layer
@@ -40,9 +41,6 @@ from flexclear.runtime.family import Family
 
 IMAGE = "image"
 """Scope of the refiner blocks, which see the picture and its padding."""
-
-MULTIPLE = 32
-"""Pictures and captions are padded to a multiple of as many tokens."""
 
 
 class ZImageFamily(Family):
@@ -96,9 +94,9 @@ class ZImageFamily(Family):
                 f"x holds {len(pictures)} pictures, cap_feats {len(captions)} captions; one each is needed"
             )
         height, width = _grid(model, pictures[0], _patch_size(model, kwargs))
-        lengths = [len(caption) + _padding(len(caption)) for caption in captions]
+        lengths = [len(caption) + padding(len(caption)) for caption in captions]
         _check_positions(model, height, width, max(lengths))
-        pads = _padding(height * width)
+        pads = padding(height * width)
         text_len = pads + max(lengths)
         _check_residuals(kwargs.get("controlnet_block_samples"), height * width + text_len)
         keep = {}
@@ -113,7 +111,7 @@ class ZImageFamily(Family):
         from flexclear.families.zimage_attention import Timestep, rotary
 
         pictures = torch.stack(_pictures(model, kwargs))
-        lengths = [len(caption) + _padding(len(caption)) for caption in _captions(model, kwargs)]
+        lengths = [len(caption) + padding(len(caption)) for caption in _captions(model, kwargs)]
         plan = replace(plan, rotary=rotary(model.rope_embedder, plan.base, lengths, ntk_factor))
         changed = {**kwargs, "t": Timestep(kwargs["t"], plan, pictures.dtype)}
         patches = plan.to_image_order(_patches(pictures, _whole(plan)), -1)
@@ -164,10 +162,6 @@ def _kept(text_len: int, lengths: tuple[int, ...], device: torch.device) -> Tens
     """Which text tokens are within each sample's own length, bool ``[B, text_len]``; kept, so that a GPU is not waited
     for in every step."""
     return (torch.arange(text_len) < torch.tensor(lengths)[:, None]).to(device)
-
-
-def _padding(length: int) -> int:
-    return -length % MULTIPLE
 
 
 def _pictures(model: nn.Module, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -273,30 +267,6 @@ def _inside(model: nn.Module, plan: CallPlan) -> tuple[int, int]:
         return _whole(plan)
     embed: Any = model.rope_embedder
     return room_for(len(plan.base.rows), pads_of(plan), tuple(embed.axes_lens))
-
-
-def pads_of(plan: CallPlan) -> int:
-    """Number of the picture's pads, those of the whole picture on every rank."""
-    return _padding(plan.base.layout.image_len)
-
-
-@functools.lru_cache(maxsize=64)
-def room_for(own: int, pads: int, positions: tuple[int, ...]) -> tuple[int, int]:
-    """The smallest grid of ``own`` tokens or more whose padding makes room for ``pads``, with one pad at least if so.
-
-    Args:
-        own: image tokens of a rank.
-        pads: of the whole picture.
-        positions: how many the model has for captions, rows and columns. Those of this grid are not used, but looked up.
-    """
-    _, rows, columns = positions
-    least = max(own, 1)
-    return next(
-        (height, width)
-        for height in range(-(-least // columns), rows + 1)
-        for width in range(-(-least // height), columns + 1)
-        if height * width + _padding(height * width) >= own + pads and (not pads or _padding(height * width))
-    )
 
 
 def _patches(pictures: Tensor, grid: tuple[int, int]) -> Tensor:

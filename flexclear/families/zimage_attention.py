@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexclear.call_plan import CallPlan
 from flexclear.families.processors import PLAN, WindowProcessor, cos_and_sin, rotate
-from flexclear.families.zimage import pads_of, room_for
+from flexclear.families.zimage_pads import pads_of, room_for
 from flexclear.hooks import Hook
 from flexclear.masks.defaults import independent
 from flexclear.modes import known_to_hooks
