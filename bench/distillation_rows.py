@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import flexclear
 from flexclear.alternatives import Formula, flops, named
-from flexclear.convert import model_of
+from flexclear.families.target import model_of
 from flexclear.masks import Disc, Downsampled, Layout
 
 TEXT_LEN = 32

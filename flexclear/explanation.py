@@ -61,8 +61,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
 def _explain_model(
     model_or_pipe: Any, *, height: int | None = None, width: int | None = None, text_len: int = 512
 ) -> ModelExplanation:
-    from flexclear.convert import model_of, px_per_token
     from flexclear.families import family_of
+    from flexclear.families.target import model_of, px_per_token
     from flexclear.hooks import entry_hook_of
     from flexclear.model_explanation import explain_model
 

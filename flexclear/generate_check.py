@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from flexclear.choices import DTYPES
-from flexclear.convert import px_per_token
 from flexclear.families import FAMILIES
+from flexclear.families.target import px_per_token
 from flexclear.fingerprints import fingerprint_files, fingerprint_pipeline
 from flexclear.generate_settings import BEST, DENSE, GenerateSettings, model_folder
 from flexclear.masks import Disc, Downsampled

@@ -26,7 +26,8 @@ from flexclear.compile.compiled import check_no_hooks
 from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantized, lora_layers, quantized_elsewhere
 from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.regional import check_compiler, check_max_sizes, check_mode
-from flexclear.convert import model_of, transform_again
+from flexclear.convert import transform_again
+from flexclear.families.target import model_of
 from flexclear.hooks import entry_hook_of
 from flexclear.switches import in_force
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from flexclear.compile import repeated_blocks, report
 from flexclear.compile.regional import GRAPHS_PER_SIZE
 from flexclear.compile.report import remember_all_graphs
-from flexclear.convert import model_of, px_per_token
+from flexclear.families.target import model_of, px_per_token
 from flexclear.hooks import Hook
 from flexclear.plan import plans
 from flexclear.soak_calls import (

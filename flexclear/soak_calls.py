@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import flexclear
 from flexclear.choices import EMBEDDED
 from flexclear.compile import compile_blocks, repeated_blocks
-from flexclear.convert import model_of
+from flexclear.families.target import model_of
 from flexclear.foreign import from_pretrained
 
 PROMPTS = (

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from flexclear.compile.files import whole_file
-from flexclear.convert import model_of, transform
+from flexclear.convert import transform
 from flexclear.embedded import model_directory
 from flexclear.exchange import as_before
 from flexclear.families import family_of
+from flexclear.families.target import model_of
 from flexclear.undoing import numbers_as_before
 from flexclear.weights import keys, load_weights
 

@@ -19,9 +19,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.analysis.attending import attending
 from flexclear.call_plan import CallPlan
-from flexclear.convert import model_of
 from flexclear.families import family_of
 from flexclear.families.processors import WindowProcessor
+from flexclear.families.target import model_of
 from flexclear.hooks import entry_hook_of
 from flexclear.runtime.facts import JOINT
 from flexclear.steps import StepCounter

@@ -124,8 +124,9 @@ def attention(
     from flexclear.analysis.attention import attention_pictures, mass_table, observe
     from flexclear.analysis.plots import plot_mass
     from flexclear.compile.files import whole_file
-    from flexclear.convert import model_of, transform
+    from flexclear.convert import transform
     from flexclear.families import family_of
+    from flexclear.families.target import model_of
 
     pipe, call = _pipeline(settings)
     transform(pipe, None if radius == DENSE else int(radius), backend="sdpa")

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from flexclear.convert import model_of
 from flexclear.distill.batches import held_out_indices
 from flexclear.distill.capture import compared_layers
 from flexclear.distill.config import DistillConfig
@@ -19,6 +18,7 @@ from flexclear.distill.models import SUPPORTED, check_class, fingerprint, pipeli
 from flexclear.distill.optimizers import check_optimizer
 from flexclear.distill.samples import Samples, check_samples
 from flexclear.extras import require
+from flexclear.families.target import model_of
 
 
 @dataclass(frozen=True)

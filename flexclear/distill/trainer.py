@@ -19,7 +19,7 @@ from torch import nn
 
 from flexclear.choices import EMBEDDED
 from flexclear.compile.files import whole_file, write_errors
-from flexclear.convert import model_of, transform
+from flexclear.convert import transform
 from flexclear.distill import checkpoints as files
 from flexclear.distill.batches import Batch, BatchMaker, held_out_batches, held_out_indices
 from flexclear.distill.config import DistillConfig
@@ -32,6 +32,7 @@ from flexclear.distill.processes import DTYPES, check_accelerator, check_precisi
 from flexclear.distill.samples import Samples
 from flexclear.distill.sharding import clip, fill, follow, gather, loaded_whole, sharding_of, window_like
 from flexclear.distill.students import add_lora, make_teacher, merge_lora, trained_parameters
+from flexclear.families.target import model_of
 from flexclear.hooks import entry_hook_of
 from flexclear.reading import lines_of
 

@@ -14,7 +14,7 @@ import torch
 
 from flexclear.alternatives.names import named
 from flexclear.compile.files import whole_file
-from flexclear.convert import model_of, px_per_token, transform
+from flexclear.convert import transform
 from flexclear.evaluation.conditions import distance_to_condition
 from flexclear.evaluation.config import EvalConfig, VariantConfig
 from flexclear.evaluation.evaluate import STORE
@@ -27,6 +27,7 @@ from flexclear.evaluation.tables import COLUMNS, CONDITION, ITSELF, MODEL, PROMP
 from flexclear.exchange import as_before
 from flexclear.extras import require_for_metrics
 from flexclear.families import family_of
+from flexclear.families.target import model_of, px_per_token
 from flexclear.fingerprints import fingerprint_files
 from flexclear.folder_settings import keep_settings
 from flexclear.generate import Setup, check, draw, load

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flexclear.convert import family_of, model_of, transform, transform_again
+from flexclear.convert import family_of, transform, transform_again
 from flexclear.exchange import as_before
+from flexclear.families.target import model_of
 from flexclear.highres.stages import KEEP
 from flexclear.hooks import entry_hook_of
 from flexclear.masks import Downsampled, Window

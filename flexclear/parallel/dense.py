@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from flexclear.convert import model_of
+from flexclear.families.target import model_of
 from flexclear.hooks import entry_hook_of
 from flexclear.modes import context_parallelism_of
 from flexclear.parallel.group import ranks_of

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from flexclear.choices import EXCHANGES, TEXTS
-from flexclear.convert import model_of
 from flexclear.exchange import all_or_nothing, put_hooks
+from flexclear.families.target import model_of
 from flexclear.hooks import EntryHook, entry_hook_of
 from flexclear.parallel.decoding import split_decoding
 from flexclear.parallel.dense import disable_dense, refuse_other_parallelism

@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from flexclear.convert import below_compile, transform, transform_again
+from flexclear.convert import transform, transform_again
 from flexclear.exchange import all_or_nothing
 from flexclear.families import Layer, family_of
+from flexclear.families.target import below_compile
 from flexclear.hooks import EntryHook, entry_hook_of
 from flexclear.masks import Disc, Downsampled, Window
 from flexclear.schedule import resolve

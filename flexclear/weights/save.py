@@ -9,8 +9,8 @@ import torch
 
 import flexclear
 from flexclear.compile.files import whole_file
-from flexclear.convert import model_of
 from flexclear.families import family_of
+from flexclear.families.target import model_of
 from flexclear.hooks import entry_hook_of
 from flexclear.weights import keys, metadata
 from flexclear.weights.files import SUFFIX
