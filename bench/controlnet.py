@@ -24,8 +24,9 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flexclear import embedded
+from flexclear.common.shipped import controlnet_directory
 from flexclear.embedded.captions import caption
-from flexclear.embedded.control import FACTS_NAME, MODES, controlnet_directory
+from flexclear.embedded.control import FACTS_NAME, MODES
 from flexclear.embedded.controlled import controlled_pipeline, generate_controlled, originals
 from flexclear.embedded.evaluation import Request, evaluate, held_out_requests
 from flexclear.embedded.reference import read_reference_sheet

@@ -40,8 +40,9 @@ from flexclear.distill import DistillConfig, LossConfig, OptimizerConfig, distil
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
 from flexclear.distill.samples import CachedSamples
 from flexclear.distill.trainer import LOSSES, WEIGHTS
+from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.vocabulary import read_vocabulary
-from flexclear.students import Student, file_name, teacher_fingerprint, write_index
+from flexclear.students import Student, file_name, write_index
 
 import distillation_data
 import distillation_report

@@ -20,6 +20,7 @@ from flexclear.choices import (
     check_finite,
     check_seeds,
 )
+from flexclear.common.shipped import model_directory
 from flexclear.reading import check_unicode, lines_of, read_text
 
 DENSE = "dense"
@@ -162,8 +163,6 @@ def model_folder(model: str) -> str:
         ValueError: it is a file.
     """
     if model == EMBEDDED:
-        from flexclear.embedded import model_directory
-
         return str(model_directory())
     place = Path(model).expanduser()
     if place.is_dir():

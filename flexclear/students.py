@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flexclear.common.shipped import students_directory
 from flexclear.compile.files import whole_file
 from flexclear.convert import transform
-from flexclear.embedded import model_directory
+from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.exchange import as_before
 from flexclear.families import family_of
 from flexclear.families.target import model_of
@@ -42,28 +42,6 @@ class Student:
     def label(self) -> str:
         pooled = "" if self.down_factor is None else f" + pooled {self.down_factor} x {self.down_factor}"
         return f"r = {self.radius}{pooled}, distilled"
-
-
-def students_directory() -> Path:
-    """The folder of the students that ship with the package; it is missing where none do."""
-    return model_directory().parent / "students"
-
-
-def teacher_fingerprint(folder: Path | None = None) -> str:
-    """Of every weights file of the embedded model, or of the pipeline folder given: what a student was distilled from.
-
-    Raises:
-        FileNotFoundError: the folder holds no weights.
-    """
-    folder = model_directory() if folder is None else folder
-    files = sorted(folder.glob("*/*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no weights in {folder}")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(folder).as_posix().encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:24]
 
 
 def file_name(radius: int, down_factor: int | None = None) -> str:

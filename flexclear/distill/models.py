@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flexclear.choices import EMBEDDED, HUB_ID
+from flexclear.common.shipped import model_directory
 from flexclear.fingerprints import counts, fingerprint_files
 from flexclear.foreign import from_pretrained
 
@@ -26,8 +27,6 @@ def pipeline_folder(model: str) -> Path:
         OSError: it cannot be downloaded.
     """
     if model == EMBEDDED:
-        from flexclear.embedded import model_directory
-
         return model_directory()
     place = Path(model).expanduser()
     if place.is_dir():

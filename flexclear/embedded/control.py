@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexclear.embedded.vocabulary import model_directory
+from flexclear.common.shipped import controlnet_directory
+from flexclear.embedded.fingerprint import teacher_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -15,11 +16,6 @@ if TYPE_CHECKING:
 MODES = {"grey": 0, "blur": 1, "tile": 2}
 """The ``control_mode`` of each condition, by its name in ``flexclear.evaluation.conditions``."""
 FACTS_NAME = "training.json"
-
-
-def controlnet_directory() -> Path:
-    """Return the folder of the ControlNet that ships with the package, a diffusers model folder."""
-    return model_directory().parent / "controlnet_model"
 
 
 def controlnet(
@@ -46,7 +42,6 @@ def controlnet(
     from diffusers import FluxControlNetModel
 
     from flexclear.foreign import from_pretrained
-    from flexclear.students import teacher_fingerprint
 
     folder = controlnet_directory() if folder is None else folder
     facts = folder / FACTS_NAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flexclear.embedded.vocabulary import model_directory
+from flexclear.common.shipped import model_directory
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from flexclear.common.shipped import model_directory
 from flexclear.embedded.captions import split_words
 from flexclear.embedded.scenes import Colour, Emoji
 
@@ -38,11 +39,6 @@ class Vocabulary:
             "held_out_pairs": [list(pair) for pair in self.held_out_pairs],
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def model_directory() -> Path:
-    """Return the folder of the embedded model, a diffusers pipeline folder."""
-    return Path(__file__).resolve().parent / "model"
 
 
 @cache

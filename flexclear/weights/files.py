@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from flexclear.choices import EMBEDDED, HUB_ID
+from flexclear.common.shipped import students_directory
 
 SUFFIX = ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -56,8 +57,6 @@ def locate(
         raise TypeError(f"path must be a str or Path of a {SUFFIX} file, or a hub id, got {type(path).__name__}")
     place = Path(path).expanduser()
     if path == EMBEDDED and filename is not None and not place.exists():
-        from flexclear.students import students_directory
-
         place = students_directory()
     if filename is not None and not place.is_dir():
         if place.is_file():

@@ -13,7 +13,9 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from flexclear.students import read_students, students_directory, teacher_fingerprint
+from flexclear.common.shipped import students_directory
+from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.students import read_students
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 import students as bench

@@ -18,9 +18,11 @@ from typer.testing import CliRunner
 
 import flexclear
 from flexclear import embedded
-from flexclear.embedded.control import FACTS_NAME, MODES, controlnet_directory
+from flexclear.common.shipped import controlnet_directory
+from flexclear.embedded.control import FACTS_NAME, MODES
 from flexclear.embedded.controlled import controlled_pipeline, generate_controlled, originals
 from flexclear.embedded.evaluation import held_out_requests
+from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.font import DEFAULT_FONT_PATH
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.scenes import draw
@@ -38,7 +40,7 @@ from flexclear.embedded.train.controlnet_recipe import ControlRecipe
 from flexclear.embedded.train.pictures import training_pairs, training_scenes
 from flexclear.embedded.train.stopping import StopFlag
 from flexclear.evaluation.conditions import CONDITIONS, distance_to_condition
-from flexclear.students import read_students, teacher_fingerprint
+from flexclear.students import read_students
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import controlnet as bench

@@ -48,14 +48,15 @@ def controlnet(
     import torch
 
     from flexclear import embedded
-    from flexclear.embedded.control import FACTS_NAME, controlnet_directory
+    from flexclear.common.shipped import controlnet_directory
+    from flexclear.embedded.control import FACTS_NAME
+    from flexclear.embedded.fingerprint import teacher_fingerprint
     from flexclear.embedded.font import extract_bitmaps
     from flexclear.embedded.train import corpus
     from flexclear.embedded.train.controlnet import export_controlnet, train_controlnet
     from flexclear.embedded.train.controlnet_data import ControlBatchMaker, conditioned_set
     from flexclear.embedded.train.pictures import training_pairs, training_scenes
     from flexclear.embedded.train.stopping import StopFlag
-    from flexclear.students import teacher_fingerprint
 
     torch.set_num_threads(threads)
     recipe = ControlRecipe(

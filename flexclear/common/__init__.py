@@ -1,0 +1,1 @@
+"""What every part of flexclear may use, and what uses none of them: nothing here imports torch."""
