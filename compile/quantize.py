@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flexclear.compile.blocks import repeated_blocks
 from flexclear.compile.recipes import RECIPES, check_recipe
-from flexclear.undoing import undo
+from flexclear.compile.undoing import undo
 
 MIN_FEATURES = 256
 """Linears with fewer input or output features gain nothing: their time is that of launching them."""

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flexclear.foreign import hush as _hush
+from flexclear.versions import VERSION as _VERSION
 
 if TYPE_CHECKING:
     from flexclear import (
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from flexclear.switches import override
     from flexclear.weights import load_weights, save_weights
 
-__version__ = "0.1.0"
+__version__ = _VERSION
 
 __all__ = [
     "__version__",

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flexclear.versions import dtype_option
+
 
 def _built_for_others(record: logging.LogRecord) -> bool:
     """Whether torchao's library cannot be loaded here by its build: another Python's, or CUDA's beside a torch without."""
@@ -124,8 +126,6 @@ def from_pretrained(kind: Any, place: Any, dtype: Any = None, **options: Any) ->
         dtype: data type of the weights, under the name that the installed diffusers has for it; None: as it is.
         options: further ones.
     """
-    from flexclear.versions import dtype_option
-
     if dtype is not None:
         options[dtype_option()] = dtype
     with without_bars:

@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
+VERSION = "0.1.0"
+"""flexclear's own."""
+
 
 def installed(name: str) -> str | None:
     """Version of an installed distribution, or None."""
@@ -18,11 +21,9 @@ def installed(name: str) -> str | None:
 
 def versions(names: Iterable[str] = ("torch", "diffusers", "transformers", "torchao")) -> dict[str, str]:
     """Versions of flexclear, Python and those of the named distributions that are installed."""
-    import flexclear
-
     found = {name: installed(name) for name in names}
     return {
-        "flexclear": flexclear.__version__,
+        "flexclear": VERSION,
         "python": platform.python_version(),
         **{name: value for name, value in found.items() if value is not None},
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexclear.undoing import afterwards
+from flexclear.compile.undoing import afterwards
 
 Attend = Callable[..., Tensor]
 """Takes a layer's name and its processor, then what ``WindowProcessor.attend`` takes; returns what that returns."""

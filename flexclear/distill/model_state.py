@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flexclear.compile.files import whole_file, write_errors
+from flexclear.compile.undoing import afterwards
 from flexclear.convert import transform_again
 from flexclear.distill.students import ADAPTER, trained_parameters
 from flexclear.hooks import entry_hook_of
-from flexclear.undoing import afterwards
 from flexclear.weights import load_weights, save_weights
 
 

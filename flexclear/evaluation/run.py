@@ -14,6 +14,7 @@ import torch
 
 from flexclear.alternatives.names import named
 from flexclear.compile.files import whole_file
+from flexclear.compile.undoing import numbers_as_before
 from flexclear.convert import transform
 from flexclear.evaluation.conditions import distance_to_condition
 from flexclear.evaluation.config import EvalConfig, VariantConfig
@@ -37,7 +38,6 @@ from flexclear.hooks import entry_hook_of
 from flexclear.image_reading import read_image
 from flexclear.model_explanation import explain_model
 from flexclear.picture_files import Target, read_settings
-from flexclear.undoing import numbers_as_before
 from flexclear.versions import versions
 from flexclear.weights import keys, load_weights
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flexclear.compile.undoing import afterwards
 from flexclear.convert import family_of, transform, transform_again
 from flexclear.exchange import as_before
 from flexclear.families.target import model_of
@@ -13,7 +14,6 @@ from flexclear.highres.stages import KEEP
 from flexclear.hooks import entry_hook_of
 from flexclear.masks import Downsampled, Window
 from flexclear.schedule import Radii, resolve
-from flexclear.undoing import afterwards
 
 
 def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:

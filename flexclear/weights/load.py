@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from flexclear.compile.undoing import undo
 from flexclear.convert import transform, transform_again
 from flexclear.exchange import all_or_nothing
 from flexclear.families import Layer, family_of
@@ -20,7 +21,6 @@ from flexclear.families.target import below_compile
 from flexclear.hooks import EntryHook, entry_hook_of
 from flexclear.masks import Disc, Downsampled, Window
 from flexclear.schedule import resolve
-from flexclear.undoing import undo
 from flexclear.weights import files, keys, metadata
 
 

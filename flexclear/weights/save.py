@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-import flexclear
 from flexclear.compile.files import whole_file
 from flexclear.families import family_of
 from flexclear.families.target import model_of
 from flexclear.hooks import entry_hook_of
+from flexclear.versions import VERSION
 from flexclear.weights import keys, metadata
 from flexclear.weights.files import SUFFIX
 
@@ -63,7 +63,7 @@ def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = Non
     said = metadata.write(
         windows,
         base if base is not None else getattr(getattr(model, "config", None), "_name_or_path", None),
-        {"flexclear": flexclear.__version__, "torch": torch.__version__, "diffusers": version("diffusers")},
+        {"flexclear": VERSION, "torch": torch.__version__, "diffusers": version("diffusers")},
     )
     tensors = {name: parameter.detach().to("cpu").contiguous() for name, parameter in parameters.items()}
     with whole_file(path) as beside:
