@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from flexclear.attention import windowed_attention
 from flexclear.masks import Disc, Layout, Neighborhood, Window, block_mask, cost
 from flexclear.masks.blocks import default_block_size
+from flexclear.runtime.attention import windowed_attention
 
 from machine import RESULTS, facts, write_results
 

@@ -21,7 +21,7 @@ import torch
 from flexclear.compile.kernels import Kernel
 from flexclear.masks import Disc, Layout, block_mask, disc
 from flexclear.masks.blocks import default_block_size
-from flexclear.plan import get_plan
+from flexclear.runtime.plan import get_plan
 
 from machine import facts, write_results
 

@@ -31,13 +31,13 @@ from flexclear.embedded.controlled import controlled_pipeline, generate_controll
 from flexclear.embedded.evaluation import Request, evaluate, held_out_requests
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.retrieval import Retriever
+from flexclear.embedded.students import read_students
 from flexclear.embedded.vocabulary import Vocabulary, read_vocabulary
 from flexclear.evaluation.conditions import CONDITIONS
 from flexclear.evaluation.config import VariantConfig, read_eval_config
 from flexclear.evaluation.run import Run, as_variant, run
 from flexclear.evaluation.tables import COLUMNS, TABLES, cell
-from flexclear.sheet import contact_sheet
-from flexclear.students import read_students
+from flexclear.images.sheet import contact_sheet
 
 from machine import RESULTS, facts, write_results
 

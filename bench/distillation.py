@@ -34,15 +34,15 @@ from safetensors.torch import load_file, save_file
 
 import flexclear
 from flexclear import embedded
-from flexclear.choices import EMBEDDED
+from flexclear.common.choices import EMBEDDED
 from flexclear.compile.files import whole_file
 from flexclear.distill import DistillConfig, LossConfig, OptimizerConfig, distill
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
 from flexclear.distill.samples import CachedSamples
 from flexclear.distill.trainer import LOSSES, WEIGHTS
 from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.students import Student, file_name, write_index
 from flexclear.embedded.vocabulary import read_vocabulary
-from flexclear.students import Student, file_name, write_index
 
 import distillation_data
 import distillation_report

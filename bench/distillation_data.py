@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flexclear import embedded
-from flexclear.choices import EMBEDDED
+from flexclear.common.choices import EMBEDDED
 from flexclear.compile.files import whole_file
 from flexclear.distill.caching import cache
 from flexclear.distill.drawing import DataPlan, draw_data
@@ -22,7 +22,7 @@ from flexclear.embedded.font import DEFAULT_FONT_PATH, extract_bitmaps
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.scenes import draw, random_scene
 from flexclear.embedded.vocabulary import Vocabulary
-from flexclear.generate_settings import DENSE, GenerateSettings
+from flexclear.generation.settings import DENSE, GenerateSettings
 
 from distillation_rows import TEXT_LEN
 

@@ -27,9 +27,9 @@ import typer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flexclear.attention import windowed_attention
 from flexclear.compile.kernels import Options, check_kernel_options, choose, with_kernel
 from flexclear.masks import Disc, Layout, block_mask, cost
+from flexclear.runtime.attention import windowed_attention
 
 from attention import reference
 from gpu_rows import Clock, Rows

@@ -29,11 +29,11 @@ from flexclear.embedded.captions import caption
 from flexclear.embedded.evaluation import Request, evaluate, generate, trained_requests
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.retrieval import Retriever
+from flexclear.embedded.students import as_student, read_students
 from flexclear.embedded.vocabulary import Vocabulary, read_vocabulary
 from flexclear.highres import Stage, seam_ratio, tiled, upscale_cascade
 from flexclear.highres.tiling import OVERLAP, tile_size
-from flexclear.sheet import contact_sheet
-from flexclear.students import as_student, read_students
+from flexclear.images.sheet import contact_sheet
 
 from machine import RESULTS, facts, write_results
 

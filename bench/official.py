@@ -33,9 +33,9 @@ from flexclear.distill.losses import Objective
 from flexclear.distill.optimizers import make_optimizer
 from flexclear.distill.sources import find_items
 from flexclear.distill.students import trained_parameters
-from flexclear.families.processors import PLAN
 from flexclear.highres.stages import RELEASED
 from flexclear.highres.state import shifted
+from flexclear.runtime.processors import PLAN
 
 from machine import RESULTS, facts, write_results
 from official_code import Checkout, PipelineOf031

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from flexclear import embedded, parallel
+from flexclear.embedded.students import as_student, read_students
 from flexclear.embedded.vocabulary import read_vocabulary
-from flexclear.students import as_student, read_students
 
 from distillation_measure import Examiner
 from machine import RESULTS, facts, write_results

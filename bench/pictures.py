@@ -5,9 +5,9 @@ python bench/pictures.py
 
 from __future__ import annotations
 
+from flexclear.images.sheet import side_by_side
 from flexclear.masks import Disc, Layout, Neighborhood, Square, Strided, Swin
 from flexclear.masks.pictures import window_picture
-from flexclear.sheet import side_by_side
 
 from machine import RESULTS
 

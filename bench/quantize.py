@@ -23,8 +23,8 @@ from flexclear import embedded
 from flexclear.common.shipped import students_directory
 from flexclear.compile import RECIPES, quantize, sqnr, weight_bytes, why_not_recipe
 from flexclear.embedded.evaluation import Request, generate, picture_psnr, trained_requests
+from flexclear.embedded.students import file_name
 from flexclear.embedded.vocabulary import Vocabulary, read_vocabulary
-from flexclear.students import file_name
 
 from machine import RESULTS, facts, write_results
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 import flexclear
 from flexclear import embedded
-from flexclear.choices import EMBEDDED
+from flexclear.common.choices import EMBEDDED
 from flexclear.common.shipped import students_directory
 from flexclear.compile.files import whole_file
 from flexclear.distill import DistillConfig, OptimizerConfig, distill
@@ -33,8 +33,8 @@ from flexclear.distill.config import CheckpointConfig, HeldOutConfig
 from flexclear.distill.samples import CachedSamples
 from flexclear.distill.trainer import WEIGHTS
 from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.students import Student, as_student, read_students, write_index
 from flexclear.embedded.vocabulary import read_vocabulary
-from flexclear.students import Student, as_student, read_students, write_index
 
 import distillation_data
 from distillation_measure import Examiner

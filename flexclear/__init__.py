@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flexclear.foreign import hush as _hush
-from flexclear.versions import VERSION as _VERSION
+from flexclear.common.foreign import hush as _hush
+from flexclear.common.versions import VERSION as _VERSION
 
 if TYPE_CHECKING:
     from flexclear import (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
     from flexclear.optimization import optimize
-    from flexclear.switches import override
+    from flexclear.runtime.switches import override
     from flexclear.weights import load_weights, save_weights
 
 __version__ = _VERSION
@@ -61,7 +61,7 @@ _HOME = {
     "explain": "flexclear.explanation",
     "load_weights": "flexclear.weights",
     "optimize": "flexclear.optimization",
-    "override": "flexclear.switches",
+    "override": "flexclear.runtime.switches",
     "restore": "flexclear.convert",
     "save_weights": "flexclear.weights",
     "transform": "flexclear.convert",

@@ -9,24 +9,31 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from flexclear.alternatives.mechanism import Formula, Mechanism, WindowMechanism
 from flexclear.alternatives.names import named
-from flexclear.choices import BACKENDS
+from flexclear.common.choices import BACKENDS
 from flexclear.compile.kernels import check_kernel_options
-from flexclear.exchange import all_or_nothing, put_hooks, put_originals, put_processor, remove_hooks, replaced_by
 from flexclear.families import FAMILIES, Family, Layer, family_of
-from flexclear.families.processors import is_ours
 from flexclear.families.target import below_compile, model_of
-from flexclear.hooks import EntryHook, check_formula, entry_hook_of
 from flexclear.masks import Downsampled, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE, ORDERS
-from flexclear.modes import forget_cached_tokens, refuse_context_parallelism
+from flexclear.runtime.exchange import (
+    all_or_nothing,
+    put_hooks,
+    put_originals,
+    put_processor,
+    remove_hooks,
+    replaced_by,
+)
 from flexclear.runtime.facts import Settings
-from flexclear.schedule import Radii, Radius, resolve, slots
-from flexclear.steps import StepCounter
-from flexclear.switches import Switches
+from flexclear.runtime.hooks import EntryHook, check_formula, entry_hook_of
+from flexclear.runtime.mechanism import Formula, Mechanism, WindowMechanism
+from flexclear.runtime.modes import forget_cached_tokens, refuse_context_parallelism
+from flexclear.runtime.processors import is_ours
+from flexclear.runtime.schedule import Radii, Radius, resolve, slots
+from flexclear.runtime.steps import StepCounter
+from flexclear.runtime.switches import Switches
 
 Target = TypeVar("Target")
 

@@ -28,8 +28,8 @@ from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.regional import check_compiler, check_max_sizes, check_mode
 from flexclear.convert import transform_again
 from flexclear.families.target import model_of
-from flexclear.hooks import entry_hook_of
-from flexclear.switches import in_force
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.switches import in_force
 
 Target = TypeVar("Target")
 Size = tuple[int, int]

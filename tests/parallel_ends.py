@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 import flexclear
 from flexclear import parallel
-from flexclear.hooks import entry_hook_of
 from flexclear.parallel.group import ranks_of
 from flexclear.parallel.notes import Notes
+from flexclear.runtime.hooks import entry_hook_of
 
 from models import flux_call, tiny_flux
 from parallel_cases import run

@@ -12,10 +12,10 @@ import typing
 import pytest
 
 import flexclear
-from flexclear import choices
 from flexclear.cli import app
 from flexclear.commands.common import finite
-from flexclear.generate_settings import GenerateSettings
+from flexclear.common import choices
+from flexclear.generation.settings import GenerateSettings
 
 GENERATE = ("generate", "embedded", "--prompt", "a red apple")
 
@@ -202,7 +202,7 @@ def test_settings_made_in_python_are_checked_alike(tmp_path, changed, message):
 
 def test_more_text_tokens_than_the_pipeline_takes_are_refused_before_weights_are_read(tmp_path, monkeypatch):
     from flexclear.distill.caching import cache
-    from flexclear.generate import check
+    from flexclear.generation.generate import check
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *args, **kwargs: pytest.fail("read"))
     settings = GenerateSettings("embedded", ("a",), tmp_path / "out", text_len=100000, device="cpu")

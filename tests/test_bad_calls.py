@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flexclear
-from flexclear.grid import read_grids
+from flexclear.runtime.grid import read_grids
 
 from models import flux_call, tiny_flux
 

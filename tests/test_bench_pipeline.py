@@ -78,7 +78,7 @@ def test_out_of_memory_in_one_variant_is_recorded_and_the_others_go_on(tmp_path,
     step = pipeline_models.Job.step
 
     def exhausted(self, transformer, number):
-        if self.grid == (16, 16) and flexclear.hooks.entry_hook_of(transformer) is None:
+        if self.grid == (16, 16) and flexclear.runtime.hooks.entry_hook_of(transformer) is None:
             raise torch.OutOfMemoryError("Tried to allocate 9.00 GiB.\nGPU 0 has ...")
         step(self, transformer, number)
 

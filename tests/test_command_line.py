@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import flexclear
+from flexclear.images.sheet import contact_sheet
 from flexclear.masks import Disc, Layout, block_pairs, cost
-from flexclear.sheet import contact_sheet
 
 
 def flexclear_command(*arguments, cwd=None):

@@ -10,7 +10,7 @@ import torch
 import flexclear
 from flexclear.compile.kernels import Kernel
 from flexclear.masks import Disc, Downsampled, Layout, dense_mask
-from flexclear.plan import get_plan, plans
+from flexclear.runtime.plan import get_plan, plans
 from flexclear.testing import assert_matches_dense
 
 from models import flux_call, tiny_flux

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flexclear
 from flexclear.compile import UnfusedAttentionError, compiled_flex_attention
 from flexclear.compile.derivatives import transforms_in_force
-from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc, Layout, block_mask, dense_mask
-from flexclear.plan import plans
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.plan import plans
 
 import parallel_families
 from models import flux_call, tiny_flux
@@ -157,12 +157,12 @@ def test_what_has_no_tangent_keeps_its_kernel_while_another_thread_differentiate
 @pytest.mark.parametrize("name", ["grad", "jvp", "functionalize"])
 def test_plans_made_under_a_transform_serve_plain_calls(name):
     model = flexclear.transform(tiny_flux(**SIZES), r=3, backend="sdpa", proportional_attention=True)
-    flexclear.switches._gain.cache_clear()
+    flexclear.runtime.switches._gain.cache_clear()
     plans.clear()
     TRANSFORMS[name](function_of(model), LATENTS, DIRECTION)
     left = function_of(model)(LATENTS)
     left.mean().backward()
-    flexclear.switches._gain.cache_clear()
+    flexclear.runtime.switches._gain.cache_clear()
     plans.clear()
     assert torch.equal(function_of(model)(LATENTS), left)
 

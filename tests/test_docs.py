@@ -11,7 +11,7 @@ MODULES = [
     "flexclear.alternatives.flops",
     "flexclear.alternatives.names",
     "flexclear.explanation",
-    "flexclear.window_explanation",
+    "flexclear.explanation.window",
     "flexclear.masks",
     "flexclear.masks.blocks",
     "flexclear.masks.cost",

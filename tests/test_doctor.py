@@ -9,8 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import flexclear
-from flexclear import cli, doctor
+from flexclear import cli
 from flexclear.compile import RECIPES, why_not_compiled, why_not_recipe
+from flexclear.tools import doctor
 
 UNABLE = why_not_compiled(torch.device("cpu"))
 able = pytest.mark.skipif(UNABLE is not None, reason=f"FlexAttention is not compiled here: {UNABLE}")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexclear.common.extras import EXTRAS
 from flexclear.compile import why_not_compiled
 from flexclear.evaluation import evaluate
-from flexclear.extras import EXTRAS
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

@@ -20,7 +20,7 @@ def failing(monkeypatch, capsys):
     """Runs ``flexclear explain`` with a function in place of its work: exit status and lines on standard error."""
 
     def run(work, *options):
-        monkeypatch.setattr("flexclear.window_explanation.explain_window", work)
+        monkeypatch.setattr("flexclear.explanation.window.explain_window", work)
         with pytest.raises(SystemExit) as end:
             cli.main([*EXPLAIN, *options])
         captured = capsys.readouterr()
@@ -132,7 +132,7 @@ def test_a_fault_stays_one_where_a_reader_adds_the_file_s_name(failing, ours):
 
 @pytest.mark.parametrize("place", [(*EXPLAIN, "--debug"), ("--debug", *EXPLAIN)], ids=["after", "before"])
 def test_debug_shows_the_traceback(monkeypatch, capsys, place):
-    monkeypatch.setattr("flexclear.window_explanation.explain_window", raising(OSError(28, "No space left")))
+    monkeypatch.setattr("flexclear.explanation.window.explain_window", raising(OSError(28, "No space left")))
     with pytest.raises(SystemExit) as end:
         cli.main(place)
     lines = capsys.readouterr().err.splitlines()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flexclear import folder_settings
+from flexclear.common.fingerprints import fingerprint_pipeline
 from flexclear.embedded import model_directory
-from flexclear.fingerprints import fingerprint_pipeline
-from flexclear.folder_settings import keep_settings
-from flexclear.generate import GenerateSettings, check
+from flexclear.generation.generate import GenerateSettings, check
+from flexclear.images import folder_settings
+from flexclear.images.folder_settings import keep_settings
 
 TOLD = {"model": "m", "base": {"steps": 4, "sizes": ((64, 64),), "out": Path("x")}}
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import flexclear
-from flexclear import grid
+from flexclear.runtime import grid
 
 from models import flux_call, raster_ids, tiny_flux
 from parallel_families import build

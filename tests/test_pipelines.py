@@ -11,7 +11,7 @@ from PIL import Image
 
 import flexclear
 from flexclear.masks import Disc, Layout, dense_mask
-from flexclear.plan import plans
+from flexclear.runtime.plan import plans
 
 from models import tiny_flux
 

@@ -11,7 +11,7 @@ import torch
 import flexclear
 from flexclear.compile import why_not_compiled
 from flexclear.masks import Disc, Downsampled
-from flexclear.pooling import make_pooling
+from flexclear.runtime.pooling import make_pooling
 
 from flux_reference import ReferenceProcessor, double, reference_model
 from models import flux_call, raster_ids, tiny_flux

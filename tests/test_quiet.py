@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import flexclear
-from flexclear import cli, foreign
-from flexclear.versions import dtype_option, release
+from flexclear import cli
+from flexclear.common import foreign
+from flexclear.common.versions import dtype_option, release
 
 README = Path(__file__).parent.parent / "README.md"
 FAST = ("--steps", "2", "--text-len", "16", "--size", "64x64", "--backend", "sdpa", "--device", "cpu")
@@ -104,13 +105,13 @@ def command(monkeypatch, capsys):
     """Runs ``flexclear explain`` with a function that is called meanwhile; gives the lines on standard error."""
 
     def run(work, *options):
-        from flexclear.window_explanation import explain_window
+        from flexclear.explanation.window import explain_window
 
         def explain(*args, **kwargs):
             work()
             return explain_window(*args, **kwargs)
 
-        monkeypatch.setattr("flexclear.window_explanation.explain_window", explain)
+        monkeypatch.setattr("flexclear.explanation.window.explain_window", explain)
         with pytest.raises(SystemExit) as end:
             cli.main(["explain", "--height", "64", "--width", "64", *options])
         captured = capsys.readouterr()
@@ -195,7 +196,7 @@ def test_the_data_type_has_the_name_that_the_installed_diffusers_knows(monkeypat
         ("0.40.0", "dtype"),
         ("1.0", "dtype"),
     ):
-        monkeypatch.setattr("flexclear.versions.installed", lambda name, version=version: version)
+        monkeypatch.setattr("flexclear.common.versions.installed", lambda name, version=version: version)
         assert dtype_option() == name
     assert release(None) == (0, 0)
 

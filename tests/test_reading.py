@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from flexclear.analysis.report import write_report
+from flexclear.common.reading import YAML_DEPTH, lines_of, parse_json, parse_yaml
 from flexclear.evaluation.pictures import batches, read_captions, read_folder, read_picture
-from flexclear.generate_settings import read_prompts
+from flexclear.generation.settings import read_prompts
 from flexclear.highres.folder import Folder
 from flexclear.highres.stages import Stage
-from flexclear.image_reading import image_size, png_text, read_image
-from flexclear.picture_files import png_bytes, read_settings
-from flexclear.reading import YAML_DEPTH, lines_of, parse_json, parse_yaml
+from flexclear.images.files import png_bytes, read_settings
+from flexclear.images.reading import image_size, png_text, read_image
 
 from picture_bombs import bomb
 

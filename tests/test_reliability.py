@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import flexclear
-from flexclear.call_plan import CallPlan
 from flexclear.compile import compile_blocks, compile_whole, quantize
-from flexclear.hooks import Hook
-from flexclear.memory import note
-from flexclear.plan import plans
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.hooks import Hook
+from flexclear.runtime.memory import note
+from flexclear.runtime.plan import plans
 
 from models import flux_call, tiny_flux
 
@@ -134,7 +134,7 @@ def test_an_error_while_a_plan_is_built_leaves_no_half_of_it(monkeypatch):
     before = state(model)
     plans.clear()
     with monkeypatch.context() as patch:
-        patch.setattr("flexclear.plan.dense_mask", lambda *args, **kwargs: exec("raise KeyboardInterrupt"))
+        patch.setattr("flexclear.runtime.plan.dense_mask", lambda *args, **kwargs: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             run(model)
     assert plans.stats().entries == 0
@@ -207,7 +207,7 @@ def test_out_of_memory_in_attention_says_how_large_the_call_was_and_what_takes_l
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flexclear.call_plan.windowed_attention", exhausted)
+        patch.setattr("flexclear.runtime.call_plan.windowed_attention", exhausted)
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as caught:
             picture(pipe)
     said = said_of(caught.value)
@@ -267,7 +267,7 @@ def test_a_note_becomes_part_of_the_message_where_exceptions_take_none():
 
 def test_a_dense_mask_beyond_the_limit_says_what_fits(monkeypatch):
     plans.clear()
-    monkeypatch.setattr("flexclear.plan.MAX_DENSE_BYTES", 100**2)
+    monkeypatch.setattr("flexclear.runtime.plan.MAX_DENSE_BYTES", 100**2)
     model = fresh()
     with pytest.raises(ValueError, match=r"12 x 9 image tokens and 7 of text.*9 x 9 image tokens fit"):
         run(model)

@@ -11,7 +11,7 @@ import torch
 
 import flexclear
 from flexclear.families import family_of
-from flexclear.hooks import entry_hook_of
+from flexclear.runtime.hooks import entry_hook_of
 
 from models import flux_call, tiny_flux
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import flexclear
-from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc, Full, Layout, Square, Swin, dense_mask
-from flexclear.plan import plans
-from flexclear.steps import StepCounter
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.plan import plans
+from flexclear.runtime.steps import StepCounter
 
 from models import flux_call, tiny_flux
 

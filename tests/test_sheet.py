@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flexclear.sheet import contact_sheet
+from flexclear.images.sheet import contact_sheet
 
 
 @pytest.mark.parametrize("lines", [1, 2, 3, 5])

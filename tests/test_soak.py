@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexclear.attention import windowed_attention
 from flexclear.cli import app
-from flexclear.hooks import EntryHook, Hook
-from flexclear.plan import plans
-from flexclear.soak import Bounds, soak_test
-from flexclear.soak_calls import Settings, calls, load, perform
+from flexclear.runtime.attention import windowed_attention
+from flexclear.runtime.hooks import EntryHook, Hook
+from flexclear.runtime.plan import plans
+from flexclear.tools.soak import Bounds, soak_test
+from flexclear.tools.soak_calls import Settings, calls, load, perform
 
 SMALL = Settings(backend="sdpa", sizes=2, largest=64, text_lens=(8,), lora=False, seed=1)
 NO_SAMPLES = Bounds(samples=0, warm_up=4)
@@ -42,7 +42,7 @@ def test_graphs_are_counted_against_the_sizes_that_were_seen(monkeypatch):
     settings = replace(SMALL, sizes=1, compile=True, compile_backend="eager", lora=True)
     found = short(count=4, settings=settings)
     assert 0 < found.graphs <= found.graphs_bound == 4
-    monkeypatch.setattr("flexclear.soak.GRAPHS_PER_SIZE", 0)
+    monkeypatch.setattr("flexclear.tools.soak.GRAPHS_PER_SIZE", 0)
     torch.compiler.reset()
     assert any("graphs, more than 0" in failure for failure in short(count=1, settings=settings).failures)
     torch.compiler.reset()
@@ -68,7 +68,7 @@ def test_a_planted_wrong_picture_is_found_with_the_call_that_draws_it(monkeypatc
     def drifting(*args):
         return windowed_attention(*args) * (1 + 1e-3 * (next(count) > 30))
 
-    monkeypatch.setattr("flexclear.call_plan.windowed_attention", drifting)
+    monkeypatch.setattr("flexclear.runtime.call_plan.windowed_attention", drifting)
     found = short(replace(NO_SAMPLES, samples=2), 12)
     wrong = [failure for failure in found.failures if "a fresh process draws another picture" in failure]
     assert found.compared == 2
@@ -82,7 +82,7 @@ def test_a_hook_that_is_left_behind_is_found(monkeypatch):
         pipe.transformer.norm_out.register_forward_hook(LeftBehind())
         return picture
 
-    monkeypatch.setattr("flexclear.soak.perform", leaving)
+    monkeypatch.setattr("flexclear.tools.soak.perform", leaving)
     assert "the model had 2 hooks, now it has 3" in short(count=2).failures
 
 
@@ -113,7 +113,7 @@ def test_the_command_exits_with_1_and_says_which_call_failed(monkeypatch):
     def broken(*args):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("flexclear.call_plan.windowed_attention", broken)
+    monkeypatch.setattr("flexclear.runtime.call_plan.windowed_attention", broken)
     done = CliRunner().invoke(app, ["soak", "--calls", "9", "--backend", "sdpa", "--samples", "0", "--seed", "4"])
     assert done.exit_code == 1
     assert "FAILURE: RuntimeError in Call(number=0" in done.output

@@ -9,12 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 import flexclear
-from flexclear import cli, embedded, students
+from flexclear import cli, embedded
 from flexclear.distill.students import trained_parameters
+from flexclear.embedded import students
 from flexclear.embedded.evaluation import generate, held_out_requests, picture_psnr
 from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.students import Student, as_student, read_students, write_index
 from flexclear.embedded.vocabulary import read_vocabulary
-from flexclear.students import Student, as_student, read_students, write_index
 
 PROMPT = "a rocket on a yellow background"
 

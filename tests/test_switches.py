@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import flexclear
-from flexclear.hooks import entry_hook_of
-from flexclear.switches import Switches, in_force
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.switches import Switches, in_force
 
 from flux_reference import ReferenceProcessor, double, reference_model
 from models import flux_call, tiny_flux

@@ -15,7 +15,7 @@ from flexclear.compile import why_not_compiled
 from flexclear.compile.kernels import Kernel
 from flexclear.families.flux_attention import FluxWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
-from flexclear.plan import plans
+from flexclear.runtime.plan import plans
 
 from models import flux_call, raster_ids, tiny_flux
 
@@ -160,7 +160,7 @@ def test_a_saved_model_loads_as_the_original(model, tmp_path):
 
 @pytest.mark.parametrize(("height", "width"), [(300, 20), (20, 300), (512, 512)])
 def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(height, width):
-    from flexclear.grid import read_grids
+    from flexclear.runtime.grid import read_grids
 
     ids = raster_ids(height, width, torch.bfloat16)
     exact = raster_ids(height, width, torch.float32)
@@ -308,7 +308,7 @@ def test_every_attention_layer_is_replaced(model):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_plan_counts_every_byte_it_holds(backend):
-    from flexclear.plan import get_plan
+    from flexclear.runtime.plan import get_plan
 
     plans.clear()
     layout = Layout(12, 20, 16)
@@ -337,7 +337,7 @@ def test_a_plan_made_in_inference_mode_serves_training_afterwards(model):
 
 def test_a_default_device_does_not_reach_masks_and_plans():
     from flexclear.masks import block_mask, cost
-    from flexclear.plan import build_plan
+    from flexclear.runtime.plan import build_plan
 
     layout = Layout(9, 13, 7)
     expected = block_mask(layout, Disc(3))

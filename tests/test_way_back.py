@@ -12,11 +12,11 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 import flexclear
 from flexclear.analysis.attending import attending
 from flexclear.compile.undoing import numbers_as_before
-from flexclear.exchange import Snapshot
-from flexclear.families.processors import WindowProcessor
 from flexclear.highres.state import windowed
-from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc
+from flexclear.runtime.exchange import Snapshot
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.processors import WindowProcessor
 
 from interruptions import OTHERS, Lines, hooks_of, outline_of, same, state_of
 from models import flux_call, tiny_flux

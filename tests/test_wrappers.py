@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import flexclear
-from flexclear.hooks import entry_hook_of
+from flexclear.runtime.hooks import entry_hook_of
 
 from interruptions import same, state_of
 from models import tiny_flux

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import flexclear
-from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc
+from flexclear.runtime.hooks import entry_hook_of
 
 from models import flux_call, tiny_flux
 

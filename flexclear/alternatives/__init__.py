@@ -10,11 +10,11 @@ agent attention have formulas of their own.
 from flexclear.alternatives.agent import AgentAttention
 from flexclear.alternatives.flops import flops
 from flexclear.alternatives.linear import LinearAttention
-from flexclear.alternatives.mechanism import Formula, Mechanism, WindowMechanism
 from flexclear.alternatives.names import CLEAR, NAMES, named
 from flexclear.alternatives.pixart import PixArtAttention
 from flexclear.alternatives.sigmoid import SigmoidAttention
 from flexclear.alternatives.windows import NeighborhoodAttention, StridedAttention, SwinAttention
+from flexclear.runtime.mechanism import Formula, Mechanism, WindowMechanism
 
 __all__ = [
     "AgentAttention",

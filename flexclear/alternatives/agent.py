@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexclear.alternatives.mechanism import Attend, Formula, one_grid
-from flexclear.attention import windowed_attention
 from flexclear.masks import Layout
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE
+from flexclear.runtime.attention import windowed_attention
+from flexclear.runtime.mechanism import Attend, Formula, one_grid
 
 if TYPE_CHECKING:
-    from flexclear.plan import Plan
+    from flexclear.runtime.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flexclear.alternatives.mechanism import Mechanism
 from flexclear.alternatives.names import named
 from flexclear.masks import Layout, Window, cost
+from flexclear.runtime.mechanism import Mechanism
 
 
 def flops(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from flexclear.alternatives.mechanism import Attend, Formula
 from flexclear.masks import Layout
+from flexclear.runtime.mechanism import Attend, Formula
 
 if TYPE_CHECKING:
-    from flexclear.plan import Plan
+    from flexclear.runtime.plan import Plan
 
 
 @dataclass(frozen=True)

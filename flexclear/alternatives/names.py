@@ -6,10 +6,10 @@ from typing import Any
 
 from flexclear.alternatives.agent import AgentAttention
 from flexclear.alternatives.linear import LinearAttention
-from flexclear.alternatives.mechanism import Mechanism
 from flexclear.alternatives.pixart import PixArtAttention
 from flexclear.alternatives.sigmoid import SigmoidAttention
 from flexclear.alternatives.windows import NeighborhoodAttention, StridedAttention, SwinAttention
+from flexclear.runtime.mechanism import Mechanism
 
 CLEAR = "clear"
 """The windows that ``r`` names."""

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from flexclear.alternatives.mechanism import Attend, Formula, one_grid
-from flexclear.attention import windowed_attention
 from flexclear.masks import Layout
 from flexclear.masks.checks import check_int
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import MAX_SIDE
-from flexclear.pooling import Pooling, make_pooling
+from flexclear.runtime.attention import windowed_attention
+from flexclear.runtime.mechanism import Attend, Formula, one_grid
+from flexclear.runtime.pooling import Pooling, make_pooling
 
 if TYPE_CHECKING:
-    from flexclear.plan import Plan
+    from flexclear.runtime.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexclear.alternatives.mechanism import one_grid
-from flexclear.call_plan import CallPlan
 from flexclear.convert import transform
 from flexclear.families import family_of
-from flexclear.families.processors import WindowProcessor
 from flexclear.masks import Layout
 from flexclear.masks.checks import check_int
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.mechanism import one_grid
+from flexclear.runtime.processors import WindowProcessor
 
 RANK_TOLERANCE = 1e-10
 """Singular values below this share of the largest count as zero."""

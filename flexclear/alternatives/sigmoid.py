@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from flexclear.alternatives.mechanism import Attend, Formula
 from flexclear.masks import Layout
+from flexclear.runtime.mechanism import Attend, Formula
 
 if TYPE_CHECKING:
-    from flexclear.plan import Plan
+    from flexclear.runtime.plan import Plan
 
 MAX_SCORES = 1 << 28
 """Most scores that are computed at a time; more are taken in parts along the queries."""

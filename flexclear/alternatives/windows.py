@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flexclear.alternatives.mechanism import WindowMechanism
 from flexclear.masks import Neighborhood, Strided, Swin, Window
+from flexclear.runtime.mechanism import WindowMechanism
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.analysis.attending import attending
-from flexclear.call_plan import CallPlan
 from flexclear.families import family_of
-from flexclear.families.processors import WindowProcessor
 from flexclear.families.target import model_of
-from flexclear.hooks import entry_hook_of
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT
-from flexclear.steps import StepCounter
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.processors import WindowProcessor
+from flexclear.runtime.steps import StepCounter
 
 MAX_NUMBERS = 1 << 23
 """Most scores at a time: heads x queries x keys."""
@@ -199,7 +199,7 @@ def attention_pictures(
     Raises:
         ValueError: there are no maps, or no such head.
     """
-    from flexclear.sheet import contact_sheet
+    from flexclear.images.sheet import contact_sheet
 
     if not observed.maps:
         raise ValueError("no maps were kept: name queries, such as queries=[(8, 8)]")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexclear.common.reading import parse_json, read_text
 from flexclear.masks import Disc, Layout, cost
 from flexclear.masks.checks import check_int
-from flexclear.reading import parse_json, read_text
 
 _PUBLISHED = {
     None: (4.45, 20.90, 148.97, 1842.48),

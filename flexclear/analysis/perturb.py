@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from flexclear.analysis.attending import attending
-from flexclear.call_plan import CallPlan
 from flexclear.families import family_of
-from flexclear.families.processors import WindowProcessor
 from flexclear.families.target import model_of
-from flexclear.hooks import entry_hook_of
 from flexclear.masks import Layout
 from flexclear.masks.checks import check_int
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.processors import WindowProcessor
 
 KINDS = ("remote", "local")
 KNOWN = ("FluxTransformer2DModel",)

@@ -10,8 +10,8 @@ import torch
 
 from flexclear.analysis.attention import Observed
 from flexclear.analysis.cost import CostRow
+from flexclear.common.extras import require
 from flexclear.compile.files import whole_file
-from flexclear.extras import require
 
 
 def _figure(columns: int, height: float = 4.2) -> tuple[Any, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image
 
+from flexclear.common.reading import lines_of, parse_json, read_text
+from flexclear.common.versions import versions
 from flexclear.compile.files import whole_file
-from flexclear.image_reading import read_image
-from flexclear.reading import lines_of, parse_json, read_text
-from flexclear.versions import versions
+from flexclear.images.reading import read_image
 
 NAME = "report.html"
 LARGEST = 1024

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from flexclear.choices import EMBEDDED, LARGEST_SEED
 from flexclear.commands.common import Commands, must_exist, out_folder
-from flexclear.extras import require
-from flexclear.generate_settings import DENSE, GenerateSettings, parse_radius, parse_size
+from flexclear.common.choices import EMBEDDED, LARGEST_SEED, parse_size
+from flexclear.common.extras import require
+from flexclear.generation.settings import DENSE, GenerateSettings, parse_radius
 
 analyze = Commands("What a model's attention does, needs and costs.")
 
@@ -53,7 +53,7 @@ def _settings(
 
 def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
     """The dense pipeline and the arguments of its call."""
-    from flexclear.generate import EMBEDDED_DEFAULTS, check, load
+    from flexclear.generation.generate import EMBEDDED_DEFAULTS, check, load
 
     settings.out.mkdir(parents=True, exist_ok=True)
     pipe = load(settings, check(settings))
@@ -204,7 +204,7 @@ def perturb(
     from flexclear.compile.files import whole_file
     from flexclear.convert import transform
     from flexclear.evaluation.formulas import psnr, ssim
-    from flexclear.sheet import contact_sheet
+    from flexclear.images.sheet import contact_sheet
 
     clips = [
         *(Clip("remote", distance) for distance in remote or ()),

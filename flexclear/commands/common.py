@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flexclear.choices import check_finite
 from flexclear.commands.terminal import output
+from flexclear.common.choices import check_finite
 
 PANEL = "Output"
 

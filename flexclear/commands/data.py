@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from flexclear.choices import DTYPES, LARGEST_SEED, check_choice, check_seeds
 from flexclear.commands.common import Commands, finite, must_exist, out_folder
 from flexclear.commands.terminal import console, progress_bars
+from flexclear.common.choices import DTYPES, LARGEST_SEED, check_choice, check_seeds
 
 data = Commands("Pictures to train on: drawn by the teacher, encoded once.")
 
@@ -38,7 +38,8 @@ def generate(
     Pictures that are there are kept: the same command goes on where it was stopped, on any number of processes. Other
     settings than theirs (settings.json) are an error; a deleted caption is written again.
     """
-    from flexclear.generate_settings import DENSE, GenerateSettings, parse_shard, parse_size, read_prompts
+    from flexclear.common.choices import parse_size
+    from flexclear.generation.settings import DENSE, GenerateSettings, parse_shard, read_prompts
 
     settings = GenerateSettings(
         model=model,
@@ -97,7 +98,8 @@ def cache(
     file_name and text. A damaged picture or .tar file is named and skipped. The same command goes on where it was stopped;
     a cache of pictures that were replaced since is an error.
     """
-    from flexclear.generate_settings import model_folder, parse_size
+    from flexclear.common.choices import parse_size
+    from flexclear.generation.settings import model_folder
 
     check_choice("--dtype", dtype, ("auto", *DTYPES))
     sides = None if size is None else parse_size(size)
@@ -106,7 +108,7 @@ def cache(
 
     from flexclear.distill.caching import cache as job
     from flexclear.distill.models import text_len_of
-    from flexclear.generate_check import choose_device, choose_dtype
+    from flexclear.generation.check import choose_device, choose_dtype
 
     place = choose_device(device)
     lines = console()

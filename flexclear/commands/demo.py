@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from flexclear.choices import LARGEST_SEED, check_seeds
 from flexclear.commands.common import out_folder
 from flexclear.commands.terminal import console, progress_bars
+from flexclear.common.choices import LARGEST_SEED, check_seeds
 
 DEMO_PROMPTS = (
     "a red apple on a blue background",
@@ -54,8 +54,8 @@ def demo(
             lines.print(
                 f"The embedded model was not trained on: {', '.join(strangers)} (in {text!r}). It draws all the same."
             )
-    from flexclear.demo import markdown_table, run_variants, write
-    from flexclear.students import Student, read_students
+    from flexclear.embedded.students import Student, read_students
+    from flexclear.tools.demo import markdown_table, run_variants, write
 
     students: tuple[Student, ...] = ()
     try:

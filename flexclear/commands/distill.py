@@ -10,7 +10,7 @@ import typer
 
 from flexclear.commands.common import must_exist
 from flexclear.commands.terminal import console, progress_bars
-from flexclear.extras import require
+from flexclear.common.extras import require
 
 
 def distill(
@@ -25,7 +25,7 @@ def distill(
 
     The same command goes on where it was stopped. For several GPUs: accelerate launch -m flexclear distill CONFIG.
     """
-    from flexclear.generate_settings import parse_size
+    from flexclear.common.choices import parse_size
 
     require("yaml", "flexclear distill")
     size = (1024, 1024) if pixels is None else parse_size(pixels)

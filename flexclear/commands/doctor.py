@@ -15,7 +15,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what runs here: versions, device, attention, quantisation. Exit status 1 if transform cannot run compiled."""
-    from flexclear.doctor import diagnose
+    from flexclear.tools.doctor import diagnose
 
     found = diagnose(device, quick=quick)
     if json:

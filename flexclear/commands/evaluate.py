@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flexclear.choices import parse_metrics
 from flexclear.commands.common import Commands, must_exist, out_folder
 from flexclear.commands.terminal import console, progress_bars
-from flexclear.extras import require, require_for_metrics
+from flexclear.common.choices import parse_metrics
+from flexclear.common.extras import require, require_for_metrics
 
 PICTURES = "pictures"
 
@@ -68,7 +68,7 @@ def pictures(
 
     A metric whose network cannot be had is reported as not computed, with the reason; the others go on.
     """
-    from flexclear.generate_settings import parse_size
+    from flexclear.common.choices import parse_size
 
     asked = parse_metrics(metrics)
     require_for_metrics(asked)
@@ -125,7 +125,7 @@ def run(
 
 def _networks(given: list[str] | None, device: str, download: bool) -> Any:
     from flexclear.evaluation import Networks
-    from flexclear.generate_check import choose_device
+    from flexclear.generation.check import choose_device
 
     places = {}
     for text in given or ():

@@ -24,7 +24,7 @@ def explain(
         if value < px_per_token:
             raise ValueError(f"--{option} must be at least one token's {px_per_token} pixels, got {value}")
 
-    from flexclear.window_explanation import explain_window, resolution_table
+    from flexclear.explanation.window import explain_window, resolution_table
 
     told = explain_window(height, width, r, text_len=text_len, px_per_token=px_per_token)
     print(told)

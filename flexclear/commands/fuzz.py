@@ -11,7 +11,7 @@ import typer
 
 from flexclear.commands.common import finite
 from flexclear.commands.terminal import console, counter
-from flexclear.extras import require
+from flexclear.common.extras import require
 
 
 def fuzz(

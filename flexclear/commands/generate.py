@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from flexclear.choices import EMBEDDED, LARGEST_SEED
 from flexclear.commands.common import finite
 from flexclear.commands.terminal import console, output, progress_bars
+from flexclear.common.choices import EMBEDDED, LARGEST_SEED
 
 
 def generate(
@@ -103,7 +103,8 @@ def generate(
     A file that exists is never replaced unless --overwrite says so: in a folder numbers go on after the highest one,
     a single file is an error. Ctrl-C keeps what is finished; the same command with --resume completes the set.
     """
-    from flexclear.generate_settings import GenerateSettings, parse_radius, parse_sizes
+    from flexclear.common.choices import parse_sizes
+    from flexclear.generation.settings import GenerateSettings, parse_radius
 
     settings = GenerateSettings(
         model=model,
@@ -136,7 +137,7 @@ def generate(
     )
     settings.check()
 
-    from flexclear import generate as job
+    from flexclear.generation import generate as job
     from flexclear.parallel import ParallelError, leave
 
     silent = parallel and int(os.environ.get("RANK", "0")) != 0  # the first process speaks for all
@@ -192,7 +193,7 @@ def generate(
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    from flexclear.generate_settings import read_prompts
+    from flexclear.generation.settings import read_prompts
 
     if given and file is not None:
         raise ValueError(f"give --prompt or --prompts, not both; got {len(given)} x --prompt and --prompts {file}")
@@ -204,7 +205,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
 
 
 def _sizes(given: list[str] | None, height: int | None, width: int | None) -> tuple[tuple[int, int], ...]:
-    from flexclear.generate_settings import parse_size
+    from flexclear.common.choices import parse_size
 
     if (height is None) != (width is None):
         raise ValueError(f"--height and --width go together; got --height {height} and --width {width}")
@@ -216,7 +217,7 @@ def _sizes(given: list[str] | None, height: int | None, width: int | None) -> tu
 
 
 def _recipe(fp8: bool, recipe: str | None) -> str | None:
-    from flexclear.generate_settings import BEST
+    from flexclear.generation.settings import BEST
 
     if fp8 and recipe is not None:
         raise ValueError(f"give --fp8 or --recipe, not both; got --recipe {recipe}")

@@ -67,7 +67,7 @@ def _run(arguments: list[str], interrupts: _Interrupts) -> int:
 
     try:
         from flexclear.commands.application import app
-        from flexclear.reading import check_unicode
+        from flexclear.common.reading import check_unicode
 
         for argument in arguments:
             check_unicode(argument, "an argument")

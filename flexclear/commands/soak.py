@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from flexclear.choices import BACKENDS, LARGEST_SEED, check_choice
 from flexclear.commands.common import finite
 from flexclear.commands.terminal import console, counter
+from flexclear.common.choices import BACKENDS, LARGEST_SEED, check_choice
 
 
 def soak(
@@ -30,8 +30,8 @@ def soak(
     not what a fresh process draws."""
     check_choice("--backend", backend, BACKENDS)
 
-    from flexclear.soak import Bounds, soak_test
-    from flexclear.soak_calls import Settings
+    from flexclear.tools.soak import Bounds, soak_test
+    from flexclear.tools.soak_calls import Settings
 
     settings = Settings(
         model=model,

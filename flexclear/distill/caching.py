@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flexclear.common.reading import parse_json, read_text
 from flexclear.compile.files import whole_file
 from flexclear.distill.models import check_class, fingerprint, load_pipeline, pipeline_folder, transformer_class
 from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSamples, Sample, check_sample, shape_of
 from flexclear.distill.sources import Item, Skipped, find_items
-from flexclear.generate_check import check_text_len, skeleton_of
-from flexclear.reading import parse_json, read_text
+from flexclear.generation.check import check_text_len, skeleton_of
 
 LARGEST_SCALED = 1 << 26
 """Pixels that a picture may have before it is cut, unless the cut is as large: a narrow one is enlarged without bounds."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
 from flexclear.families import family_of
-from flexclear.families.processors import PLAN
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.processors import PLAN
 
 SINGLE = "single_transformer_blocks."
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexclear.common.reading import parse_json, read_text
 from flexclear.compile.files import whole_file, write_errors
 from flexclear.distill.config import DistillConfig, as_mapping
 from flexclear.distill.samples import Samples
-from flexclear.reading import parse_json, read_text
 
 FOLDER = "checkpoints"
 TRAINED = "trained.safetensors"

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flexclear.alternatives.mechanism import Formula, Mechanism
 from flexclear.alternatives.names import named
-from flexclear.choices import BACKENDS
-from flexclear.extras import require
+from flexclear.common.choices import BACKENDS
+from flexclear.common.extras import require
+from flexclear.common.reading import check_unicode, parse_yaml, read_text, shown
 from flexclear.masks import Disc, Downsampled
-from flexclear.reading import check_unicode, parse_yaml, read_text, shown
+from flexclear.runtime.mechanism import Formula, Mechanism
 
 Settings = TypeVar("Settings")
 

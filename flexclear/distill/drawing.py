@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexclear.folder_settings import keep_settings
-from flexclear.generate import GenerateSettings, Setup, check, draw, load
-from flexclear.picture_files import read_settings, write_whole
+from flexclear.generation.generate import GenerateSettings, Setup, check, draw, load
+from flexclear.images.files import read_settings, write_whole
+from flexclear.images.folder_settings import keep_settings
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one picture goes; stands in for ``flexclear.picture_files.Target``."""
+    """Where one picture goes; stands in for ``flexclear.images.files.Target``."""
 
     path: Path
 
@@ -118,13 +118,13 @@ def draw_data(
     say: Callable[[str], None] = lambda text: None,
     on_step: Callable[[int, int, int], None] = lambda picture, step, steps: None,
 ) -> Iterator[Any]:
-    """Draw the missing pictures, one after the other; each that is yielded (``flexclear.generate.Drawn``) is on disk.
+    """Draw the missing pictures, one after the other; each that is yielded (``flexclear.generation.generate.Drawn``) is on disk.
 
     Captions of pictures that are there are written again where they were deleted.
 
     Raises:
-        See ``flexclear.generate.check``, ``DataPlan.missing`` and ``DataPlan.check_folder``. Nothing happens before the
-        first picture is asked for.
+        See ``flexclear.generation.generate.check``, ``DataPlan.missing`` and ``DataPlan.check_folder``. Nothing happens before
+        the first picture is asked for.
     """
     out = plan.settings.out.expanduser()
     if out.exists() and not out.is_dir():

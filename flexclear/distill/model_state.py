@@ -14,7 +14,7 @@ from flexclear.compile.files import whole_file, write_errors
 from flexclear.compile.undoing import afterwards
 from flexclear.convert import transform_again
 from flexclear.distill.students import ADAPTER, trained_parameters
-from flexclear.hooks import entry_hook_of
+from flexclear.runtime.hooks import entry_hook_of
 from flexclear.weights import load_weights, save_weights
 
 

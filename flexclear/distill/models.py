@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from flexclear.choices import EMBEDDED, HUB_ID
+from flexclear.common.choices import EMBEDDED, HUB_ID
+from flexclear.common.fingerprints import counts, fingerprint_files
+from flexclear.common.foreign import from_pretrained
 from flexclear.common.shipped import model_directory
-from flexclear.fingerprints import counts, fingerprint_files
-from flexclear.foreign import from_pretrained
 
 SUPPORTED = ("FluxTransformer2DModel",)
 """Classes whose calls the trainer makes."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexclear.common.extras import require
 from flexclear.distill.config import OptimizerConfig
-from flexclear.extras import require
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from flexclear.common.extras import require
 from flexclear.distill.batches import held_out_indices
 from flexclear.distill.capture import compared_layers
 from flexclear.distill.config import DistillConfig
@@ -17,7 +18,6 @@ from flexclear.distill.encoding import samples_of
 from flexclear.distill.models import SUPPORTED, check_class, fingerprint, pipeline_folder, skeleton
 from flexclear.distill.optimizers import check_optimizer
 from flexclear.distill.samples import Samples, check_samples
-from flexclear.extras import require
 from flexclear.families.target import model_of
 
 

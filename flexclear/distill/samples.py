@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flexclear.reading import parse_json, read_text
+from flexclear.common.reading import parse_json, read_text
 from flexclear.weights.files import FLOATS, read_header
 
 CACHE_FORMAT = "flexclear-cache-1"

@@ -11,8 +11,8 @@ from torch import nn
 
 from flexclear.convert import transform
 from flexclear.distill.model_state import unwrapped
-from flexclear.hooks import entry_hook_of
-from flexclear.schedule import Radius
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.schedule import Radius
 
 Kind = Literal["fsdp", "zero"]
 

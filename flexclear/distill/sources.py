@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from flexclear.image_reading import read_image
-from flexclear.reading import check_unicode, lines_of, parse_json, read_text
+from flexclear.common.reading import check_unicode, lines_of, parse_json, read_text
+from flexclear.images.reading import read_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"

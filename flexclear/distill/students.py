@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexclear.common.extras import require
 from flexclear.convert import restore
-from flexclear.extras import require
 from flexclear.families import family_of
-from flexclear.families.processors import WindowProcessor
+from flexclear.runtime.processors import WindowProcessor
 from flexclear.weights import keys
 
 ADAPTER = "flexclear"

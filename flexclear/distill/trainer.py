@@ -17,7 +17,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from flexclear.choices import EMBEDDED
+from flexclear.common.choices import EMBEDDED
+from flexclear.common.reading import lines_of
 from flexclear.compile.files import whole_file, write_errors
 from flexclear.convert import transform
 from flexclear.distill import checkpoints as files
@@ -33,8 +34,7 @@ from flexclear.distill.samples import Samples
 from flexclear.distill.sharding import clip, fill, follow, gather, loaded_whole, sharding_of, window_like
 from flexclear.distill.students import add_lora, make_teacher, merge_lora, trained_parameters
 from flexclear.families.target import model_of
-from flexclear.hooks import entry_hook_of
-from flexclear.reading import lines_of
+from flexclear.runtime.hooks import entry_hook_of
 
 WEIGHTS = "weights.safetensors"
 LOSSES = "losses.jsonl"

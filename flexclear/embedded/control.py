@@ -41,7 +41,7 @@ def controlnet(
     import torch
     from diffusers import FluxControlNetModel
 
-    from flexclear.foreign import from_pretrained
+    from flexclear.common.foreign import from_pretrained
 
     folder = controlnet_directory() if folder is None else folder
     facts = folder / FACTS_NAME

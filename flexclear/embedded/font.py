@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flexclear.extras import require
+from flexclear.common.extras import require
 
 DEFAULT_FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 

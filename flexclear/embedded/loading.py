@@ -27,7 +27,7 @@ def pipeline(torch_dtype: torch.dtype | None = None, device: torch.device | str 
     import torch
     from diffusers import FluxPipeline
 
-    from flexclear.foreign import from_pretrained
+    from flexclear.common.foreign import from_pretrained
 
     folder = model_directory()
     if not (folder / "model_index.json").is_file():

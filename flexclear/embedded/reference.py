@@ -9,7 +9,7 @@ from PIL import Image
 
 from flexclear.compile.files import whole_file
 from flexclear.embedded.scenes import scale_bitmap
-from flexclear.image_reading import read_image
+from flexclear.images.reading import read_image
 
 FILE_NAME = "emoji.png"
 CELL_PIXELS = 96

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flexclear.alternatives.names import named
+from flexclear.common.choices import parse_size
 from flexclear.distill.config import build, check_values, check_whole, read_settings_file
 from flexclear.evaluation.conditions import CONDITIONS
 from flexclear.evaluation.networks import DEFAULTS
 from flexclear.evaluation.tables import COLUMNS, TABLES
-from flexclear.generate_settings import DENSE, parse_radius, parse_size
+from flexclear.generation.settings import DENSE, parse_radius
 from flexclear.masks import Disc, Downsampled
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

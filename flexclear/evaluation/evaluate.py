@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flexclear.choices import parse_metrics
+from flexclear.common.choices import parse_metrics
+from flexclear.common.extras import require_for_metrics
+from flexclear.common.versions import versions
 from flexclear.compile.files import whole_file
 from flexclear.evaluation.judge import Judge, OnProgress, Score
 from flexclear.evaluation.metrics import METRICS, PAIRS, SETS, TEXTS
 from flexclear.evaluation.networks import Networks
 from flexclear.evaluation.pictures import Size, pair_names, read_captions, read_folder
 from flexclear.evaluation.store import Store
-from flexclear.extras import require_for_metrics
-from flexclear.versions import versions
 
 STORE = "known.sqlite"
 

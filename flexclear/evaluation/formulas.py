@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexclear.extras import require
+from flexclear.common.extras import require
 
 SPLITS = 10
 """Parts of the pictures that the Inception score is the mean of."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexclear.extras import require
+from flexclear.common.extras import require
 
 MEAN, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Of the channels of pictures from -1 to 1."""

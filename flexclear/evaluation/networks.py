@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flexclear.common.foreign import without_bars
 from flexclear.evaluation.lpips import LearnedDistance
 from flexclear.evaluation.store import fingerprint
-from flexclear.foreign import without_bars
 
 DEFAULTS = {
     "inception": "inception-2015-12-05.pt",

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flexclear.generate_settings import read_prompts
-from flexclear.image_reading import image_size, read_image
-from flexclear.picture_files import read_settings
-from flexclear.reading import check_unicode, lines_of, parse_json, read_text
+from flexclear.common.reading import check_unicode, lines_of, parse_json, read_text
+from flexclear.generation.settings import read_prompts
+from flexclear.images.files import read_settings
+from flexclear.images.reading import image_size, read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 from flexclear.alternatives.names import named
+from flexclear.common.choices import parse_size
+from flexclear.common.extras import require_for_metrics
+from flexclear.common.fingerprints import fingerprint_files
+from flexclear.common.versions import versions
 from flexclear.compile.files import whole_file
 from flexclear.compile.undoing import numbers_as_before
 from flexclear.convert import transform
@@ -25,20 +29,17 @@ from flexclear.evaluation.networks import Networks
 from flexclear.evaluation.pictures import pair_names, read_captions, read_folder, read_picture
 from flexclear.evaluation.store import Store
 from flexclear.evaluation.tables import COLUMNS, CONDITION, ITSELF, MODEL, PROMPTS, REAL, REFERENCE, TABLES, markdown
-from flexclear.exchange import as_before
-from flexclear.extras import require_for_metrics
+from flexclear.explanation.model import explain_model
 from flexclear.families import family_of
 from flexclear.families.target import model_of, px_per_token
-from flexclear.fingerprints import fingerprint_files
-from flexclear.folder_settings import keep_settings
-from flexclear.generate import Setup, check, draw, load
-from flexclear.generate_check import choose_device
-from flexclear.generate_settings import DENSE, GenerateSettings, parse_size, read_prompts
-from flexclear.hooks import entry_hook_of
-from flexclear.image_reading import read_image
-from flexclear.model_explanation import explain_model
-from flexclear.picture_files import Target, read_settings
-from flexclear.versions import versions
+from flexclear.generation.check import choose_device
+from flexclear.generation.generate import Setup, check, draw, load
+from flexclear.generation.settings import DENSE, GenerateSettings, read_prompts
+from flexclear.images.files import Target, read_settings
+from flexclear.images.folder_settings import keep_settings
+from flexclear.images.reading import read_image
+from flexclear.runtime.exchange import as_before
+from flexclear.runtime.hooks import entry_hook_of
 from flexclear.weights import keys, load_weights
 
 SHEET_ROWS = 6
@@ -330,7 +331,7 @@ def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iter
 
 def _sheet(config: EvalConfig, folders: Mapping[str, Any]) -> None:
     """A contact sheet of the first pictures that all variants have."""
-    from flexclear.sheet import contact_sheet
+    from flexclear.images.sheet import contact_sheet
 
     names = [n for n in folders[config.reference_name].files if all(n in f.files for f in folders.values())][
         :SHEET_ROWS

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexclear.families.processors import is_ours
 from flexclear.runtime.family import diffusers_class
+from flexclear.runtime.processors import is_ours
 
 
 def refuse_other_forward(module: nn.Module, where: str, base: type[nn.Module] | None) -> None:

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
 from flexclear.families.checks import refuse_mask, required_tensor
 from flexclear.families.flux import check_residuals, check_tokens, flux_layers, permuted, with_ntk
-from flexclear.families.processors import PLAN
-from flexclear.grid import GridReader
 from flexclear.masks.lengths import mark_symbolic
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family
+from flexclear.runtime.grid import GridReader
+from flexclear.runtime.processors import PLAN
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
 from flexclear.families.flux_attention import FluxIPWindowProcessor, FluxWindowProcessor
-from flexclear.hooks import Hook
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.hooks import Hook
 
 
 class Carrier(Tensor):

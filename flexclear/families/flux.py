@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexclear.alternatives.mechanism import Formula
-from flexclear.call_plan import CallPlan
 from flexclear.families.checks import attention_of, refuse_mask, required_tensor
-from flexclear.families.processors import PLAN
-from flexclear.grid import GridReader, exact_ids
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family
+from flexclear.runtime.grid import GridReader, exact_ids
+from flexclear.runtime.mechanism import Formula
+from flexclear.runtime.processors import PLAN
 
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 """Arguments with which FLUX-like models take a ControlNet's residuals, one row per image token."""

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from flexclear.call_plan import CallPlan
 from flexclear.families.checks import attention_of, refuse_mask, required_tensor
 from flexclear.families.flux import check_tokens, permuted, with_ntk
-from flexclear.families.processors import PLAN
-from flexclear.grid import GridReader
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family
+from flexclear.runtime.grid import GridReader
+from flexclear.runtime.processors import PLAN
 
 CACHE_ARGUMENTS = ("kv_cache_mode", "kv_cache", "num_ref_tokens")
 

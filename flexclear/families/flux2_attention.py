@@ -8,9 +8,9 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from flexclear.call_plan import CallPlan
 from flexclear.families.flux_attention import FluxWindowProcessor
-from flexclear.families.processors import WindowProcessor
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.processors import WindowProcessor
 
 
 class Flux2WindowProcessor(FluxWindowProcessor):

@@ -12,9 +12,9 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from flexclear.attention import windowed_attention
-from flexclear.call_plan import CallPlan
-from flexclear.families.processors import WindowProcessor
+from flexclear.runtime.attention import windowed_attention
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.processors import WindowProcessor
 
 
 class FluxWindowProcessor(WindowProcessor):

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
 from flexclear.families.checks import attention_of, refuse_mask, required_tensor
 from flexclear.families.flux import check_residuals, check_tokens
-from flexclear.families.processors import PLAN, cos_and_sin
-from flexclear.grid import GridReader, Grids
 from flexclear.masks.defaults import independent
 from flexclear.masks.lengths import mark_symbolic
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family
+from flexclear.runtime.grid import GridReader, Grids
+from flexclear.runtime.processors import PLAN, cos_and_sin
 
 Tables = tuple[Tensor, Tensor]
 

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor
 
-from flexclear.call_plan import CallPlan
-from flexclear.families.processors import WindowProcessor, rotate
-from flexclear.modes import known_to_hooks
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.modes import known_to_hooks
+from flexclear.runtime.processors import WindowProcessor, rotate
 
 
 class QwenWindowProcessor(WindowProcessor):

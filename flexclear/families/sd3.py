@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
 from flexclear.families.checks import attention_of, refuse_mask, required_tensor
-from flexclear.families.processors import PLAN
-from flexclear.grid import GridReader
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family
+from flexclear.runtime.grid import GridReader
+from flexclear.runtime.processors import PLAN
 
 IMAGE = "image"
 """Scope of the second attention of SD3.5 medium's blocks, which sees no text."""

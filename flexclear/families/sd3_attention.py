@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
-from flexclear.families.processors import PLAN, WindowProcessor
-from flexclear.hooks import Hook
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.hooks import Hook
+from flexclear.runtime.processors import PLAN, WindowProcessor
 
 
 class OrderHook(Hook):

@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
 from flexclear.compile.derivatives import function_transforms
 from flexclear.families.checks import attention_of, required_tensor
 from flexclear.families.zimage_pads import padding, pads_of, room_for
-from flexclear.grid import GridReader
 from flexclear.masks.defaults import independent
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family
+from flexclear.runtime.grid import GridReader
 
 IMAGE = "image"
 """Scope of the refiner blocks, which see the picture and its padding."""

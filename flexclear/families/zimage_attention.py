@@ -10,13 +10,13 @@ import torch
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZSingleStreamAttnProcessor
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
-from flexclear.families.processors import PLAN, WindowProcessor, cos_and_sin, rotate
 from flexclear.families.zimage_pads import pads_of, room_for
-from flexclear.hooks import Hook
 from flexclear.masks.defaults import independent
-from flexclear.modes import known_to_hooks
-from flexclear.plan import Plan
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.hooks import Hook
+from flexclear.runtime.modes import known_to_hooks
+from flexclear.runtime.plan import Plan
+from flexclear.runtime.processors import PLAN, WindowProcessor, cos_and_sin, rotate
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, float32 ``[B or 1, N, 1, head_dim]``, each twice in a row."""

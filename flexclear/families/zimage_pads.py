@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from flexclear.call_plan import CallPlan
+from flexclear.runtime.call_plan import CallPlan
 
 MULTIPLE = 32
 """Pictures and captions are padded to a multiple of as many tokens."""

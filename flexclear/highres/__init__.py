@@ -12,8 +12,7 @@ Two published routes, on FLUX.1 and SD3.5, from a prompt or from a given picture
 
 from __future__ import annotations
 
-from flexclear.choices import METHODS
-from flexclear.generate_settings import parse_sizes
+from flexclear.common.choices import METHODS, parse_sizes
 from flexclear.highres.cascade import Cascade, upscale_cascade
 from flexclear.highres.imax import low_band, projected_velocity
 from flexclear.highres.seams import seam_ratio

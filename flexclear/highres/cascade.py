@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from flexclear.choices import METHODS
+from flexclear.common.choices import METHODS
 from flexclear.highres.folder import Folder, picture_digest
 from flexclear.highres.imax import check_level, low_band, projected_scheduler
 from flexclear.highres.kinds import Kind, kind_of
@@ -25,8 +25,8 @@ from flexclear.highres.tiling import tile_size, tiled
 from flexclear.masks import Window
 from flexclear.parallel.facts import digest
 from flexclear.runtime.family import Family
-from flexclear.schedule import Radii
-from flexclear.switches import Switches, in_force, override
+from flexclear.runtime.schedule import Radii
+from flexclear.runtime.switches import Switches, in_force, override
 
 OnStep = Callable[[Stage, int, int], None]
 
@@ -227,7 +227,7 @@ class _Planner:
         seed: int,
     ) -> None:
         from flexclear.convert import family_of
-        from flexclear.hooks import entry_hook_of
+        from flexclear.runtime.hooks import entry_hook_of
 
         self.pipe, self.kind, self.method, self.seed = pipe, kind, method, seed
         self.family: Family = family_of(pipe.transformer)
@@ -347,7 +347,7 @@ class _Run:
         self, stage: Stage, stages: list[Stage], windows: dict[str, Window | None], before: Image.Image | None
     ) -> Image.Image:
         """One stage's picture."""
-        from flexclear.hooks import entry_hook_of
+        from flexclear.runtime.hooks import entry_hook_of
 
         text = self.text(stages)
         generator = torch.Generator().manual_seed(stage.seed)

@@ -9,12 +9,12 @@ from typing import Any
 
 from PIL import Image
 
-from flexclear.folder_settings import differences
+from flexclear.common.reading import parse_json, read_text
+from flexclear.common.versions import versions
 from flexclear.highres.stages import Stage
-from flexclear.image_reading import read_own_png
-from flexclear.picture_files import png_bytes, write_whole
-from flexclear.reading import parse_json, read_text
-from flexclear.versions import versions
+from flexclear.images.files import png_bytes, write_whole
+from flexclear.images.folder_settings import differences
+from flexclear.images.reading import read_own_png
 
 MANIFEST = "cascade.json"
 FORMAT = 1

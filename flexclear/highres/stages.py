@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flexclear.schedule import Radii
+from flexclear.runtime.schedule import Radii
 
 BASE = "base"
 """Method of the first stage of a cascade from a prompt: the pipeline itself."""

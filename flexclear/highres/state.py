@@ -8,12 +8,12 @@ from typing import Any
 
 from flexclear.compile.undoing import afterwards
 from flexclear.convert import family_of, transform, transform_again
-from flexclear.exchange import as_before
 from flexclear.families.target import model_of
 from flexclear.highres.stages import KEEP
-from flexclear.hooks import entry_hook_of
 from flexclear.masks import Downsampled, Window
-from flexclear.schedule import Radii, resolve
+from flexclear.runtime.exchange import as_before
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.schedule import Radii, resolve
 
 
 def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
@@ -22,8 +22,8 @@ def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
     Down-sampled keys stay where all layers have them with one factor and ``r`` says nothing of them.
 
     Raises:
-        TypeError, ValueError: see ``flexclear.schedule.resolve``; or other windows for a model that shares its pictures among
-            several ranks.
+        TypeError, ValueError: see ``flexclear.runtime.schedule.resolve``; or other windows for a model that shares its pictures
+            among several ranks.
     """
     model = model_of(pipe)
     entry, layers = entry_hook_of(model), list(family_of(model).layers(model))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexclear.attention import windowed_attention
 from flexclear.masks import Layout
 from flexclear.parallel.masks import BandPlan
 from flexclear.parallel.planning import Bands
 from flexclear.parallel.softmax import merged, partial_attention, weighted
 from flexclear.parallel.transfers import Pending
+from flexclear.runtime.attention import windowed_attention
 
 if TYPE_CHECKING:
     from flexclear.parallel.session import Session

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from flexclear.families.target import model_of
-from flexclear.hooks import entry_hook_of
-from flexclear.modes import context_parallelism_of
 from flexclear.parallel.group import ranks_of
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.modes import context_parallelism_of
 
 Target = TypeVar("Target")
 

@@ -8,10 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from flexclear.choices import EXCHANGES, TEXTS
-from flexclear.exchange import all_or_nothing, put_hooks
+from flexclear.common.choices import EXCHANGES, TEXTS
 from flexclear.families.target import model_of
-from flexclear.hooks import EntryHook, entry_hook_of
 from flexclear.parallel.decoding import split_decoding
 from flexclear.parallel.dense import disable_dense, refuse_other_parallelism
 from flexclear.parallel.ends import session_of, watch_calls
@@ -19,7 +17,9 @@ from flexclear.parallel.group import ranks_of
 from flexclear.parallel.links import Links
 from flexclear.parallel.planning import TOO_SMALL, check_shares
 from flexclear.parallel.session import Options, Session, refuse_unshared
-from flexclear.steps import StepCounter
+from flexclear.runtime.exchange import all_or_nothing, put_hooks
+from flexclear.runtime.hooks import EntryHook, entry_hook_of
+from flexclear.runtime.steps import StepCounter
 
 Target = TypeVar("Target")
 

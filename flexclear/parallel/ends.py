@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from flexclear.hooks import entry_hook_of
+from flexclear.runtime.hooks import entry_hook_of
 
 if TYPE_CHECKING:
     from flexclear.parallel.session import Session

@@ -16,8 +16,8 @@ from flexclear.masks.defaults import independent
 from flexclear.masks.padding import with_text_mask_at
 from flexclear.masks.windows import POOLED, TEXT
 from flexclear.parallel.planning import Bands, Part, gathered_order, packed_raster, part_of
-from flexclear.plan import MAX_DENSE_BYTES, Plan
-from flexclear.pooling import Pooling
+from flexclear.runtime.plan import MAX_DENSE_BYTES, Plan
+from flexclear.runtime.pooling import Pooling
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def dense_band_mask(part: Part, device: torch.device | str = "cpu") -> Tensor:
     """Which of a rank's keys its image queries may see, bool ``[own, keys]``, from coordinates.
 
     Raises:
-        ValueError: it would be larger than ``flexclear.plan.MAX_DENSE_BYTES``.
+        ValueError: it would be larger than ``flexclear.runtime.plan.MAX_DENSE_BYTES``.
     """
     assert part.window is not None
     keys = key_tokens(part)
@@ -102,7 +102,7 @@ def build_band_plan(
     device: torch.device,
     text_padded: bool = False,
 ) -> BandPlan:
-    """Build a rank's plan; arguments as in ``flexclear.plan.build_plan``, and where the picture is cut.
+    """Build a rank's plan; arguments as in ``flexclear.runtime.plan.build_plan``, and where the picture is cut.
 
     Raises:
         ValueError: the dense mask of masked SDPA would be too large.

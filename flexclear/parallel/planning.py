@@ -213,7 +213,7 @@ class Cells:
         numbers: cells, in the numbering of ``Downsampled``, int64 ``[n]``.
         members: place in the rank's own order of each cell's tokens, int64 ``[n, d * d]``; any where it lacks one.
         share: factor on each of them, float32 ``[n, d * d]``: 0 for tokens beyond the picture or of another rank, and as
-            in ``flexclear.pooling.Pooling`` for the rest.
+            in ``flexclear.runtime.pooling.Pooling`` for the rest.
     """
 
     numbers: Tensor

@@ -23,7 +23,7 @@ from flexclear.parallel.planning import Bands, cut
 from flexclear.parallel.transfers import Pending
 from flexclear.runtime.facts import Call, Settings, Slot
 from flexclear.runtime.family import Family
-from flexclear.steps import StepCounter
+from flexclear.runtime.steps import StepCounter
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from flexclear.alternatives.mechanism import Formula
 from flexclear.compile.kernels import Kernel, Options, choose
 from flexclear.masks import Window
 from flexclear.masks.blocks import default_block_size
-from flexclear.steps import StepCounter
-from flexclear.switches import Switches
+from flexclear.runtime.mechanism import Formula
+from flexclear.runtime.steps import StepCounter
+from flexclear.runtime.switches import Switches
 
 JOINT = "joint"
 """Scope of attention over text and image together; every family has it."""

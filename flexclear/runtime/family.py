@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from flexclear.alternatives.mechanism import Formula
-from flexclear.call_plan import CallPlan
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import Call, Layer
+from flexclear.runtime.mechanism import Formula
 
 
 class Family(ABC):
@@ -124,7 +124,7 @@ class Family(ABC):
         return []
 
     def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
-        """``flexclear.hooks.Hook``s, with keyword arguments, on modules inside the model; none by default."""
+        """``flexclear.runtime.hooks.Hook``s, with keyword arguments, on modules inside the model; none by default."""
         return []
 
 

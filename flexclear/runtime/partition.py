@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexclear.call_plan import Band
 from flexclear.compile.kernels import Kernel
 from flexclear.masks import Layout, Window
-from flexclear.plan import Plan
+from flexclear.runtime.call_plan import Band
 from flexclear.runtime.facts import Call, Settings, Slot
 from flexclear.runtime.family import Family
+from flexclear.runtime.plan import Plan
 
 
 class Partition(Protocol):

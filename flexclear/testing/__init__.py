@@ -5,7 +5,7 @@
 >>> assert_matches_dense(Layout(9, 14, text_len=5), Disc(3), block_size=32, attention=False)
 """
 
-from flexclear.extras import missing
+from flexclear.common.extras import missing
 
 try:
     import hypothesis as _hypothesis  # noqa: F401

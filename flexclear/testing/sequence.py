@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexclear.call_plan import CallPlan
 from flexclear.compile.kernels import Kernel
 from flexclear.masks import Downsampled, Layout, Window, block_mask, block_pairs, cost, dense_mask, with_text_mask
 from flexclear.masks.scan import ask
 from flexclear.parallel.masks import build_band_plan
 from flexclear.parallel.planning import cut, long_axis, part_of
-from flexclear.plan import build_plan
-from flexclear.pooling import make_pooling
-from flexclear.reach import warn_of_unreached
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.plan import build_plan
+from flexclear.runtime.pooling import make_pooling
+from flexclear.runtime.reach import warn_of_unreached
 from flexclear.testing import oracle
 from flexclear.testing.lists import assert_lists, blocks_of
 

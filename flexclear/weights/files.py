@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from flexclear.choices import EMBEDDED, HUB_ID
+from flexclear.common.choices import EMBEDDED, HUB_ID
 from flexclear.common.shipped import students_directory
 
 SUFFIX = ".safetensors"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from flexclear.compile.undoing import undo
 from flexclear.convert import transform, transform_again
-from flexclear.exchange import all_or_nothing
 from flexclear.families import Layer, family_of
 from flexclear.families.target import below_compile
-from flexclear.hooks import EntryHook, entry_hook_of
 from flexclear.masks import Disc, Downsampled, Window
-from flexclear.schedule import resolve
+from flexclear.runtime.exchange import all_or_nothing
+from flexclear.runtime.hooks import EntryHook, entry_hook_of
+from flexclear.runtime.schedule import resolve
 from flexclear.weights import files, keys, metadata
 
 

@@ -21,7 +21,7 @@ from flexclear.masks import (
     Swin,
     Window,
 )
-from flexclear.schedule import Radii
+from flexclear.runtime.schedule import Radii
 from flexclear.weights.files import Header
 
 FORMAT = "1"

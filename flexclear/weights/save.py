@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from flexclear.common.versions import VERSION
 from flexclear.compile.files import whole_file
 from flexclear.families import family_of
 from flexclear.families.target import model_of
-from flexclear.hooks import entry_hook_of
-from flexclear.versions import VERSION
+from flexclear.runtime.hooks import entry_hook_of
 from flexclear.weights import keys, metadata
 from flexclear.weights.files import SUFFIX
 

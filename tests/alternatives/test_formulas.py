@@ -170,7 +170,7 @@ def test_linear_attention_over_four_times_the_tokens_keeps_a_state_of_the_same_s
 def test_equal_weights_compress_to_the_mean_also_of_cells_that_are_cut_off():
     from flexclear.alternatives.pixart import compress
     from flexclear.masks import Layout
-    from flexclear.pooling import make_pooling
+    from flexclear.runtime.pooling import make_pooling
 
     layout = Layout(5, 7, 0, order="raster")
     image = torch.randn(2, 3, 35, 4)
@@ -183,7 +183,7 @@ def test_equal_weights_compress_to_the_mean_also_of_cells_that_are_cut_off():
 def test_where_the_factor_divides_the_sides_compression_is_torch_s_strided_depthwise_convolution():
     from flexclear.alternatives.pixart import compress
     from flexclear.masks import Layout
-    from flexclear.pooling import make_pooling
+    from flexclear.runtime.pooling import make_pooling
 
     layout, weight = Layout(8, 12, 0, order="raster"), torch.randn(6, 1, 4, 4)
     image = torch.randn(2, 3, 96, 2)

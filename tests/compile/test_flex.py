@@ -11,9 +11,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from flexclear.attention import choose_backend, windowed_attention
 from flexclear.compile import UnfusedAttentionError, compiled_flex_attention, why_not_compiled
 from flexclear.masks import Disc, Downsampled, Layout, Square, Swin, block_mask, dense_mask
+from flexclear.runtime.attention import choose_backend, windowed_attention
 from flexclear.testing import assert_matches_dense
 from flexclear.testing.strategies import layouts, radii
 

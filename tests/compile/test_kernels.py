@@ -8,10 +8,10 @@ import torch
 import flexclear
 from flexclear.compile import kernels
 from flexclear.compile.kernels import HALF, Kernel, check_kernel_options, choose, completed, find_row, with_kernel
-from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc, Layout, block_mask, with_text_mask
 from flexclear.masks.carried import KERNEL_OPTIONS
-from flexclear.plan import build_plan, get_plan, plans
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.runtime.plan import build_plan, get_plan, plans
 
 from models import flux_call, tiny_flux
 

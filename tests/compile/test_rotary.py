@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 
 import flexclear
 from flexclear.compile import compile_blocks
-from flexclear.families.processors import cos_and_sin, rotate
+from flexclear.runtime.processors import cos_and_sin, rotate
 
 from models import flux_call, tiny_flux
 from parallel_families import family

@@ -20,7 +20,7 @@ from flexclear.distill import DistillConfig, OptimizerConfig, read_config
 from flexclear.distill.config import as_mapping, from_mapping
 from flexclear.distill.estimate import estimate, estimate_model
 from flexclear.distill.students import trained_parameters
-from flexclear.picture_files import read_settings
+from flexclear.images.files import read_settings
 
 from models import tiny_flux
 

@@ -9,10 +9,10 @@ import torch
 from distill_cases import config
 from distill_samples import random_samples
 
-from flexclear import hooks
 from flexclear.distill import distill
 from flexclear.distill.config import LoraConfig
 from flexclear.distill.students import trained_parameters
+from flexclear.runtime import hooks
 
 from models import tiny_flux
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from flexclear.common.shipped import students_directory
 from flexclear.embedded.fingerprint import teacher_fingerprint
-from flexclear.students import read_students
+from flexclear.embedded.students import read_students
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 import students as bench

@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from flexclear import embedded, students
+from flexclear import embedded
 from flexclear.distill.losses import pack
 from flexclear.distill.model_state import write_weights
 from flexclear.distill.samples import CachedSamples
 from flexclear.distill.students import trained_parameters
+from flexclear.embedded import students
 from flexclear.embedded.evaluation import Request, evaluate
 from flexclear.embedded.retrieval import Retriever
 from flexclear.embedded.vocabulary import read_vocabulary

@@ -20,7 +20,7 @@ from flexclear.distill.batches import BatchMaker, Order, held_out_batches
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig, LoraConfig, TimestepConfig
 from flexclear.distill.losses import Objective
 from flexclear.distill.students import make_teacher, trained_parameters
-from flexclear.hooks import entry_hook_of
+from flexclear.runtime.hooks import entry_hook_of
 
 from full_disk import largest_file
 from models import flux_call, tiny_flux

@@ -26,6 +26,7 @@ from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.font import DEFAULT_FONT_PATH
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.scenes import draw
+from flexclear.embedded.students import read_students
 from flexclear.embedded.train import corpus
 from flexclear.embedded.train.checkpoint import load_checkpoint
 from flexclear.embedded.train.controlnet import (
@@ -40,7 +41,6 @@ from flexclear.embedded.train.controlnet_recipe import ControlRecipe
 from flexclear.embedded.train.pictures import training_pairs, training_scenes
 from flexclear.embedded.train.stopping import StopFlag
 from flexclear.evaluation.conditions import CONDITIONS, distance_to_condition
-from flexclear.students import read_students
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import controlnet as bench

@@ -235,7 +235,7 @@ def test_folders_that_cannot_be_used_are_named(tmp_path, folders):
 
 
 def test_prompts_come_by_line_by_name_or_from_the_pictures_themselves(tmp_path, folders):
-    from flexclear.picture_files import png_bytes
+    from flexclear.images.files import png_bytes
 
     folder = read_folder(folders[0])
     names = list(folder.files)

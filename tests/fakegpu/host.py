@@ -69,10 +69,10 @@ def prepare() -> None:
     Raises:
         RuntimeError: flexclear is not built as this was written for.
     """
-    from flexclear import grid, plan, switches
+    from flexclear.runtime import grid, plan, switches
 
     if not all(hasattr(grid, name) for name in ("_Memory", "GridReader")):
-        raise RuntimeError("fakegpu.host does not fit this flexclear: flexclear.grid has no _Memory")
+        raise RuntimeError("fakegpu.host does not fit this flexclear: flexclear.runtime.grid has no _Memory")
     make = grid._Memory.__init__
 
     def reading(memory: Any, tensor: Tensor, read: Callable[[Tensor], Any]) -> None:

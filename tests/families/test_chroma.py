@@ -16,7 +16,7 @@ from flexclear.compile import why_not_compiled
 from flexclear.families import chroma
 from flexclear.families.chroma_attention import ChromaIPWindowProcessor, ChromaWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
-from flexclear.plan import plans
+from flexclear.runtime.plan import plans
 
 from models import raster_ids
 

@@ -310,7 +310,7 @@ def test_a_klein_pipeline_fills_a_masked_part_with_the_windowed_transformer():
     )
     draw()
     hook.remove()
-    grid, *references = flexclear.grid.read_grids(seen[0])
+    grid, *references = flexclear.runtime.grid.read_grids(seen[0])
     expected = draw(attention_kwargs={"attention_mask": mask_of(grid, tuple(references), 5)})
     assert (dense - expected).abs().max() > 1e-3
     flexclear.transform(pipe, r=R, backend="sdpa")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import flexclear
 from flexclear.masks import Disc, Layout, dense_mask
-from flexclear.plan import plans
+from flexclear.runtime.plan import plans
 
 R = 3
 TEXT = 32
@@ -144,7 +144,7 @@ def test_a_reference_that_the_window_hides_from_part_of_the_image_is_warned_of_o
     [(5, (16, 16), True), (4, (16, 16), False), (5, (16, 12), True), (4, (16, 12), False), (1, (20, 12), False)],
 )
 def test_a_reference_reaches_the_whole_image_if_the_disc_around_its_far_corner_holds_the_image_s(r, reference, reaches):
-    from flexclear.reach import warn_of_unreached
+    from flexclear.runtime.reach import warn_of_unreached
 
     layout = Layout(20, 16, 4, references=(reference,))
     mask = dense_mask(layout.with_order("raster"), Disc(r))

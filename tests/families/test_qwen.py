@@ -130,7 +130,7 @@ def test_padding_stays_masked_in_layers_that_are_left_dense(model):
 
 
 def test_a_text_that_is_all_there_costs_no_mask_of_its_own(model):
-    from flexclear.grid import GridReader
+    from flexclear.runtime.grid import GridReader
 
     call = qwen_call((8, 10), (), 9, 2, mask=torch.ones(2, 9, dtype=torch.int64))
     family = flexclear.families.family_of(model)

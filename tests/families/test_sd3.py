@@ -21,9 +21,9 @@ from PIL import Image
 import flexclear
 from flexclear.compile import why_not_compiled
 from flexclear.families.sd3_attention import OrderHook, SD3WindowProcessor
-from flexclear.hooks import Hook
 from flexclear.masks import Disc, Layout, dense_mask
-from flexclear.plan import plans
+from flexclear.runtime.hooks import Hook
+from flexclear.runtime.plan import plans
 
 CPU = torch.device("cpu")
 SHAPES = [(16, 16, 32), (9, 13, 20), (24, 7, 77)]

@@ -437,7 +437,7 @@ def test_the_controlnet_shares_the_refiner_and_stays_what_it_was(parts, kind, re
 
 
 def test_all_steps_and_both_guidance_calls_share_one_plan(parts):
-    from flexclear.plan import plans
+    from flexclear.runtime.plan import plans
 
     pipe = flexclear.transform(pipeline(parts, "ZImagePipeline", tiny_zimage(in_channels=8)), r=R, backend="sdpa")
     plans.clear()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import flexclear
 from flexclear import cli
-from flexclear.picture_files import read_settings
+from flexclear.images.files import read_settings
 
 PROMPT = "a red apple on a blue background"
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import flexclear
 from flexclear.compile import why_not_recipe
-from flexclear.picture_files import read_settings, slug
+from flexclear.images.files import read_settings, slug
 
 
 def test_every_prompt_is_drawn_at_every_size_with_every_seed_and_told_on_one_line_each(generate, tmp_path):

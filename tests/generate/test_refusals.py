@@ -8,7 +8,8 @@ import pytest
 import torch
 from generate_calls import APPLE, FAST, FLOWER
 
-from flexclear.generate import GenerateSettings, parse_radius, parse_size, read_prompts
+from flexclear.common.choices import parse_size
+from flexclear.generation.generate import GenerateSettings, parse_radius, read_prompts
 
 
 def test_quantising_what_is_too_small_says_which_option_lowers_the_limit(command, tmp_path):
@@ -140,7 +141,7 @@ def test_sizes_and_radii_are_read_as_they_are_written():
 
 
 def test_an_option_that_the_pipeline_lacks_is_named(tmp_path):
-    from flexclear.generate import _call_arguments
+    from flexclear.generation.generate import _call_arguments
 
     settings = GenerateSettings(model="embedded", prompts=(APPLE,), out=tmp_path, text_len=32, guidance=3.0)
     with pytest.raises(ValueError, match="SomePipeline has no max_sequence_length"):
@@ -163,7 +164,7 @@ def test_every_family_s_pipeline_takes_the_arguments(kind, expected, tmp_path):
 
     import diffusers
 
-    from flexclear.generate import _call_arguments
+    from flexclear.generation.generate import _call_arguments
 
     parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
@@ -177,7 +178,7 @@ def test_every_family_s_pipeline_takes_the_arguments(kind, expected, tmp_path):
 def test_sizes_are_checked_by_the_rule_of_each_family_s_pipeline(tmp_path):
     import diffusers
 
-    from flexclear.generate_check import check_sizes, skeleton_of
+    from flexclear.generation.check import check_sizes, skeleton_of
 
     for kind, vae_kind in (
         ("FluxPipeline", "AutoencoderKL"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from generate_calls import APPLE, FAST, FLOWER
 
-from flexclear.picture_files import png_bytes, read_settings
+from flexclear.images.files import png_bytes, read_settings
 
 SET = ("--prompt", APPLE, "--prompt", FLOWER, "--seed", 5, "--seed", 6)
 
@@ -134,8 +134,8 @@ def test_what_contradicts_resume_is_refused(command, tmp_path):
 
 
 def test_an_image_counts_once_and_many_are_found_quickly(tmp_path, monkeypatch):
-    from flexclear import resuming
-    from flexclear.picture_files import Target
+    from flexclear.generation import resuming
+    from flexclear.images.files import Target
 
     wanted = [{"prompt": f"p{number // 2}", "seed": 1} for number in range(400)]  # each one twice
     for number in range(399):

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import flexclear
 from flexclear import cli
-from flexclear.generate import GenerateSettings, check, load
-from flexclear.picture_files import png_bytes, read_settings, slug
+from flexclear.generation.generate import GenerateSettings, check, load
+from flexclear.images.files import png_bytes, read_settings, slug
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_exits_with_130(tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_a_picture_of_another_program_has_no_settings(tmp_path):
 
 
 def test_a_name_that_another_process_takes_first_is_left_to_it(tmp_path, monkeypatch):
-    from flexclear import picture_files
+    from flexclear.images import files as picture_files
 
     target = picture_files.Target.of(tmp_path, 1, False)
     (tmp_path / "0001_p.png").write_bytes(b"theirs")

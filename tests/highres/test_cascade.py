@@ -11,9 +11,9 @@ from PIL import Image
 
 import flexclear
 from flexclear.highres import seam_ratio, upscale_cascade
-from flexclear.hooks import entry_hook_of
+from flexclear.images.files import read_settings
 from flexclear.masks import Disc, Downsampled
-from flexclear.picture_files import read_settings
+from flexclear.runtime.hooks import entry_hook_of
 
 PROMPT = "a red apple on a blue background"
 FAST = {"steps": 2, "max_sequence_length": 16}

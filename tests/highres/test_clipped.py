@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flexclear
-from flexclear.switches import proportional_gain
+from flexclear.runtime.switches import proportional_gain
 
 from flux_reference import ReferenceProcessor, double, reference_model
 from models import flux_call, tiny_flux

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flexclear import cli
 from flexclear.highres import upscale_cascade
-from flexclear.picture_files import read_settings
+from flexclear.images.files import read_settings
 
 PROMPT = "a red apple on a blue background"
 FAST = ("--steps", "2", "--text-len", "16", "--r", "dense", "--device", "cpu", "--json")

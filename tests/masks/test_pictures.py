@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 import flexclear
+from flexclear.explanation.window import resolution_table
 from flexclear.masks import Disc, Layout, Swin, block_pairs, dense_mask
 from flexclear.masks.pictures import FULL, PARTIAL, QUERY, SEEN, SKIPPED, block_picture, window_picture
-from flexclear.window_explanation import resolution_table
 
 
 def pixels(picture, colour):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexclear.masks import Disc, Downsampled, Layout, Neighborhood, block_mask, block_pairs, cost, dense_mask
-from flexclear.reach import warn_of_unreached
+from flexclear.runtime.reach import warn_of_unreached
 from flexclear.testing import assert_matches_dense
 from flexclear.testing.strategies import block_sizes, layouts, layouts_with_windows, radii
 

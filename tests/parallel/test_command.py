@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flexclear import cli
-from flexclear.picture_files import read_settings
+from flexclear.images.files import read_settings
 
 from parallel_group import Group
 

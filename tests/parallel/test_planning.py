@@ -26,7 +26,7 @@ from flexclear.parallel.planning import (
     runs_of,
     sides,
 )
-from flexclear.pooling import make_pooling
+from flexclear.runtime.pooling import make_pooling
 
 CPU = torch.device("cpu")
 

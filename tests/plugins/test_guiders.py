@@ -26,7 +26,7 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 
 import flexclear
 from flexclear.compile import why_not_compiled
-from flexclear.hooks import entry_hook_of
+from flexclear.runtime.hooks import entry_hook_of
 
 import parallel_families
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexclear import plan
 from flexclear.masks import (
     Both,
     Disc,
@@ -22,6 +21,7 @@ from flexclear.masks import (
 )
 from flexclear.masks.windows import Window
 from flexclear.parallel.planning import part_of
+from flexclear.runtime import plan
 from flexclear.testing import assert_matches_dense, oracle, sequence
 
 WINDOWS = [

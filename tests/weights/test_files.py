@@ -21,8 +21,8 @@ from weight_files import (
 )
 
 import flexclear
-from flexclear.hooks import entry_hook_of
 from flexclear.masks import Disc, Downsampled, Full, Square, Swin
+from flexclear.runtime.hooks import entry_hook_of
 
 from models import flux_call, tiny_flux
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from weight_files import DOUBLE, LAST, SINGLE, assert_unchanged, grouped, released, snapshot, tiny_file, with_lora
 
 import flexclear
-from flexclear.hooks import entry_hook_of
+from flexclear.runtime.hooks import entry_hook_of
 
 
 def drop(*names):

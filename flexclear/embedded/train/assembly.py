@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
+from flexclear.common.foreign import from_pretrained
 from flexclear.embedded.captions import all_captions
 from flexclear.embedded.train import corpus
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
@@ -14,7 +15,6 @@ from flexclear.embedded.train.parts import build_clip, build_scheduler, build_t5
 from flexclear.embedded.train.tokenizers import build_t5_tokenizer, keep_clip_tokenizer, kept_clip_tokenizer
 from flexclear.embedded.train.transformer import CHECKPOINT_NAME, Learners
 from flexclear.embedded.train.vae import build_vae
-from flexclear.foreign import from_pretrained
 
 TOKENIZER_NAME = "clip_tokenizer.json"
 

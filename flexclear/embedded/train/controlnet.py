@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 
+from flexclear.common.foreign import from_pretrained
 from flexclear.compile.files import whole_file
 from flexclear.embedded.control import FACTS_NAME, MODES
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
@@ -20,7 +21,6 @@ from flexclear.embedded.train.controlnet_recipe import ControlRecipe
 from flexclear.embedded.train.export import LICENCE_NAME, NOTICE
 from flexclear.embedded.train.loop import Intervals, run_steps
 from flexclear.embedded.train.optimizer import SplitOptimizer
-from flexclear.foreign import from_pretrained
 
 if TYPE_CHECKING:
     from PIL import Image

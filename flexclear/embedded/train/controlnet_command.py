@@ -107,7 +107,7 @@ def _sheet(pipeline: FluxPipeline, bitmaps: Sequence[Image.Image]) -> Callable[[
     from flexclear.embedded.evaluation import held_out_requests
     from flexclear.embedded.train.export import trained_vocabulary
     from flexclear.evaluation.conditions import CONDITIONS
-    from flexclear.sheet import contact_sheet
+    from flexclear.images.sheet import contact_sheet
 
     vocabulary = trained_vocabulary()
     requests = held_out_requests(vocabulary, 1, seed=2)[:: len(vocabulary.held_out_pairs) // SHEET_ROWS][:SHEET_ROWS]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flexclear.versions import installed, release, versions
+from flexclear.common.versions import installed, release, versions
 
 TESTED_TORCH = ((2, 8), (2, 13))
 """Oldest and newest torch whose results were checked; an older one computes wrong results on CPU."""
@@ -93,7 +93,7 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
         ValueError: there is no such device.
     """
     from flexclear.compile import RECIPES, why_not_compiled, why_not_recipe
-    from flexclear.generate_check import choose_device
+    from flexclear.generation.check import choose_device
 
     place = choose_device(device)
     torch_range, too_old = _torch_range(torch.__version__)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexclear.choices import (
+from flexclear.common.choices import (
     BACKENDS,
     DTYPES,
     EMBEDDED,
@@ -20,8 +20,8 @@ from flexclear.choices import (
     check_finite,
     check_seeds,
 )
+from flexclear.common.reading import check_unicode, lines_of, read_text
 from flexclear.common.shipped import model_directory
-from flexclear.reading import check_unicode, lines_of, read_text
 
 DENSE = "dense"
 BEST = "best"
@@ -44,11 +44,11 @@ class GenerateSettings:
         recipe: a name of ``flexclear.compile.RECIPES``, ``"best"`` for the best FP8 one here, or None.
         min_features: linears smaller than this are not quantised; None: as ``flexclear.compile.quantize`` has it.
         steps, guidance, text_len: None: the pipeline's own.
-        dtype: a name of ``flexclear.choices.DTYPES``, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
+        dtype: a name of ``flexclear.common.choices.DTYPES``, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
         device: as torch names it, or ``"auto"``: CUDA where there is one.
         backend: of ``flexclear.transform``.
         compile: compile the blocks (``flexclear.optimize``); the first picture of each size takes longer.
-        overwrite: see ``flexclear.picture_files.Target``.
+        overwrite: see ``flexclear.images.files.Target``.
         resume: keep the finished images of this set in ``out`` and draw the missing ones under their own numbers.
         highres: sizes of the stages of ``flexclear.highres.upscale_cascade``, in place of ``sizes``; empty: none.
         highres_method, strength, shift: of it.
@@ -178,35 +178,6 @@ def model_folder(model: str) -> str:
             f"no folder {model}, and it is no hub id such as 'owner/name'; {EMBEDDED!r} is the model inside the package"
         )
     return model
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of ``"HxW"``.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    match = re.fullmatch(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})", text.strip())  # noqa: RUF001
-    if match is None or 0 in (size := (int(match[1]), int(match[2]))):
-        raise ValueError(f"a size is HEIGHTxWIDTH in pixels, such as 1024x768; got {text!r}")
-    return size
-
-
-def parse_sizes(text: str) -> tuple[int | tuple[int, int], ...]:
-    """Sizes of ``"1024,2048"`` or ``"1024x768,2048x1536"`` (HEIGHTxWIDTH).
-
-    Raises:
-        ValueError: it is neither.
-    """
-    sizes: list[int | tuple[int, int]] = []
-    for part in text.split(","):
-        try:
-            sizes.append(int(part) if part.strip().isdecimal() else parse_size(part))
-        except ValueError as error:
-            raise ValueError(
-                f"sizes are written 1024,2048,4096 (the longer side) or 1024x768,2048x1536 (HEIGHTxWIDTH), got {text!r}"
-            ) from error
-    return tuple(sizes)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexclear.call_plan import CallPlan
-from flexclear.modes import scores_skipped
+from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.modes import scores_skipped
 
 PLAN = "flexclear_plan"
 """Name under which the plan reaches every processor."""

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flexclear.versions import dtype_option
+from flexclear.common.versions import dtype_option
 
 
 def _built_for_others(record: logging.LogRecord) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from flexclear.alternatives.mechanism import Formula
-from flexclear.hooks import EntryHook
 from flexclear.masks import Cost, Full, Layout, Window, cost
 from flexclear.masks.checks import check_int
 from flexclear.runtime.facts import JOINT
+from flexclear.runtime.hooks import EntryHook
+from flexclear.runtime.mechanism import Formula
 
 
 @dataclass(frozen=True)

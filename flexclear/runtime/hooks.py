@@ -18,22 +18,22 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_leaves
 
-from flexclear.alternatives.mechanism import Formula
-from flexclear.attention import choose_backend
-from flexclear.call_plan import CallPlan
 from flexclear.compile import why_not_compiled
 from flexclear.compile.calls import mark
 from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
-from flexclear.families.processors import WindowProcessor
-from flexclear.grid import GridReader
 from flexclear.masks import Layout, Window
-from flexclear.memory import is_out_of_memory, note, what_takes_less
-from flexclear.modes import NO_EXPORT, refuse_export, refuse_raster_readers
-from flexclear.plan import Plan, get_plan
+from flexclear.runtime.attention import choose_backend
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT, Call, Settings
 from flexclear.runtime.family import Family
+from flexclear.runtime.grid import GridReader
+from flexclear.runtime.mechanism import Formula
+from flexclear.runtime.memory import is_out_of_memory, note, what_takes_less
+from flexclear.runtime.modes import NO_EXPORT, refuse_export, refuse_raster_readers
 from flexclear.runtime.partition import Partition
-from flexclear.switches import Switches, in_force, proportional_gain
+from flexclear.runtime.plan import Plan, get_plan
+from flexclear.runtime.processors import WindowProcessor
+from flexclear.runtime.switches import Switches, in_force, proportional_gain
 
 
 def _tensors(*trees: Any) -> Iterator[Tensor]:
@@ -78,7 +78,7 @@ def check_formula(formula: Formula | None, switches: Switches) -> None:
 
 
 class Hook:
-    """Base of every hook that flexclear installs; ``flexclear.exchange`` finds them by it.
+    """Base of every hook that flexclear installs; ``flexclear.runtime.exchange`` finds them by it.
 
     Attributes:
         after: of a hook on a module inside the model: whether it runs after the module's forward, not before.

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from flexclear.choices import EMBEDDED
-from flexclear.foreign import from_pretrained
-from flexclear.generate_check import Setup, check, check_sizes, loading
-from flexclear.generate_settings import DENSE, GenerateSettings, parse_radius, parse_size, read_prompts
+from flexclear.common.choices import EMBEDDED, parse_size
+from flexclear.common.foreign import from_pretrained
+from flexclear.common.versions import versions
+from flexclear.generation.check import Setup, check, check_sizes, loading
+from flexclear.generation.resuming import find_finished
+from flexclear.generation.settings import DENSE, GenerateSettings, parse_radius, read_prompts
+from flexclear.images.files import png_bytes, slug
 from flexclear.masks import Disc, Downsampled
-from flexclear.picture_files import png_bytes, slug
-from flexclear.resuming import find_finished
-from flexclear.versions import versions
 
 __all__ = [
     "Drawn",
@@ -163,7 +163,7 @@ def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> No
 
 
 def _windows(pipe: Any) -> dict[Any, Any]:
-    from flexclear.hooks import entry_hook_of
+    from flexclear.runtime.hooks import entry_hook_of
 
     entry = entry_hook_of(pipe.transformer) if hasattr(pipe, "transformer") else None
     return {} if entry is None else dict(entry.settings.windows)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flexclear.folder_settings import differences
-from flexclear.picture_files import Target, numbered, read_settings
+from flexclear.images.files import Target, numbered, read_settings
+from flexclear.images.folder_settings import differences
 
 
 def find_finished(

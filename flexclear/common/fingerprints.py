@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from flexclear.reading import parse_json, read_text
+from flexclear.common.reading import parse_json, read_text
 
 PIECE = 1 << 16
 PIECES = 8

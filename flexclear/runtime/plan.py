@@ -15,8 +15,8 @@ from flexclear.masks.cache import ByteBoundedCache
 from flexclear.masks.defaults import independent
 from flexclear.masks.lengths import of_any_text_length
 from flexclear.masks.windows import captured_tensors
-from flexclear.pooling import Pooling, make_pooling
-from flexclear.reach import warn_of_unreached
+from flexclear.runtime.pooling import Pooling, make_pooling
+from flexclear.runtime.reach import warn_of_unreached
 
 MAX_DENSE_BYTES = 1 << 32
 """Largest dense boolean mask that masked SDPA may ask for."""
@@ -137,7 +137,7 @@ def _size_of(plan: Plan) -> int:
 
 
 plans: ByteBoundedCache[Plan] = ByteBoundedCache(max_bytes=1 << 30, size_of=_size_of)
-"""Plans of this process by what determines them (never by model): ``flexclear.plan.plans.stats()`` and ``.clear()``."""
+"""Plans of this process by what determines them (never by model): ``flexclear.runtime.plan.plans.stats()`` and ``.clear()``."""
 
 
 def get_plan(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
-from flexclear.window_explanation import PX_PER_TOKEN, Explanation, explain_window
+from flexclear.explanation.window import PX_PER_TOKEN, Explanation, explain_window
 
 if TYPE_CHECKING:
-    from flexclear.model_explanation import ModelExplanation
+    from flexclear.explanation.model import ModelExplanation
 
 
 @overload
@@ -34,7 +34,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
     """Say what will happen, before anything runs. ``print`` the result.
 
     ``explain(height, width, r)``: what a window of radius r costs for a picture of that many pixels; arguments as in
-    ``flexclear.window_explanation.explain_window``.
+    ``flexclear.explanation.window.explain_window``.
 
     ``explain(model_or_pipe)``: what each attention layer of a model does, transformed or not; with ``height=`` and
     ``width=`` in pixels (and ``text_len=``, 512 by default) also what that costs. Of a pipeline, its VAE says how many pixels
@@ -61,10 +61,10 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
 def _explain_model(
     model_or_pipe: Any, *, height: int | None = None, width: int | None = None, text_len: int = 512
 ) -> ModelExplanation:
+    from flexclear.explanation.model import explain_model
     from flexclear.families import family_of
     from flexclear.families.target import model_of, px_per_token
-    from flexclear.hooks import entry_hook_of
-    from flexclear.model_explanation import explain_model
+    from flexclear.runtime.hooks import entry_hook_of
 
     model = model_of(model_or_pipe)
     px = px_per_token(model_or_pipe)

@@ -11,7 +11,7 @@ from torch import Tensor
 from flexclear.masks import Layout, Window
 
 if TYPE_CHECKING:
-    from flexclear.plan import Plan
+    from flexclear.runtime.plan import Plan
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """``(query, key, value, weight) -> out``, each ``[B, heads, N, head_dim]`` in sequence order, after norms and RoPE."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from flexclear.choices import DTYPES
+from flexclear.common.choices import DTYPES
+from flexclear.common.fingerprints import fingerprint_files, fingerprint_pipeline
 from flexclear.families import FAMILIES
 from flexclear.families.target import px_per_token
-from flexclear.fingerprints import fingerprint_files, fingerprint_pipeline
-from flexclear.generate_settings import BEST, DENSE, GenerateSettings, model_folder
+from flexclear.generation.settings import BEST, DENSE, GenerateSettings, model_folder
+from flexclear.images.files import Target
 from flexclear.masks import Disc, Downsampled
-from flexclear.picture_files import Target
 
 
 @dataclass(frozen=True)

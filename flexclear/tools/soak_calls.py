@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import flexclear
-from flexclear.choices import EMBEDDED
+from flexclear.common.choices import EMBEDDED
+from flexclear.common.foreign import from_pretrained
 from flexclear.compile import compile_blocks, repeated_blocks
 from flexclear.families.target import model_of
-from flexclear.foreign import from_pretrained
 
 PROMPTS = (
     "a red apple on a blue background",

@@ -29,9 +29,9 @@ from flexclear.compile import repeated_blocks, report
 from flexclear.compile.regional import GRAPHS_PER_SIZE
 from flexclear.compile.report import remember_all_graphs
 from flexclear.families.target import model_of, px_per_token
-from flexclear.hooks import Hook
-from flexclear.plan import plans
-from flexclear.soak_calls import (
+from flexclear.runtime.hooks import Hook
+from flexclear.runtime.plan import plans
+from flexclear.tools.soak_calls import (
     Call,
     Settings,
     Swapper,
@@ -274,7 +274,7 @@ def _compare(found: SoakReport, samples: list[tuple[Call, Tensor]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         asked, made = Path(folder) / "calls.json", Path(folder) / "pictures.pt"
         asked.write_text(json.dumps({"settings": asdict(found.settings), "calls": [asdict(c) for c, _ in samples]}))
-        command = [sys.executable, "-m", "flexclear.soak", str(asked), str(made)]
+        command = [sys.executable, "-m", "flexclear.tools.soak", str(asked), str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not made.is_file():
             found.failures.append(f"the fresh process failed: {done.stderr.strip()[-500:]}")

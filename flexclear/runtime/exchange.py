@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from flexclear.compile.undoing import afterwards, undo
-from flexclear.families.processors import is_ours
-from flexclear.hooks import EntryHook, ExitHook, Hook
-from flexclear.modes import forget_cached_tokens
-from flexclear.saving import SaveHook
+from flexclear.runtime.hooks import EntryHook, ExitHook, Hook
+from flexclear.runtime.modes import forget_cached_tokens
+from flexclear.runtime.processors import is_ours
+from flexclear.runtime.saving import SaveHook
 
 
 def put_processor(attention: Any, processor: Any) -> None:

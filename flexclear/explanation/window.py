@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexclear.compile.files import whole_file
+from flexclear.images.sheet import side_by_side
 from flexclear.masks import Cost, Disc, Layout, block_pairs, cost
 from flexclear.masks.blocks import check_block_size, default_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.pictures import block_picture, window_picture
-from flexclear.sheet import side_by_side
 
 PX_PER_TOKEN = 16
 """Pixels that one FLUX.1 or SD3 token covers: VAE factor 8, then 2 x 2 packing."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexclear.common.reading import parse_json, read_text
 from flexclear.compile.files import whole_file
-from flexclear.reading import parse_json, read_text
 
 FILE = "settings.json"
 

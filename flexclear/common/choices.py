@@ -87,3 +87,32 @@ def parse_metrics(text: str | Sequence[str]) -> tuple[str, ...]:
             meant = f" (meant {near[0]}?)" if near else ""
             raise ValueError(f"unknown metric {name!r}{meant}; there are {', '.join(METRICS)}")
     return tuple(dict.fromkeys(names))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of ``"HxW"``.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = re.fullmatch(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})", text.strip())  # noqa: RUF001
+    if match is None or 0 in (size := (int(match[1]), int(match[2]))):
+        raise ValueError(f"a size is HEIGHTxWIDTH in pixels, such as 1024x768; got {text!r}")
+    return size
+
+
+def parse_sizes(text: str) -> tuple[int | tuple[int, int], ...]:
+    """Sizes of ``"1024,2048"`` or ``"1024x768,2048x1536"`` (HEIGHTxWIDTH).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    sizes: list[int | tuple[int, int]] = []
+    for part in text.split(","):
+        try:
+            sizes.append(int(part) if part.strip().isdecimal() else parse_size(part))
+        except ValueError as error:
+            raise ValueError(
+                f"sizes are written 1024,2048,4096 (the longer side) or 1024x768,2048x1536 (HEIGHTxWIDTH), got {text!r}"
+            ) from error
+    return tuple(sizes)

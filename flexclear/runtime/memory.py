@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flexclear.call_plan import CallPlan
 from flexclear.compile.quantize import MIN_FEATURES, is_quantized, linears, quantized_elsewhere, weight_bytes, why_kept
+from flexclear.runtime.call_plan import CallPlan
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_leaves
 
-from flexclear.alternatives.mechanism import Attend
-from flexclear.attention import windowed_attention
-from flexclear.plan import Plan
-from flexclear.pooling import Pooling
+from flexclear.runtime.attention import windowed_attention
+from flexclear.runtime.mechanism import Attend
+from flexclear.runtime.plan import Plan
+from flexclear.runtime.pooling import Pooling
 
 
 class Band(Protocol):

@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from flexclear.common.reading import parse_json
 from flexclear.compile.files import whole_file
-from flexclear.image_reading import png_text
-from flexclear.reading import parse_json
+from flexclear.images.reading import png_text
 
 CHUNK = "flexclear"
 """Name of the text chunk that holds settings and versions in JSON."""
@@ -97,7 +97,7 @@ class Target:
     def of(cls, out: Path, pictures: int, overwrite: bool, resume: bool = False) -> Target:
         """The target that ``out`` names: a file if it ends in ``.png`` and is no folder, else a folder, made if missing.
 
-        ``resume`` permits a file that exists; ``flexclear.resuming`` compares it with what was asked for.
+        ``resume`` permits a file that exists; ``flexclear.generation.resuming`` compares it with what was asked for.
 
         Raises:
             ValueError: ``out`` cannot be written, is a file of another kind, exists, or is a file for several pictures.

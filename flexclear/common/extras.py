@@ -52,7 +52,7 @@ def missing(module: str, purpose: str) -> ModuleNotFoundError:
 
 
 def require_for_metrics(asked: Iterable[str | None]) -> None:
-    """Raise unless the packages of these metrics, of ``flexclear.choices.METRICS``, can be found.
+    """Raise unless the packages of these metrics, of ``flexclear.common.choices.METRICS``, can be found.
 
     Raises:
         ImportError: one is missing.

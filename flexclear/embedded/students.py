@@ -14,9 +14,9 @@ from flexclear.compile.files import whole_file
 from flexclear.compile.undoing import numbers_as_before
 from flexclear.convert import transform
 from flexclear.embedded.fingerprint import teacher_fingerprint
-from flexclear.exchange import as_before
 from flexclear.families import family_of
 from flexclear.families.target import model_of
+from flexclear.runtime.exchange import as_before
 from flexclear.weights import keys, load_weights
 
 INDEX = "students.json"

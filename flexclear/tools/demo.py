@@ -17,9 +17,9 @@ from PIL import Image
 from flexclear.compile.files import whole_file
 from flexclear.convert import restore, transform
 from flexclear.embedded.evaluation import picture_psnr
+from flexclear.embedded.students import Student, as_student
+from flexclear.images.sheet import contact_sheet
 from flexclear.masks import Cost, Disc, Downsampled, Layout, cost
-from flexclear.sheet import contact_sheet
-from flexclear.students import Student, as_student
 
 TEXT_TOKENS = 64
 """Text length of the demonstration; the pipeline's own default is 512, with the same quality and slower."""

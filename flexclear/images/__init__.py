@@ -1,0 +1,1 @@
+"""Images on disk: read safely, written whole, numbered, put side by side."""
