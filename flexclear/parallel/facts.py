@@ -52,13 +52,11 @@ def facts_of_call(kwargs: Mapping[str, Any], call: Call, thorough: bool) -> dict
 
 def facts_of_model(model: nn.Module, settings: Settings, options: Options) -> dict[str, Any]:
     """Windows, settings and weights of a model."""
-    names = [f"{name}: {'dense' if window is None else window.name}" for name, window in settings.windows.items()]
+    own = settings.options()
+    windows = own.pop("windows")
     facts: dict[str, Any] = {
-        "the windows (r)": names,
-        "the settings of transform": [
-            repr(settings.switches), settings.order, settings.backend, settings.block_size, settings.kernel_options,
-            settings.exact_position_ids,
-        ],
+        "the windows (r)": [f"{name}: {'dense' if window is None else window.name}" for name, window in windows.items()],
+        "the settings of transform": [f"{name}={value!r}" for name, value in own.items()],
         "the settings of parallel.enable": sorted((name, str(value)) for name, value in asdict(options).items()),
     }  # fmt: skip
     for name, parameter in model.named_parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -57,6 +57,10 @@ class Call:
     order: str | None = None
 
 
+DERIVED = {"derived": True}
+"""Of a setting that follows from others and the model, or is a process's own."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a model was transformed; see ``flexclear.transform`` for the meaning of each field.
@@ -66,16 +70,22 @@ class Settings:
     """
 
     windows: Mapping[str, Window | None]
-    slots: tuple[Slot, ...]
+    slots: tuple[Slot, ...] = field(metadata=DERIVED)
     backend: str
     order: str
     block_size: tuple[int, int] | None
     kernel_options: Options
-    head_dim: int
+    head_dim: int = field(metadata=DERIVED)
     exact_position_ids: bool
     switches: Switches
-    steps: StepCounter
+    steps: StepCounter = field(metadata=DERIVED)
     formula: Formula | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What was asked of ``transform``, by name: every field that is not DERIVED, ``switches`` one by one."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata != DERIVED}
+        switches = own.pop("switches")
+        return {**own, **{one.name: getattr(switches, one.name) for one in fields(switches)}}
 
     def kernel(
         self,

@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 import flexclear
 from flexclear import parallel
-from flexclear.parallel.facts import differences, digest, sums
+from flexclear.parallel.facts import differences, digest, facts_of_model, sums
+from flexclear.parallel.session import Options
 from flexclear.parallel.softmax import merged, partial_attention, weighted
+from flexclear.runtime.hooks import entry_hook_of
 
 from models import tiny_flux
 from parallel_group import free_port
@@ -193,3 +195,35 @@ def test_facts_differ_with_seeds_and_weights_and_not_with_rounding():
     assert digest(tensor) == digest(tensor.clone())
     assert digest(torch.empty(3, device="meta")) == ""
     assert "radius: 4 against 3" in differences([{"radius": 3}, {"radius": 4}], (0, 1))
+
+
+OTHERS = {
+    "windows": {"r": 4},
+    "backend": {"backend": "flex"},
+    "order": {"order": "raster"},
+    "block_size": {"block_size": 64},
+    "kernel_options": {"kernel_options": {"num_stages": 2}},
+    "exact_position_ids": {"exact_position_ids": False},
+    "formula": {"attention": "sigmoid"},
+    "ntk_factor": {"ntk_factor": 10.0},
+    "proportional_attention": {"proportional_attention": True},
+}
+"""By setting, what differs from ``transform(model, r=3, backend="sdpa")``."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_setting_that_ranks_do_not_share_is_named(name):
+    facts = []
+    for changed in ({}, OTHERS[name]):
+        asked = {"backend": "sdpa", **({} if "attention" in changed else {"r": 3}), **changed}
+        settings = entry_hook_of(flexclear.transform(tiny_flux(), **asked)).settings
+        facts.append(facts_of_model(torch.nn.Module(), settings, Options()))
+    said = differences(facts, (0, 1))
+    assert "rank 1 differs from rank 0" in said
+    assert ("the windows (r)" if name == "windows" else f"{name}=") in said
+
+
+def test_every_setting_of_transform_is_compared():
+    settings = entry_hook_of(flexclear.transform(tiny_flux(), r=3)).settings
+    own = {"dense_steps", "ntk_floor", "training_tokens"}  # of pipelines and of override
+    assert set(settings.options()) == set(OTHERS) | own
