@@ -59,8 +59,8 @@ lint: $(READY)
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p flexclear
 
 bench: $(READY)
-	$(BIN)/python bench/blockmask.py
-	$(BIN)/python bench/attention.py
+	$(BIN)/python -m bench.masks.blocks
+	$(BIN)/python -m bench.attention.speed
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

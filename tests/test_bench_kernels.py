@@ -12,11 +12,10 @@ from typer.testing import CliRunner
 
 from fakegpu.cases import Case
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-import kernels as bench
-
-import kernels_report
-from kernels_cases import INTERPRETED_FOR, LAYOUTS, jobs
+sys.path.append(str(Path(__file__).parent.parent))
+from bench.kernels import report as kernels_report
+from bench.kernels import run as bench
+from bench.kernels.cases import INTERPRETED_FOR, LAYOUTS, jobs
 
 ERRORS = dict.fromkeys(("output", "lse", "query", "key", "value"), 1e-6)
 

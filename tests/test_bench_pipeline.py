@@ -15,13 +15,12 @@ from typer.testing import CliRunner
 
 import flexclear
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-import pipeline as bench
-
-import pipeline_models
-import pipeline_report
-import pipeline_rows
-import pipeline_variants
+sys.path.append(str(Path(__file__).parent.parent))
+from bench.pipeline import models as pipeline_models
+from bench.pipeline import report as pipeline_report
+from bench.pipeline import rows as pipeline_rows
+from bench.pipeline import run as bench
+from bench.pipeline import variants as pipeline_variants
 
 CPU = torch.device("cpu")
 FIELDS = {

@@ -1,4 +1,4 @@
-"""The planted faults still fit the code; ``bench/planted_faults.py`` plants them and keeps the score."""
+"""The planted faults still fit the code; ``bench/masks/planted_faults.py`` plants them and keeps the score."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-from mask_faults import FAULTS
-from planted_faults import ROOT, planted
+sys.path.append(str(Path(__file__).parent.parent))
+from bench.masks.faults import FAULTS
+from bench.masks.planted_faults import ROOT, planted
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

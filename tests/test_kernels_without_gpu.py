@@ -1,7 +1,7 @@
 """The kernels of CUDA GPUs on a machine that has none: generated, compiled for two GPUs, and run in Triton's interpreter.
 
-What patches torch for it runs in processes of its own (``fakegpu``). ``bench/kernels.py`` does the same for every GPU, type and
-mask.
+What patches torch for it runs in processes of its own (``fakegpu``). ``bench/kernels/run.py`` does the same for every GPU,
+type and mask.
 """
 
 from __future__ import annotations

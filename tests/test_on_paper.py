@@ -1,4 +1,4 @@
-"""Whole models on a GPU that is not there, tiny: what ``bench/on_paper.py`` finds at full size. Processes of their own."""
+"""Whole models on a GPU that is not there, tiny: what ``bench/on_paper/run.py`` finds at full size. Processes of their own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1]))
+from bench.on_paper.report import faults, report
 from fakegpu import device
 from fakegpu.study import Job, rows
-from on_paper_report import faults, report
 
 
 @pytest.fixture(scope="module", autouse=True)

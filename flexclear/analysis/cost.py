@@ -106,7 +106,7 @@ def markdown(rows: Sequence[CostRow], measured: Sequence[Mapping[str, Any]] = ()
 
 
 def read_measured(folder: Path) -> list[dict[str, Any]]:
-    """Rows of attention times (``bench/attention.py``) from the JSON files of a folder such as ``bench/results``.
+    """Rows of attention times (``bench/attention/speed.py``) from the JSON files of a folder such as ``bench/results``.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -121,7 +121,7 @@ def read_measured(folder: Path) -> list[dict[str, Any]]:
             rows = parse_json(read_text(file))["rows"]
             found += [{**row, "file": file.name} for row in rows if needed <= set(row)]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no result of bench/attention.py: {error!r}") from error
+            raise ValueError(f"{file} is no result of bench/attention/speed.py: {error!r}") from error
     if not found:
-        raise ValueError(f"{folder} holds no attention*.json of bench/attention.py")
+        raise ValueError(f"{folder} holds no attention*.json of bench/attention/speed.py")
     return found

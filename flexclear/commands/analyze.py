@@ -245,7 +245,7 @@ def cost(
     channels: Annotated[int, typer.Option(min=1, help="Heads times head dimension.")] = 3072,
     text_len: Annotated[int, typer.Option(min=0, help="Text tokens.")] = 512,
     results: Annotated[
-        Path | None, typer.Option(help="Folder with results of bench/attention.py, to be put beside.")
+        Path | None, typer.Option(help="Folder with results of bench/attention/speed.py, to be put beside.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for table, numbers and plots.")] = Path("analysis"),
 ) -> None:

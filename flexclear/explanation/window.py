@@ -18,7 +18,7 @@ PX_PER_TOKEN = 16
 
 BREAK_EVEN = 2.0
 """How many times less work it takes to win time. The published H100 times fit 590 TFLOP/s for dense attention and 300 of
-executed work for FlexAttention; two CPU cores show the same ratio (``bench/attention.py``)."""
+executed work for FlexAttention; two CPU cores show the same ratio (``bench/attention/speed.py``)."""
 
 
 @dataclass(frozen=True)

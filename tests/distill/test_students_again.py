@@ -1,4 +1,4 @@
-"""bench/students.py: students that ship go on from their own weights when their teacher has changed."""
+"""bench/distillation/students.py: students that ship go on from their own weights when their teacher has changed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from flexclear.common.shipped import students_directory
 from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.students import read_students
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-import students as bench
+sys.path.append(str(Path(__file__).parent.parent.parent))
+from bench.distillation import students as bench
 
 NAMES = ("clear_local_2.safetensors", "clear_local_2_down_4.safetensors")
 

@@ -25,15 +25,14 @@ from flexclear.embedded.evaluation import Request, evaluate
 from flexclear.embedded.retrieval import Retriever
 from flexclear.embedded.vocabulary import read_vocabulary
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-import distillation as bench
-
-import distillation_data
-import distillation_few_steps
-import distillation_measure
-import distillation_report
-import distillation_rows
-from distillation_rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS, Job, jobs
+sys.path.append(str(Path(__file__).parent.parent.parent))
+from bench.distillation import data as distillation_data
+from bench.distillation import few_steps as distillation_few_steps
+from bench.distillation import measure as distillation_measure
+from bench.distillation import report as distillation_report
+from bench.distillation import rows as distillation_rows
+from bench.distillation import study as bench
+from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS, Job, jobs
 
 SETTINGS = bench.Settings(
     steps=3, batch_size=2, learning_rate=1e-3, few_rate=5e-4, pictures=6, held_out=1, measured=2, denoising=1,

@@ -42,8 +42,8 @@ from flexclear.embedded.train.pictures import training_pairs, training_scenes
 from flexclear.embedded.train.stopping import StopFlag
 from flexclear.evaluation.conditions import CONDITIONS, distance_to_condition
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import controlnet as bench
+sys.path.append(str(Path(__file__).parents[2]))
+from bench.quality import controlnet as bench
 
 RECIPE = ControlRecipe(
     steps=4, batch=3, pictures=4, single_layers=1, half_precision=False, compiled=False, save_every=1, seed=3

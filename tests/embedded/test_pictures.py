@@ -72,7 +72,7 @@ def test_padding_changes_little(pipe):
 
 @pytest.mark.parametrize("kind", ["trained", "held out"])
 def test_nineteen_pictures_in_twenty_are_right(pipe, vocabulary, retriever, kind):
-    """On pairs that training showed, and on every pair that it did not; bench/retrieval.py measures more of them."""
+    """On pairs that training showed, and on every pair that it did not; bench/quality/retrieval.py measures more of them."""
     requests = (
         trained_requests(vocabulary, 51, seed=3) if kind == "trained" else held_out_requests(vocabulary, 2, seed=3)
     )

@@ -1,0 +1,117 @@
+"""The two sets of pictures of bench/distillation/study.py: drawn by the teacher, and real ones with the same captions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flexclear import embedded
+from flexclear.common.choices import EMBEDDED
+from flexclear.compile.files import whole_file
+from flexclear.distill.caching import cache
+from flexclear.distill.drawing import DataPlan, draw_data
+from flexclear.distill.samples import CachedSamples
+from flexclear.embedded.captions import FULL_TEMPLATES, caption
+from flexclear.embedded.font import DEFAULT_FONT_PATH, extract_bitmaps
+from flexclear.embedded.reference import read_reference_sheet
+from flexclear.embedded.scenes import draw, random_scene
+from flexclear.embedded.vocabulary import Vocabulary
+from flexclear.generation.settings import DENSE, GenerateSettings
+
+from bench.distillation.rows import TEXT_LEN
+
+PIXELS = 128
+SELF, REAL = "self-generated", "real"
+OnItem = Callable[[str, int, int], None]
+
+
+def bitmaps_of(vocabulary: Vocabulary) -> list[Any]:
+    """The emoji's drawings: the font's where it is installed, else those that come with the model."""
+    if DEFAULT_FONT_PATH.is_file():
+        return extract_bitmaps([item.code_point for item in vocabulary.emoji])
+    return read_reference_sheet(embedded.model_directory(), len(vocabulary.emoji))
+
+
+def shown_pairs(vocabulary: Vocabulary, count: int, seed: int) -> list[tuple[int, int, str]]:
+    """(emoji, background, caption) of each picture; pairs that were kept out of the teacher's training are kept out here."""
+    names = list(vocabulary.backgrounds)
+    hidden = set(vocabulary.held_out_pairs)
+    shown = [
+        (emoji, background)
+        for emoji, item in enumerate(vocabulary.emoji)
+        for background, name in enumerate(names)
+        if (item.name, name) not in hidden
+    ]
+    choice = random.Random(f"{seed}/pairs")
+    found: list[tuple[int, int, str]] = []
+    while len(found) < count:
+        choice.shuffle(shown)
+        found += [(e, b, caption(vocabulary.emoji[e].name, names[b], choice.choice(FULL_TEMPLATES))) for e, b in shown]
+    return found[:count]
+
+
+def self_generated(
+    folder: Path, vocabulary: Vocabulary, count: int, steps: int, seed: int, device: str, on_item: OnItem
+) -> CachedSamples:
+    """Have the teacher draw the pictures that are missing in ``folder``, and encode them. Picture i has seed i."""
+    pictures = folder / "pictures"
+    settings = GenerateSettings(
+        model=EMBEDDED,
+        prompts=tuple(text for _, _, text in shown_pairs(vocabulary, count, seed)),
+        out=pictures,
+        sizes=((PIXELS, PIXELS),),
+        seeds=(0,),
+        r=DENSE,
+        steps=steps,
+        text_len=TEXT_LEN,
+        dtype="float32",
+        device=device,
+    )
+    plan = DataPlan(settings, count)
+    done = count - len(plan.missing())
+    for _ in draw_data(plan):
+        done += 1
+        on_item("the teacher draws", done, count)
+    return _cached(folder, device, on_item)
+
+
+def real(folder: Path, vocabulary: Vocabulary, count: int, seed: int, device: str, on_item: OnItem) -> CachedSamples:
+    """Draw scenes with the captions of the self-generated set, jittered as in the teacher's training, and encode them."""
+    pictures = folder / "pictures"
+    bitmaps, colours = bitmaps_of(vocabulary), list(vocabulary.backgrounds.values())
+    for number, (emoji, background, text) in enumerate(shown_pairs(vocabulary, count, seed)):
+        path = pictures / f"{number:06d}.png"
+        if not path.is_file():
+            scene = random_scene(emoji, background, random.Random(f"{seed}/scene {number}"))
+            with whole_file(path.with_suffix(".txt")) as beside:
+                beside.write_text(text + "\n", encoding="utf-8")
+            with whole_file(path) as beside:
+                Image.fromarray(draw(scene, bitmaps, colours, PIXELS)).save(beside, format="PNG")
+            on_item("real pictures", number + 1, count)
+    return _cached(folder, device, on_item)
+
+
+def _cached(folder: Path, device: str, on_item: OnItem) -> CachedSamples:
+    place = folder / "cache"
+    cache(
+        folder / "pictures",
+        EMBEDDED,
+        place,
+        text_len=TEXT_LEN,
+        device=device,
+        on_item=lambda done, total: on_item("encoding", done, total),
+    )
+    return CachedSamples(place)
+
+
+def noise_of(samples: CachedSamples, index: int) -> Tensor:
+    """The noise that the teacher began sample ``index`` of its own set from, ``[C, h, w]``."""
+    seed = int(Path(samples.entries[index]["name"]).stem)
+    mean, _, _ = samples.shape(index)
+    return torch.randn((1, *mean), generator=torch.Generator().manual_seed(seed))[0]

@@ -1,0 +1,295 @@
+"""Markdown and plots of bench/distillation/study.py, all from the JSON that it writes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS
+
+COLOURS = (*(f"C{number}" for number in range(10)), "black")
+NONE = "–"  # noqa: RUF001
+STAGES = (BEFORE, FLOW, ALL)
+EVEN = 0.3
+"""dB; two single runs that are nearer to each other than this say nothing about what they differ in."""
+CLEAR = [row.name for row in ROWS if row.is_clear]
+DISCS = [row.name for row in sorted(ROWS, key=lambda row: row.options.get("r", 0)) if set(row.options) == {"r"}]
+
+
+def value_of(report: dict[str, Any], row: str, stage: str, key: str) -> float | None:
+    """A mean of ``Measured``; None where the run is missing or has diverged."""
+    found = report["rows"].get(row, {}).get(stage, {})
+    return found["measured"][key] if "measured" in found else None
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report; what has not been run yet is named."""
+    settings, about = report["settings"], report["facts"]
+    lines = [
+        "# Distilling the embedded model: CLEAR and what it is compared with",
+        "",
+        f"{about['hardware']}; torch {about['torch']}, diffusers {about['diffusers']}; {report['seconds'] / 60:.0f} minutes.",
+        "",
+        "Teacher: the embedded model, 128 px, 16 x 16 image tokens and 32 text tokens; sizes are the published ones over "
+        f"four. Every row was trained alike: {settings['steps']} steps of {settings['batch_size']} out of "
+        f"{settings['pictures']} pictures by the teacher, the same pictures, noise and noise levels (uniform) in the same "
+        f"order, AdamW at {settings['learning_rate']:g} with warm-up and cosine decay. Measured on {settings['measured']} "
+        f"pictures, {settings['denoising']} steps, of prompts and seeds that training had not: pairs that the teacher itself "
+        "never saw together. Each cell: before training / L_flow alone / all losses.",
+        "",
+        "| attention | MFLOPs per layer | of dense | PSNR, dB | SSIM | feature distance | retrieval, % |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    dense = report["dense_flops"]
+    shares = f"{100 * report['teacher']['both']:.1f}"
+    lines.append(f"| the teacher, dense | {dense / 1e6:.1f} | 100 % | | 1 | 0 | {shares} |")
+    for row in ROWS:
+        found = report["rows"].get(row.name, {})
+        if not found.keys() & set(STAGES):
+            continue
+        cells = [
+            " / ".join(_cell(found.get(stage), key, text) for stage in STAGES)
+            for key, text in (
+                ("psnr", "{:.1f}"),
+                ("ssim", "{:.3f}"),
+                ("features", "{:.3f}"),
+                ("both", "{:.1f}"),
+            )
+        ]
+        own = report["flops"][row.name]
+        lines.append(f"| {row.title} | {own / 1e6:.1f} | {100 * own / dense:.0f} % | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "PSNR, SSIM (Gaussian windows, scikit-image) and feature distance are means over the pictures, to the teacher's of the "
+        "same prompts and seeds. Feature distance stands in for LPIPS, whose networks and trained factors are not part of this "
+        "package: LPIPS's formula over the features of the embedded VAE's encoder; less is nearer, and the numbers do not "
+        "compare with published LPIPS. Retrieval: emoji and background are both the prompt's.",
+        "",
+    ]
+    if report["missing"]:
+        lines += [f"Missing so far ({len(report['missing'])}): {'; '.join(report['missing'])}.", ""]
+    lines += ["## What the paper expects, and what came out", "", *[f"- {text}" for text in findings(report)], ""]
+    lines += [
+        "## Training curves",
+        "",
+        "![training and held-out losses of all rows](distillation-curves.png)",
+        "",
+        *_data(report),
+        *_longer(report),
+        *_few_steps(report),
+        *_students(report),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(found: dict[str, Any] | None, key: str, text: str) -> str:
+    if found is None:
+        return NONE
+    if "failed" in found:
+        return "diverged"
+    value = found["measured"][key]
+    return text.format(100 * value if key == "both" else value)
+
+
+def findings(report: dict[str, Any]) -> list[str]:
+    """The paper's expectations as sentences that the numbers decide; those without numbers are left out."""
+
+    def psnr(row: str, stage: str) -> float | None:
+        return value_of(report, row, stage, "psnr")
+
+    titles = {row.name: row.title for row in ROWS}
+    said = []
+
+    def compared(what: str, rows: list[str], first: str, second: str) -> None:
+        pairs = {row: (psnr(row, first), psnr(row, second)) for row in rows}
+        known = {row: (a, b) for row, (a, b) in pairs.items() if a is not None and b is not None}
+        if known:
+            against = [titles[row] for row, (a, b) in known.items() if b <= a]
+            fails = f"; not for {', '.join(against)}" if against else ""
+            said.append(f"{what}: {len(known) - len(against)} of {len(known)}{fails}.")
+
+    compared("Distillation with all losses brings CLEAR nearer to the teacher (PSNR)", CLEAR, BEFORE, ALL)
+    others = [row.name for row in ROWS if row.name not in CLEAR]
+    compared("So it does with the other mechanisms", others, BEFORE, ALL)
+    compared("All losses end nearer to the teacher than L_flow alone, CLEAR", CLEAR, FLOW, ALL)
+    compared("The same, others", others, FLOW, ALL)
+    levels = [(row, psnr(row, ALL)) for row in DISCS]
+    known = [(row, level) for row, level in levels if level is not None]
+    if len(known) > 1:
+        rising = all(a[1] < b[1] for a, b in itertools.pairwise(known))
+        numbers = ", ".join(f"{titles[row]}: {level:.1f} dB" for row, level in known)
+        said.append(f"A larger radius is nearer to the teacher: {'yes' if rising else 'NO'} ({numbers}).")
+    ranking = sorted(((psnr(row.name, ALL) or 0.0, row.name) for row in ROWS if psnr(row.name, ALL)), reverse=True)
+    if any(name not in CLEAR for _, name in ranking) and any(name in CLEAR for _, name in ranking):
+        order = ", ".join(f"{titles[name]} {level:.1f}" for level, name in ranking)
+        leads = "yes" if ranking[0][1] in CLEAR else "NO"
+        said.append(f"CLEAR leads after distillation (PSNR): {leads} ({order}).")
+        best_other = next(level for level, name in ranking if name not in CLEAR)
+        cost = report["flops"]
+        rival = next(name for _, name in ranking if name not in CLEAR)
+        equal = [name for level, name in ranking if name in CLEAR and cost[name] <= cost[rival] and level > best_other]
+        said.append(
+            f"At no more FLOPs than the best other ({titles[rival]}) it leads, too: "
+            f"{'yes, ' + titles[equal[0]] if equal else 'NO'}."
+        )
+    own, other = psnr(ROWS[0].name, ALL), psnr(ROWS[0].name, REAL)
+    if own is not None and other is not None:
+        answer = "hardly a difference" if abs(own - other) < EVEN else "yes" if own > other else "NO"
+        said.append(
+            f"Self-generated pictures teach more than real ones: {answer} ({ROWS[0].title}: {own:.1f} dB against "
+            f"{other:.1f} dB)."
+        )
+    return said or ["Nothing to say yet."]
+
+
+def _data(report: dict[str, Any]) -> list[str]:
+    found = report["rows"].get(ROWS[0].name, {})
+    if "measured" not in found.get(REAL, {}) or "measured" not in found.get(ALL, {}):
+        return []
+    lines = [
+        "## Self-generated pictures against real ones",
+        "",
+        f"{ROWS[0].title}, all losses, the same captions and budget. Real: clean drawings with jitter. Mind that the teacher "
+        "itself learned from drawings like these, so they are not foreign to it, as photographs are to FLUX.1.",
+        "",
+        "![training losses on both sets](distillation-data.png)",
+        "",
+        "| trained on | PSNR, dB | SSIM | feature distance | retrieval |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for title, stage in (("self-generated", ALL), ("real", REAL)):
+        lines.append(f"| {title} | {_line(found[stage]['measured'])} |")
+    return [*lines, ""]
+
+
+def _longer(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Longer training",
+        "",
+        f"All losses, {LONGER} times as many steps, everything else the same.",
+        "",
+        "| | steps | PSNR, dB | SSIM | feature distance | retrieval |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    known = False
+    for row in LONG_ROWS:
+        found = report["rows"].get(row.name, {})
+        for stage, factor in ((ALL, 1), (LONG, LONGER)):
+            if "measured" in found.get(LONG, {}) and "measured" in found.get(stage, {}):
+                known = True
+                steps = report["settings"]["steps"] * factor
+                lines.append(f"| {row.title} | {steps} | {_line(found[stage]['measured'])} |")
+    return [*lines, ""] if known else []
+
+
+def _few_steps(report: dict[str, Any]) -> list[str]:
+    found, settings = report.get("few_steps"), report["settings"]
+    if not found or "model" not in found:
+        return ["## Zero-shot transfer to a few-step model", "", f"Diverged: {found['failed']}", ""] if found else []
+    few = settings["few_steps"]
+    lines = [
+        "## Zero-shot transfer to a few-step model",
+        "",
+        "As the paper's Table 4 puts weights trained for FLUX.1-dev into schnell. The stand-in for schnell: reflow "
+        f"(arXiv 2209.03003), all weights of the teacher tuned for {settings['steps']} steps on its own pairs of noise and "
+        f"picture; drawn in {few} steps. It was not made by schnell's adversarial recipe. The attention weights are those "
+        f"distilled for the many-step teacher, put in as they are.",
+        "",
+        f"| {few} steps | reference | PSNR, dB | SSIM | feature distance | retrieval |",
+        "|---|---|---:|---:|---:|---:|",
+        f"| the many-step teacher, dense | itself at {settings['denoising']} steps | {_line(found['teacher'])} |",
+        f"| the few-step model, dense | the teacher at {settings['denoising']} steps | {_line(found['model'])} |",
+    ]
+    for row in ROWS:
+        for stage, title in ((BEFORE, "its own weights"), (ALL, "the weights distilled for the teacher")):
+            measured = found["rows"].get(row.name, {}).get(stage)
+            if measured:
+                lines.append(f"| {row.title}, {title} | the few-step model, dense | {_line(measured)} |")
+    return [*lines, ""]
+
+
+def _students(report: dict[str, Any]) -> list[str]:
+    found = report.get("students")
+    if not found:
+        return []
+    total = sum(student["bytes"] for student in found)
+    listed = "; ".join(
+        f"`{student['file']}` ({student['stage']}, {student['psnr']:.1f} dB)"
+        for student in sorted(found, key=lambda student: -student["psnr"])
+    )
+    return [
+        "## Students",
+        "",
+        f"The best one of each CLEAR window, bfloat16, in the released format, {total / 1e6:.2f} MB together, best first: "
+        f"{listed}.",
+        "",
+    ]
+
+
+def _line(measured: dict[str, Any]) -> str:
+    return (
+        f"{measured['psnr']:.1f} | {measured['ssim']:.3f} | {measured['features']:.3f} | {100 * measured['both']:.1f} %"
+    )
+
+
+def plot_curves(report: dict[str, Any], path: Path) -> None:
+    """Training loss L_flow of every row with all losses, and L_pred on held-out pictures (the paper's Figure 11)."""
+    series = [
+        (row.title, report["rows"][row.name][ALL], "-" if row.is_clear else "--")
+        for row in ROWS
+        if "curve" in report["rows"].get(row.name, {}).get(ALL, {})
+    ]
+
+    def draw(axes: Any) -> None:
+        for number, (title, run, style) in enumerate(series):
+            look = {"linewidth": 1.3, "color": COLOURS[number]}
+            axes[0].plot(run["curve"]["step"], run["curve"]["flow"], style, label=title, **look)
+            axes[1].plot(
+                [record["step"] for record in run["held_out"]],
+                [record["prediction"] for record in run["held_out"]],
+                style,
+                marker=".",
+                **look,
+            )
+        axes[0].set_title("training, all losses: L_flow")
+        axes[0].set_yscale("log")
+        axes[1].set_title("held-out pictures: L_pred")
+        axes[1].set_yscale("log")
+        if series:
+            axes[0].figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+
+    _figure(path, draw)
+
+
+def plot_data(report: dict[str, Any], path: Path) -> None:
+    """Training losses of one row on self-generated and on real pictures (the paper's Figure 10)."""
+    found = report["rows"].get(ROWS[0].name, {})
+
+    def draw(axes: Any) -> None:
+        for stage, title in ((ALL, "self-generated"), (REAL, "real")):
+            curve = found[stage]["curve"]
+            axes[0].plot(curve["step"], curve["loss"], label=title)
+            axes[1].plot(curve["step"], curve["prediction"], label=title)
+        axes[0].set_title(f"{ROWS[0].title}, training: all losses together")
+        axes[1].set_title("training: L_pred")
+        axes[1].set_yscale("log")
+        axes[0].legend()
+
+    if "curve" in found.get(ALL, {}) and "curve" in found.get(REAL, {}):
+        _figure(path, draw)
+
+
+def _figure(path: Path, draw: Callable[[Any], None]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    draw(axes)
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.savefig(path)

@@ -1,0 +1,199 @@
+"""Bring the students that ship to a teacher that was trained on: each goes on from its own weights.
+
+Run ``python -m bench.distillation.students`` after ``python -m flexclear.embedded.train export``; it distils the students
+again, writes them and their index, and ``bench/results/students.json`` and ``students.md``: each student's pictures against the
+teacher's, with its earlier weights under the new teacher, and with those that it has now. Killed at any moment, the same command
+goes on where it was. Once the pictures are drawn (``--draw-only``), several processes may work in one folder, each with students
+of its own (``--only``); the last one that is done writes the results.
+
+``bench/distillation/study.py`` is what distilled them in the first place, and compares them with everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import torch
+import transformers
+import typer
+from rich.console import Console
+
+import flexclear
+from flexclear import embedded
+from flexclear.common.choices import EMBEDDED
+from flexclear.common.shipped import students_directory
+from flexclear.compile.files import whole_file
+from flexclear.distill import DistillConfig, OptimizerConfig, distill
+from flexclear.distill.config import CheckpointConfig, HeldOutConfig
+from flexclear.distill.samples import CachedSamples
+from flexclear.distill.trainer import WEIGHTS
+from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.students import Student, as_student, read_students, write_index
+from flexclear.embedded.vocabulary import read_vocabulary
+
+from bench.distillation import data as distillation_data
+from bench.distillation.measure import Examiner
+from bench.machine import RESULTS, facts
+from bench.resume import check_settings
+
+DENOISING = 16
+
+
+def goes_on(student: Student, samples: CachedSamples, folder: Path, steps: int, batch_size: int, rate: float) -> Path:
+    """Distil one student from where it was, or go on with that; returns the new weights, or raises KeyboardInterrupt."""
+    run = folder / student.path.stem
+    if (run / WEIGHTS).is_file():
+        return run / WEIGHTS
+    config = DistillConfig(
+        output=run,
+        model=EMBEDDED,
+        data=samples.folder,
+        r=student.radius,
+        down_factor=student.down_factor,
+        initial_weights=student.path,
+        backend="sdpa",
+        steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation=1,
+        mixed_precision="no",
+        seed=1,
+        optimizer=OptimizerConfig("adamw", learning_rate=rate, schedule="cosine", warmup_steps=max(1, steps // 20)),
+        checkpoints=CheckpointConfig(every=max(1, min(50, steps // 4)), keep=1),
+        held_out=HeldOutConfig(min(32, len(samples) // 4), every=max(1, steps // 10), batch_size=16),
+    )
+    say = Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print
+
+    def on_step(record: dict[str, Any]) -> None:
+        if int(record["step"]) % 50 == 0:
+            say(f"{student.label}: step {record['step']} of {steps}, loss {record['loss']:.4f}")
+
+    if distill(config=config, data=samples, on_step=on_step, say=say).interrupted:
+        raise KeyboardInterrupt
+    return run / WEIGHTS
+
+
+def measured(examiner: Examiner, student: Student, reference: torch.Tensor) -> dict[str, Any]:
+    """The student's pictures against the teacher's."""
+    pipe = examiner.pipeline()
+    with as_student(pipe, student):
+        pictures = examiner.draw(pipe)
+    return asdict(examiner.compare(pipe, pictures, reference))
+
+
+def export(new: dict[str, Path], students: tuple[Student, ...], target: Path, teacher: str) -> None:
+    """Write the new weights in bfloat16 over the students' files, and the index that names the teacher."""
+    written = []
+    for student in students:
+        pipe = embedded.pipeline()
+        flexclear.transform(pipe, r=student.radius, down_factor=student.down_factor, backend="sdpa")
+        flexclear.load_weights(pipe, new[student.path.name])
+        pipe.transformer.to(torch.bfloat16)
+        path = target / student.path.name
+        flexclear.save_weights(pipe, path, base="flexclear.embedded")
+        written.append(Student(path, student.radius, student.down_factor))
+    write_index(target, written, teacher)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    environment, settings = report["facts"], report["settings"]
+    lines = [
+        "# The students that ship, after the teacher was trained on",
+        "",
+        f"{environment['hardware']}; torch {environment['torch']}, diffusers {environment['diffusers']}. "
+        f"{settings['steps']} steps of {settings['batch_size']} from each student's earlier weights, out of "
+        f"{settings['pictures']} pictures by the teacher {settings['teacher']}; all losses, AdamW at "
+        f"{settings['learning_rate']} with warm-up and cosine decay. Measured on {settings['measured']} pictures of pairs that "
+        f"neither has seen, {DENOISING} steps: the earlier weights under this teacher / the weights that ship.",
+        "",
+        "| student | PSNR, dB | SSIM | feature distance | retrieval, % |",
+        "|---|---:|---:|---:|---:|",
+        f"| the teacher, dense | | 1 | 0 | {100 * report['teacher']['both']:.1f} |",
+    ]
+    for label, row in report["students"].items():
+        first, last = row["before"], row["after"]
+        cells = [
+            f"{first['psnr']:.1f} / {last['psnr']:.1f}",
+            f"{first['ssim']:.3f} / {last['ssim']:.3f}",
+            f"{first['features']:.2f} / {last['features']:.2f}",
+            f"{100 * first['both']:.1f} / {100 * last['both']:.1f}",
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", "What the columns mean: `distillation.md`."]
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option("--only", help="File names; repeat. Default: all of them.")] = None,
+    draw_only: Annotated[bool, typer.Option(help="Draw and encode the pictures, then stop.")] = False,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each student.")] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's.")] = 1e-3,
+    pictures: Annotated[int, typer.Option(min=4, help="Pictures that the teacher draws.")] = 1200,
+    measure: Annotated[int, typer.Option(min=1, help="Pictures that each student is measured on.")] = 102,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    folder: Annotated[Path, typer.Option(help="Where it lives between runs.")] = Path(".distillation/again"),
+    source: Annotated[Path | None, typer.Option(help="The students' folder. Default: the package's.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """Distil the students again, measure them, and write them, their index, JSON and Markdown."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    place = students_directory() if source is None else source
+    students = read_students(place, of_any_teacher=True)
+    names = [student.path.name for student in students]
+    if unknown := [name for name in only or () if name not in names]:
+        raise typer.BadParameter(f"--only: unknown {', '.join(unknown)}; in {place} are {', '.join(names) or 'none'}")
+    teacher = teacher_fingerprint()
+    home = folder / teacher  # What was made for another teacher does not mix in.
+    settings = {
+        "teacher": teacher, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
+        "pictures": pictures, "measured": measure,
+    }  # fmt: skip
+    check_settings(home / "settings.json", settings)
+    vocabulary = read_vocabulary(embedded.model_directory())
+    samples = distillation_data.self_generated(
+        home / "self-generated", vocabulary, pictures, DENOISING, 0, "cpu", lambda *done: None
+    )
+    if draw_only:
+        return
+    examiner = Examiner(vocabulary, measure, DENOISING, "cpu")
+    reference = examiner.kept(home / "teacher.safetensors", lambda: examiner.draw(examiner.pipeline()))
+    for student in students:
+        result = home / "results" / f"{student.path.stem}.json"
+        if (only and student.path.name not in only) or result.is_file():
+            continue
+        before = measured(examiner, student, reference)
+        weights = goes_on(student, samples, home, steps, batch_size, learning_rate)
+        after = measured(examiner, Student(weights, student.radius, student.down_factor), reference)
+        with whole_file(result) as beside:
+            beside.write_text(json.dumps({"before": before, "after": after}, indent=1), encoding="utf-8")
+    results = {student: home / "results" / f"{student.path.stem}.json" for student in students}
+    if missing := [student.path.name for student, file in results.items() if not file.is_file()]:
+        typer.echo(f"missing: {', '.join(missing)}; nothing is written yet")
+        return
+    new = {student.path.name: home / student.path.stem / WEIGHTS for student in students}
+    export(new, students, place, teacher)
+    report = {
+        "facts": facts(torch.device("cpu"), diffusers=diffusers.__version__),
+        "settings": settings,
+        "teacher": asdict(examiner.compare(None, reference, None)),
+        "students": {student.label: json.loads(file.read_text(encoding="utf-8")) for student, file in results.items()},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    with whole_file(output / "students.json") as beside:
+        beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with whole_file(output / "students.md") as beside:
+        beside.write_text(markdown(report), encoding="utf-8")
+    typer.echo(markdown(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)
