@@ -175,8 +175,8 @@ FAULTS = (
     Fault(
         "side-columns-wrap-at-64",
         "masks/windows.py",
-        "allowed = inside(q >> 16, q & 0xFFFF, kv >> 16, kv & 0xFFFF)",
-        "allowed = inside(q >> 16, q & 0x3F, kv >> 16, kv & 0x3F)",
+        "return found, found >> 16, found & 0xFFFF",
+        "return found, found >> 16, found & 0x3F",
         "column 64 is taken for column 0",
     ),
     Fault(
