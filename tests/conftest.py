@@ -28,6 +28,10 @@ settings.register_profile("flexclear", deadline=None, print_blob=True, suppress_
 settings.load_profile("flexclear")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--whole", action="store_true", help="run the costly cases of every model family too")
+
+
 @pytest.fixture(autouse=True)
 def _alone():
     """Each test has its seed, and leaves to the next one what it has found."""

@@ -10,12 +10,13 @@ import torch
 import flexclear
 from flexclear import parallel
 
+import models
 from models import flux_call, tiny_flux
 from parallel_cases import run
 
 
 def family(name):
-    """The test module of a family, for its small model and calls."""
+    """The test module of a family, for its small pipelines."""
     return importlib.import_module(f"test_{name}")
 
 
@@ -31,32 +32,26 @@ def build(kind):
         call["controlnet_block_samples"] = [torch.randn(1, 320, 32, generator=torch.Generator().manual_seed(9))]
         return tiny_flux(), call
     if kind == "flux2":
-        cases = family("flux2")
-        return cases.tiny_flux2(), cases.flux2_call((16, 9), ((24, 8), (7, 12)), 10, 2)
+        return models.tiny_flux2(), models.flux2_call((16, 9), ((24, 8), (7, 12)), 10, 2)
     if kind == "sd3":
-        cases = family("sd3")
-        return cases.tiny_sd3(), cases.sd3_call(16, 11, 12, 2)
+        return models.tiny_sd3(), models.sd3_call(16, 11, 12, 2)
     if kind == "sd3.5 with residuals":
-        cases = family("sd3")
-        call = cases.sd3_call(11, 18, 12)
+        call = models.sd3_call(11, 18, 12)
         call["block_controlnet_hidden_states"] = [
             torch.randn(1, 11 * 18, 32, generator=torch.Generator().manual_seed(9))
         ]
-        return cases.tiny_sd3(**cases.SD35), call
+        return models.tiny_sd3(**models.SD35), call
     if kind.startswith("chroma"):
-        cases = family("chroma")
-        return cases.tiny_chroma(), cases.chroma_call(16, 13, 12, **batch, kind=kind.removeprefix("chroma, "))
+        return models.tiny_chroma(), models.chroma_call(16, 13, 12, **batch, kind=kind.removeprefix("chroma, "))
     if kind.startswith("zimage"):
         return build_zimage(kind.removeprefix("zimage, "))
-    cases = family("qwen")
     mask = torch.ones(2, 12)
     mask[1, 7:] = 0
-    return cases.tiny_qwen(), cases.qwen_call((16, 10), ((9, 14),), 12, 2, mask=mask)
+    return models.tiny_qwen(), models.qwen_call((16, 10), ((9, 14),), 12, 2, mask=mask)
 
 
 def build_zimage(kind):
     """Sizes with and without pads, of which a rank's own picture has other numbers than the whole one."""
-    cases = family("zimage")
     (height, width), captions, config = {
         "no pads": ((16, 16), (20,), {}),
         "pads, two captions": ((25, 9), (33, 7), {}),
@@ -65,11 +60,11 @@ def build_zimage(kind):
         "as large as positions go": ((64, 5), (33, 7), {"axes_lens": [200, 64, 5]}),
         "residuals": ((17, 16), (33, 7), {}),
     }[kind]
-    call = cases.call_of(height, width, captions)
+    call = models.zimage_call(height, width, captions)
     if kind == "residuals":
-        length = cases.padded(height * width) + 64
+        length = models.padded(height * width) + 64
         call["controlnet_block_samples"] = {0: torch.randn(2, length, 32, generator=torch.Generator().manual_seed(9))}
-    return cases.tiny_zimage(**config), call
+    return models.tiny_zimage(**config), call
 
 
 def with_reference(call, height, width):
@@ -149,9 +144,8 @@ def compiled(kind):
         model = tiny_flux(num_layers=1, num_single_layers=1)
         calls = [flux_call(16, 16, 12, seed=seed) for seed in (0, 1)]
     else:
-        cases = family("zimage")
-        model = cases.tiny_zimage(n_layers=1)
-        calls = [cases.call_of(17, 13, (33, 7), seed=seed) for seed in (0, 1)]
+        model = models.tiny_zimage(n_layers=1)
+        calls = [models.zimage_call(17, 13, (33, 7), seed=seed) for seed in (0, 1)]
     flexclear.transform(model, r=3, backend="sdpa")
     whole = [sample(model, call) for call in calls]
     parallel.enable(model)

@@ -10,17 +10,17 @@ import torch
 import flexclear
 from flexclear.families import FAMILIES, family_of
 
+import models
 from interruptions import same, state_of
-from models import tiny_flux
-from parallel_families import build, family
+from parallel_families import build
 
 MODELS = {
-    "FluxTransformer2DModel": tiny_flux,
-    "Flux2Transformer2DModel": lambda: family("flux2").tiny_flux2(),
-    "QwenImageTransformer2DModel": lambda: family("qwen").tiny_qwen(),
-    "SD3Transformer2DModel": lambda: family("sd3").tiny_sd3(dual_attention_layers=(0,)),
-    "ChromaTransformer2DModel": lambda: family("chroma").tiny_chroma(),
-    "ZImageTransformer2DModel": lambda: family("zimage").tiny_zimage(),
+    "FluxTransformer2DModel": models.tiny_flux,
+    "Flux2Transformer2DModel": models.tiny_flux2,
+    "QwenImageTransformer2DModel": models.tiny_qwen,
+    "SD3Transformer2DModel": lambda: models.tiny_sd3(dual_attention_layers=(0,)),
+    "ChromaTransformer2DModel": models.tiny_chroma,
+    "ZImageTransformer2DModel": models.tiny_zimage,
 }
 
 

@@ -19,8 +19,8 @@ from flexclear.runtime.hooks import entry_hook_of
 from flexclear.runtime.processors import WindowProcessor
 
 from interruptions import OTHERS, Lines, hooks_of, outline_of, same, state_of
-from models import flux_call, tiny_flux
-from parallel_families import family, sample
+from models import flux_call, sd3_call, tiny_flux, tiny_sd3, tiny_zimage, zimage_call
+from parallel_families import sample
 
 SIZES = {"num_layers": 1, "num_single_layers": 1}
 
@@ -33,10 +33,8 @@ def small(kind):
     if kind == "flux":
         return tiny_flux(**SIZES), flux_call(6, 8, 4)
     if kind == "zimage":
-        cases = family("zimage")
-        return cases.tiny_zimage(n_layers=1), cases.call_of(6, 8, (7,))
-    cases = family("sd3")
-    return cases.tiny_sd3(num_layers=2, dual_attention_layers=(0,)), cases.sd3_call(6, 8, 4)
+        return tiny_zimage(n_layers=1), zimage_call(6, 8, (7,))
+    return tiny_sd3(num_layers=2, dual_attention_layers=(0,)), sd3_call(6, 8, 4)
 
 
 STATES = {

@@ -21,8 +21,10 @@ class OrderHook(Hook):
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        attention_kwargs = args[3] if len(args) > 3 else kwargs["joint_attention_kwargs"]
-        plan: CallPlan = attention_kwargs[PLAN]
+        attention_kwargs = args[3] if len(args) > 3 else kwargs.get("joint_attention_kwargs")
+        plan: CallPlan | None = (attention_kwargs or {}).get(PLAN)
+        if plan is None:
+            return args, kwargs  # the block alone: its attention says what is missing
         if args:
             return (plan.to_image_order(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}

@@ -47,7 +47,7 @@ def zimage():
     cases = family("zimage")
     # Its refiner of captions is dense, and diffusers' own: 16 tokens or so, in complex numbers.
     model = cases.tiny_zimage(axes_lens=[400, 64, 64])
-    return model, cases.call_of(9, 13, (20,))
+    return model, cases.zimage_call(9, 13, (20,))
 
 
 def flux():

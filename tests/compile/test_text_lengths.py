@@ -56,7 +56,7 @@ def qwen_padded():
 
 def zimage():
     cases = family("zimage")
-    return cases.tiny_zimage(axes_lens=[400, 64, 64]), lambda length: cases.call_of(HEIGHT, WIDTH, (length,))
+    return cases.tiny_zimage(axes_lens=[400, 64, 64]), lambda length: cases.zimage_call(HEIGHT, WIDTH, (length,))
 
 
 MODELS = {

@@ -1,8 +1,7 @@
-"""A transformed FLUX.2 equals the unmodified one given the dense boolean mask; its pipelines run end to end."""
+"""What is peculiar to FLUX.2: its caches of keys and values, batched ids; its pipelines end to end."""
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import pytest
@@ -10,53 +9,13 @@ import torch
 from PIL import Image
 
 import flexclear
-from flexclear.compile import why_not_compiled
 from flexclear.families.flux2_attention import Flux2ParallelWindowProcessor, Flux2WindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
 
+from models import flux2_call, tiny_flux2
+
 pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
-CPU = torch.device("cpu")
-SHAPES = [((16, 16), (), 12), ((9, 13), (), 20), ((24, 7), (), 5), ((8, 12), ((8, 12), (5, 9)), 7)]
 R = 3
-
-
-def tiny_flux2(seed=0, **config):
-    """A Flux2Transformer2DModel of 2 + 2 blocks, 2 heads x 16, random weights, in eval mode."""
-    from diffusers import Flux2Transformer2DModel
-
-    torch.manual_seed(seed)
-    sizes = {
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 12,
-        "timestep_guidance_channels": 16,
-        "axes_dims_rope": (4, 4, 4, 4),
-    }
-    return Flux2Transformer2DModel(**{**sizes, **config}).eval()
-
-
-def flux2_call(grid, references, text_len, batch=1, seed=0):
-    """Keyword arguments of a FLUX.2 call with random inputs and the ids that its pipelines make."""
-    from diffusers import Flux2Pipeline
-
-    generator = torch.Generator().manual_seed(seed)
-    count = sum(height * width for height, width in (grid, *references))
-    text = torch.randn(batch, text_len, 12, generator=generator)
-    ids = Flux2Pipeline._prepare_latent_ids(torch.empty(batch, 1, *grid))
-    if references:
-        pictures = Flux2Pipeline._prepare_image_ids([torch.empty(1, 1, *size) for size in references])
-        ids = torch.cat([ids, pictures.repeat(batch, 1, 1)], dim=1)
-    return {
-        "hidden_states": torch.randn(batch, count, 16, generator=generator),
-        "encoder_hidden_states": text,
-        "timestep": torch.full((batch,), 0.5),
-        "guidance": torch.full((batch,), 4.0),
-        "img_ids": ids,
-        "txt_ids": Flux2Pipeline._prepare_text_ids(text),
-    }
 
 
 def run(model, call, **extra):
@@ -68,35 +27,9 @@ def mask_of(grid, references, text_len, r=R):
     return dense_mask(Layout(*grid, text_len, order="raster", references=references), Disc(r))
 
 
-def masked(model, call, grid, references=(), r=R):
-    """The stock model under the dense boolean mask, in raster order."""
-    mask = mask_of(grid, references, call["encoder_hidden_states"].shape[1], r)
-    return run(model, call, joint_attention_kwargs={"attention_mask": mask})
-
-
 @pytest.fixture
 def model():
     return tiny_flux2()
-
-
-@pytest.mark.parametrize("order", ["tiled", "raster"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("grid", "references", "text_len"), SHAPES)
-def test_a_transformed_model_equals_the_original_under_the_dense_mask(model, order, batch, grid, references, text_len):
-    call = flux2_call(grid, references, text_len, batch)
-    reference = masked(model, call, grid, references)
-    assert (run(model, call) - reference).abs().max() > 1e-3, "the window makes no difference here"
-    flexclear.transform(model, r=R, backend="sdpa", order=order)
-    assert (run(model, call) - reference).abs().max() <= 1e-4
-
-
-@pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
-def test_compiled_flex_attention_gives_the_same(model):
-    grid, references, text_len = SHAPES[-1]
-    call = flux2_call(grid, references, text_len, 2)
-    reference = masked(model, call, grid, references)
-    flexclear.transform(model, r=R, backend="flex")
-    assert (run(model, call) - reference).abs().max() <= 1e-4
 
 
 def test_both_kinds_of_block_are_windowed_and_given_back(model):
@@ -123,45 +56,6 @@ def test_ids_without_a_batch_axis_give_the_same(model):
     batched = run(model, call)
     plain = {**call, "img_ids": call["img_ids"][0], "txt_ids": call["txt_ids"][0]}
     assert torch.equal(run(model, plain), batched)
-
-
-def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(model):
-    call = flux2_call((270, 6), (), 4)
-    reference = masked(model, call, (270, 6), r=2)
-    call["img_ids"] = call["img_ids"].to(torch.bfloat16)
-    flexclear.transform(model, r=2, backend="sdpa")
-    assert (run(model, call) - reference).abs().max() <= 1e-4
-    flexclear.transform(model, r=2, backend="sdpa", exact_position_ids=False)
-    assert (run(model, call) - reference).abs().max() > 1e-3
-
-
-def test_an_ntk_factor_is_a_larger_base_of_the_rotary_frequencies(model):
-    grid, references = (8, 12), ((5, 9),)
-    call = flux2_call(grid, references, 7)
-    larger = tiny_flux2(rope_theta=20000)
-    reference = masked(larger, call, grid, references)
-    assert (masked(model, call, grid, references) - reference).abs().max() > 1e-3
-    flexclear.transform(model, r=R, backend="sdpa", ntk_factor=10)
-    assert (run(model, call) - reference).abs().max() <= 1e-4
-
-
-def test_fused_projections_give_the_same_result(model):
-    call = flux2_call((9, 7), (), 6)
-    plain = run(flexclear.transform(model, r=R, backend="sdpa"), call)
-    model.fuse_qkv_projections()
-    assert all(block.attn.fused_projections for block in model.transformer_blocks)
-    assert (run(model, call) - plain).abs().max() <= 1e-5
-
-
-def test_gradients_under_checkpointing_are_those_of_the_dense_mask(model):
-    call, original = flux2_call((8, 6), (), 5), copy.deepcopy(model)
-    flexclear.transform(model, r=R, backend="sdpa").train()
-    model.enable_gradient_checkpointing()
-    model(**call).sample.square().mean().backward()
-    mask = mask_of((8, 6), (), 5)
-    original(**call, joint_attention_kwargs={"attention_mask": mask}).sample.square().mean().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
-        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6), name
 
 
 @pytest.mark.parametrize(
@@ -207,20 +101,6 @@ def test_a_bad_call_is_named(model, change, message):
     flexclear.transform(model, r=R, backend="sdpa")
     with pytest.raises(ValueError, match=message):
         run(model, call)
-
-
-def test_a_plugin_s_processor_and_foreign_blocks_are_refused(model):
-    with pytest.raises(ValueError, match="Flux2Transformer2DModel has no blocks"):
-        flexclear.transform(tiny_flux2(num_layers=0, num_single_layers=0))
-    with pytest.raises(ValueError, match="down-sampled keys are defined for"):
-        flexclear.transform(model, down_factor=2)
-    broken = tiny_flux2()
-    broken.transformer_blocks[1].attn = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"transformer_blocks\[1\].*has no Flux2Attention named attn \(found Linear"):
-        flexclear.transform(broken)
-    model.single_transformer_blocks[0].attn.set_processor(lambda *args, **kwargs: None)
-    with pytest.raises(TypeError, match=r"single_transformer_blocks\[0\].attn has a function"):
-        flexclear.transform(model)
 
 
 @functools.cache

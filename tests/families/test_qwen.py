@@ -1,9 +1,8 @@
-"""A transformed Qwen-Image equals the unmodified one given the dense boolean mask; its pipelines run end to end."""
+"""What is peculiar to Qwen-Image: sizes in place of ids, layers, references modulated apart; its pipelines end to end."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from unittest import mock
@@ -13,44 +12,12 @@ import torch
 from PIL import Image
 
 import flexclear
-from flexclear.compile import why_not_compiled
-from flexclear.families.qwen_attention import QwenWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
 
+from models import qwen_call, tiny_qwen
+
 pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
-CPU = torch.device("cpu")
-SHAPES = [((16, 16), (), 12), ((9, 13), (), 20), ((24, 7), (), 5), ((8, 12), ((8, 12), (5, 9)), 7)]
 R = 3
-
-
-def tiny_qwen(seed=0, **config):
-    """A QwenImageTransformer2DModel of 2 blocks, 2 heads x 16, random weights, in eval mode."""
-    from diffusers import QwenImageTransformer2DModel
-
-    torch.manual_seed(seed)
-    sizes = {
-        "in_channels": 16,
-        "out_channels": 4,
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 12,
-        "axes_dims_rope": (4, 6, 6),
-    }
-    return QwenImageTransformer2DModel(**{**sizes, **config}).eval()
-
-
-def qwen_call(grid, references, text_len, batch=1, seed=0, mask=None):
-    """Keyword arguments of a Qwen-Image call with random inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    grids = (grid, *references)
-    call = {
-        "hidden_states": torch.randn(batch, sum(h * w for h, w in grids), 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, text_len, 12, generator=generator),
-        "timestep": torch.full((batch,), 0.5),
-        "img_shapes": [[(1, h, w) for h, w in grids]] * batch,
-    }
-    return call if mask is None else {**call, "encoder_hidden_states_mask": mask}
 
 
 def run(model, call, **extra):
@@ -94,39 +61,7 @@ def model():
     return tiny_qwen()
 
 
-@pytest.mark.parametrize("order", ["tiled", "raster"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("grid", "references", "text_len"), SHAPES)
-def test_a_transformed_model_equals_the_original_under_the_dense_mask(model, order, batch, grid, references, text_len):
-    call = qwen_call(grid, references, text_len, batch)
-    reference = masked(model, call)
-    assert (run(model, call) - reference).abs().max() > 1e-3, "the window makes no difference here"
-    flexclear.transform(model, r=R, backend="sdpa", order=order)
-    assert {type(processor) for processor in model.attn_processors.values()} == {QwenWindowProcessor}
-    assert (run(model, call) - reference).abs().max() <= 1e-4
-
-
 PADDING = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 0, 0, 0, 0]])
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
-@pytest.mark.parametrize("order", ["tiled", "raster"])
-def test_padded_text_is_masked_in_each_sample(model, order, dtype):
-    call = qwen_call((8, 10), ((8, 10),), 9, 2, mask=PADDING.to(dtype))
-    reference = masked(model, call)
-    unpadded = masked(model, {**call, "encoder_hidden_states_mask": None})
-    assert (reference - unpadded).abs().amax(dim=(1, 2)).min() > 1e-3, "padding makes no difference here"
-    flexclear.transform(model, r=R, backend="sdpa", order=order)
-    assert (run(model, call) - reference).abs().max() <= 1e-4
-    full = {**call, "encoder_hidden_states_mask": torch.ones_like(PADDING).to(dtype)}
-    assert (run(model, full) - unpadded).abs().max() <= 1e-4
-
-
-def test_padding_stays_masked_in_layers_that_are_left_dense(model):
-    call = qwen_call((8, 10), (), 9, 2, mask=PADDING)
-    dense = run(model, call)
-    flexclear.transform(model, r=None, backend="sdpa")
-    assert (run(model, call) - dense).abs().max() <= 1e-5
 
 
 def test_a_text_that_is_all_there_costs_no_mask_of_its_own(model):
@@ -138,40 +73,12 @@ def test_a_text_that_is_all_there_costs_no_mask_of_its_own(model):
     assert list(family.read(model, {**call, "encoder_hidden_states_mask": PADDING}, GridReader()).keep) == ["joint"]
 
 
-@pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
-def test_compiled_flex_attention_gives_the_same_with_padding_and_references(model):
-    call = qwen_call((8, 12), ((8, 12), (5, 9)), 9, 2, mask=PADDING)
-    reference = masked(model, call)
-    flexclear.transform(model, r=R, backend="flex")
-    assert (run(model, call) - reference).abs().max() <= 1e-4
-
-
 def test_one_grid_per_sample_may_come_without_a_list_around_it(model):
     call = qwen_call((9, 7), (), 6, batch=2)
     flexclear.transform(model, r=R, backend="sdpa")
     nested = run(model, call)
     assert torch.equal(run(model, {**call, "img_shapes": [(1, 9, 7)] * 2}), nested)
     assert torch.equal(run(model, {**call, "img_shapes": [[(1, 9, 7)]]}), nested)
-
-
-def test_restore_gives_the_original_back(model):
-    call, before = qwen_call((8, 9), (), 6), model.attn_processors
-    dense = run(model, call)
-    run(flexclear.transform(model, r=R, backend="sdpa"), call)
-    flexclear.restore(model)
-    assert model.attn_processors == before
-    assert torch.equal(run(model, call), dense)
-
-
-def test_the_caller_keeps_its_own_arguments(model):
-    call = qwen_call((8, 9), (), 6)
-    call |= {"attention_kwargs": {"scale": 1.0}, "controlnet_block_samples": [torch.randn(1, 72, 32)]}
-    kept = copy.deepcopy(call)
-    run(flexclear.transform(model, r=R, backend="sdpa"), call)
-    assert call.keys() == kept.keys()
-    assert call["attention_kwargs"] == kept["attention_kwargs"]
-    assert torch.equal(call["controlnet_block_samples"][0], kept["controlnet_block_samples"][0])
-    assert torch.equal(call["hidden_states"], kept["hidden_states"])
 
 
 def test_references_are_modulated_as_such_where_the_model_tells_them_apart():
@@ -207,39 +114,6 @@ def test_an_ntk_factor_is_a_larger_base_of_the_rotary_frequencies(layered):
         assert (run(model, call) - reference).abs().max() > 1e-3
 
 
-def test_controlnet_residuals_follow_the_token_order(model):
-    call = qwen_call((12, 10), (), 6)
-    residuals = [torch.randn(1, 120, 32)]
-    reference = masked(model, call, controlnet_block_samples=residuals)
-    assert (masked(model, call) - reference).abs().max() > 1e-3
-    flexclear.transform(model, r=R, backend="sdpa")
-    assert (run(model, call, controlnet_block_samples=residuals) - reference).abs().max() <= 1e-4
-    with pytest.raises(ValueError, match=r"controlnet_block_samples\[0\] of shape \(1, 121, 32\)"):
-        run(model, call, controlnet_block_samples=[torch.randn(1, 121, 32)])
-
-
-def test_gradients_under_checkpointing_are_those_of_the_dense_mask(model):
-    call, original = qwen_call((8, 6), (), 9, 2, mask=PADDING), copy.deepcopy(model)
-    flexclear.transform(model, r=R, backend="sdpa").train()
-    model.enable_gradient_checkpointing()
-    model(**call).sample.square().mean().backward()
-    with under(mask_of((8, 6), (), 9)):
-        original(**call).sample.square().mean().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), original.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None), name
-        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-6), name
-
-
-def test_frequencies_made_in_inference_mode_serve_training(model):
-    call = qwen_call((7, 6), (), 4)
-    flexclear.transform(model, r=R, backend="sdpa", ntk_factor=3)
-    with torch.inference_mode():
-        expected = model(**call).sample.clone()
-    trained = model(**call).sample
-    trained.square().mean().backward()
-    assert torch.equal(trained.detach(), expected)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -263,20 +137,6 @@ def test_a_bad_call_is_named(model, change, message):
     flexclear.transform(model, r=R, backend="sdpa")
     with pytest.raises(ValueError, match=message):
         run(model, {**call, **change})
-
-
-def test_a_plugin_s_processor_and_foreign_blocks_are_refused(model):
-    with pytest.raises(ValueError, match="QwenImageTransformer2DModel has no blocks"):
-        flexclear.transform(tiny_qwen(num_layers=0))
-    with pytest.raises(ValueError, match="down-sampled keys are defined for"):
-        flexclear.transform(model, down_factor=2)
-    broken = tiny_qwen()
-    broken.transformer_blocks[1].attn = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"transformer_blocks\[1\].*has no Attention named attn \(found Linear"):
-        flexclear.transform(broken)
-    model.transformer_blocks[0].attn.set_processor(lambda *args, **kwargs: None)
-    with pytest.raises(TypeError, match=r"transformer_blocks\[0\].attn has a function"):
-        flexclear.transform(model)
 
 
 def tiny_vae(channels=3, latents=4):

@@ -1,4 +1,4 @@
-"""A transformed SD3 or SD3.5 equals the unmodified one whose attention is given the dense boolean mask."""
+"""What is peculiar to SD3 and SD3.5: patch sizes, skipped layers, fused processors; their pipelines end to end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import (
     FusedJointAttnProcessor2_0,
     JointAttnProcessor2_0,
@@ -19,54 +18,10 @@ from diffusers.models.attention_processor import (
 from PIL import Image
 
 import flexclear
-from flexclear.compile import why_not_compiled
-from flexclear.families.sd3_attention import OrderHook, SD3WindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
-from flexclear.runtime.hooks import Hook
 from flexclear.runtime.plan import plans
 
-CPU = torch.device("cpu")
-SHAPES = [(16, 16, 32), (9, 13, 20), (24, 7, 77)]
-SD3 = {}
-SD35 = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
-
-
-def tiny_sd3(seed=0, **config):
-    """A SD3Transformer2DModel of 3 blocks, 2 heads x 16, random weights, in eval mode."""
-    torch.manual_seed(seed)
-    sizes = {
-        "sample_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 3,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 12,
-        "caption_projection_dim": 32,
-        "pooled_projection_dim": 10,
-        "pos_embed_max_size": 24,
-    }
-    model = SD3Transformer2DModel(**{**sizes, **config}).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".norm" in name and name.endswith("weight") and parameter.ndim == 1:
-                parameter.uniform_(0.5, 2)  # norms of query and key that differ from none
-    return model
-
-
-def sd3_call(height, width, text_len, batch=1, seed=0):
-    """Keyword arguments of a call over height x width tokens with random inputs."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape):
-        return torch.randn(shape, generator=generator)
-
-    return {
-        "hidden_states": noise(batch, 4, 2 * height, 2 * width),
-        "encoder_hidden_states": noise(batch, text_len, 12),
-        "pooled_projections": noise(batch, 10),
-        "timestep": torch.full((batch,), 500.0),
-    }
+from models import SD35, sd3_call, tiny_sd3
 
 
 class MaskedJointAttnProcessor(JointAttnProcessor2_0):
@@ -102,29 +57,6 @@ def masked(model, call, height, width, r):
         model.set_attn_processor(stock)
 
 
-@pytest.mark.parametrize("config", [SD3, SD35], ids=["sd3", "sd35"])
-@pytest.mark.parametrize("order", ["tiled", "raster"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_transformed_model_equals_the_original_under_the_dense_mask(config, order, batch):
-    model = tiny_sd3(**config)
-    original = copy.deepcopy(model)
-    flexclear.transform(model, r=3, backend="sdpa", order=order)
-    for height, width, text_len in SHAPES:
-        call = sd3_call(height, width, text_len, batch)
-        reference = masked(original, call, height, width, 3)
-        assert (run(model, call) - reference).abs().max() <= 1e-4
-        assert (run(original, call) - reference).abs().max() > 1e-3, "the window makes no difference here"
-
-
-@pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
-def test_compiled_flex_attention_equals_the_original_under_the_dense_mask():
-    model = tiny_sd3(**SD35)
-    original = copy.deepcopy(model)
-    flexclear.transform(model, r=3, backend="flex")
-    call = sd3_call(9, 13, 20)
-    assert (run(model, call) - masked(original, call, 9, 13, 3)).abs().max() <= 1e-4
-
-
 @pytest.mark.parametrize(
     "config", [{"patch_size": 1, "sample_size": 16}, {"patch_size": 4, "pos_embed_max_size": None}]
 )
@@ -151,46 +83,6 @@ def test_joint_and_image_only_attention_may_have_their_own_radii():
     assert (run(model, call) - run(flexclear.restore(model), call)).abs().max() <= 1e-5
 
 
-def test_the_output_is_the_same_picture_as_object_and_as_tuple():
-    model = flexclear.transform(tiny_sd3(), r=2, backend="sdpa")
-    call = sd3_call(8, 9, 4)
-    with torch.no_grad():
-        as_object, as_tuple = model(**call), model(**call, return_dict=False)
-        positional = model(call["hidden_states"], **{k: v for k, v in call.items() if k != "hidden_states"})
-    assert isinstance(as_tuple, tuple)
-    assert as_object.sample.shape == call["hidden_states"].shape
-    assert torch.equal(as_object.sample, as_tuple[0])
-    assert torch.equal(as_object.sample, positional.sample)
-
-
-def test_restore_is_bit_identical_and_leaves_nothing_behind():
-    model = tiny_sd3(**SD35)
-    call = sd3_call(9, 13, 8)
-    before, processors, keys = run(model, call), model.attn_processors, list(model.state_dict())
-    flexclear.transform(model, r=3, backend="sdpa")
-    assert {type(p) for p in model.attn_processors.values()} == {SD3WindowProcessor}
-    assert len(model.attn_processors) == 5
-    assert any(isinstance(hook, OrderHook) for hook in model.transformer_blocks[0]._forward_pre_hooks.values())
-    assert list(model.state_dict()) == keys
-    run(model, call)
-    flexclear.restore(model)
-    assert torch.equal(run(model, call), before)
-    assert all(model.attn_processors[name] is processor for name, processor in processors.items())
-    for module in model.modules():
-        assert not any(
-            isinstance(hook, Hook) for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        )
-
-
-def test_transforming_twice_replaces_the_first():
-    model = tiny_sd3()
-    original = copy.deepcopy(model)
-    call = sd3_call(10, 12, 6)
-    flexclear.transform(flexclear.transform(model, r=2, backend="sdpa"), r=5, backend="sdpa")
-    assert len(model.transformer_blocks[0]._forward_pre_hooks) == 1
-    assert (run(model, call) - masked(original, call, 10, 12, 5)).abs().max() <= 1e-4
-
-
 @pytest.mark.parametrize("skipped", [[1], [0], [0, 1], [2], [0, 1, 2]])
 @pytest.mark.parametrize("residuals", [0, 1, 3])
 def test_skipped_layers_and_controlnet_residuals_keep_their_places(skipped, residuals):
@@ -206,17 +98,6 @@ def test_skipped_layers_and_controlnet_residuals_keep_their_places(skipped, resi
     assert len(skipped) == 3 or (dense - reference).abs().max() > 1e-3
 
 
-def test_controlnet_residuals_follow_the_token_order():
-    model = tiny_sd3()
-    height, width = 12, 10
-    call = sd3_call(height, width, 16, batch=2)
-    call["block_controlnet_hidden_states"] = [torch.randn(2, height * width, 32) for _ in range(2)]
-    kept = [residual.clone() for residual in call["block_controlnet_hidden_states"]]
-    reference = masked(model, call, height, width, 3)
-    assert (run(flexclear.transform(model, r=3, backend="sdpa"), call) - reference).abs().max() <= 1e-4
-    assert all(torch.equal(a, b) for a, b in zip(kept, call["block_controlnet_hidden_states"], strict=True))
-
-
 def test_projections_fused_before_the_transform_equal_the_fused_original_under_the_mask():
     model = tiny_sd3()
     call = sd3_call(12, 10, 16)
@@ -230,18 +111,6 @@ def test_projections_fused_before_the_transform_equal_the_fused_original_under_t
     assert {type(p) for p in model.attn_processors.values()} == {FusedJointAttnProcessor2_0}
 
 
-@pytest.mark.parametrize("config", [SD3, SD35], ids=["sd3", "sd35"])
-def test_projections_fused_after_the_transform_are_asked_for_again_and_give_the_same_result(config):
-    model = flexclear.transform(tiny_sd3(**config), r=3, backend="sdpa")
-    call = sd3_call(12, 10, 16)
-    plain = run(model, call)
-    model.fuse_qkv_projections()
-    with pytest.raises(RuntimeError, match=r"was given a FusedJointAttnProcessor2_0 after .*transform\(model"):
-        run(model, call)
-    flexclear.transform(model, r=3, backend="sdpa")
-    assert (run(model, call) - plain).abs().max() <= 1e-5
-
-
 def test_processors_of_an_earlier_transform_that_unfusing_puts_back_are_not_taken_for_this_one_s():
     model = flexclear.transform(tiny_sd3(), r=3, backend="sdpa")
     call = sd3_call(12, 10, 16)
@@ -252,26 +121,6 @@ def test_processors_of_an_earlier_transform_that_unfusing_puts_back_are_not_take
     with pytest.raises(RuntimeError, match=r"transformer_blocks.1.attn of .* was given a SD3WindowProcessor after"):
         run(model, call)
     assert (run(flexclear.transform(model, r=radii, backend="sdpa"), call) - fused).abs().max() <= 1e-5
-
-
-def test_training_has_the_gradients_of_the_dense_mask_with_and_without_checkpointing():
-    model = tiny_sd3(**SD35)
-    original = copy.deepcopy(model)
-    call = sd3_call(9, 12, 8)
-    flexclear.transform(model.train(), r=3)
-    model(**call).sample.square().mean().backward()
-    ours = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    model.enable_gradient_checkpointing()
-    model(**call).sample.square().mean().backward()
-    again = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    original.set_attn_processor(MaskedJointAttnProcessor(9, 12, 8, 3))
-    original(**call).sample.square().mean().backward()
-    theirs = [p.grad for p in original.parameters() if p.grad is not None]
-    assert len(ours) > 50
-    for a, b, c in zip(ours, again, theirs, strict=True):
-        assert torch.allclose(a, c, atol=1e-6)
-        assert torch.allclose(b, c, atol=1e-6)
 
 
 BAD_CALLS = {
@@ -311,19 +160,6 @@ def test_a_bad_call_is_named_before_any_work(change, message):
     assert plans.stats().misses == 0
 
 
-def test_rotary_factors_are_refused():
-    with pytest.raises(ValueError, match=r"ntk_factor=10.* has no rotary positions"):
-        flexclear.transform(tiny_sd3(), r=2, ntk_factor=10)
-    model = flexclear.transform(tiny_sd3(), r=2, backend="sdpa")
-    with (
-        flexclear.override(ntk_factor=2.0),
-        pytest.raises(ValueError, match=r"ntk_factor=2.0: SD3Transformer2DModel has"),
-    ):
-        run(model, sd3_call(8, 8, 4))
-    with pytest.raises(ValueError, match="down_factor: down-sampled keys are defined for FluxTransformer2DModel"):
-        flexclear.transform(tiny_sd3(), r=2, down_factor=4)
-
-
 def with_processor(processor):
     model = tiny_sd3()
     model.transformer_blocks[1].attn.set_processor(processor)
@@ -354,15 +190,6 @@ def test_a_model_that_cannot_be_windowed_is_refused_unchanged(make, error, messa
         flexclear.transform(model, r=2)
     assert all(model.attn_processors[name] is processor for name, processor in before.items())
     assert not model._forward_pre_hooks
-
-
-def test_a_block_of_another_class_is_refused():
-    model = tiny_sd3()
-    model.transformer_blocks[1] = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        ValueError, match=r"transformer_blocks\[1\] of this SD3Transformer2DModel has no Attention named attn"
-    ):
-        flexclear.transform(model, r=2)
 
 
 TEXT_LEN = 77 + 16

@@ -99,7 +99,7 @@ def test_a_ring_is_refused_with_an_attention_that_gives_no_log_sum_exp(monkeypat
 
 
 def test_a_model_that_diffusers_cannot_share_and_a_single_rank_are_refused(monkeypatch):
-    from test_sd3 import tiny_sd3
+    from models import tiny_sd3
 
     with pytest.raises(ValueError, match=r"no plan for sharing the dense SD3Transformer2DModel \(_cp_plan\)"):
         parallel.enable_dense(tiny_sd3(), kind="ulysses")
@@ -132,7 +132,7 @@ def test_a_model_with_a_cache_is_refused(model):
 
 
 def test_a_qwen_that_modulates_token_by_token_is_refused():
-    from test_qwen import tiny_qwen
+    from models import tiny_qwen
 
     with pytest.raises(ValueError, match="zero_cond_t"):
         parallel.enable(flexclear.transform(tiny_qwen(zero_cond_t=True), r=3, backend="sdpa"))

@@ -28,6 +28,7 @@ import flexclear
 from flexclear.compile import why_not_compiled
 from flexclear.runtime.hooks import entry_hook_of
 
+import models
 import parallel_families
 
 CPU = torch.device("cpu")
@@ -38,8 +39,7 @@ def build(kind, height=16, width=16):
     """A small model and a call of it; of Qwen-Image one with a square image and no reference pictures."""
     if kind != "qwen":
         return parallel_families.build(kind)
-    cases = parallel_families.family("qwen")
-    return cases.tiny_qwen(), cases.qwen_call((height, width), (), 12, 2)
+    return models.tiny_qwen(), models.qwen_call((height, width), (), 12, 2)
 
 
 def windowed(model, **options):

@@ -1,0 +1,412 @@
+"""The table of families: how a small real model of diffusers is built and called, what it supports, what it refuses.
+
+A new family is one more row here; the tests, and ``docs/support.md``, follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from flexclear.alternatives import LinearAttention
+
+import models
+from .shapes import Shape
+
+ABILITIES = {
+    "references": "reference images",
+    "padding": "padded text in a batch",
+    "residuals": "ControlNet residuals",
+    "ntk": "NTK factor",
+    "ids": "exact ids in bfloat16",
+    "fuse": "fused projections",
+    "ip-adapter": "IP-Adapter",
+    "pooled keys": "down-sampled keys",
+    "formulas": "attention by formula",
+}
+"""What a family may have or not, and its heading in the support table. What all must do is not in here."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An ability that raises at the door.
+
+    Attributes:
+        says: a regular expression that the message holds.
+        transform: options of ``transform`` that ask for it, or
+        prepare: what is done to the model before it is transformed, or
+        call: what a call is changed by, given the shape.
+        error: type of what is raised.
+    """
+
+    says: str
+    transform: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Any], None] | None = None
+    call: Callable[[Shape], dict[str, Any]] | None = None
+    error: type[Exception] = ValueError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family, or one variant of a family.
+
+    Attributes:
+        name: short name, for test ids.
+        make: makes a small model, given changes of its config.
+        call: arguments of a call of the given shape, with padded text where that says so.
+        text_first: whether text precedes the image in the attention's sequence.
+        head_64: config of a model with heads of 64.
+        one_block: config of a model with one block of each kind.
+        joint_block: and with one alone, which attends over text and image; None where another row has the same.
+        no_block: and with none.
+        graphs: how many graphs those blocks compile to, one size.
+        text_lens: text tokens of each sequence that is windowed.
+        other_lens: lengths of sequences that are not.
+        paddings: kinds of padded text, and whether what is padded is hidden; a mask that is added to scores hides nothing.
+        residuals: a call's ControlNet residuals.
+        stretch: multiply the base of a stock model's rotary frequencies.
+        fuse: fuse a model's projections.
+        fusing_replaces: whether diffusers puts other processors there when it fuses them.
+        stacks: where the blocks are, and the name of the attention module in them.
+        abilities: those of ``ABILITIES`` that it has.
+        refuses: those that raise. An ability in neither is one that diffusers' model cannot be asked for: ``lacks``.
+        lacks: why not.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    call: Callable[[Shape], dict[str, Any]]
+    text_first: bool
+    head_64: Mapping[str, Any]
+    one_block: Mapping[str, Any]
+    joint_block: Mapping[str, Any] | None
+    no_block: Mapping[str, Any]
+    graphs: int
+    stacks: Mapping[str, str]
+    text_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: (shape.text_len,)
+    other_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: ()
+    paddings: Mapping[str, bool] = field(default_factory=dict)
+    residuals: Callable[[Shape], dict[str, Any]] | None = None
+    stretch: Callable[[Any, float], None] | None = None
+    fuse: Callable[[Any], None] | None = None
+    fusing_replaces: bool = False
+    refuses: Mapping[str, Refused] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        """What it supports."""
+        return frozenset(ABILITIES) - self.refuses.keys() - self.lacks.keys()
+
+    def build(self, head_64: bool = False, one_block: bool = False, **config) -> Any:
+        """A small model with random weights, in eval mode."""
+        return self.make(**(self.head_64 if head_64 else {}), **(self.one_block if one_block else {}), **config)
+
+    def padded(self, kind: str, **sizes) -> Shape:
+        """A shape with padded text of a kind: 47 and 24 tokens of 70, which Z-Image makes 64 and 32."""
+        return Shape(**{"batch": 2, "text_len": 70, "padding": kind, **sizes})
+
+    def texts(self, **sizes) -> list[Shape]:
+        """Shapes with text that is all there, and with each kind of padded text."""
+        return [Shape(**{"batch": 2, **sizes}), *(self.padded(kind, **sizes) for kind in self.paddings)]
+
+    def blocks(self, model) -> list[tuple[str, Any]]:
+        """The first windowed block of each stack, by name."""
+        return [(stack, getattr(model, stack)[0]) for stack in self.stacks]
+
+
+def noise(*shape: int, seed: int = 9) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def keep(shape: Shape) -> torch.Tensor:
+    """Which text is no padding, bool ``[B, text_len]``."""
+    return torch.arange(shape.text_len)[None] < torch.tensor(shape.kept)[:, None]
+
+
+def image_len(shape: Shape) -> int:
+    return sum(height * width for height, width in ((shape.height, shape.width), *shape.references))
+
+
+def with_references(call: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """A FLUX-like call with the tokens of reference images behind its own."""
+    for number, grid in enumerate(shape.references, 1):
+        ids = models.raster_ids(*grid)
+        ids[:, 0] = number
+        tokens = noise(shape.batch, len(ids), 8, seed=number)
+        call["hidden_states"] = torch.cat([call["hidden_states"], tokens], 1)
+        call["img_ids"] = torch.cat([call["img_ids"], ids])
+    return call
+
+
+def flux_call(shape: Shape) -> dict[str, Any]:
+    call = models.flux_call(shape.height, shape.width, shape.text_len, shape.batch, shape.seed)
+    return with_references(call, shape)
+
+
+def flux2_call(shape: Shape) -> dict[str, Any]:
+    return models.flux2_call((shape.height, shape.width), shape.references, shape.text_len, shape.batch, shape.seed)
+
+
+def qwen_call(shape: Shape) -> dict[str, Any]:
+    dtype = {"bool": torch.bool, "int": torch.int64, "float": torch.float32, None: None}[shape.padding]
+    mask = None if dtype is None else keep(shape).to(dtype)
+    grid = (shape.height, shape.width)
+    return models.qwen_call(grid, shape.references, shape.text_len, shape.batch, shape.seed, mask)
+
+
+def sd3_call(shape: Shape) -> dict[str, Any]:
+    return models.sd3_call(shape.height, shape.width, shape.text_len, shape.batch, shape.seed)
+
+
+def chroma_call(shape: Shape) -> dict[str, Any]:
+    call = models.chroma_call(shape.height, shape.width, shape.text_len, shape.batch, shape.seed)
+    call = with_references(call, shape)
+    if shape.padding:
+        mask = torch.cat([keep(shape), torch.ones(shape.batch, image_len(shape), dtype=torch.bool)], 1)
+        call["attention_mask"] = mask if shape.padding == "bool" else mask.float()
+    return call
+
+
+def zimage_call(shape: Shape) -> dict[str, Any]:
+    return models.zimage_call(shape.height, shape.width, shape.kept, shape.seed)
+
+
+def zimage_text(shape: Shape) -> tuple[int, ...]:
+    """Pads of the image alone, and with the longest caption."""
+    pads = models.padded(image_len(shape)) - image_len(shape)
+    return pads, pads + models.padded(max(shape.kept))
+
+
+def image_residuals(*names: str) -> Callable[[Shape], dict[str, Any]]:
+    """Residuals of the image's tokens, two for each argument."""
+
+    def make(shape: Shape) -> dict[str, Any]:
+        return {name: [noise(shape.batch, image_len(shape), 32, seed=place) for place in range(2)] for name in names}
+
+    return make
+
+
+def zimage_residuals(shape: Shape) -> dict[str, Any]:
+    length = image_len(shape) + max(zimage_text(shape))
+    return {"controlnet_block_samples": {0: noise(shape.batch, length, 32)}}
+
+
+def stretch_theta(model, factor: float) -> None:
+    model.pos_embed.theta *= factor
+
+
+def stretch_qwen(model, factor: float) -> None:
+    embed = model.pos_embed
+    model.pos_embed = type(embed)(int(embed.theta * factor), embed.axes_dim, scale_rope=True)
+
+
+def stretch_zimage(model, factor: float) -> None:
+    """Wherever there are image tokens; captions alone keep the frequencies that the model has."""
+    places = torch.zeros(96, 3, dtype=torch.int64)
+    places[:, 0] = torch.arange(1, 97)
+    embed = model.rope_embedder
+    own = embed(places)[None]
+    model.rope_embedder = type(embed)(embed.theta * factor, embed.axes_dims, embed.axes_lens)
+    for block in model.context_refiner:
+        block.register_forward_pre_hook(lambda module, args: (args[0], args[1], own[:, : args[0].shape[1]], *args[3:]))
+
+
+def fuse(model) -> None:
+    """As diffusers does, or for a class that has no method for it, module by module."""
+    if hasattr(model, "fuse_qkv_projections"):
+        model.fuse_qkv_projections()
+        return
+    for module in model.modules():
+        if hasattr(module, "fuse_projections"):
+            module.fuse_projections()
+
+
+def mask_among(name: str) -> Callable[[Shape], dict[str, Any]]:
+    """A mask of the caller's own among the attention's arguments."""
+    return lambda shape: {name: {"attention_mask": torch.ones(1, shape.text_len + image_len(shape))}}
+
+
+def sd3_adapter(model) -> None:
+    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+
+    model.transformer_blocks[1].attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, 8))
+
+
+def any_adapter(stack: str, name: str = "attn") -> Callable[[Any], None]:
+    """What ``load_ip_adapter`` would put there if diffusers had one for the class: a processor of its own."""
+
+    def install(model) -> None:
+        getattr(getattr(model, stack)[0], name).set_processor(_Adapter())
+
+    return install
+
+
+class _Adapter(torch.nn.Module):
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        raise AssertionError("never run")
+
+
+POOLED = Refused("down_factor: down-sampled keys are defined for FluxTransformer2DModel", {"down_factor": 2})
+FORMULAS = Refused("attention='linear' is defined for FluxTransformer2DModel", {"attention": LinearAttention()})
+NO_ADAPTER = "_Adapter; flexclear replaces"
+MASK_HELD = r"holds an attention_mask \(Tensor of shape"
+FLUX_STACKS = {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
+FLUX_BLOCK = {"num_layers": 1, "num_single_layers": 1}
+
+FLUX = Row(
+    "flux",
+    models.tiny_flux,
+    flux_call,
+    text_first=True,
+    head_64={"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)},
+    one_block=FLUX_BLOCK,
+    joint_block={"num_layers": 1, "num_single_layers": 0},
+    no_block={"num_layers": 0, "num_single_layers": 0},
+    graphs=2,
+    stacks=FLUX_STACKS,
+    residuals=image_residuals("controlnet_block_samples", "controlnet_single_block_samples"),
+    stretch=stretch_theta,
+    fuse=fuse,
+    refuses={"padding": Refused(MASK_HELD, call=mask_among("joint_attention_kwargs"))},
+)
+
+FLUX2 = Row(
+    "flux2",
+    models.tiny_flux2,
+    flux2_call,
+    text_first=True,
+    head_64={"attention_head_dim": 64, "axes_dims_rope": (16, 16, 16, 16)},
+    one_block=FLUX_BLOCK,
+    joint_block={"num_layers": 1, "num_single_layers": 0},
+    no_block={"num_layers": 0, "num_single_layers": 0},
+    graphs=2,
+    stacks=FLUX_STACKS,
+    stretch=stretch_theta,
+    fuse=fuse,
+    refuses={
+        "padding": Refused(MASK_HELD, call=mask_among("joint_attention_kwargs")),
+        "ip-adapter": Refused(NO_ADAPTER, prepare=any_adapter("transformer_blocks"), error=TypeError),
+        "pooled keys": POOLED,
+        "formulas": FORMULAS,
+    },
+    lacks={"residuals": "the model takes none"},
+)
+
+QWEN = Row(
+    "qwen",
+    models.tiny_qwen,
+    qwen_call,
+    text_first=True,
+    head_64={"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)},
+    one_block={"num_layers": 1},
+    joint_block={"num_layers": 1},
+    no_block={"num_layers": 0},
+    graphs=1,
+    stacks={"transformer_blocks": "attn"},
+    paddings={"bool": True, "int": True, "float": True},
+    residuals=image_residuals("controlnet_block_samples"),
+    stretch=stretch_qwen,
+    refuses={
+        "ip-adapter": Refused(NO_ADAPTER, prepare=any_adapter("transformer_blocks"), error=TypeError),
+        "pooled keys": POOLED,
+        "formulas": FORMULAS,
+    },
+    lacks={"ids": "positions come from sizes", "fuse": "the model has no fused projections"},
+)
+
+SD3 = Row(
+    "sd3",
+    models.tiny_sd3,
+    sd3_call,
+    text_first=False,
+    head_64={"attention_head_dim": 64, "caption_projection_dim": 128},
+    one_block={"num_layers": 2},  # the last one is of another kind
+    joint_block={"num_layers": 1},
+    no_block={"num_layers": 0},
+    graphs=2,
+    stacks={"transformer_blocks": "attn"},
+    residuals=image_residuals("block_controlnet_hidden_states"),
+    fuse=fuse,
+    fusing_replaces=True,
+    refuses={
+        "padding": Refused(MASK_HELD, call=mask_among("joint_attention_kwargs")),
+        "ntk": Refused("has no rotary positions", {"ntk_factor": 10.0}),
+        "ip-adapter": Refused("SD3's IP-Adapter.*there is no window yet", prepare=sd3_adapter, error=TypeError),
+        "pooled keys": POOLED,
+        "formulas": FORMULAS,
+    },
+    lacks={"references": "the model takes one image", "ids": "positions are added to the tokens"},
+)
+
+SD35 = Row(
+    **{
+        **{name: getattr(SD3, name) for name in SD3.__dataclass_fields__},
+        "name": "sd35",
+        "make": lambda **config: models.tiny_sd3(**{**models.SD35, **config}),
+        "joint_block": None,  # it would be SD3's
+        "text_lens": lambda shape: (shape.text_len, 0),
+    }
+)
+
+CHROMA = Row(
+    "chroma",
+    models.tiny_chroma,
+    chroma_call,
+    text_first=True,
+    head_64={"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)},
+    one_block=FLUX_BLOCK,
+    joint_block={"num_layers": 1, "num_single_layers": 0},
+    no_block={"num_layers": 0, "num_single_layers": 0},
+    graphs=2,
+    stacks=FLUX_STACKS,
+    paddings={"bool": True, "float": False},
+    residuals=image_residuals("controlnet_block_samples", "controlnet_single_block_samples"),
+    stretch=stretch_theta,
+    fuse=fuse,
+    refuses={"pooled keys": POOLED, "formulas": FORMULAS},
+)
+
+ZIMAGE = Row(
+    "zimage",
+    models.tiny_zimage,
+    zimage_call,
+    text_first=False,
+    head_64={"dim": 128, "axes_dims": [16, 24, 24]},
+    one_block={"n_layers": 1},
+    joint_block={"n_layers": 1},
+    no_block={"n_layers": 0, "n_refiner_layers": 0},
+    graphs=3,
+    stacks={"noise_refiner": "attention", "layers": "attention"},
+    text_lens=zimage_text,
+    other_lens=lambda shape: (models.padded(max(shape.kept)),),  # its refiner of captions
+    paddings={"captions": True},
+    residuals=zimage_residuals,
+    stretch=stretch_zimage,
+    refuses={
+        "references": Refused("the Omni mode", call=lambda shape: {"x": [[noise(4, 1, 8, 8)]] * shape.batch}),
+        "ip-adapter": Refused(NO_ADAPTER, prepare=any_adapter("layers", "attention"), error=TypeError),
+        "pooled keys": POOLED,
+        "formulas": FORMULAS,
+    },
+    lacks={"ids": "positions come from sizes", "fuse": "the model has no fused projections"},
+)
+
+ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE)
+
+
+def cases(shapes: Callable[[Row], list[Shape]], *abilities: str) -> pytest.MarkDecorator:
+    """Parametrise a test's ``row`` and ``shape`` over the shapes of all families, or of those with the given abilities."""
+    rows = [row for row in ROWS if row.abilities.issuperset(abilities)]
+    found = [pytest.param(row, shape, id=f"{row.name}-{shape}") for row in rows for shape in shapes(row)]
+    return pytest.mark.parametrize(("row", "shape"), found)
+
+
+def every(*abilities: str) -> pytest.MarkDecorator:
+    """Parametrise a test's ``row`` over all families, or over those with the given abilities."""
+    rows = [row for row in ROWS if row.abilities.issuperset(abilities)]
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row.name)
