@@ -32,6 +32,21 @@ def pytest_addoption(parser):
     parser.addoption("--whole", action="store_true", help="run the costly cases of every model family too")
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--whole"):
+        return
+    left_out = [item for item in items if left_out_of_the_suite(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def left_out_of_the_suite(item):
+    """Whether a test is costly, and about a family that its mark does not name."""
+    mark = item.get_closest_marker("costly")
+    return mark is not None and item.callspec.params["row"].name not in mark.args
+
+
 @pytest.fixture(autouse=True)
 def _alone():
     """Each test has its seed, and leaves to the next one what it has found."""

@@ -10,7 +10,7 @@ import torch
 import flexclear
 from flexclear.runtime.grid import read_grids
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 
 def unsupported():

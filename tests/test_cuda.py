@@ -13,7 +13,7 @@ from flexclear.masks import Disc, Downsampled, Layout, dense_mask
 from flexclear.runtime.plan import get_plan, plans
 from flexclear.testing import assert_matches_dense
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 pytestmark = [
     pytest.mark.gpu,

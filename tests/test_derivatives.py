@@ -17,8 +17,8 @@ from flexclear.masks import Disc, Layout, block_mask, dense_mask
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.runtime.plan import plans
 
-import parallel_families
-from models import flux_call, tiny_flux
+from helpers import parallel_families
+from helpers.models import flux_call, tiny_flux
 
 SIZES = {"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
 CALL = flux_call(9, 13, 20)

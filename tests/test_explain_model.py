@@ -9,7 +9,7 @@ import pytest
 import flexclear
 from flexclear.masks import Disc, Layout, cost
 
-from models import tiny_flux
+from helpers.models import tiny_flux
 
 
 def test_a_plain_model_is_dense_everywhere():

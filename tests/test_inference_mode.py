@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map_only
 import flexclear
 from flexclear.runtime import grid
 
-from models import flux_call, raster_ids, tiny_flux
-from parallel_families import build
+from helpers.models import flux_call, raster_ids, tiny_flux
+from helpers.parallel_families import build
 
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"}
 """Operators that hand a tensor's contents to Python, for which a GPU would be waited for."""

@@ -13,7 +13,7 @@ import flexclear
 from flexclear.masks import Disc, Layout, dense_mask
 from flexclear.runtime.plan import plans
 
-from models import tiny_flux
+from helpers.models import tiny_flux
 
 STEPS = 2
 

@@ -13,8 +13,8 @@ from flexclear.compile import why_not_compiled
 from flexclear.masks import Disc, Downsampled
 from flexclear.runtime.pooling import make_pooling
 
-from flux_reference import ReferenceProcessor, double, reference_model
-from models import flux_call, raster_ids, tiny_flux
+from helpers.flux_reference import ReferenceProcessor, double, reference_model
+from helpers.models import flux_call, raster_ids, tiny_flux
 
 CPU = torch.device("cpu")
 NAMES = [f"{stack}.{index}.attn.processor.spatial_weight"

@@ -17,7 +17,7 @@ from flexclear.highres.stages import Stage
 from flexclear.images.files import png_bytes, read_settings
 from flexclear.images.reading import image_size, png_text, read_image
 
-from picture_bombs import bomb
+from helpers.picture_bombs import bomb
 
 ODD = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"
 

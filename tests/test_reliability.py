@@ -16,7 +16,7 @@ from flexclear.runtime.hooks import Hook
 from flexclear.runtime.memory import note
 from flexclear.runtime.plan import plans
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 HEIGHT, WIDTH, TEXT = 12, 9, 7
 

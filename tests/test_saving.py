@@ -13,7 +13,7 @@ import flexclear
 from flexclear.families import family_of
 from flexclear.runtime.hooks import entry_hook_of
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 
 def run(model):

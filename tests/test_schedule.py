@@ -15,7 +15,7 @@ from flexclear.runtime.hooks import entry_hook_of
 from flexclear.runtime.plan import plans
 from flexclear.runtime.steps import StepCounter
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 GRIDS = [(9, 13, 7), (16, 8, 20)]
 LAYERS = [

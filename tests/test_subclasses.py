@@ -10,9 +10,9 @@ import torch
 import flexclear
 from flexclear.families import FAMILIES, family_of
 
-import models
-from interruptions import same, state_of
-from parallel_families import build
+from helpers import models
+from helpers.interruptions import same, state_of
+from helpers.parallel_families import build
 
 MODELS = {
     "FluxTransformer2DModel": models.tiny_flux,

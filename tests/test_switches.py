@@ -12,8 +12,8 @@ import flexclear
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.runtime.switches import Switches, in_force
 
-from flux_reference import ReferenceProcessor, double, reference_model
-from models import flux_call, tiny_flux
+from helpers.flux_reference import ReferenceProcessor, double, reference_model
+from helpers.models import flux_call, tiny_flux
 
 GRIDS = [((9, 13), 7), ((16, 8), 20)]
 

@@ -18,9 +18,9 @@ from flexclear.runtime.exchange import Snapshot
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.runtime.processors import WindowProcessor
 
-from interruptions import OTHERS, Lines, hooks_of, outline_of, same, state_of
-from models import flux_call, sd3_call, tiny_flux, tiny_sd3, tiny_zimage, zimage_call
-from parallel_families import sample
+from helpers.interruptions import OTHERS, Lines, hooks_of, outline_of, same, state_of
+from helpers.models import flux_call, sd3_call, tiny_flux, tiny_sd3, tiny_zimage, zimage_call
+from helpers.parallel_families import sample
 
 SIZES = {"num_layers": 1, "num_single_layers": 1}
 

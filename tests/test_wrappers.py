@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 import flexclear
 from flexclear.runtime.hooks import entry_hook_of
 
-from interruptions import same, state_of
-from models import tiny_flux
+from helpers.interruptions import same, state_of
+from helpers.models import tiny_flux
 
 
 def by_peft(model):

@@ -18,8 +18,8 @@ from flexclear.alternatives import (
     SwinAttention,
 )
 
-from alternative_references import Agent, Linear, PixArt, Sigmoid, Windowed, double, reference_model
-from models import flux_call, raster_ids, tiny_flux
+from helpers.alternative_references import Agent, Linear, PixArt, Sigmoid, Windowed, double, reference_model
+from helpers.models import flux_call, raster_ids, tiny_flux
 
 LAYERS = 4
 TEXT = 7

@@ -21,7 +21,7 @@ from flexclear.alternatives import (
 from flexclear.compile import why_not_compiled
 from flexclear.masks import Disc, Neighborhood, Strided, Swin
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 CPU = torch.device("cpu")
 FORMULAS = ("linear", "sigmoid", "pixart", "agent")

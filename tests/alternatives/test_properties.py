@@ -18,7 +18,7 @@ from flexclear.alternatives import (
 from flexclear.alternatives.properties import attention_map, capture, compare, measure, table
 from flexclear.masks import Disc, Layout, dense_mask
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 LAYER = "single_transformer_blocks.0.attn"
 GRID, TEXT = (6, 8), 5

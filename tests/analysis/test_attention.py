@@ -12,7 +12,7 @@ from flexclear.analysis import attention as module
 from flexclear.analysis import attention_pictures, observe
 from flexclear.analysis.perturb import Clip, clipped_distances
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 LAYERS = ["transformer_blocks.1.attn", "single_transformer_blocks.0.attn"]
 

@@ -12,7 +12,7 @@ import flexclear
 from flexclear.analysis import Clip, clipped_attention, clipped_distances
 from flexclear.masks import Layout
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 AXES, THETA = (4, 6, 6), 10000.0
 

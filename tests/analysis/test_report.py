@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from flexclear.analysis.report import write_report
 from flexclear.cli import app
 
-from evaluation_pictures import disturbed, picture
+from helpers.evaluation_pictures import disturbed, picture
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eight_bit import ATTENTION, lora_file, quantizable_flux
 
 from flexclear.compile import why_not_compiled, why_not_recipe
+
+from helpers.eight_bit import ATTENTION, lora_file, quantizable_flux
 
 CPU = torch.device("cpu")
 REFUSALS = [reason for reason in (why_not_recipe("int8", CPU), why_not_compiled(CPU)) if reason is not None]

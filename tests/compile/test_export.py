@@ -7,7 +7,7 @@ import torch
 
 import flexclear
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 WHAT_TO_DO = r"flexclear.restore\(model\), then export, .*flexclear.compile.save_artifacts\(path\)"
 

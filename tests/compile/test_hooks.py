@@ -9,15 +9,15 @@ import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from eight_bit import CPU, RECIPES, eight_bit, local
-from eight_bit import run as run_eight_bit
 
 import flexclear
 from flexclear.compile import compile_blocks, quantize, repeated_blocks, report, uncompile
 from flexclear.compile.blocks import hook_inside
 from flexclear.compile.quantize import is_quantized
 
-from models import flux_call, tiny_flux
+from helpers.eight_bit import CPU, RECIPES, eight_bit, local
+from helpers.eight_bit import run as run_eight_bit
+from helpers.models import flux_call, tiny_flux
 
 STEPS = 4
 

@@ -13,7 +13,7 @@ from flexclear.masks.carried import KERNEL_OPTIONS
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.runtime.plan import build_plan, get_plan, plans
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 GPUS = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 7))
 CUDA = torch.device("cuda", 0)

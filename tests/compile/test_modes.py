@@ -9,7 +9,7 @@ import flexclear
 from flexclear import embedded
 from flexclear.compile import report, uncompile
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 GPU = pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
 

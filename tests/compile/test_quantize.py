@@ -22,7 +22,7 @@ from flexclear.compile import (
 )
 from flexclear.compile.quantize import choose_linears, is_quantized, linears, weight_bytes, why_kept
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 CPU = torch.device("cpu")
 ON_CPU = ["weight_only", "int8"]

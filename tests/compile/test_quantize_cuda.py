@@ -8,7 +8,6 @@ import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from eight_bit import eight_bit, local, quantizable_flux
 
 import flexclear
 from flexclear import embedded
@@ -17,7 +16,8 @@ from flexclear.compile.recipes import why_not_recipe
 from flexclear.embedded.evaluation import generate, picture_psnr, trained_requests
 from flexclear.embedded.vocabulary import read_vocabulary
 
-from models import flux_call, tiny_flux
+from helpers.eight_bit import eight_bit, local, quantizable_flux
+from helpers.models import flux_call, tiny_flux
 
 GPU = torch.device("cuda")
 FP8 = ["rowwise", "tensorwise"]

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 import torchao.quantization
-from eight_bit import RECIPES, eight_bit, local, run
 
 import flexclear
 from flexclear.compile import quantize
 from flexclear.compile.quantize import is_quantized
 from flexclear.compile.recipes import why_not_recipe
+
+from helpers.eight_bit import RECIPES, eight_bit, local, run
 
 ELSEWHERE = "cpu:0"
 """To torch another device than "cpu", where there is no other."""

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from eight_bit import FLOOR, RECIPES, eight_bit, local, pipeline, run
 
 from flexclear.compile import (
     compile_blocks,
@@ -15,6 +14,8 @@ from flexclear.compile import (
     sqnr,
 )
 from flexclear.compile.quantize import is_quantized
+
+from helpers.eight_bit import FLOOR, RECIPES, eight_bit, local, pipeline, run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TorchaoLoraLinear was instantiated", "ignore:Already found a `peft_conf"

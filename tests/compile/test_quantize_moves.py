@@ -9,7 +9,6 @@ import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from eight_bit import CPU, FLOOR, RECIPES, eight_bit, local, pipeline, run
 
 from flexclear.compile import (
     load_quantized,
@@ -18,6 +17,8 @@ from flexclear.compile import (
     sqnr,
 )
 from flexclear.compile.quantize import is_quantized
+
+from helpers.eight_bit import CPU, FLOOR, RECIPES, eight_bit, local, pipeline, run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TorchaoLoraLinear was instantiated", "ignore:Already found a `peft_conf"

@@ -11,7 +11,6 @@ import warnings
 
 import pytest
 import torch
-from eight_bit import FLOOR, RECIPES, WHY_NOT, eight_bit, local, pipeline, run
 
 import flexclear
 from flexclear.compile import (
@@ -22,6 +21,8 @@ from flexclear.compile import (
     save_quantized,
     sqnr,
 )
+
+from helpers.eight_bit import FLOOR, RECIPES, WHY_NOT, eight_bit, local, pipeline, run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TorchaoLoraLinear was instantiated", "ignore:Already found a `peft_conf"

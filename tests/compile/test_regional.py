@@ -14,7 +14,7 @@ import torch
 import flexclear
 from flexclear.compile import compile_blocks, compile_whole, regional, repeated_blocks, report, uncompile
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 SIZES = [(16, 24), (20, 18), (33, 17)]
 

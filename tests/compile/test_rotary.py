@@ -10,8 +10,8 @@ import flexclear
 from flexclear.compile import compile_blocks
 from flexclear.runtime.processors import cos_and_sin, rotate
 
-from models import flux_call, tiny_flux
-from parallel_families import family
+from helpers.models import flux_call, tiny_flux
+from helpers.parallel_families import family
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import torch
 import flexclear
 from flexclear.compile import compile_blocks, repeated_blocks, report, why_not_compiled
 
-from models import flux_call, tiny_flux
-from parallel_families import family
+from helpers.models import flux_call, tiny_flux
+from helpers.parallel_families import family
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 12, 16

@@ -14,8 +14,8 @@ import torch
 
 from flexclear.alternatives import LinearAttention
 
-import models
 from .shapes import Shape
+from helpers import models
 
 ABILITIES = {
     "references": "reference images",
@@ -28,7 +28,7 @@ ABILITIES = {
     "pooled keys": "down-sampled keys",
     "formulas": "attention by formula",
 }
-"""What a family may have or not, and its heading in the support table. What all must do is not in here."""
+"""What a family may have or not, and what the support table calls it. What all must do is not in here."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Row:
 
     Attributes:
         name: short name, for test ids.
+        title: of its column in the support table.
         make: makes a small model, given changes of its config.
         call: arguments of a call of the given shape, with padded text where that says so.
         text_first: whether text precedes the image in the attention's sequence.
@@ -68,6 +69,7 @@ class Row:
         other_lens: lengths of sequences that are not.
         paddings: kinds of padded text, and whether what is padded is hidden; a mask that is added to scores hides nothing.
         residuals: a call's ControlNet residuals.
+        adapter: install an IP-Adapter in a stock model, and give what it adds to a call.
         stretch: multiply the base of a stock model's rotary frequencies.
         fuse: fuse a model's projections.
         fusing_replaces: whether diffusers puts other processors there when it fuses them.
@@ -78,6 +80,7 @@ class Row:
     """
 
     name: str
+    title: str
     make: Callable[..., Any]
     call: Callable[[Shape], dict[str, Any]]
     text_first: bool
@@ -91,6 +94,7 @@ class Row:
     other_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: ()
     paddings: Mapping[str, bool] = field(default_factory=dict)
     residuals: Callable[[Shape], dict[str, Any]] | None = None
+    adapter: Callable[[Any, Shape], dict[str, Any]] | None = None
     stretch: Callable[[Any, float], None] | None = None
     fuse: Callable[[Any], None] | None = None
     fusing_replaces: bool = False
@@ -231,35 +235,35 @@ def mask_among(name: str) -> Callable[[Shape], dict[str, Any]]:
     return lambda shape: {name: {"attention_mask": torch.ones(1, shape.text_len + image_len(shape))}}
 
 
+def flux_adapter(model, shape: Shape) -> dict[str, Any]:
+    """An IP-Adapter of two image tokens in the double-stream blocks, as ``load_ip_adapter`` puts it there."""
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    torch.manual_seed(7)
+    for block in model.transformer_blocks:
+        width = block.attn.to_q.in_features
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(width, 12, num_tokens=(2,), scale=0.7))
+    return {"joint_attention_kwargs": {"ip_hidden_states": [noise(shape.batch, 2, 12)]}}
+
+
 def sd3_adapter(model) -> None:
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 
     model.transformer_blocks[1].attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, 8))
 
 
-def any_adapter(stack: str, name: str = "attn") -> Callable[[Any], None]:
-    """What ``load_ip_adapter`` would put there if diffusers had one for the class: a processor of its own."""
-
-    def install(model) -> None:
-        getattr(getattr(model, stack)[0], name).set_processor(_Adapter())
-
-    return install
-
-
-class _Adapter(torch.nn.Module):
-    def __call__(self, attn, hidden_states, *args, **kwargs):
-        raise AssertionError("never run")
-
-
 POOLED = Refused("down_factor: down-sampled keys are defined for FluxTransformer2DModel", {"down_factor": 2})
 FORMULAS = Refused("attention='linear' is defined for FluxTransformer2DModel", {"attention": LinearAttention()})
-NO_ADAPTER = "_Adapter; flexclear replaces"
 MASK_HELD = r"holds an attention_mask \(Tensor of shape"
+NO_ADAPTER = "there is no IP-Adapter for it in diffusers"
+NO_IDS = "positions come from sizes"
+NO_FUSING = "its projections cannot be fused in diffusers"
 FLUX_STACKS = {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
 FLUX_BLOCK = {"num_layers": 1, "num_single_layers": 1}
 
 FLUX = Row(
     "flux",
+    "FLUX.1",
     models.tiny_flux,
     flux_call,
     text_first=True,
@@ -270,6 +274,7 @@ FLUX = Row(
     graphs=2,
     stacks=FLUX_STACKS,
     residuals=image_residuals("controlnet_block_samples", "controlnet_single_block_samples"),
+    adapter=flux_adapter,
     stretch=stretch_theta,
     fuse=fuse,
     refuses={"padding": Refused(MASK_HELD, call=mask_among("joint_attention_kwargs"))},
@@ -277,6 +282,7 @@ FLUX = Row(
 
 FLUX2 = Row(
     "flux2",
+    "FLUX.2",
     models.tiny_flux2,
     flux2_call,
     text_first=True,
@@ -290,15 +296,15 @@ FLUX2 = Row(
     fuse=fuse,
     refuses={
         "padding": Refused(MASK_HELD, call=mask_among("joint_attention_kwargs")),
-        "ip-adapter": Refused(NO_ADAPTER, prepare=any_adapter("transformer_blocks"), error=TypeError),
         "pooled keys": POOLED,
         "formulas": FORMULAS,
     },
-    lacks={"residuals": "the model takes none"},
+    lacks={"residuals": "the model takes none", "ip-adapter": NO_ADAPTER},
 )
 
 QWEN = Row(
     "qwen",
+    "Qwen-Image",
     models.tiny_qwen,
     qwen_call,
     text_first=True,
@@ -312,15 +318,15 @@ QWEN = Row(
     residuals=image_residuals("controlnet_block_samples"),
     stretch=stretch_qwen,
     refuses={
-        "ip-adapter": Refused(NO_ADAPTER, prepare=any_adapter("transformer_blocks"), error=TypeError),
         "pooled keys": POOLED,
         "formulas": FORMULAS,
     },
-    lacks={"ids": "positions come from sizes", "fuse": "the model has no fused projections"},
+    lacks={"ids": NO_IDS, "fuse": NO_FUSING, "ip-adapter": NO_ADAPTER},
 )
 
 SD3 = Row(
     "sd3",
+    "SD3",
     models.tiny_sd3,
     sd3_call,
     text_first=False,
@@ -347,6 +353,7 @@ SD35 = Row(
     **{
         **{name: getattr(SD3, name) for name in SD3.__dataclass_fields__},
         "name": "sd35",
+        "title": "SD3.5 medium",
         "make": lambda **config: models.tiny_sd3(**{**models.SD35, **config}),
         "joint_block": None,  # it would be SD3's
         "text_lens": lambda shape: (shape.text_len, 0),
@@ -355,6 +362,7 @@ SD35 = Row(
 
 CHROMA = Row(
     "chroma",
+    "Chroma",
     models.tiny_chroma,
     chroma_call,
     text_first=True,
@@ -366,6 +374,7 @@ CHROMA = Row(
     stacks=FLUX_STACKS,
     paddings={"bool": True, "float": False},
     residuals=image_residuals("controlnet_block_samples", "controlnet_single_block_samples"),
+    adapter=flux_adapter,
     stretch=stretch_theta,
     fuse=fuse,
     refuses={"pooled keys": POOLED, "formulas": FORMULAS},
@@ -373,6 +382,7 @@ CHROMA = Row(
 
 ZIMAGE = Row(
     "zimage",
+    "Z-Image",
     models.tiny_zimage,
     zimage_call,
     text_first=False,
@@ -389,11 +399,10 @@ ZIMAGE = Row(
     stretch=stretch_zimage,
     refuses={
         "references": Refused("the Omni mode", call=lambda shape: {"x": [[noise(4, 1, 8, 8)]] * shape.batch}),
-        "ip-adapter": Refused(NO_ADAPTER, prepare=any_adapter("layers", "attention"), error=TypeError),
         "pooled keys": POOLED,
         "formulas": FORMULAS,
     },
-    lacks={"ids": "positions come from sizes", "fuse": "the model has no fused projections"},
+    lacks={"ids": NO_IDS, "fuse": NO_FUSING, "ip-adapter": NO_ADAPTER},
 )
 
 ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE)

@@ -23,11 +23,12 @@ def tensors(call):
     return [leaf for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
 
 
-def both_orders(model, row, shape, reference, **options):
+def both_orders(model, row, shape, reference, call=None, **options):
     """The model transformed in each token order equals ``reference``."""
+    call = row.call(shape) if call is None else call
     for order in ("tiled", "raster"):
         flexclear.transform(model, r=RADIUS, backend="sdpa", order=order, **options)
-        same(run(model, row.call(shape)), reference, (order, str(shape)))
+        same(run(model, call), reference, (order, str(shape)))
 
 
 @every()
@@ -151,6 +152,18 @@ def test_fused_projections_are_windowed_whenever_they_were_fused(row):
             run(late, call)
         flexclear.transform(late, r=RADIUS, backend="sdpa")
     same(run(late, call), reference)
+
+
+@cases(Row.texts, "ip-adapter")
+def test_an_ip_adapter_gives_what_it_gives_under_the_dense_mask(row, shape):
+    model, _ = twins(row)
+    call = {**row.call(shape), **row.adapter(model, shape)}
+    plain, keys = copy.deepcopy(model), set(model.state_dict())
+    reference = expected(row, plain, shape, call)
+    both_orders(model, row, shape, reference, call)
+    far(run(model, row.call(shape)), reference, "the adapter")
+    assert set(model.state_dict()) == keys
+    assert torch.equal(run(flexclear.restore(model), call), run(plain, call))
 
 
 @every("pooled keys")

@@ -86,4 +86,5 @@ def test_every_ability_is_supported_refused_or_cannot_be_asked_for():
         assert bool(row.paddings) == ("padding" in row.abilities)
         assert bool(row.residuals) == ("residuals" in row.abilities)
         assert bool(row.stretch) == ("ntk" in row.abilities)
+        assert bool(row.adapter) == ("ip-adapter" in row.abilities)
         assert bool(row.fuse) == ("fuse" in row.abilities)

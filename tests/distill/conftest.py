@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from distill_samples import random_samples
 
 from flexclear.distill import DistillConfig, OptimizerConfig
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
 
-from models import tiny_flux
+from helpers.distill_samples import random_samples
+from helpers.models import tiny_flux
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from flexclear.distill.estimate import estimate, estimate_model
 from flexclear.distill.students import trained_parameters
 from flexclear.images.files import read_settings
 
-from models import tiny_flux
+from helpers.models import tiny_flux
 
 PROMPTS = "a red apple on a blue background\na rocket on a yellow background\nan octopus on a green background\n"
 

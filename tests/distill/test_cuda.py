@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from distill_cases import config
-from distill_samples import random_samples
 
 from flexclear.distill import distill
 from flexclear.distill.config import LoraConfig
 from flexclear.distill.students import trained_parameters
 from flexclear.runtime import hooks
 
-from models import tiny_flux
+from helpers.distill_cases import config
+from helpers.distill_samples import random_samples
+from helpers.models import tiny_flux
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,8 +24,8 @@ from flexclear.distill.models import fingerprint, pipeline_folder
 from flexclear.distill.samples import check_samples
 from flexclear.distill.sources import find_items
 
-from full_disk import largest_file
-from picture_bombs import bomb
+from helpers.full_disk import largest_file
+from helpers.picture_bombs import bomb
 
 
 def png(seed=0, side=64):

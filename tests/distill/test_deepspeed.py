@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 
-import distill_cases
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from flexclear.distill.config import LoraConfig
 
-from parallel_group import Group
+from helpers import distill_cases
+from helpers.parallel_group import Group
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is not installed"),

@@ -17,7 +17,7 @@ from flexclear.distill.losses import Objective, attention_loss, flux_call, pack
 from flexclear.distill.students import add_lora, make_teacher, trained_parameters
 from flexclear.masks import Disc, Layout, dense_mask
 
-from models import tiny_flux
+from helpers.models import tiny_flux
 
 HEIGHT, WIDTH, TEXT = 8, 6, 5
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 
-import distill_cases
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +14,8 @@ from safetensors.torch import load_file
 
 from flexclear.distill.config import LoraConfig, LossConfig
 
-from parallel_group import Group, free_port
+from helpers import distill_cases
+from helpers.parallel_group import Group, free_port
 
 ROUNDING = 1e-6
 CLIPPED = {"max_grad_norm": 0.05}  # half of what the gradients have

@@ -88,7 +88,7 @@ def test_a_run_encodes_the_published_set_first_and_only_once(published, tmp_path
 
 
 def test_pictures_that_cannot_be_encoded_in_the_run_are_refused(published, tmp_path, monkeypatch):
-    from models import tiny_flux
+    from helpers.models import tiny_flux
 
     with pytest.raises(
         ValueError, match=r"no model is named to encode them\. flexclear data cache .*; then data: CACHE"

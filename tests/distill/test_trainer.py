@@ -11,7 +11,6 @@ import signal
 
 import pytest
 import torch
-from distill_samples import random_samples
 from safetensors.torch import load_file
 
 import flexclear
@@ -22,8 +21,9 @@ from flexclear.distill.losses import Objective
 from flexclear.distill.students import make_teacher, trained_parameters
 from flexclear.runtime.hooks import entry_hook_of
 
-from full_disk import largest_file
-from models import flux_call, tiny_flux
+from helpers.distill_samples import random_samples
+from helpers.full_disk import largest_file
+from helpers.models import flux_call, tiny_flux
 
 
 @pytest.fixture

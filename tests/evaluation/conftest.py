@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluation_pictures import disturbed, picture
+from helpers.evaluation_pictures import disturbed, picture
 
 WORDS = ["a", "red", "apple", "blue", "cat", "on", "white", "background"]
 

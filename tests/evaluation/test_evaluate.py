@@ -18,8 +18,8 @@ from flexclear.evaluation.networks import NetworkMissing
 from flexclear.evaluation.pictures import read_picture
 from flexclear.evaluation.store import Store
 
-from evaluation_pictures import disturbed, picture
-from full_disk import largest_file
+from helpers.evaluation_pictures import disturbed, picture
+from helpers.full_disk import largest_file
 
 PROMPTS = ["a red apple", "a blue cat", "a cat on white", "red on blue", "apple background", "a a a"]
 PIXELS = "psnr,ssim,rmse"

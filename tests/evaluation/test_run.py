@@ -21,7 +21,7 @@ from flexclear.evaluation.run import as_variant, run
 from flexclear.evaluation.tables import COLUMNS, TABLES, cell
 from flexclear.masks import Disc, Layout
 
-from evaluation_pictures import disturbed, picture
+from helpers.evaluation_pictures import disturbed, picture
 
 CONFIG = """
 model: embedded
@@ -106,7 +106,7 @@ def test_a_variant_leaves_the_pipeline_as_it_was(tmp_path):
     import flexclear
     from flexclear.evaluation.config import VariantConfig
 
-    from models import flux_call, tiny_flux
+    from helpers.models import flux_call, tiny_flux
 
     model = tiny_flux()
     call = flux_call(6, 5, 4)

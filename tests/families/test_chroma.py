@@ -1,4 +1,4 @@
-"""What is peculiar to Chroma: how masks of its text are read, IP-Adapter; its pipelines end to end."""
+"""What is peculiar to Chroma: how masks of its text are read; its pipelines end to end."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import copy
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
 
 import flexclear
 from flexclear.families import chroma
-from flexclear.families.chroma_attention import ChromaIPWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
 from flexclear.runtime.plan import plans
 
-from models import chroma_call, raster_ids, text_mask, tiny_chroma
-
-KINDS = ["no mask", "bool", "float"]
+from helpers.models import chroma_call, raster_ids, text_mask, tiny_chroma
 
 
 class Masked:
@@ -43,24 +40,12 @@ class MaskedFlux(Masked, FluxAttnProcessor):
         )  # fmt: skip
 
 
-class MaskedIPAdapter(Masked, FluxIPAdapterAttnProcessor):
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None,
-        ip_hidden_states=None, ip_adapter_masks=None,
-    ):  # fmt: skip
-        return super().__call__(
-            attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask,
-            image_rotary_emb=image_rotary_emb, ip_hidden_states=ip_hidden_states,
-        )  # fmt: skip
-
-
 def under_the_dense_mask(model, height, width, text_len, r):
     """A copy of the stock model whose processors add the dense mask, in raster order."""
     model = copy.deepcopy(model)
     window = dense_mask(Layout(height, width, text_len, order="raster"), Disc(r))
     for processor in {id(p): p for p in model.attn_processors.values()}.values():
-        adapter = isinstance(processor, FluxIPAdapterAttnProcessor)
-        processor.__class__ = MaskedIPAdapter if adapter else MaskedFlux
+        processor.__class__ = MaskedFlux
         processor.window = window
     return model
 
@@ -154,31 +139,6 @@ def test_eight_bit_weights_come_back_from_a_file_although_a_buffer_is_not_in_it(
     quantize(model, "weight_only", min_features=16)
     file = save_quantized(model, tmp_path / "model.safetensors")
     assert torch.equal(run(load_quantized(tiny_chroma(seed=1), file), call), run(model, call))
-
-
-def with_ip_adapter(model, scale=0.7):
-    """An IP-Adapter of two picture tokens in the double-stream blocks, as ``load_ip_adapter`` puts it there."""
-    torch.manual_seed(7)
-    for block in model.transformer_blocks:
-        block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 12, num_tokens=(2,), scale=scale))
-    return model
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_ip_adapter_gives_what_it_gives_under_the_dense_mask(kind):
-    original = with_ip_adapter(tiny_chroma())
-    call = chroma_call(9, 13, 20, batch=2, kind=kind)
-    seen = {"ip_hidden_states": [torch.randn(2, 2, 12)]}
-    reference = run(under_the_dense_mask(original, 9, 13, 20, 3), call, joint_attention_kwargs=seen)
-    own, keys = original.attn_processors, set(original.state_dict())
-    model = flexclear.transform(original, r=3, backend="sdpa")
-    assert type(model.transformer_blocks[0].attn.processor) is ChromaIPWindowProcessor
-    assert set(model.state_dict()) == keys
-    ours = run(model, call, joint_attention_kwargs=seen)
-    assert (ours - reference).abs().max() <= 1e-4
-    assert (run(model, call) - ours).abs().max() > 1e-3
-    flexclear.restore(model)
-    assert all(model.attn_processors[name] is processor for name, processor in own.items())
 
 
 TEXT_LEN = 40

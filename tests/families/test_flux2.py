@@ -12,7 +12,7 @@ import flexclear
 from flexclear.families.flux2_attention import Flux2ParallelWindowProcessor, Flux2WindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
 
-from models import flux2_call, tiny_flux2
+from helpers.models import flux2_call, tiny_flux2
 
 pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
 R = 3

@@ -14,7 +14,7 @@ from PIL import Image
 import flexclear
 from flexclear.masks import Disc, Layout, dense_mask
 
-from models import qwen_call, tiny_qwen
+from helpers.models import qwen_call, tiny_qwen
 
 pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
 R = 3

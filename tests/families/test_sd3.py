@@ -21,7 +21,7 @@ import flexclear
 from flexclear.masks import Disc, Layout, dense_mask
 from flexclear.runtime.plan import plans
 
-from models import SD35, sd3_call, tiny_sd3
+from helpers.models import SD35, sd3_call, tiny_sd3
 
 
 class MaskedJointAttnProcessor(JointAttnProcessor2_0):

@@ -12,7 +12,7 @@ from PIL import Image
 import flexclear
 from flexclear.masks import Disc, Layout, dense_mask
 
-from models import padded, tiny_zimage, zimage_call
+from helpers.models import padded, tiny_zimage, zimage_call
 
 CPU = torch.device("cpu")
 R = 3

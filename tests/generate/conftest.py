@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from generate_calls import FAST
 
 import flexclear
 from flexclear import cli
+
+from helpers.generate_calls import FAST
 
 
 @pytest.fixture

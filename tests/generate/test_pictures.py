@@ -7,12 +7,13 @@ import os
 
 import pytest
 import torch
-from generate_calls import APPLE, FAST, FLOWER, ON_CPU, pixels
 from PIL import Image
 
 import flexclear
 from flexclear.compile import why_not_recipe
 from flexclear.images.files import read_settings, slug
+
+from helpers.generate_calls import APPLE, FAST, FLOWER, ON_CPU, pixels
 
 
 def test_every_prompt_is_drawn_at_every_size_with_every_seed_and_told_on_one_line_each(generate, tmp_path):

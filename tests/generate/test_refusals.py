@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from generate_calls import APPLE, FAST, FLOWER
 
 from flexclear.common.choices import parse_size
 from flexclear.generation.generate import GenerateSettings, parse_radius, read_prompts
+
+from helpers.generate_calls import APPLE, FAST, FLOWER
 
 
 def test_quantising_what_is_too_small_says_which_option_lowers_the_limit(command, tmp_path):

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
-from generate_calls import APPLE, FAST, FLOWER
 
 from flexclear.images.files import png_bytes, read_settings
+
+from helpers.generate_calls import APPLE, FAST, FLOWER
 
 SET = ("--prompt", APPLE, "--prompt", FLOWER, "--seed", 5, "--seed", 6)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generate_calls import APPLE, FAST, FLOWER, pixels
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -12,6 +11,8 @@ import flexclear
 from flexclear import cli
 from flexclear.generation.generate import GenerateSettings, check, load
 from flexclear.images.files import png_bytes, read_settings, slug
+
+from helpers.generate_calls import APPLE, FAST, FLOWER, pixels
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_exits_with_130(tmp_path, monkeypatch):

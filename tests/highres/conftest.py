@@ -8,7 +8,7 @@ from PIL import Image
 
 import flexclear
 
-from models import tiny_flux
+from helpers.models import tiny_flux
 
 VAE = {
     "latent_channels": 16,

@@ -11,8 +11,8 @@ import torch
 import flexclear
 from flexclear.runtime.switches import proportional_gain
 
-from flux_reference import ReferenceProcessor, double, reference_model
-from models import flux_call, tiny_flux
+from helpers.flux_reference import ReferenceProcessor, double, reference_model
+from helpers.models import flux_call, tiny_flux
 
 GRID, TEXT = (9, 13), 7
 

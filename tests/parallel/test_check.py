@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from parallel_group import free_port
+from helpers.parallel_group import free_port
 
 
 def check(processes, *options):

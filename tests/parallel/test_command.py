@@ -10,7 +10,7 @@ from PIL import Image
 from flexclear import cli
 from flexclear.images.files import read_settings
 
-from parallel_group import Group
+from helpers.parallel_group import Group
 
 OPTIONS = [
     "--prompt", "a red apple", "--radius", "4", "--backend", "sdpa", "--device", "cpu", "--steps", "2", "--text-len", "16",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parallel_group import Group
+from helpers.parallel_group import Group
 
 EXACT = 1e-5
 

@@ -16,8 +16,8 @@ from flexclear.parallel.session import Options
 from flexclear.parallel.softmax import merged, partial_attention, weighted
 from flexclear.runtime.hooks import entry_hook_of
 
-from models import tiny_flux
-from parallel_group import free_port
+from helpers.models import tiny_flux
+from helpers.parallel_group import free_port
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_ring_is_refused_with_an_attention_that_gives_no_log_sum_exp(monkeypat
 
 
 def test_a_model_that_diffusers_cannot_share_and_a_single_rank_are_refused(monkeypatch):
-    from models import tiny_sd3
+    from helpers.models import tiny_sd3
 
     with pytest.raises(ValueError, match=r"no plan for sharing the dense SD3Transformer2DModel \(_cp_plan\)"):
         parallel.enable_dense(tiny_sd3(), kind="ulysses")
@@ -132,7 +132,7 @@ def test_a_model_with_a_cache_is_refused(model):
 
 
 def test_a_qwen_that_modulates_token_by_token_is_refused():
-    from models import tiny_qwen
+    from helpers.models import tiny_qwen
 
     with pytest.raises(ValueError, match="zero_cond_t"):
         parallel.enable(flexclear.transform(tiny_qwen(zero_cond_t=True), r=3, backend="sdpa"))

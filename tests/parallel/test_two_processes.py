@@ -9,7 +9,10 @@ import torch
 
 from flexclear.compile import why_not_compiled
 
-from parallel_group import Group
+from contract.oracle import MATTERS, TOLERANCE
+from contract.shapes import Shape
+from contract.table import cases
+from helpers.parallel_group import Group
 
 CPU = torch.device("cpu")
 
@@ -73,16 +76,26 @@ def test_heads_that_diffusers_shares_out_are_windowed_alike(two, kind, transform
     assert min(result["window"] for result in found) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "flux with references", "flux with residuals", "flux2", "sd3", "sd3.5 with residuals", "chroma, no mask",
-        "chroma, bool", "chroma, float", "qwen", "zimage, no pads", "zimage, pads, two captions", "zimage, pads, columns",
-        "zimage, no refiner", "zimage, as large as positions go", "zimage, residuals",
-    ],
-)  # fmt: skip
-def test_a_shared_model_of_another_family_is_the_whole_one(two, kind):
-    found = two.results("family_against_one", kind, {"r": 3})
+def bands(row):
+    """Rows and columns of the image, references, every kind of padded text."""
+    references = ((26, 11),) if "references" in row.abilities else ()
+    return [*row.texts(height=20, width=13, references=references), Shape(9, 22, 7)]
+
+
+# The contract of all families (tests/contract), here because processes are costly to start.
+@pytest.mark.costly("flux", "sd35", "qwen", "zimage")
+@cases(bands)
+def test_a_shared_model_equals_the_plain_one_under_the_dense_mask(two, row, shape):
+    residuals = "residuals" in row.abilities and shape.batch == 1
+    found = two.results("contract_against_the_dense_mask", row.name, shape, residuals)
+    assert largest(found, "error") <= TOLERANCE
+    assert min(result["window"] for result in found) > MATTERS
+    assert largest(found, "after") == 0
+
+
+@pytest.mark.parametrize("kind", ["no pads", "no refiner", "as large as positions go"])
+def test_a_shared_z_image_is_the_whole_one_whatever_its_pads(two, kind):
+    found = two.results("family_against_one", f"zimage, {kind}", {"r": 3})
     assert largest(found, "error") <= EXACT
     assert min(result["window"] for result in found) > 1e-3
     assert largest(found, "after") == 0

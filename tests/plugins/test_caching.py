@@ -8,7 +8,7 @@ import torch
 import flexclear
 from flexclear.masks import Disc, Layout, dense_mask
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 STEPS = 6
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")

@@ -14,7 +14,7 @@ import flexclear
 from flexclear.compile import why_not_compiled
 from flexclear.masks import Disc, Layout, dense_mask
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 CPU = torch.device("cpu")
 SIZES = [(9, 13), (12, 10), (16, 16), (7, 20)]

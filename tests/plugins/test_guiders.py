@@ -28,8 +28,7 @@ import flexclear
 from flexclear.compile import why_not_compiled
 from flexclear.runtime.hooks import entry_hook_of
 
-import models
-import parallel_families
+from helpers import models, parallel_families
 
 CPU = torch.device("cpu")
 EVENTS = ("hook first", "transform first")

@@ -12,7 +12,7 @@ import flexclear
 from flexclear.families.flux_attention import FluxIPWindowProcessor, FluxWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
 
-from models import flux_call
+from helpers.models import flux_call
 
 PICTURE = 6
 """Length of the picture embeddings that the adapters take."""

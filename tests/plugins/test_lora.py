@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import flexclear
 
-from models import flux_call
+from helpers.models import flux_call
 
 ORDERS_OF_EVENTS = ["transform first", "adapter first"]
 LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v")

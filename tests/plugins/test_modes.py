@@ -9,7 +9,7 @@ import torch
 
 import flexclear
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 
 @pytest.mark.parametrize("events", ["transform first", "fuse first"])

@@ -10,7 +10,7 @@ from diffusers.hooks import apply_group_offloading
 
 import flexclear
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 CPU = torch.device("cpu")
 EVENTS = ["transform first", "offload first"]

@@ -14,7 +14,7 @@ from PIL import Image
 import flexclear
 from flexclear.masks import Disc, Layout, Square, dense_mask
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 HEIGHT, WIDTH, TEXT = 96, 128, 32
 PROMPT = "a red apple on a blue background"

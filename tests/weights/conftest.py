@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from models import tiny_flux
+from helpers.models import tiny_flux
 
 
 @pytest.fixture

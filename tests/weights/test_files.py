@@ -8,7 +8,13 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weight_files import (
+
+import flexclear
+from flexclear.masks import Disc, Downsampled, Full, Square, Swin
+from flexclear.runtime.hooks import entry_hook_of
+
+from helpers.models import flux_call, tiny_flux
+from helpers.weight_files import (
     CALL,
     assert_unchanged,
     full_flux,
@@ -19,12 +25,6 @@ from weight_files import (
     tiny_file,
     windows_of,
 )
-
-import flexclear
-from flexclear.masks import Disc, Downsampled, Full, Square, Swin
-from flexclear.runtime.hooks import entry_hook_of
-
-from models import flux_call, tiny_flux
 
 
 @pytest.mark.parametrize(

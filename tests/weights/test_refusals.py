@@ -7,10 +7,21 @@ import tempfile
 import pytest
 import torch
 from safetensors.torch import save_file
-from weight_files import DOUBLE, LAST, SINGLE, assert_unchanged, grouped, released, snapshot, tiny_file, with_lora
 
 import flexclear
 from flexclear.runtime.hooks import entry_hook_of
+
+from helpers.weight_files import (
+    DOUBLE,
+    LAST,
+    SINGLE,
+    assert_unchanged,
+    grouped,
+    released,
+    snapshot,
+    tiny_file,
+    with_lora,
+)
 
 
 def drop(*names):

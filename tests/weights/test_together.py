@@ -10,12 +10,12 @@ import stat
 import pytest
 import torch
 from safetensors.torch import load_file
-from weight_files import LAST, Foreign, grouped, raw_header, run, tiny_file, with_lora
 
 import flexclear
 from flexclear.masks import Window
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
+from helpers.weight_files import LAST, Foreign, grouped, raw_header, run, tiny_file, with_lora
 
 
 def test_weights_go_below_a_lora_and_are_saved_without_it(model, tmp_path):

@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` run of whole pipelines, and of the command line."""
+"""What the processes of ``helpers.parallel_group.Group`` run of whole pipelines, and of the command line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch.distributed as dist
 import flexclear
 from flexclear import parallel
 
-from parallel_cases import run
-from parallel_families import family
+from helpers.parallel_cases import run
+from helpers.parallel_families import family
 
 _pipes = {}
 
@@ -122,7 +122,7 @@ def stale_with_the_same_input(steps=6, warmup_steps=2):
 
 
 def embedded_call(pipe, side=16, text_len=16):
-    from models import raster_ids
+    from helpers.models import raster_ids
 
     config = pipe.transformer.config
     generator = torch.Generator().manual_seed(0)

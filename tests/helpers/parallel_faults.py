@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` are refused: ranks that differ, or ask for what there is not."""
+"""What the processes of ``helpers.parallel_group.Group`` are refused: ranks that differ, or ask for what there is not."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch.distributed as dist
 import flexclear
 from flexclear import parallel
 
-from models import flux_call, tiny_flux
-from parallel_cases import run
-from parallel_families import build
+from helpers.models import flux_call, tiny_flux
+from helpers.parallel_cases import run
+from helpers.parallel_families import build
 
 
 def disagreeing(what, rank=1):

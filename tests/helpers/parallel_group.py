@@ -11,14 +11,15 @@ import sys
 import traceback
 from pathlib import Path
 
-HERE = str(Path(__file__).parent)
+TESTS = Path(__file__).parents[1]
 CASES = (
-    "parallel_cases",
-    "parallel_families",
-    "parallel_pipelines",
-    "parallel_faults",
-    "parallel_ends",
-    "distill_cases",
+    "helpers.parallel_cases",
+    "helpers.parallel_families",
+    "helpers.parallel_pipelines",
+    "helpers.parallel_faults",
+    "helpers.parallel_ends",
+    "helpers.distill_cases",
+    "contract.ranks",
 )
 
 
@@ -44,7 +45,7 @@ class Group:
     def start(self) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         # The server imports what is preloaded with the path that its environment gives it.
-        folders = [HERE, str(Path(HERE) / "families")]
+        folders = [str(TESTS), str(TESTS / "families")]
         os.environ["PYTHONPATH"] = os.pathsep.join(
             dict.fromkeys([*folders, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         )

@@ -13,7 +13,7 @@ from flexclear.compile import (
     why_not_compiled,
 )
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 CPU = torch.device("cpu")
 RECIPES = ["weight_only", "int8"]

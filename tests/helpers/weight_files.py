@@ -12,7 +12,7 @@ import flexclear
 from flexclear.masks import Disc
 from flexclear.runtime.hooks import entry_hook_of
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 CPU = torch.device("cpu")
 WIDTH = 16

@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` train. Every function is called on every rank."""
+"""What the processes of ``helpers.parallel_group.Group`` train. Every function is called on every rank."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from distill_samples import random_samples
 
 from flexclear.distill import DistillConfig, OptimizerConfig, distill
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig, SheetConfig
 from flexclear.distill.students import trained_parameters
 
-from models import tiny_flux
+from helpers.distill_samples import random_samples
+from helpers.models import tiny_flux
 
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",

@@ -1,4 +1,4 @@
-"""Runs of the processes of ``parallel_group.Group`` that end before their time, and what comes of it on every rank."""
+"""Runs of the processes of ``helpers.parallel_group.Group`` that end before their time, and what comes of it on every rank."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flexclear.parallel.group import ranks_of
 from flexclear.parallel.notes import Notes
 from flexclear.runtime.hooks import entry_hook_of
 
-from models import flux_call, tiny_flux
-from parallel_cases import run
-from parallel_pipelines import draw, embedded_call, pipeline
+from helpers.models import flux_call, tiny_flux
+from helpers.parallel_cases import run
+from helpers.parallel_pipelines import draw, embedded_call, pipeline
 
 NEVER = 10_000.0
 """A time-out beyond that of the tests: a rank that is not told fails them."""

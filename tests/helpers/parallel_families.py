@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` run of small models of every family, compiled and quantised ones, too."""
+"""What the processes of ``helpers.parallel_group.Group`` run of small models of every family, compiled and quantised ones, too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import flexclear
 from flexclear import parallel
 
-import models
-from models import flux_call, tiny_flux
-from parallel_cases import run
+from helpers import models
+from helpers.models import flux_call, tiny_flux
+from helpers.parallel_cases import run
 
 
 def family(name):
@@ -69,7 +69,7 @@ def build_zimage(kind):
 
 def with_reference(call, height, width):
     """A FLUX call with the tokens of a reference picture behind its own."""
-    from models import raster_ids
+    from helpers.models import raster_ids
 
     ids = raster_ids(height, width)
     ids[:, 0] = 1

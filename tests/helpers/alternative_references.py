@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from flux_reference import ReferenceProcessor, double, reference_model
+from helpers.flux_reference import ReferenceProcessor, double, reference_model
 
 
 class Windowed(ReferenceProcessor):

@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` run. Every function is called on every rank."""
+"""What the processes of ``helpers.parallel_group.Group`` run. Every function is called on every rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexclear import parallel
 from flexclear.families import flux_attention, sd3_attention  # noqa: F401
 from flexclear.parallel.group import ranks_of
 
-from models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux
 
 warnings.filterwarnings("ignore", message="flexclear: ")
 

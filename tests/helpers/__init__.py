@@ -1,0 +1,1 @@
+"""What tests share: small models and calls, references, processes, broken files."""
