@@ -1,4 +1,4 @@
-"""What the processes of ``helpers.parallel_group.Group`` run. Every function is called on every rank."""
+"""What the processes of ``parallel_group.Group`` run. Every function is called on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of the processes of ``helpers.parallel_group.Group`` that end before their time, and what comes of it on every rank."""
+"""Runs of the processes of ``parallel_group.Group`` that end before their time, and what comes of it on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of ``helpers.parallel_group.Group`` run of small models of every family, compiled and quantised ones, too."""
+"""What the processes of ``parallel_group.Group`` run of small models of every family, compiled and quantised ones, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of ``helpers.parallel_group.Group`` are refused: ranks that differ, or ask for what there is not."""
+"""What the processes of ``parallel_group.Group`` are refused: ranks that differ, or ask for what there is not."""
 
 from __future__ import annotations
 

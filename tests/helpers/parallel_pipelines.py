@@ -1,4 +1,4 @@
-"""What the processes of ``helpers.parallel_group.Group`` run of whole pipelines, and of the command line."""
+"""What the processes of ``parallel_group.Group`` run of whole pipelines, and of the command line."""
 
 from __future__ import annotations
 
