@@ -13,8 +13,9 @@ import torch
 import flexclear
 from flexclear.families import family_of
 
+from .row import ABILITIES, Row
 from .shapes import Shape
-from .table import ABILITIES, ROWS, Row
+from .table import ROWS
 
 FILE = Path(__file__).parents[2] / "docs" / "support.md"
 

@@ -91,3 +91,13 @@ def test_compiled_flex_attention_equals_the_plain_model_under_the_dense_mask(row
 @cases(kernels)
 def test_compiled_flex_attention_of_every_kind_of_block_does_so_too(row, shape):
     check_kernels(row, shape, one_block=True)
+
+
+@pytest.mark.costly  # tests/test_pooling has it in the suite
+@compiles
+@every("pooled keys")
+def test_compiled_flex_attention_lets_image_queries_alone_see_the_mean_of_each_cell(row):
+    model, plain = twins(row, head_64=True, one_block=True)
+    flexclear.transform(model, r=RADIUS, backend="flex", down_factor=4)
+    shape = Shape(9, 13, batch=2)
+    same(run(model, row.call(shape)), expected(row, plain, shape, down_factor=4))

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 import flexclear
 
 from .oracle import RADIUS, expected, far, run, same, twins
+from .row import Row
 from .shapes import REFERENCES, SIZES, Shape
-from .table import Row, cases, every, keep, noise
+from .table import cases, every, keep, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
 

@@ -10,8 +10,9 @@ import torch
 import flexclear
 
 from .oracle import RADIUS, run
+from .row import ABILITIES
 from .shapes import Shape
-from .table import ABILITIES, ROWS, every
+from .table import ROWS, every
 
 REFUSALS = [pytest.param(row, ability, id=f"{row.name}-{ability}") for row in ROWS for ability in row.refuses]
 

@@ -6,48 +6,16 @@ import copy
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
 
 import flexclear
 from flexclear.families import chroma
-from flexclear.masks import Disc, Layout, dense_mask
 from flexclear.runtime.plan import plans
 
+from contract.oracle import expected, windowed
+from contract.shapes import Shape
+from contract.table import CHROMA
 from helpers.models import chroma_call, raster_ids, text_mask, tiny_chroma
-
-
-class Masked:
-    """diffusers' own processor, whose mask also has the window: a bool mask and it, or a float one with -inf."""
-
-    window = None
-
-    def __call__(self, *args, attention_mask=None, **kwargs):
-        if attention_mask is None:
-            both = self.window
-        elif attention_mask.dtype == torch.bool:
-            both = attention_mask & self.window
-        else:
-            both = attention_mask.masked_fill(~self.window, -torch.inf)
-        return super().__call__(*args, attention_mask=both, **kwargs)
-
-
-class MaskedFlux(Masked, FluxAttnProcessor):
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        return super().__call__(
-            attn, hidden_states, encoder_hidden_states,
-            attention_mask=attention_mask, image_rotary_emb=image_rotary_emb,
-        )  # fmt: skip
-
-
-def under_the_dense_mask(model, height, width, text_len, r):
-    """A copy of the stock model whose processors add the dense mask, in raster order."""
-    model = copy.deepcopy(model)
-    window = dense_mask(Layout(height, width, text_len, order="raster"), Disc(r))
-    for processor in {id(p): p for p in model.attn_processors.values()}.values():
-        processor.__class__ = MaskedFlux
-        processor.window = window
-    return model
 
 
 def run(model, call, **kwargs):
@@ -60,7 +28,7 @@ def test_one_mask_may_serve_the_whole_batch():
     model = flexclear.transform(copy.deepcopy(original), r=3, backend="sdpa")
     for kind in ("bool", "float"):
         call = chroma_call(9, 10, 12, batch=2) | {"attention_mask": text_mask(kind, 1, 12, 90)}
-        reference = run(under_the_dense_mask(original, 9, 10, 12, 3), call)
+        reference = expected(CHROMA, original, Shape(9, 10, 12, 2), call)
         assert (run(model, call) - reference).abs().max() <= 1e-4
 
 
@@ -179,17 +147,15 @@ def picture(pipe, size, prompt="a red apple", **kwargs):
 
 def compare(pipe, size, **kwargs):
     """The pipeline's picture against its own under the dense mask, and against the one of the dense model."""
-    stock = pipe.transformer
     dense = picture(pipe, size, **kwargs)
-    pipe.transformer = under_the_dense_mask(stock, size[0] // 8, size[1] // 8, TEXT_LEN, 3)
-    expected = picture(pipe, size, **kwargs)
-    pipe.transformer = stock
+    with windowed(CHROMA, pipe.transformer, Shape(size[0] // 8, size[1] // 8, TEXT_LEN)):
+        masked = picture(pipe, size, **kwargs)
     try:
         ours = picture(flexclear.transform(pipe, r=3, backend="sdpa"), size, **kwargs)
     finally:
         flexclear.restore(pipe)
-    assert (ours - expected).abs().max() <= 1e-3
-    assert (dense - expected).abs().max() > 1e-2, "the window makes no difference here"
+    assert (ours - masked).abs().max() <= 1e-3
+    assert (dense - masked).abs().max() > 1e-2, "the window makes no difference here"
     assert torch.equal(picture(pipe, size, **kwargs), dense)
     return ours
 

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 import flexclear
-from flexclear.masks import Disc, Layout, dense_mask
 
+from contract.oracle import expected, under, windowed
+from contract.shapes import Shape
+from contract.table import QWEN
 from helpers.models import qwen_call, tiny_qwen
 
 pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
@@ -25,35 +27,11 @@ def run(model, call, **extra):
         return model(**call, **extra).sample
 
 
-@contextlib.contextmanager
-def under(*masks):
-    """diffusers' own attention processor, which takes no mask but the text's, under one of the dense ``masks``: the
-    one as long as its sequence."""
-    from diffusers.models.transformers import transformer_qwenimage
-
-    plain = transformer_qwenimage.dispatch_attention_fn
-    by_length = {len(mask): mask for mask in masks}
-    used = []
-
-    def dispatch(query, key, value, attn_mask=None, **kwargs):
-        mask = by_length[query.shape[1]]
-        used.append(mask)
-        return plain(query, key, value, attn_mask=mask if attn_mask is None else mask & attn_mask, **kwargs)
-
-    with mock.patch.object(transformer_qwenimage, "dispatch_attention_fn", dispatch):
-        yield
-    assert used, "the stock processor did not run"
-
-
-def mask_of(grid, references, text_len, r=R):
-    return dense_mask(Layout(*grid, text_len, order="raster", references=tuple(references)), Disc(r))
-
-
-def masked(model, call, r=R, **extra):
+def masked(model, call):
     """The stock model under the dense boolean mask, in raster order."""
-    grid, *references = ((h, w) for _, h, w in call["img_shapes"][0])
-    with under(mask_of(grid, references, call["encoder_hidden_states"].shape[1], r)):
-        return run(model, call, **extra)
+    (height, width), *references = ((h, w) for _, h, w in call["img_shapes"][0])
+    shape = Shape(height, width, call["encoder_hidden_states"].shape[1], references=tuple(references))
+    return expected(QWEN, model, shape, call)
 
 
 @pytest.fixture
@@ -192,9 +170,11 @@ def draw(pipe, **extra):
 def check_pipeline(pipe, grid, references=(), texts=(9,), **extra):
     """Transformed, ``pipe`` draws what it draws originally under the dense mask, and that is another picture."""
     dense = draw(pipe, **extra)
-    with under(*(mask_of(grid, references, text_len) for text_len in texts)):
-        expected = draw(pipe, **extra)
-    stacked = [torch.stack(images) if isinstance(images, list) else images for images in (dense, expected)]
+    with contextlib.ExitStack() as stack:
+        for text_len in texts:
+            stack.enter_context(under(QWEN, Shape(*grid, text_len, references=tuple(references))))
+        masked = draw(pipe, **extra)
+    stacked = [torch.stack(images) if isinstance(images, list) else images for images in (dense, masked)]
     assert (stacked[0] - stacked[1]).abs().max() > 1e-3, "the window makes no difference here"
     assert flexclear.transform(pipe, r=R, backend="sdpa") is pipe
     ours = draw(pipe, **extra)
@@ -239,18 +219,12 @@ def test_a_controlnet_s_residuals_follow_the_token_order_in_its_pipeline(inpaint
         extra["control_mask"] = Image.linear_gradient("L").resize((56, 40))
     weak, strong = (draw(pipe, controlnet_conditioning_scale=scale, **extra) for scale in (0.0, 1.0))
     assert (weak - strong).abs().max() > 1e-3, "the ControlNet makes no difference here"
-    plain = transformer.forward
-
-    def under_the_mask(*args, **kwargs):
-        with under(mask_of((10, 14), (), 9)):
-            return plain(*args, **kwargs)
-
     # Not around the pipeline: the ControlNet has attention of its own, which stays dense.
-    with mock.patch.object(transformer, "forward", under_the_mask):
-        expected = draw(pipe, **extra)
-    assert (strong - expected).abs().max() > 1e-3, "the window makes no difference here"
+    with windowed(QWEN, transformer, Shape(10, 14, 9)):
+        masked = draw(pipe, **extra)
+    assert (strong - masked).abs().max() > 1e-3, "the window makes no difference here"
     flexclear.transform(pipe, r=R, backend="sdpa")
-    assert (draw(pipe, **extra) - expected).abs().max() <= 1e-4
+    assert (draw(pipe, **extra) - masked).abs().max() <= 1e-4
 
 
 @contextlib.contextmanager

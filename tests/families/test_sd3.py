@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import copy
-import functools
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import (
     FusedJointAttnProcessor2_0,
-    JointAttnProcessor2_0,
     PAGJointAttnProcessor2_0,
     SD3IPAdapterJointAttnProcessor2_0,
 )
 from PIL import Image
 
 import flexclear
-from flexclear.masks import Disc, Layout, dense_mask
 from flexclear.runtime.plan import plans
 
-from helpers.models import SD35, sd3_call, tiny_sd3
-
-
-class MaskedJointAttnProcessor(JointAttnProcessor2_0):
-    """diffusers' own processor, whose call of masked SDPA is given a mask."""
-
-    def __init__(self, height, width, text_len, r):
-        super().__init__()
-        self.masks = {
-            length: dense_mask(Layout(height, width, length, text_first=False, order="raster"), Disc(r))
-            for length in (text_len, 0)
-        }
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        mask = self.masks[0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]]
-        masked = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
-        with mock.patch.object(F, "scaled_dot_product_attention", masked):
-            return super().__call__(attn, hidden_states, encoder_hidden_states)
+from contract.oracle import under, windowed
+from contract.shapes import Shape
+from contract.table import SD35
+from helpers import models
+from helpers.models import sd3_call, tiny_sd3
 
 
 def run(model, call):
@@ -48,13 +30,9 @@ def run(model, call):
 
 def masked(model, call, height, width, r):
     """The stock model under the dense boolean mask, in raster order."""
-    stock = model.attn_processors
-    text_len = call["encoder_hidden_states"].shape[1]
-    model.set_attn_processor(MaskedJointAttnProcessor(height, width, text_len, r))
-    try:
+    shape = Shape(height, width, call["encoder_hidden_states"].shape[1])
+    with under(SD35, shape, r, all_used=False):  # layers may be skipped
         return run(model, call)
-    finally:
-        model.set_attn_processor(stock)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +50,7 @@ def test_other_patch_sizes_and_interpolated_positions_are_windowed_too(config):
 
 
 def test_joint_and_image_only_attention_may_have_their_own_radii():
-    model = tiny_sd3(**SD35)
+    model = tiny_sd3(**models.SD35)
     call = sd3_call(10, 12, 7)
     flexclear.transform(model, r=3, backend="sdpa")
     both = run(model, call)
@@ -86,7 +64,7 @@ def test_joint_and_image_only_attention_may_have_their_own_radii():
 @pytest.mark.parametrize("skipped", [[1], [0], [0, 1], [2], [0, 1, 2]])
 @pytest.mark.parametrize("residuals", [0, 1, 3])
 def test_skipped_layers_and_controlnet_residuals_keep_their_places(skipped, residuals):
-    model = tiny_sd3(**SD35)
+    model = tiny_sd3(**models.SD35)
     height, width = 9, 12
     call = sd3_call(height, width, 6) | {"skip_layers": skipped}
     if residuals:
@@ -225,7 +203,7 @@ def pipe():
 
     t5 = T5Config(vocab_size=len(embedded.tokenizer_2), d_model=48, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformer = tiny_sd3(
-        in_channels=16, out_channels=16, joint_attention_dim=48, pooled_projection_dim=40, **SD35
+        in_channels=16, out_channels=16, joint_attention_dim=48, pooled_projection_dim=40, **models.SD35
     )  # fmt: skip
     made = StableDiffusion3Pipeline(
         transformer=transformer,
@@ -256,12 +234,9 @@ def picture(pipe, size=(), **kwargs):
 
 def compare(pipe, height, width, size, **kwargs):
     """The pipeline's picture against its own under the dense mask, and against the one of the dense model."""
-    model = pipe.transformer
     dense = picture(pipe, size, **kwargs)
-    stock = model.attn_processors
-    model.set_attn_processor(MaskedJointAttnProcessor(height, width, TEXT_LEN, 3))
-    expected = picture(pipe, size, **kwargs)
-    model.set_attn_processor(stock)
+    with windowed(SD35, pipe.transformer, Shape(height, width, TEXT_LEN)):
+        expected = picture(pipe, size, **kwargs)
     try:
         ours = picture(flexclear.transform(pipe, r=3, backend="sdpa"), size, **kwargs)
     finally:

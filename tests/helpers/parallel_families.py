@@ -27,10 +27,6 @@ def build(kind):
         return tiny_flux(), flux_call(16, 20, 12, 2)
     if kind == "flux with references":
         return tiny_flux(), with_reference(flux_call(16, 20, 12, 1), 26, 11)
-    if kind == "flux with residuals":
-        call = flux_call(20, 16, 12)
-        call["controlnet_block_samples"] = [torch.randn(1, 320, 32, generator=torch.Generator().manual_seed(9))]
-        return tiny_flux(), call
     if kind == "flux2":
         return models.tiny_flux2(), models.flux2_call((16, 9), ((24, 8), (7, 12)), 10, 2)
     if kind == "sd3":
@@ -55,16 +51,10 @@ def build_zimage(kind):
     (height, width), captions, config = {
         "no pads": ((16, 16), (20,), {}),
         "pads, two captions": ((25, 9), (33, 7), {}),
-        "pads, columns": ((9, 29), (7, 40), {}),
         "no refiner": ((19, 13), (33, 7), {"n_refiner_layers": 0}),
         "as large as positions go": ((64, 5), (33, 7), {"axes_lens": [200, 64, 5]}),
-        "residuals": ((17, 16), (33, 7), {}),
     }[kind]
-    call = models.zimage_call(height, width, captions)
-    if kind == "residuals":
-        length = models.padded(height * width) + 64
-        call["controlnet_block_samples"] = {0: torch.randn(2, length, 32, generator=torch.Generator().manual_seed(9))}
-    return models.tiny_zimage(**config), call
+    return models.tiny_zimage(**config), models.zimage_call(height, width, captions)
 
 
 def with_reference(call, height, width):

@@ -1,0 +1,114 @@
+"""What a row of the table of families says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .shapes import Shape
+
+ABILITIES = {
+    "references": "reference images",
+    "padding": "padded text in a batch",
+    "residuals": "ControlNet residuals",
+    "ntk": "NTK factor",
+    "ids": "exact ids in bfloat16",
+    "fuse": "fused projections",
+    "ip-adapter": "IP-Adapter",
+    "pooled keys": "down-sampled keys",
+    "formulas": "attention by formula",
+}
+"""What a family may have or not, and what the support table calls it. What all must do is not in here."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An ability that raises at the door.
+
+    Attributes:
+        says: a regular expression that the message holds.
+        transform: options of ``transform`` that ask for it, or
+        prepare: what is done to the model before it is transformed, or
+        call: what a call is changed by, given the shape.
+        error: type of what is raised.
+    """
+
+    says: str
+    transform: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Any], None] | None = None
+    call: Callable[[Shape], dict[str, Any]] | None = None
+    error: type[Exception] = ValueError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family, or one variant of a family.
+
+    Attributes:
+        name: short name, for test ids.
+        title: of its column in the support table.
+        make: makes a small model, given changes of its config.
+        call: arguments of a call of the given shape, with padded text where that says so.
+        text_first: whether text precedes the image in the attention's sequence.
+        head_64: config of a model with heads of 64.
+        one_block: config of a model with one block of each kind.
+        joint_block: and with one alone, which attends over text and image; None where another row has the same.
+        no_block: and with none.
+        graphs: how many graphs those blocks compile to, one size.
+        text_lens: text tokens of each sequence that is windowed.
+        other_lens: lengths of sequences that are not.
+        paddings: kinds of padded text, and whether what is padded is hidden; a mask that is added to scores hides nothing.
+        residuals: a call's ControlNet residuals.
+        adapter: install an IP-Adapter in a stock model, and give what it adds to a call.
+        stretch: multiply the base of a stock model's rotary frequencies.
+        fuse: fuse a model's projections.
+        fusing_replaces: whether diffusers puts other processors there when it fuses them.
+        stacks: where the blocks are, and the name of the attention module in them.
+        abilities: those of ``ABILITIES`` that it has.
+        refuses: those that raise. An ability in neither is one that diffusers' model cannot be asked for: ``lacks``.
+        lacks: why not.
+    """
+
+    name: str
+    title: str
+    make: Callable[..., Any]
+    call: Callable[[Shape], dict[str, Any]]
+    text_first: bool
+    head_64: Mapping[str, Any]
+    one_block: Mapping[str, Any]
+    joint_block: Mapping[str, Any] | None
+    no_block: Mapping[str, Any]
+    graphs: int
+    stacks: Mapping[str, str]
+    text_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: (shape.text_len,)
+    other_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: ()
+    paddings: Mapping[str, bool] = field(default_factory=dict)
+    residuals: Callable[[Shape], dict[str, Any]] | None = None
+    adapter: Callable[[Any, Shape], dict[str, Any]] | None = None
+    stretch: Callable[[Any, float], None] | None = None
+    fuse: Callable[[Any], None] | None = None
+    fusing_replaces: bool = False
+    refuses: Mapping[str, Refused] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        """What it supports."""
+        return frozenset(ABILITIES) - self.refuses.keys() - self.lacks.keys()
+
+    def build(self, head_64: bool = False, one_block: bool = False, **config) -> Any:
+        """A small model with random weights, in eval mode."""
+        return self.make(**(self.head_64 if head_64 else {}), **(self.one_block if one_block else {}), **config)
+
+    def padded(self, kind: str, **sizes) -> Shape:
+        """A shape with padded text of a kind: 47 and 24 tokens of 70, which Z-Image makes 64 and 32."""
+        return Shape(**{"batch": 2, "text_len": 70, "padding": kind, **sizes})
+
+    def texts(self, **sizes) -> list[Shape]:
+        """Shapes with text that is all there, and with each kind of padded text."""
+        return [Shape(**{"batch": 2, **sizes}), *(self.padded(kind, **sizes) for kind in self.paddings)]
+
+    def blocks(self, model) -> list[tuple[str, Any]]:
+        """The first windowed block of each stack, by name."""
+        return [(stack, getattr(model, stack)[0]) for stack in self.stacks]
