@@ -27,7 +27,9 @@ def graphs():
 
 
 # The eager backend runs what Dynamo traced as it is: graphs and guards are the real ones, and no kernel is built.
-@pytest.mark.costly("sd35", "qwen", "zimage")  # tests/compile has FLUX.1, and texts of many lengths in all
+@pytest.mark.costly(
+    "zimage"
+)  # tests/compile counts the graphs of all for texts of many lengths, and of sizes in FLUX.1
 @every()
 @pytest.mark.usefixtures("graphs")
 def test_blocks_compile_to_whole_graphs_that_serve_another_size(row):
@@ -44,7 +46,7 @@ def test_blocks_compile_to_whole_graphs_that_serve_another_size(row):
     assert made == [row.graphs, 0]
 
 
-@pytest.mark.costly("chroma", "zimage")  # where a tensor carries the plan
+@pytest.mark.costly("chroma")  # whose plan changes its carrier under checkpointing
 @every()
 @pytest.mark.usefixtures("graphs")
 def test_checkpointed_blocks_compile_to_whole_graphs_with_the_gradients_of_the_dense_mask(row):
