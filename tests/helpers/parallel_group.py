@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -130,6 +131,7 @@ def _serve(rank, size, port, pipe):
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # a process that crashes says where
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     os.environ["LOCAL_RANK"] = str(rank)
