@@ -14,8 +14,9 @@ CARDS = (24, 48, 80)
 OUTSIDE = 1.0
 """GB that are not counted: CUDA's context (about 0.5), cuBLAS's workspaces, what the allocator splits."""
 
-COPIES = 6
-"""Bytes of the largest linear that quantising it may take besides: itself, and float32 copies while scales are sought."""
+COPIES = 7
+"""Times the largest linear that quantising it may take besides: itself in bfloat16, and in float32 as it is, scaled and
+clamped. A model whose largest linears come last has all else there already."""
 
 FIRST_READING = {
     1024: (24.3, 24.1, 15.5),
