@@ -41,7 +41,7 @@ class Row:
         reason: why.
         backward: warps and stages of the backward pass; None: Inductor's own.
         backward_tile: queries and keys of its tiles; None: Inductor's own.
-        padded: warps and stages of the forward pass where text may be padded, whose mask takes more registers; None: as else.
+        padded: warps and stages of the forward pass where text may be padded, whose mask takes more registers; None: the same.
     """
 
     capabilities: tuple[Capability, ...] | None
@@ -139,7 +139,7 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> Options:
             ``num_stages``, ``USE_TMA``, ``PRESCALE_QK``, ``IS_DIVISIBLE`` (False only: True is chosen where it holds) and
             ``BACKEND``. ``fwd_`` or ``bwd_`` before a name of the tile, ``num_warps``, ``num_stages`` or ``USE_TMA`` means
             one of the kernels. ``BACKEND="FLASH"`` is FlashAttention 4: the package flash-attn-4, on Hopper and Blackwell,
-            head dims to 128 in half precision.
+            head dims up to 128 in half precision.
 
     Raises:
         TypeError: no mapping.
@@ -283,7 +283,7 @@ def _check_device(given: Mapping[str, Value], capability: Capability, dtype: tor
     if dtype not in HALF:
         raise ValueError(f"kernel_options: BACKEND='FLASH' computes in bfloat16 or float16, got {dtype}")
     if head_dim > 128:
-        raise ValueError(f"kernel_options: BACKEND='FLASH' takes blocks of 128 keys to head dim 128, got {head_dim}")
+        raise ValueError(f"kernel_options: BACKEND='FLASH' is for head dims up to 128, got {head_dim}")
     if not _has_flash():
         raise ValueError(
             "kernel_options: BACKEND='FLASH' needs the package flash-attn-4: pip install --pre flash-attn-4"

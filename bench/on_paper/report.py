@@ -82,11 +82,11 @@ def report(rows: list[Row], versions: dict[str, str]) -> str:
     parts = [
         "# Whole models on a GPU that is not there\n",
         f"`python -m bench.on_paper.run`; {about}. **Computed, not measured**: fake tensors, generated code run with kernels "
-        "that do nothing. One picture, 512 text tokens, r = 16, the transformer alone, second call of a size. Peaks are bytes of "
+        "that do nothing. One image, 512 text tokens, r = 16, the transformer alone, second call of a size. Peaks are bytes of "
         f"live storages, each rounded up to 512, without CUDA context, workspaces and fragmentation (about {OUTSIDE:g} GB).\n",
         "## Peak memory of a step, GB\n",
         _peaks(rows),
-        "## Largest square picture by memory of the card, px\n",
+        "## Largest square image by memory of the card, px\n",
         f"Of those above; peak and {OUTSIDE:g} GB within the card's memory, everything else of the pipeline off it.\n",
         _cards(rows),
         "## Quantising\n",

@@ -158,7 +158,7 @@ class FluxFamily(Family):
         "FluxKontextInpaintPipeline",
         "FluxPriorReduxPipeline",
     )
-    notes = "dev, schnell, Fill, Control, Kontext (its reference pictures are further grids), Redux, true CFG"
+    notes = "dev, schnell, Fill, Control, Kontext (its reference images are further grids), Redux, true CFG"
 
     def layers(self, model: nn.Module) -> Iterator[Layer]:
         return flux_layers(model)

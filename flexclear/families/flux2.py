@@ -25,7 +25,7 @@ class Flux2Family(Family):
     text_first = True
     pipelines = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
     notes = (
-        "dev and klein; reference pictures are further grids. Key-value caching of reference pictures "
+        "dev and klein; reference images are further grids. Key-value caching of reference images "
         "(Flux2KleinKVPipeline) raises: there they see only themselves, which is no window"
     )
 

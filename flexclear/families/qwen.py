@@ -46,7 +46,7 @@ class QwenFamily(Family):
         "QwenImageLayeredPipeline",
     )
     notes = (
-        "padded text is masked; reference pictures (Edit, Edit Plus) and layers (Layered) are further grids, met by row "
+        "padded text is masked; reference images (Edit, Edit Plus) and layers (Layered) are further grids, met by row "
         "and column from the top left. Several frames and batches of different sizes raise"
     )
 

@@ -56,7 +56,7 @@ class SD3Family(Family):
                 if isinstance(present, SD3IPAdapterJointAttnProcessor2_0):
                     raise TypeError(
                         f"{where}.{name} has SD3's IP-Adapter, a second attention of the image over itself and the "
-                        "adapter's picture, for which there is no window yet. Load the pipeline without it, then transform"
+                        "adapter's image, for which there is no window yet. Load the pipeline without it, then transform"
                     )
                 attn = attention_of(model, block, where, name, Attention, replaced)
                 found += 1

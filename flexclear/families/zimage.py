@@ -57,7 +57,7 @@ class ZImageFamily(Family):
     )
     notes = (
         "Z-Image and Turbo, captions of different lengths in a batch, noise refiner included (dense where the ControlNet, "
-        "which shares it, calls it); all pictures of a batch of one size; no Omni"
+        "which shares it, calls it); all images of a batch of one size; no Omni"
     )
 
     def layers(self, model: nn.Module) -> Iterator[Layer]:
@@ -176,8 +176,8 @@ def _pictures(model: nn.Module, kwargs: dict[str, Any]) -> list[Tensor]:
         omni.insert(0, "nested lists in x")
     if omni:
         raise ValueError(
-            f"a transformed {type(model).__name__} got {', '.join(omni)}: the Omni mode, which lines up several pictures of "
-            "any size in one sequence. There is no window for it; flexclear.restore(model) first, or give one picture a sample"
+            f"a transformed {type(model).__name__} got {', '.join(omni)}: the Omni mode, which lines up several images of "
+            "any size in one sequence. There is no window for it; flexclear.restore(model) first, or give one image a sample"
         )
     pictures = list(given) if isinstance(given, Sequence | Tensor) else []
     if not pictures or not all(isinstance(picture, Tensor) for picture in pictures):

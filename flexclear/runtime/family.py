@@ -120,7 +120,7 @@ class Family(ABC):
         return None
 
     def parallel_hooks(self, model: nn.Module, current: Any) -> list[tuple[nn.Module, Any]]:
-        """Further ``inner_hooks`` of a model that runs on several ranks; ``current()`` is the call's ``BandCall``."""
+        """Further ``inner_hooks`` of a model that runs on several ranks; ``current()`` is the call's ``Band``."""
         return []
 
     def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
