@@ -101,7 +101,7 @@ def attention_call(case: Case, mode: FakeTensorMode) -> Callable[[], None]:
         NotGenerated: flexclear refuses.
     """
     if case.options.get("BACKEND") == "FLASH":
-        _believe_in_flash()
+        believe_in_flash()
     try:
         mask = case.block_mask(functools.partial(fake, mode))
     except ValueError as error:
@@ -122,7 +122,7 @@ def attention_call(case: Case, mode: FakeTensorMode) -> Callable[[], None]:
 
 
 @functools.cache
-def _believe_in_flash() -> None:
+def believe_in_flash() -> None:
     """From now on, the package flash-attn-4 is taken to be there: without it, code is generated and not compiled."""
     import torch._inductor.kernel.flex.flex_flash_attention as flash
 

@@ -118,6 +118,10 @@ def fingerprint(case: Any, how: str) -> str:
 
     import flexclear.masks
 
+    from fakegpu.generate import believe_in_flash
+
+    if case.options.get("BACKEND") == "FLASH":
+        believe_in_flash()  # or what is chosen would depend on the package
     try:
         kernel = repr(case.kernel())
     except ValueError as error:
