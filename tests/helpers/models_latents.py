@@ -349,5 +349,7 @@ def qwen21_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32, *
     }
     if padded:
         behind = text_mask(text_len - before, batch, padded=True)
-        call["encoder_hidden_states_mask"] = torch.cat([torch.ones(batch, len(mask) - behind.shape[1]), behind], 1).long()
+        call["encoder_hidden_states_mask"] = torch.cat(
+            [torch.ones(batch, len(mask) - behind.shape[1]), behind], 1
+        ).long()
     return call

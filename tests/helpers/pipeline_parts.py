@@ -12,8 +12,14 @@ PROMPTS = ("a red apple on a blue background", "three sunflowers")
 """Two samples whose texts are of different lengths."""
 
 
-def byte_tokenizer(*special: str, **options):
-    """A fast tokenizer of transformers whose tokens are bytes, and special ones: padding is 0, the end 1, the start 2."""
+def byte_tokenizer(*special: str, starts: bool = True, **options):
+    """A fast tokenizer of transformers whose tokens are bytes, and special ones: padding is 0, the end 1, the start 2.
+
+    Args:
+        special: further special tokens.
+        starts: whether the start token is put in front of a text.
+        options: of the tokenizer.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +27,8 @@ def byte_tokenizer(*special: str, **options):
     made = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 2)])
+    if starts:
+        made.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 2)])
     made.add_special_tokens(words[: 3 + len(special)])
     names = {"pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<start>"}
     return PreTrainedTokenizerFast(tokenizer_object=made, **names, **options)
@@ -104,22 +111,25 @@ def lora(model: nn.Module, projections: Iterable[str] = ("to_q", "to_k"), prefix
     return state
 
 
-def check_pipeline(pipe, size: tuple[int, int], *, guided: dict | None = None, **options) -> torch.Tensor:
+def check_pipeline(
+    pipe, size: tuple[int, int], *, prompts=PROMPTS, guided: dict | None = None, **options
+) -> torch.Tensor:
     """The images of a rectangular call of two prompts; each prompt counts, and guidance, if there is such a thing.
 
     Args:
         size: (height, width) in pixels.
+        prompts: the two.
         guided: what turns guidance on.
         options: of the call.
     """
     height, width = size
     options = {"height": height, "width": width, **options}
-    images = draw(pipe, **options)
-    assert images.shape == (2, 3, height, width)
-    swapped = draw(pipe, prompt=PROMPTS[::-1], **options)
+    images = draw(pipe, prompt=prompts, **options)
+    assert (images.shape[0], *images.shape[2:]) == (2, height, width)
+    swapped = draw(pipe, prompt=prompts[::-1], **options)
     assert (images - swapped).flatten(1).abs().amax(1).min() > 1e-4, "a prompt makes no difference"
     if guided:
-        with_guidance = draw(pipe, **{**options, **guided})
+        with_guidance = draw(pipe, prompt=prompts, **{**options, **guided})
         assert (images - with_guidance).flatten(1).abs().amax(1).min() > 1e-4, "guidance makes no difference"
         images = with_guidance
     return images
