@@ -73,7 +73,7 @@ def auraflow_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32)
     return {
         "hidden_states": noise(generator, batch, CHANNELS, 2 * height, 2 * width, dtype=dtype),
         "encoder_hidden_states": noise(generator, batch, text_len, TEXT, dtype=dtype),
-        "timestep": torch.linspace(0.3, 0.7, batch).to(dtype),
+        "timestep": torch.linspace(0.25, 0.75, batch).to(dtype),
     }
 
 
@@ -186,7 +186,7 @@ def lumina2_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32, 
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": noise(generator, batch, CHANNELS, 2 * height, 2 * width, dtype=dtype),
-        "timestep": torch.linspace(0.3, 0.7, batch),
+        "timestep": torch.linspace(0.25, 0.75, batch),
         "encoder_hidden_states": noise(generator, batch, text_len, TEXT, dtype=dtype),
         "encoder_attention_mask": text_mask(text_len, batch, padded),
     }
@@ -343,7 +343,7 @@ def qwen21_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32, *
     call = {
         "hidden_states": noise(generator, batch, 4 * sum(slots), CHANNELS, dtype=dtype),
         "encoder_hidden_states": noise(generator, batch, len(mask), TEXT, dtype=dtype),
-        "timestep": torch.linspace(0.3, 0.7, batch).to(dtype),
+        "timestep": torch.linspace(0.25, 0.75, batch).to(dtype),
         "img_shapes": [[(1, h, w) for h, w in grids]] * batch,
         "img_mask": torch.tensor([mask + [True] * slots[-1]] * batch),
     }
