@@ -15,7 +15,7 @@ Size = tuple[int, ...]
 
 
 class WithText(Protocol):
-    """An argument that knows the call's lengths, as the plan of a transformed model does."""
+    """What knows the call's lengths, as the plan of a transformed model does, which a block's arguments carry."""
 
     @property
     def image_len(self) -> int:
@@ -36,12 +36,13 @@ def ready(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     together; Dynamo would compile it in, and the first block of a stack would be another graph than the rest. A view that
     is dense costs nothing to bring into shape; in a batch of several samples it is copied.
     """
+    plan = _plan((*args, *kwargs.values()))
     args, kwargs = tuple(map(_dense, args)), {name: _dense(value) for name, value in kwargs.items()}
-    mark(module, args, kwargs)
+    mark(module, args, kwargs, plan)
     return args, kwargs
 
 
-def mark(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def mark(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: WithText | None = None) -> None:
     """Mark what changes with the number of text tokens in the arguments of a call.
 
     The plan of a transformed model says what that is. Elsewhere ``encoder_hidden_states`` are taken for the text; and a
@@ -49,7 +50,7 @@ def mark(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     also where there are as many text tokens: Dynamo compiles anew for a mark that a graph was made without.
     """
     named = _named(module, args, kwargs)
-    first, text, plan = _first(named), named.get("encoder_hidden_states"), _plan(named.values())
+    first, text = _first(named), named.get("encoder_hidden_states")
     text = text if isinstance(text, Tensor) and text.ndim == 3 else None
     if plan is not None:
         image_len, seq_len = plan.image_len, plan.seq_len
@@ -112,10 +113,9 @@ def _first(named: Mapping[str, Any]) -> Tensor | None:
 
 
 def _plan(values: Iterable[Any]) -> WithText | None:
-    """The plan among arguments: itself, in a dict of them, or on a tensor that carries it."""
-    for value in values:
-        inner = value.values() if isinstance(value, dict) else vars(value).values() if isinstance(value, Tensor) else ()
-        for candidate in (value, *inner):
+    """The plan that a tensor among arguments carries."""
+    for tensor in _tensors(values):
+        for candidate in vars(tensor).values():
             if hasattr(type(candidate), "sequence_tensors"):
                 return candidate
     return None

@@ -150,7 +150,7 @@ def transform(
         order=order,
         block_size=asked,
         kernel_options=options,
-        head_dim=layers[0].module.inner_dim // layers[0].module.heads,
+        head_dim=layers[0].head_dim,
         exact_position_ids=exact_position_ids,
         switches=switches,
         steps=steps,
@@ -189,12 +189,8 @@ def _processor(family: Family, layer: Layer, settings: Settings) -> Any:
     original = replaced_by(layer.module) if is_ours(present) else present
     window = settings.windows[layer.name]
     slot = settings.slots.index((layer.scope, window))
-    if settings.formula is None:
-        factor = window.factor if isinstance(window, Downsampled) else None
-        processor = family.processor(layer, original, slot, factor)
-    else:
-        processor = family.formula_processor(layer, original, slot, settings.formula)
-    processor.replace(original)
+    factor = window.factor if isinstance(window, Downsampled) else None
+    processor = family.processor(layer, original, slot, factor, settings.formula)
     _keep_trained_pooling(present, processor)
     return processor
 

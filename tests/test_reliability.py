@@ -12,7 +12,7 @@ import torch
 import flexclear
 from flexclear.compile import compile_blocks, compile_whole, quantize
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.hooks import Hook
+from flexclear.runtime.carrying import Hook
 from flexclear.runtime.memory import note
 from flexclear.runtime.plan import plans
 

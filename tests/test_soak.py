@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from flexclear.cli import app
 from flexclear.runtime.attention import windowed_attention
-from flexclear.runtime.hooks import EntryHook, Hook
+from flexclear.runtime.carrying import Hook
+from flexclear.runtime.hooks import EntryHook
 from flexclear.runtime.plan import plans
 from flexclear.tools.soak import Bounds, soak_test
 from flexclear.tools.soak_calls import Settings, calls, load, perform

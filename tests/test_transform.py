@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch._dynamo.utils import counters
 
 import flexclear
 from flexclear.compile import why_not_compiled
 from flexclear.compile.kernels import Kernel
-from flexclear.families.flux_attention import FluxWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
 from flexclear.runtime.plan import plans
+from flexclear.runtime.processors import windowed
+from flexclear.runtime.switches import Switches
 
 from helpers.models import flux_call, raster_ids, tiny_flux
 
@@ -103,7 +105,7 @@ def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(height,
     }
     plan = PlanWithoutMask(height, width)
     for exact_ids in (True, False):
-        seen[exact_ids] = entry.family.enter(model, call, plan, exact_ids, 1.0)["img_ids"]
+        seen[exact_ids] = entry.family.enter(model, call, plan, exact_ids, Switches())[0]["img_ids"]
     assert torch.equal(seen[True], exact)
     assert torch.equal(seen[False], ids)
 
@@ -146,7 +148,7 @@ def test_ids_changed_in_place_are_read_again(model):
 
 def test_every_attention_layer_is_replaced(model):
     flexclear.transform(model, r=2)
-    assert {type(p) for p in model.attn_processors.values()} == {FluxWindowProcessor}
+    assert {type(p) for p in model.attn_processors.values()} == {windowed(FluxAttnProcessor)}
     assert len(model.attn_processors) == 4
 
 

@@ -35,7 +35,7 @@ from flexclear.distill.sources import find_items
 from flexclear.distill.students import trained_parameters
 from flexclear.highres.stages import RELEASED
 from flexclear.highres.state import shifted
-from flexclear.runtime.processors import PLAN
+from flexclear.runtime.carrying import plan_here
 
 from bench.machine import RESULTS, facts, write_results
 from bench.official.checkout import Checkout, PipelineOf031
@@ -123,7 +123,7 @@ def attention(code: Checkout) -> list[dict[str, Any]]:
     found: list[Any] = []
     own = flexclear.transform(tiny(1, 1), r=3, backend="sdpa", order="raster")
     handle = own.transformer_blocks[0].attn.register_forward_pre_hook(
-        lambda module, args, kwargs: found.append(kwargs[PLAN].rotary), with_kwargs=True
+        lambda module, args: found.append([table[0, :, 0] for table in plan_here().rotary])
     )
     with torch.no_grad(), flexclear.override(ntk_factor=10.0):
         own(**call)

@@ -116,8 +116,8 @@ def capture(model: nn.Module, call: Mapping[str, Any], layer: str) -> Captured:
     found: list[Captured] = []
     attend = processor.attend
 
-    def recording(plan: CallPlan | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if plan is not None and processor.slot is not None:
+    def recording(plan: CallPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if processor.slot is not None:
             weight = processor.pooling_weight(query.device)
             found.append(_captured(plan, processor.slot, query, key, weight))
         return attend(plan, query, key, value)
@@ -137,15 +137,17 @@ def _captured(plan: CallPlan, slot: int, query: Tensor, key: Tensor, weight: Ten
     if len(query) != 1:
         raise ValueError(f"properties are measured on one sample, and this call has {len(query)}")
     one_grid(plan.base.layout, "distance between tokens")
-    mask = plan.masks[slot]
+    mask = plan.slots[slot].mask
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(
             "properties are measured in float64, which FlexAttention has not: transform with backend='sdpa'"
         )
     query, key = (tokens.detach().transpose(1, 2).double() for tokens in (query, key))
-    if plan.gains is not None:
-        query = query * plan.gains[slot]
-    return Captured(replace(plan, gains=None), slot, query, key, None if weight is None else weight.detach().double())
+    gain = plan.slots[slot].gain
+    if gain is not None:
+        query = query * gain
+    plan = replace(plan, slots=tuple(replace(each, gain=None) for each in plan.slots))
+    return Captured(plan, slot, query, key, None if weight is None else weight.detach().double())
 
 
 @torch.no_grad()

@@ -108,12 +108,12 @@ def observe(
     calls = dict.fromkeys(chosen, 0)
 
     def watch(
-        name: str, processor: WindowProcessor, plan: CallPlan | None, query: Tensor, key: Tensor, value: Tensor
+        name: str, processor: WindowProcessor, plan: CallPlan, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         step = calls[name] if counter is None else counter.current()[0]
         calls[name] += 1
         asked = (steps is None or step in steps) and (name, step) not in seen
-        if asked and plan is not None and processor.slot is not None:
+        if asked and processor.slot is not None:
             seen.add((name, step))
             found.append(_look(name, step, plan, processor.slot, query, key, queries))
         return WindowProcessor.attend(processor, plan, query, key, value)
@@ -132,8 +132,9 @@ def _look(
             raise ValueError(f"query {row} x {column} is outside of the {layout.height} x {layout.width} image tokens")
     query, key = (tokens[0].transpose(0, 1).float() for tokens in (query, key))  # [heads, N, head_dim]
     scale = 1 / math.sqrt(query.shape[-1])
-    if plan.gains is not None:
-        query = query * plan.gains[slot].to(query.device)
+    gain = plan.slots[slot].gain
+    if gain is not None:
+        query = query * gain.to(query.device)
     own = layout.height * layout.width  # Reference pictures follow the image's own tokens.
     start, heads = layout.image_start, len(query)
     rows, columns = (axis[:own].double() for axis in (plan.base.rows, plan.base.columns))
@@ -148,7 +149,7 @@ def _look(
     at_once = max(MAX_NUMBERS // (heads * key.shape[1]), 1)
     for part in torch.arange(own, device=query.device).split(at_once):
         scores = query[:, start + part] @ key.transpose(1, 2) * scale
-        allowed = _rows_of(plan.masks[slot], start + part, key.shape[1])
+        allowed = _rows_of(plan.slots[slot].mask, start + part, key.shape[1])
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -math.inf)
         weights = scores.softmax(-1)

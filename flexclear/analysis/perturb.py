@@ -181,16 +181,15 @@ def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
     embed: Any = model.pos_embed
 
     def attend(
-        name: str, processor: WindowProcessor, plan: CallPlan | None, query: Tensor, key: Tensor, value: Tensor
+        name: str, processor: WindowProcessor, plan: CallPlan, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        assert plan is not None
         assert processor.slot is not None
         if plan.rotary is not None:
             raise ValueError("clipped distances are defined for the model's own frequencies; leave ntk_factor out")
         query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
-        gain = None if plan.gains is None else plan.gains[processor.slot]
+        gain = plan.slots[processor.slot].gain
         out = clipped_attention(query, key, value, plan.base.layout, embed.axes_dim, embed.theta, clip, gain)
-        return out.transpose(1, 2).flatten(2, 3).to(query.dtype)
+        return out.transpose(1, 2).to(query.dtype)
 
     with attending({layer.name: layer.module.processor for layer in family.layers(model)}, attend):
         yield

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexclear.families import family_of
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.processors import PLAN
+from flexclear.runtime.carrying import plan_here
 
 SINGLE = "single_transformer_blocks."
 
@@ -63,7 +63,7 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Captur
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if threading.get_ident() == thread:
-                found[name] = Captured(output if isinstance(output, tuple) else (output,), kwargs.get(PLAN))
+                found[name] = Captured(output if isinstance(output, tuple) else (output,), plan_here())
 
         return hook
 

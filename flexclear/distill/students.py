@@ -30,7 +30,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for layer in layers:
         processor = layer.module.processor
         if isinstance(processor, WindowProcessor) and isinstance(processor, nn.Module):
-            if getattr(processor, "adapter", None):
+            if isinstance(processor.replaced, nn.Module):
                 raise ValueError(f"{layer.name} has an IP-Adapter. pipe.unload_ip_adapter() before training")
             for name, parameter in processor.named_parameters():
                 found[f"{layer.name}.processor.{name}"] = parameter

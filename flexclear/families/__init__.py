@@ -1,27 +1,20 @@
-"""Model families that ``transform`` knows; one file each."""
+"""Model families that ``transform`` knows: a declaration each, and a file for what is peculiar."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from flexclear.families.checks import refuse_other_forward
-from flexclear.families.chroma import ChromaFamily
-from flexclear.families.flux import FluxFamily
-from flexclear.families.flux2 import Flux2Family
-from flexclear.families.qwen import QwenFamily
-from flexclear.families.sd3 import SD3Family
-from flexclear.families.zimage import ZImageFamily
+from flexclear.families.chroma import CHROMA
+from flexclear.families.flux import FLUX
+from flexclear.families.flux2 import FLUX2
+from flexclear.families.qwen import QWEN
+from flexclear.families.sd3 import SD3
+from flexclear.families.zimage import ZIMAGE
+from flexclear.runtime.checks import refuse_other_forward
 from flexclear.runtime.facts import Call, Layer
-from flexclear.runtime.family import Family, diffusers_class
+from flexclear.runtime.family import Family
 
-FAMILIES: tuple[Family, ...] = (
-    FluxFamily(),
-    Flux2Family(),
-    QwenFamily(),
-    SD3Family(),
-    ChromaFamily(),
-    ZImageFamily(),
-)
+FAMILIES: tuple[Family, ...] = (FLUX, FLUX2, QWEN, SD3, CHROMA, ZIMAGE)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -32,8 +25,9 @@ def family_of(model: nn.Module) -> Family:
             own, which may compute anything.
     """
     for family in FAMILIES:
-        if family.matches(model):
-            refuse_other_forward(model, "the model given", diffusers_class(model, family.model_class))
+        base = family.base_of(model)
+        if base is not None:
+            refuse_other_forward(model, "the model given", base)
             return family
     supported = ", ".join(family.model_class for family in FAMILIES)
     raise TypeError(f"{type(model).__name__} is not a model that flexclear can transform. Supported: {supported}")

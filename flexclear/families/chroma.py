@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexclear.families.checks import refuse_mask, required_tensor
-from flexclear.families.flux import check_residuals, check_tokens, flux_layers, permuted, with_ntk
+from flexclear.families.flux import PROCESSORS, RESIDUALS, STACKS, WITHOUT_IMAGES
+from flexclear.families.tokens import TokensFamily
 from flexclear.masks.lengths import mark_symbolic
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.facts import JOINT, Call, Layer
-from flexclear.runtime.family import Family
+from flexclear.runtime.facts import JOINT, Call
 from flexclear.runtime.grid import GridReader
-from flexclear.runtime.processors import PLAN
+from flexclear.runtime.switches import Switches
 
 
-@dataclass(frozen=True, eq=False)
-class BiasedPlan(CallPlan):
-    """A plan under which every score gets a term of its own, the product of two numbers.
-
-    Attributes:
-        bias: ``[B, N]`` or ``[1, N]`` in sequence order: the score of query i and key j grows by ``bias[i] * bias[j]``.
-    """
-
-    bias: Tensor | None = None
-
-    def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None = None) -> Tensor:
-        """See ``CallPlan.attend``. The product is one more channel of query and key, beside a few empty ones."""
-        assert self.bias is not None
-        scale = 1 / math.sqrt(query.shape[-1])
-        if self.gains is not None:
-            query = (query.float() * self.gains[slot]).to(query.dtype)
-        channel = self.bias.to(query.dtype)[:, None, :, None].expand(*query.shape[:3], 1)
-        channel = F.pad(channel, (0, -(query.shape[-1] + 1) % 8))
-        query, key = torch.cat([query, channel / scale], dim=-1), torch.cat([key, channel], dim=-1)
-        return self.softmax(slot, query, key, value, scale=scale)
-
-
-class ChromaFamily(Family):
+@dataclass(frozen=True)
+class ChromaFamily(TokensFamily):
     """``ChromaTransformer2DModel``.
 
     ``attention_mask``, ``[B, text + image]``, is taken as the model takes it: a bool mask hides padding; a mask of
@@ -51,60 +26,22 @@ class ChromaFamily(Family):
     others), and that needs a wider kernel. ``prompt_attention_mask=mask.bool()`` hides padding in a pipeline.
     """
 
-    model_class = "ChromaTransformer2DModel"
-    text_first = True
-    pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
-    notes = "text padding masks, bool ones fastest; IP-Adapter; gradient checkpointing"
-
-    def layers(self, model: nn.Module) -> Iterator[Layer]:
-        return flux_layers(model)
-
-    def processor(self, layer: Layer, original: Any, slot: int, down_factor: int | None) -> Any:
-        from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-
-        from flexclear.families import chroma_attention
-
-        if isinstance(original, FluxIPAdapterAttnProcessor):
-            return chroma_attention.ChromaIPWindowProcessor(slot, original)
-        return chroma_attention.ChromaWindowProcessor(slot)
-
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
-        tokens, text, ids = (
-            required_tensor(kwargs, name, model) for name in ("hidden_states", "encoder_hidden_states", "img_ids")
-        )
-        refuse_mask(kwargs.get("joint_attention_kwargs") or {}, "joint_attention_kwargs")
-        found = grids(ids)
-        check_tokens(model, kwargs, found)
-        check_residuals(kwargs)
-        keep = _keep(kwargs.get("attention_mask"), text, tokens, grids)
-        return Call(tokens, found, {JOINT: text.shape[1]}, {} if keep is None else {JOINT: keep})
+        call = super().read(model, kwargs, grids)
+        keep = _keep(kwargs.get("attention_mask"), kwargs[self.text], call.tokens, grids)
+        return call if keep is None else replace(call, keep={JOINT: keep})
 
     def enter(
-        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, ntk_factor: float
-    ) -> dict[str, Any]:
+        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
+    ) -> tuple[dict[str, Any], CallPlan]:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.is_floating_point():
-            text_len = kwargs["encoder_hidden_states"].shape[1]
+            text_len = kwargs[self.text].shape[1]
             bias = torch.cat([mask[:, :text_len], plan.to_image_order(mask[:, text_len:])], dim=1)
             mark_symbolic(bias, [1])
-            plan = BiasedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)}, bias=bias)
-        changed = with_ntk(model, permuted(kwargs, plan, exact_ids), ntk_factor)
+            plan = replace(plan, slots=tuple(replace(slot, bias=bias) for slot in plan.slots))
         # The plan has it; every block would make [B, 1, N, N] of it.
-        changed["attention_mask"] = None
-        if getattr(model, "gradient_checkpointing", False) and torch.is_grad_enabled():
-            from flexclear.families.chroma_attention import carrying
-
-            changed["img_ids"] = carrying(self.plan_of(changed), changed["img_ids"])
-        return changed
-
-    def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
-        from flexclear.families.chroma_attention import RotaryHook
-
-        embed: Any = model.pos_embed
-        return [(embed, RotaryHook())]
-
-    def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
-        return kwargs["joint_attention_kwargs"][PLAN]
+        return super().enter(model, {**kwargs, "attention_mask": None}, plan, exact_ids, switches)
 
 
 def _keep(mask: Any, text: Tensor, tokens: Tensor, reader: GridReader) -> Tensor | None:
@@ -142,3 +79,15 @@ def _last_hidden(mask: Tensor) -> int:
     """The last token that a bool mask ``[B, N]`` hides in some sample, -1 if it hides none."""
     hidden = torch.nonzero((~mask).any(dim=0))[:, 0]
     return int(hidden[-1]) if len(hidden) else -1
+
+
+CHROMA = ChromaFamily(
+    model_class="ChromaTransformer2DModel",
+    processors=PROCESSORS,
+    stacks=STACKS,
+    carriers=("pos_embed",),
+    given=WITHOUT_IMAGES,
+    residuals=RESIDUALS,
+    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline"),
+    notes="text padding masks, bool ones fastest; IP-Adapter; gradient checkpointing",
+)

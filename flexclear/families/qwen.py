@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexclear.families.checks import attention_of, refuse_mask, required_tensor
-from flexclear.families.flux import check_residuals, check_tokens
+from flexclear.families.tokens import check_residuals, check_tokens
 from flexclear.masks.defaults import independent
-from flexclear.masks.lengths import mark_symbolic
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.facts import JOINT, Call, Layer
+from flexclear.runtime.checks import refuse_mask, required_tensor
+from flexclear.runtime.facts import JOINT, Call
 from flexclear.runtime.family import Family
 from flexclear.runtime.grid import GridReader, Grids
-from flexclear.runtime.processors import PLAN, cos_and_sin
+from flexclear.runtime.processors import cos_and_sin
+from flexclear.runtime.switches import Switches
 
 Tables = tuple[Tensor, Tensor]
+RESIDUALS = ("controlnet_block_samples",)
 
 SHAPES_EXPECTED = (
     "a list with one entry per sample, each a list of (frames, height, width) in tokens: the image's first, then those "
@@ -28,81 +28,40 @@ SHAPES_EXPECTED = (
 )
 
 
+@dataclass(frozen=True)
 class QwenFamily(Family):
     """``QwenImageTransformer2DModel``."""
-
-    model_class = "QwenImageTransformer2DModel"
-    text_first = True
-    idles = False  # its rotary embedding cannot be applied to no tokens
-    pipelines = (
-        "QwenImagePipeline",
-        "QwenImageImg2ImgPipeline",
-        "QwenImageInpaintPipeline",
-        "QwenImageControlNetPipeline",
-        "QwenImageControlNetInpaintPipeline",
-        "QwenImageEditPipeline",
-        "QwenImageEditInpaintPipeline",
-        "QwenImageEditPlusPipeline",
-        "QwenImageLayeredPipeline",
-    )
-    notes = (
-        "padded text is masked; reference images (Edit, Edit Plus) and layers (Layered) are further grids, met by row "
-        "and column from the top left. Several frames and batches of different sizes raise"
-    )
-
-    def layers(self, model: nn.Module) -> Iterator[Layer]:
-        from diffusers.models.attention_processor import Attention
-        from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-
-        blocks = getattr(model, "transformer_blocks", ())
-        for index, block in enumerate(blocks):
-            where = f"transformer_blocks[{index}]"
-            attn = attention_of(model, block, where, "attn", Attention, (QwenDoubleStreamAttnProcessor2_0,))
-            yield Layer(f"transformer_blocks.{index}.attn", attn)
-        if not len(blocks):
-            raise ValueError(f"this {type(model).__name__} has no blocks in transformer_blocks: nothing to transform")
-
-    def processor(self, layer: Layer, original: Any, slot: int, down_factor: int | None) -> Any:
-        from flexclear.families.qwen_attention import QwenWindowProcessor
-
-        return QwenWindowProcessor(slot)
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         tokens, text = (required_tensor(kwargs, name, model) for name in ("hidden_states", "encoder_hidden_states"))
         refuse_mask(kwargs.get("attention_kwargs") or {}, "attention_kwargs")
         found = grids_of(kwargs.get("img_shapes"))
         check_tokens(model, kwargs, found, "img_shapes describes")
-        check_residuals(kwargs)
+        check_residuals(kwargs, RESIDUALS)
         return Call(tokens, found, {JOINT: text.shape[1]}, _kept_text(kwargs, text, grids))
 
     def enter(
-        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, ntk_factor: float
-    ) -> dict[str, Any]:
+        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
+    ) -> tuple[dict[str, Any], CallPlan]:
         tokens, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         embed: Any = model.pos_embed
-        if ntk_factor != 1:
+        if switches.ntk_factor != 1:
             kind: Any = type(embed)
-            embed = _rope(kind, embed.theta * ntk_factor, tuple(embed.axes_dim), embed.scale_rope)
+            embed = _rope(kind, embed.theta * switches.ntk_factor, tuple(embed.axes_dim), embed.scale_rope)
+        # Real numbers in the plan's order; the model's own are complex ones in raster order.
         image, words = _tables(embed, kwargs["img_shapes"], text.shape[1], tokens.device)
-        if text.shape[1] > 1:
-            for table in words:
-                mark_symbolic(table, [0])
-        plan = replace(plan, rotary=(tuple(plan.to_image_order(table, dim=0) for table in image), words))
+        tables = (torch.cat([own, plan.to_image_order(table, dim=0)]) for own, table in zip(words, image, strict=True))
+        cos, sin = (table[None, :, None] for table in tables)
         changed = {**kwargs, "hidden_states": plan.to_image_order(tokens)}
-        if kwargs.get("controlnet_block_samples") is not None:
-            changed["controlnet_block_samples"] = [
-                plan.to_image_order(residual) for residual in kwargs["controlnet_block_samples"]
-            ]
-        changed["attention_kwargs"] = {**(kwargs.get("attention_kwargs") or {}), PLAN: plan}
-        return changed
+        for name in RESIDUALS:
+            if kwargs.get(name) is not None:
+                changed[name] = [plan.to_image_order(residual) for residual in kwargs[name]]
+        return changed, replace(plan, rotary=(cos, sin))
 
     def why_not_parallel(self, model: nn.Module) -> str | None:
         if getattr(model, "zero_cond_t", False):
-            return "it modulates image and reference pictures by different timesteps (zero_cond_t), token by token"
+            return "it modulates image and reference images by different timesteps (zero_cond_t), token by token"
         return None
-
-    def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
-        return kwargs["attention_kwargs"][PLAN]
 
 
 def grids_of(img_shapes: Any) -> Grids:
@@ -164,3 +123,28 @@ def _tables(embed: Any, img_shapes: Any, text_len: int, device: torch.device) ->
     """Rotary tables of the image in raster order and of the text, cosines and sines ``[tokens, head_dim]``."""
     image, words = embed(img_shapes, max_txt_seq_len=text_len, device=device)
     return cos_and_sin(image), cos_and_sin(words)
+
+
+QWEN = QwenFamily(
+    model_class="QwenImageTransformer2DModel",
+    processors=("QwenDoubleStreamAttnProcessor2_0",),
+    stacks={"transformer_blocks": "attn"},
+    carriers=("pos_embed",),
+    given={"encoder_hidden_states_mask": None},
+    idles=False,  # its rotary embedding cannot be applied to no tokens
+    pipelines=(
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "QwenImageControlNetPipeline",
+        "QwenImageControlNetInpaintPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditInpaintPipeline",
+        "QwenImageEditPlusPipeline",
+        "QwenImageLayeredPipeline",
+    ),
+    notes=(
+        "padded text is masked; reference images (Edit, Edit Plus) and layers (Layered) are further grids, met by row and "
+        "column from the top left. Several frames and batches of different sizes raise"
+    ),
+)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexclear.families.checks import attention_of, refuse_mask, required_tensor
 from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.carrying import Hook, plan_here
+from flexclear.runtime.checks import refuse_mask, required_tensor
 from flexclear.runtime.facts import JOINT, Call, Layer
-from flexclear.runtime.family import Family
+from flexclear.runtime.family import Family, InnerHooks
 from flexclear.runtime.grid import GridReader
-from flexclear.runtime.processors import PLAN
+from flexclear.runtime.mechanism import Formula
+from flexclear.runtime.processors import WindowProcessor, window_processor
+from flexclear.runtime.switches import Switches
 
 IMAGE = "image"
 """Scope of the second attention of SD3.5 medium's blocks, which sees no text."""
@@ -21,55 +27,91 @@ PX_PER_LATENT = 8
 """Pixels per latent and side of the VAE that SD3 and SD3.5 have."""
 
 
+class OrderHook(Hook):
+    """Forward pre-hook of the first block: image tokens, which have their positions by now, into the plan's order.
+
+    Blocks are called by name, and by position with the image first under gradient checkpointing.
+    """
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        plan = plan_here()
+        if plan is None:
+            return args, kwargs  # the block alone: its attention says what is missing
+        if args:
+            return (plan.to_image_order(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
+
+
+class GatherHook(Hook):
+    """Forward hook of the last layer before patches become an image: the tokens of all ranks, in raster order."""
+
+    after = True
+
+    def __init__(self, current: Any) -> None:
+        self.current = current
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        call = self.current()
+        return output if call is None else call.gather(output)
+
+
+class FusedJointAttnProcessor:
+    """diffusers' ``FusedJointAttnProcessor2_0`` with SD3.5's norms of query and key, which that leaves out."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        def heads(tokens: Tensor, projection: Any, norm_query: Any, norm_key: Any) -> tuple[Tensor, Tensor, Tensor]:
+            parts = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in projection(tokens).chunk(3, -1))
+            query, key, value = parts
+            return query if norm_query is None else norm_query(query), key if norm_key is None else norm_key(key), value
+
+        parts = [heads(hidden_states, attn.to_qkv, attn.norm_q, attn.norm_k)]
+        if encoder_hidden_states is not None:
+            parts.append(heads(encoder_hidden_states, attn.to_added_qkv, attn.norm_added_q, attn.norm_added_k))
+        query, key, value = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+        image_len = hidden_states.shape[1]
+        image = attn.to_out[1](attn.to_out[0](out[:, :image_len]))
+        if encoder_hidden_states is None:
+            return image
+        text = out[:, image_len:]
+        return image, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+@dataclass(frozen=True)
 class SD3Family(Family):
     """``SD3Transformer2DModel``."""
 
-    model_class = "SD3Transformer2DModel"
-    text_first = False
-    rope = False
-    pipelines = (
-        "StableDiffusion3Pipeline",
-        "StableDiffusion3Img2ImgPipeline",
-        "StableDiffusion3InpaintPipeline",
-        "StableDiffusion3ControlNetPipeline",
-    )
-    notes = (
-        "SD3 and SD3.5, with SD3.5 medium's image-only attention and skip_guidance_layers; sizes up to the model's position "
-        "embedding; no IP-Adapter"
-    )
+    def attends(self, block: Any, name: str) -> bool:
+        return name == "attn" or getattr(block, "use_dual_attention", False)
 
     def layers(self, model: nn.Module) -> Iterator[Layer]:
-        from diffusers.models.attention_processor import (
-            Attention,
-            FusedJointAttnProcessor2_0,
-            JointAttnProcessor2_0,
-            SD3IPAdapterJointAttnProcessor2_0,
-        )
-
-        found = 0
-        replaced = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
         for index, block in enumerate(getattr(model, "transformer_blocks", ())):
-            names = ("attn", "attn2") if getattr(block, "use_dual_attention", False) else ("attn",)
-            for name in names:
-                where = f"transformer_blocks[{index}]"
-                present = getattr(getattr(block, name, None), "processor", None)
-                if isinstance(present, SD3IPAdapterJointAttnProcessor2_0):
+            for name in ("attn", "attn2"):
+                processor = getattr(getattr(block, name, None), "processor", None)
+                if type(processor).__name__ == "SD3IPAdapterJointAttnProcessor2_0":
                     raise TypeError(
-                        f"{where}.{name} has SD3's IP-Adapter, a second attention of the image over itself and the "
-                        "adapter's image, for which there is no window yet. Load the pipeline without it, then transform"
+                        f"transformer_blocks[{index}].{name} has SD3's IP-Adapter, a second attention of the image over itself "
+                        "and the adapter's image, for which there is no window yet. Load the pipeline without it, then "
+                        "transform"
                     )
-                attn = attention_of(model, block, where, name, Attention, replaced)
-                found += 1
-                yield Layer(f"transformer_blocks.{index}.{name}", attn, JOINT if name == "attn" else IMAGE)
-        if not found:
-            raise ValueError(f"this {type(model).__name__} has no blocks in transformer_blocks: nothing to transform")
+        yield from super().layers(model)
 
-    def processor(self, layer: Layer, original: Any, slot: int, down_factor: int | None) -> Any:
-        from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
-
-        from flexclear.families.sd3_attention import SD3WindowProcessor
-
-        return SD3WindowProcessor(slot, fused=isinstance(original, FusedJointAttnProcessor2_0))
+    def processor(
+        self, layer: Layer, original: Any, slot: int, down_factor: int | None, formula: Formula | None
+    ) -> WindowProcessor:
+        plain = super().processor(layer, original, slot, down_factor, formula)
+        fused = type(original).__name__ == "FusedJointAttnProcessor2_0"
+        return window_processor(original, slot, FusedJointAttnProcessor) if fused else plain
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         latents, text = (required_tensor(kwargs, name, model) for name in ("hidden_states", "encoder_hidden_states"))
@@ -86,20 +128,17 @@ class SD3Family(Family):
         return Call(latents, (grid,), {JOINT: text.shape[1], IMAGE: 0}, order=order)
 
     def enter(
-        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, ntk_factor: float
-    ) -> dict[str, Any]:
-        if ntk_factor != 1:
-            raise ValueError(f"ntk_factor={ntk_factor}: {type(model).__name__} has no rotary positions")
-        changed = dict(kwargs)
+        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
+    ) -> tuple[dict[str, Any], CallPlan]:
+        if switches.ntk_factor != 1:
+            raise ValueError(f"ntk_factor={switches.ntk_factor}: {type(model).__name__} has no rotary positions")
         residuals = kwargs.get("block_controlnet_hidden_states")
         if residuals is not None:
-            changed["block_controlnet_hidden_states"] = [plan.to_image_order(residual) for residual in residuals]
-        changed["joint_attention_kwargs"] = {**(kwargs.get("joint_attention_kwargs") or {}), PLAN: plan}
-        return changed
+            ordered = [plan.to_image_order(residual) for residual in residuals]
+            kwargs = {**kwargs, "block_controlnet_hidden_states": ordered}
+        return kwargs, plan
 
-    def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
-        from flexclear.families.sd3_attention import OrderHook
-
+    def inner_hooks(self, model: nn.Module) -> InnerHooks:
         blocks: Any = model.transformer_blocks
         return [(blocks[0], OrderHook())]
 
@@ -108,14 +147,9 @@ class SD3Family(Family):
             return "it skips the first block (skip_layers), where tokens are shared out"
         return None
 
-    def parallel_hooks(self, model: nn.Module, current: Any) -> list[tuple[nn.Module, Any]]:
-        from flexclear.families.sd3_attention import GatherHook
-
+    def parallel_hooks(self, model: nn.Module, current: Any) -> InnerHooks:
         out: Any = model.proj_out
         return [(out, GatherHook(current))]
-
-    def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
-        return kwargs["joint_attention_kwargs"][PLAN]
 
     def leave(self, model: nn.Module, output: Any, plan: CallPlan) -> Any:
         patch = _patch_size(model)
@@ -150,18 +184,39 @@ def _grid(model: nn.Module, latents: Tensor) -> tuple[int, int]:
         raise ValueError(
             f"latents of shape {tuple(latents.shape)} are {height} x {width} tokens ({height * token} x {width * token} px), "
             f"but the position embedding of this {type(model).__name__} ends at {most} x {most} tokens "
-            f"({most * token} x {most * token} px; pos_embed_max_size={most}). Choose a smaller picture; a window does not "
+            f"({most * token} x {most * token} px; pos_embed_max_size={most}). Choose a smaller image; a window does not "
             "extend positions"
         )
     return height, width
 
 
-def _to_raster(picture: Tensor, patch: int, plan: CallPlan) -> Tensor:
-    """Patches of a picture ``[B, C, H, W]``, which lie in the plan's order, back at their places."""
+def _to_raster(image: Tensor, patch: int, plan: CallPlan) -> Tensor:
+    """Patches of an image ``[B, C, H, W]``, which lie in the plan's order, back at their places."""
     if plan.base.inverse is None:
-        return picture
-    channels, rows, columns = (picture.shape[1], picture.shape[2] // patch, picture.shape[3] // patch)
-    patches = picture.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # [B, C, h, p, w, p]
+        return image
+    channels, rows, columns = (image.shape[1], image.shape[2] // patch, image.shape[3] // patch)
+    patches = image.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))  # [B, C, h, p, w, p]
     tokens = plan.to_raster(patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2))  # [B, h w, C, p, p]
     patches = tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(len(picture), channels, rows * patch, columns * patch)
+    return patches.reshape(len(image), channels, rows * patch, columns * patch)
+
+
+SD3 = SD3Family(
+    model_class="SD3Transformer2DModel",
+    processors=("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"),
+    stacks={"transformer_blocks": ("attn", "attn2")},
+    carriers=("time_text_embed",),
+    text_first=False,
+    scopes={"attn2": IMAGE},
+    rope=False,
+    pipelines=(
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+    ),
+    notes=(
+        "SD3 and SD3.5, with SD3.5 medium's image-only attention and skip_guidance_layers; sizes up to the model's position "
+        "embedding; no IP-Adapter"
+    ),
+)

@@ -5,15 +5,9 @@ like any others. Two refiner blocks attend over the picture and its pads only (s
 only, which no window concerns; the rest over everything (``JOINT``). Captions of different lengths in a batch leave
 places at the end of the shorter ones that nobody sees (``Call.keep``).
 
-How order and plan travel. The model takes pictures apart itself, so the entry exchanges whole patches of the latents, and
-the exit puts the patches of the result back. No argument of the model reaches the attention processors. What does reach
-every block is the embedding of ``t``, so the plan rides on it: the entry hands over a ``Timestep``, whose product with
-the model's time scale carries the plan as an attribute; a hook on ``t_embedder`` passes it on from the input to the
-embedding; and a hook before each windowed block puts it in the place of ``freqs_cis``, which the block gives to its
-attention unread. So nothing of a call is kept on the model, in a global or in a context, an exception leaves nothing
-behind, a checkpointed block finds its plan again in the backward pass, and compiled blocks read it off an argument. The
-model's own rotary embedding, in raster order, is not used where there are image tokens: the plan holds one in its order,
-with the NTK factor on its base. The refiner of captions keeps the model's own.
+The model takes images apart itself, so the entry exchanges whole patches of the latents, and the exit puts the patches of
+the result back. The model's own rotary embedding, in raster order, is not used where there are image tokens: the plan holds
+one in its order, with the NTK factor on its base. The refiner of captions keeps the model's own.
 
 On one of several ranks the model gets a picture of the rank's own patches, and pads that. A hook before the first block puts
 as many pads there as the whole picture has, since they are text to the window and every rank has all of it; and one behind
@@ -23,63 +17,91 @@ the last layer makes its output as long as the model takes it to be.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flexclear.compile.derivatives import function_transforms
-from flexclear.families.checks import attention_of, required_tensor
 from flexclear.families.zimage_pads import padding, pads_of, room_for
 from flexclear.masks.defaults import independent
-from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.call_plan import CallPlan, Rotary
+from flexclear.runtime.carrying import Hook, carried, here, plan_here
+from flexclear.runtime.checks import required_tensor
 from flexclear.runtime.facts import JOINT, Call, Layer
-from flexclear.runtime.family import Family
+from flexclear.runtime.family import Family, InnerHooks
 from flexclear.runtime.grid import GridReader
+from flexclear.runtime.plan import Plan
+from flexclear.runtime.processors import cos_and_sin
+from flexclear.runtime.switches import Switches
 
 IMAGE = "image"
 """Scope of the refiner blocks, which see the picture and its padding."""
 
 
+class CastHook(Hook):
+    """Forward hook on ``t_embedder``: its output in the type of the latents, which the model gives it afterwards."""
+
+    after = True
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        plan = getattr(here, "entering", None)
+        return output if plan is None else output.to(plan.dtype)
+
+
+class PadsOfBand(Hook):
+    """Forward pre-hook on the first windowed block: behind a rank's tokens the pads of the whole picture, in place of those
+    that the model has given the rank's own. All pads are one parameter at one position.
+
+    Attributes:
+        before_captions: whether captions follow, as they do where there is no noise refiner.
+    """
+
+    def __init__(self, before_captions: bool) -> None:
+        self.before_captions = before_captions
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        plan = plan_here()
+        if plan is None or plan.band is None:
+            return args, kwargs  # the ControlNet's call of the refiner
+        x, own, pads = args[0], len(plan.base.rows), pads_of(plan)
+        end = x.shape[1] - (plan.base.layout.text_len - pads if self.before_captions else 0)
+        parts = [x[:, :own], x[:, end - 1 : end].expand(-1, pads, -1), x[:, end:]]
+        return (torch.cat(parts, 1), *args[1:]), kwargs
+
+
+class OutputOfBand(Hook):
+    """Forward hook on the last layer: as many tokens as the model takes a rank's picture to have, of which those behind the
+    rank's own are cut off again at the exit.
+
+    Attributes:
+        positions: see ``room_for``.
+    """
+
+    after = True
+
+    def __init__(self, positions: tuple[int, ...]) -> None:
+        self.positions = positions
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        plan = carried(kwargs.values())
+        if plan is None or plan.band is None:
+            return output
+        height, width = room_for(len(plan.base.rows), pads_of(plan), self.positions)
+        return torch.nn.functional.pad(output, (0, 0, 0, max(height * width - output.shape[1], 0)))
+
+
+@dataclass(frozen=True)
 class ZImageFamily(Family):
     """``ZImageTransformer2DModel``."""
 
-    model_class = "ZImageTransformer2DModel"
-    text_first = False
-    pipelines = (
-        "ZImagePipeline",
-        "ZImageImg2ImgPipeline",
-        "ZImageInpaintPipeline",
-        "ZImageControlNetPipeline",
-        "ZImageControlNetInpaintPipeline",
-    )
-    notes = (
-        "Z-Image and Turbo, captions of different lengths in a batch, noise refiner included (dense where the ControlNet, "
-        "which shares it, calls it); all images of a batch of one size; no Omni"
-    )
-
     def layers(self, model: nn.Module) -> Iterator[Layer]:
-        from diffusers.models.attention_processor import Attention
-        from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
-
-        found = 0
-        for stack, scope in (("noise_refiner", IMAGE), ("layers", JOINT)):
-            for index, block in enumerate(getattr(model, stack, ())):
-                where = f"{stack}[{index}]"
-                attn = attention_of(model, block, where, "attention", Attention, (ZSingleStreamAttnProcessor,))
-                found += 1
-                yield Layer(f"{stack}.{index}.attention", attn, scope)
-        if not found:
-            raise ValueError(
-                f"this {type(model).__name__} has no blocks in noise_refiner or layers: nothing to transform"
-            )
-
-    def processor(self, layer: Layer, original: Any, slot: int, down_factor: int | None) -> Any:
-        from flexclear.families.zimage_attention import ZImageWindowProcessor
-
-        return ZImageWindowProcessor(slot, original if layer.scope == IMAGE else None)
+        # The ControlNet has the transformer's noise refiner for its own.
+        yield from (replace(layer, shared=layer.scope == IMAGE) for layer in super().layers(model))
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         required_tensor(kwargs, "t", model)
@@ -106,14 +128,12 @@ class ZImageFamily(Family):
         return Call(tokens, ((height, width),), {JOINT: text_len, IMAGE: pads}, keep)
 
     def enter(
-        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, ntk_factor: float
-    ) -> dict[str, Any]:
-        from flexclear.families.zimage_attention import Timestep, rotary
-
+        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
+    ) -> tuple[dict[str, Any], CallPlan]:
         pictures = torch.stack(_pictures(model, kwargs))
         lengths = [len(caption) + padding(len(caption)) for caption in _captions(model, kwargs)]
-        plan = replace(plan, rotary=rotary(model.rope_embedder, plan.base, lengths, ntk_factor))
-        changed = {**kwargs, "t": Timestep(kwargs["t"], plan, pictures.dtype)}
+        plan = replace(plan, rotary=_rotary(model.rope_embedder, plan.base, lengths, switches.ntk_factor))
+        changed = dict(kwargs)
         patches = plan.to_image_order(_patches(pictures, _whole(plan)), -1)
         changed["x"] = list(_picture(patches, _inside(model, plan)).unbind(0))
         residuals = kwargs.get("controlnet_block_samples")
@@ -123,18 +143,14 @@ class ZImageFamily(Family):
                 layer: torch.cat([plan.to_image_order(residual[:, :image_len]), residual[:, image_len:]], 1)
                 for layer, residual in residuals.items()
             }
-        return changed
+        return changed, plan
 
-    def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
-        from flexclear.families.zimage_attention import PlanToBlock, PlanToEmbedding
+    def hooks(self, model: nn.Module, names: Iterable[str]) -> InnerHooks:
+        embedder: Any = model.t_embedder
+        # In its final type here, because a cast inside the model would make another tensor, without the plan.
+        return [(embedder, CastHook()), *super().hooks(model, names)]
 
-        parts: Any = model
-        blocks = [*parts.noise_refiner, *parts.layers]
-        return [(parts.t_embedder, PlanToEmbedding()), *((block, PlanToBlock()) for block in blocks)]
-
-    def parallel_hooks(self, model: nn.Module, current: Any) -> list[tuple[nn.Module, Any]]:
-        from flexclear.families.zimage_attention import OutputOfBand, PadsOfBand
-
+    def parallel_hooks(self, model: nn.Module, current: Any) -> InnerHooks:
         parts: Any = model
         first = next(iter([*parts.noise_refiner, *parts.layers]))
         output = OutputOfBand(tuple(parts.rope_embedder.axes_lens))
@@ -142,9 +158,6 @@ class ZImageFamily(Family):
             (first, PadsOfBand(before_captions=not len(parts.noise_refiner))),
             *((layer, output) for layer in parts.all_final_layer.values()),
         ]
-
-    def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
-        return kwargs["t"].plan
 
     def leave(self, model: nn.Module, output: Any, plan: CallPlan) -> Any:
         pictures = output[0] if isinstance(output, tuple) else output.sample
@@ -280,3 +293,61 @@ def _picture(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     missing = grid[0] * grid[1] - patches.shape[-1]
     parts = torch.nn.functional.pad(patches, (0, missing)) if missing else patches
     return parts.unflatten(-1, grid).movedim((-2, -1), (3, 5)).flatten(-2).flatten(-3, -2)
+
+
+@independent
+def _rotary(embed: Any, base: Plan, lengths: list[int], ntk_factor: float) -> Rotary:
+    """Rotary embedding of the joint sequence: the image in the plan's order, its pads, the caption.
+
+    On the first axis a caption's tokens are numbered from 1 to its length, and all tokens of the picture bear the next
+    number; on the others the picture's tokens have row and column. Pads of the picture lie at 0.
+
+    Args:
+        embed: the model's ``RopeEmbedder``.
+        base: the plan of the joint sequence.
+        lengths: tokens of each caption, its padding included.
+        ntk_factor: factor on the base of the frequencies.
+    """
+    if ntk_factor != 1:
+        embed = _embedder(embed.theta * ntk_factor, tuple(embed.axes_dims), tuple(embed.axes_lens))
+    image = torch.stack([torch.zeros_like(base.rows), base.rows, base.columns], dim=1).long()
+    ids = image.new_zeros(len(image) + base.layout.text_len, 3)  # on one of several ranks: its own image tokens
+    ids[: len(image)] = image
+    start = len(ids) - max(lengths)
+    tables = {}
+    for length in set(lengths):
+        own = ids.clone()
+        own[: len(image), 0] = length + 1
+        own[start : start + length, 0] = torch.arange(1, length + 1, device=ids.device)
+        tables[length] = embed(own)
+    table = torch.stack([tables[length] for length in (lengths if len(tables) > 1 else lengths[:1])]).unsqueeze(2)
+    return cos_and_sin(table)
+
+
+@functools.lru_cache(maxsize=8)
+def _embedder(theta: float, dims: tuple[int, ...], lens: tuple[int, ...]) -> Any:
+    from diffusers.models.transformers.transformer_z_image import RopeEmbedder
+
+    return RopeEmbedder(theta=theta, axes_dims=dims, axes_lens=lens)
+
+
+ZIMAGE = ZImageFamily(
+    model_class="ZImageTransformer2DModel",
+    processors=("ZSingleStreamAttnProcessor",),
+    stacks={"noise_refiner": "attention", "layers": "attention"},
+    carriers=("t_embedder",),
+    text_first=False,
+    scopes={"noise_refiner": IMAGE},
+    given={"attention_mask": None},
+    pipelines=(
+        "ZImagePipeline",
+        "ZImageImg2ImgPipeline",
+        "ZImageInpaintPipeline",
+        "ZImageControlNetPipeline",
+        "ZImageControlNetInpaintPipeline",
+    ),
+    notes=(
+        "Z-Image and Turbo, captions of different lengths in a batch, noise refiner included (dense where the ControlNet, "
+        "which shares it, calls it); all images of a batch of one size; no Omni"
+    ),
+)

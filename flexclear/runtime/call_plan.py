@@ -1,19 +1,102 @@
-"""What one call of a transformed model hands to its attention layers: one mask per kind of layer, and the token order."""
+"""What one call of a transformed model hands to its attention layers: for each kind of layer what it sees, and what attends."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils._pytree import tree_leaves
 
 from flexclear.runtime.attention import windowed_attention
 from flexclear.runtime.mechanism import Attend
 from flexclear.runtime.plan import Plan
 from flexclear.runtime.pooling import Pooling
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines in sequence order, ``[B or 1, N, 1, head_dim]``, both channels of a pair alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class SlotPlan:
+    """What one kind of layer (``flexclear.runtime.facts.Slot``) attends under.
+
+    Attributes:
+        mask: a BlockMask, a dense bool mask, or None: dense attention.
+        pooling: where its pooled keys come from, or None.
+        gain: 0-d factor on its queries (proportional attention), or None.
+        bias: ``[B, N]`` or ``[1, N]`` in sequence order: the score of query i and key j grows by ``bias[i] * bias[j]``; or
+            None.
+        order: of tokens that reach attention in raster order: their place in the sequence that the mask is for, and its
+            inverse, int64 ``[N]``; or None.
+    """
+
+    mask: BlockMask | Tensor | None
+    pooling: Pooling | None = None
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    order: tuple[Tensor, Tensor] | None = None
+
+    def scored(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | None]:
+        """Query, key and factor on their products, with gain and bias in them. The bias is one more channel, beside a few
+        empty ones."""
+        scale = None
+        if self.gain is not None:
+            query = (query.float() * self.gain).to(query.dtype)
+        if self.bias is not None:
+            scale = 1 / math.sqrt(query.shape[-1])
+            channel = self.bias.to(query.dtype)[:, None, :, None].expand(*query.shape[:3], 1)
+            channel = F.pad(channel, (0, -(query.shape[-1] + 1) % 8))
+            query, key = torch.cat([query, channel / scale], dim=-1), torch.cat([key, channel], dim=-1)
+        return query, key, scale
+
+
+class Means(Protocol):
+    """What attends in a call: softmax over a window in this process, over one that several share, or a formula."""
+
+    def attend(
+        self, own: SlotPlan, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """Attention of one layer, ``[B, heads, N, head_dim]`` in sequence order.
+
+        Args:
+            own: the layer's part of the plan.
+            slot: its number.
+            query, key, value: after norms and rotary embedding.
+            weight: pooling weights of a layer with down-sampled keys (method, section 4) or of a formula, else None.
+        """
+
+
+class Locally:
+    """Softmax over each slot's mask."""
+
+    def attend(
+        self, own: SlotPlan, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """See ``Means``."""
+        query, key, scale = own.scored(query, key)
+        if own.pooling is not None and weight is not None:
+            key, value = own.pooling.append(key, weight), own.pooling.append(value, weight)
+        return windowed_attention(query, key, value, own.mask, scale)
+
+
+LOCALLY = Locally()
+
+
+@dataclass(frozen=True, eq=False)
+class ByFormula:
+    """An alternative's formula (``flexclear.alternatives``), bound to the call's sequence."""
+
+    formula: Attend
+
+    def attend(
+        self, own: SlotPlan, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """See ``Means``."""
+        return self.formula(query, key, value, weight)
 
 
 class Band(Protocol):
@@ -48,29 +131,41 @@ class Band(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class InBand:
+    """Softmax over a window of which this process has a band (``flexclear.parallel``)."""
+
+    band: Band
+
+    def attend(
+        self, own: SlotPlan, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """See ``Means``."""
+        query, key, scale = own.scored(query, key)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        if torch.compiler.is_compiling():
+            return torch.ops.flexclear.band_attend(query, key, value, weight, self.band.ticket, slot, scale)
+        return self.band.attend(own.mask, slot, query, key, value, weight, scale)
+
+
+@dataclass(frozen=True, eq=False)
 class CallPlan:
-    """Travels in the call's own arguments to every attention layer; the model itself holds nothing of a call.
+    """Travels in the call's own arguments to every attention layer (``carrying``); the model holds nothing of a call.
 
     Attributes:
         base: token order, coordinates and layout of the joint sequence.
-        masks: mask of each slot (``flexclear.runtime.facts.Slot``): a BlockMask, a dense bool mask, or None: dense attention.
-        poolings: where each slot's pooled keys come from, or None.
-        rotary: rotary embedding in sequence order that replaces the model's own; None keeps the model's.
-        gains: 0-d factor on the queries of each slot (proportional attention), or None.
-        formula: what attends in place of softmax over a mask (``flexclear.alternatives``), bound to this call; or None.
-        band: what attends and gathers where this process has a band of the picture (``flexclear.parallel``), or None.
-        ntk_floor: least share of its own frequency that a rotary axis keeps; see ``flexclear.override``.
+        slots: what each kind of layer attends under.
+        means: what attends.
+        rotary: rotary embedding that replaces the model's own; None keeps the model's.
+        dtype: of the call's tokens.
     """
 
     base: Plan
-    masks: tuple[BlockMask | Tensor | None, ...]
-    poolings: tuple[Pooling | None, ...]
-    rotary: Any = None
-    gains: tuple[Tensor, ...] | None = None
-    formula: Attend | None = None
-    ntk_floor: float = 0.0
-
-    band: Band | None = None
+    slots: tuple[SlotPlan, ...]
+    means: Means = LOCALLY
+    dtype: torch.dtype = torch.float32
+    rotary: Rotary | None = None
 
     @property
     def image_len(self) -> int:
@@ -82,49 +177,36 @@ class CallPlan:
         """Number of tokens of the joint sequence."""
         return self.base.layout.seq_len
 
-    def sequence_tensors(self) -> list[Tensor]:
+    @property
+    def band(self) -> Band | None:
+        """What has the other parts of the image where this process has a part of it, else None."""
+        return self.means.band if isinstance(self.means, InBand) else None
+
+    def sequence_tensors(self) -> tuple[Tensor, ...]:
         """Tensors of the plan with one row per token of the joint sequence, apart from the masks."""
-        return [tensor for tensor in tree_leaves(self.rotary) if isinstance(tensor, Tensor)]
+        return () if self.rotary is None else self.rotary
 
     def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Raster tokens into the layout's order along ``dim``."""
         return self.base.to_image_order(tokens, dim)
 
     def to_raster(self, tokens: Tensor, dim: int = 1) -> Tensor:
-        """Tokens in the layout's order back into raster order along ``dim``; on several ranks, the whole picture's."""
-        if self.band is not None:
-            return self.band.gather(tokens, dim)
-        return self.base.to_raster(tokens, dim)
+        """Tokens in the layout's order back into raster order along ``dim``; on several ranks, the whole image's."""
+        band = self.band
+        return self.base.to_raster(tokens, dim) if band is None else band.gather(tokens, dim)
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Attention of one layer, ``[B, heads, N, head_dim]`` in sequence order.
+        """Attention of one layer; see ``Means``.
 
         Args:
-            slot: which mask is the layer's.
-            query, key, value: after norms and rotary embedding.
-            weight: pooling weights of a layer with down-sampled keys (method, section 4) or of a formula, else None.
+            slot: which part of the plan is the layer's.
+            query, key, value: ``[B, heads, N, head_dim]`` after norms and rotary embedding; key and value may have fewer
+                heads, of which each serves as many heads of the query.
+            weight: see ``Means``.
         """
-        if self.formula is not None:
-            return self.formula(query, key, value, weight)
-        if self.gains is not None:
-            query = (query.float() * self.gains[slot]).to(query.dtype)
-        pooling = self.poolings[slot]
-        if pooling is not None and weight is not None and self.band is None:
-            key, value = pooling.append(key, weight), pooling.append(value, weight)
-        return self.softmax(slot, query, key, value, weight)
-
-    def softmax(
-        self,
-        slot: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        weight: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        """Softmax attention over the slot's mask, of this process's queries; arguments as in ``attend``."""
-        if self.band is not None:
-            if torch.compiler.is_compiling():
-                return torch.ops.flexclear.band_attend(query, key, value, weight, self.band.ticket, slot, scale)
-            return self.band.attend(self.masks[slot], slot, query, key, value, weight, scale)
-        return windowed_attention(query, key, value, self.masks[slot], scale)
+        own = self.slots[slot]
+        if own.order is None:
+            return self.means.attend(own, slot, query, key, value, weight)
+        there, back = own.order
+        query, key, value = (tokens.index_select(2, there) for tokens in (query, key, value))
+        return self.means.attend(own, slot, query, key, value, weight).index_select(2, back)

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from flexclear.compile.undoing import afterwards, undo
-from flexclear.runtime.hooks import EntryHook, ExitHook, Hook
+from flexclear.runtime.carrying import Hook
+from flexclear.runtime.hooks import EntryHook, ExitHook
 from flexclear.runtime.modes import forget_cached_tokens
 from flexclear.runtime.processors import is_ours
 from flexclear.runtime.saving import SaveHook
@@ -42,7 +43,7 @@ def put_hooks(model: nn.Module, entry: EntryHook) -> None:
     """Give a model our hooks, in place of those that it has: at its entry, its exit and its ``state_dict``, and the family's
     on modules inside it."""
     remove_hooks(model)
-    inner = entry.family.inner_hooks(model)
+    inner = entry.family.hooks(model, entry.settings.windows)
     session = entry.parallel
     if session is not None:
         inner = [*inner, *entry.family.parallel_hooks(model, lambda: session.current)]

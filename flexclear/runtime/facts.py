@@ -31,11 +31,24 @@ class Layer:
         name: path of the module in the model.
         module: the attention module; has ``processor`` and ``set_processor``.
         scope: which tokens it attends over, ``JOINT`` or a name of the family's own.
+        shared: whether another model has the layer for its own and calls it without a plan.
     """
 
     name: str
     module: Any
     scope: str = JOINT
+    shared: bool = False
+
+    @property
+    def heads(self) -> int:
+        """Number of heads of its queries."""
+        return self.module.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of each."""
+        own = getattr(self.module, "head_dim", None)
+        return own if isinstance(own, int) else self.module.inner_dim // self.module.heads
 
 
 @dataclass(frozen=True)

@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.facts import Call, Layer
+from flexclear.runtime.carrying import BlockHook, CarrierHook
+from flexclear.runtime.checks import attention_of
+from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.mechanism import Formula
+from flexclear.runtime.processors import WindowProcessor, window_processor
+from flexclear.runtime.switches import Switches
+
+InnerHooks = list[tuple[nn.Module, Any]]
+"""Modules inside a model, and a ``flexclear.runtime.carrying.Hook`` for each."""
 
 
-class Family(ABC):
+@dataclass(frozen=True)
+class Family:
     """Where tokens enter and leave, where the grid comes from, which attention modules count, where text sits.
 
-    Implementations hold no state: all that varies travels in the arguments of the model's call.
+    All of it is data, or a method where a model is peculiar. No instance holds anything of a model: what varies travels in
+    the arguments of the model's call.
+
+    Attributes:
+        model_class: name of the model's class.
+        processors: names of the attention processors that are replaced: these classes exactly, since a subclass may compute
+            anything.
+        stacks: where blocks with windowed attention are: path of the list of blocks, and the names of the attention modules in
+            each.
+        carriers: paths of the modules whose outputs, together, reach every such block as arguments of it.
+        text_first: whether text precedes the image in the attention's sequence.
+        scopes: which tokens an attention module attends over, by its name or by its stack's, where that is not ``JOINT``.
+        given: what the processors' code gets for arguments of these names, such as None for masks of padding; see
+            ``WindowProcessor``.
+        raster: whether image tokens reach attention in raster order, because the model makes them and their positions itself.
+            Attention then puts them in the layout's order and back.
+        px_per_token: pixels per token and side.
+        pools: whether down-sampled keys (``down_factor``) are known for it.
+        rope: whether positions are rotary, so that an NTK factor has a meaning.
+        clips_ntk: whether ``ntk_floor`` is known for it.
+        idles: whether its model runs without any image tokens, as ranks do that get no part of a small image.
+        pipelines: diffusers pipelines that its tests run end to end, for the support table.
+        notes: what the support table says about it.
     """
 
     model_class: str
-    """Name of the diffusers class."""
-
-    text_first: bool
-    """Whether text precedes the image in the attention's sequence."""
-
+    processors: tuple[str, ...]
+    stacks: Mapping[str, str | tuple[str, ...]]
+    carriers: tuple[str, ...]
+    text_first: bool = True
+    scopes: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    raster: bool = False
     px_per_token: int = 16
-    """Pixels per token and side."""
-
     pools: bool = False
-    """Whether down-sampled keys (``down_factor``) are known for it."""
-
     rope: bool = True
-    """Whether positions are rotary, so that an NTK factor has a meaning."""
-
     clips_ntk: bool = False
-    """Whether ``CallPlan.ntk_floor`` is known for it."""
-
     idles: bool = True
-    """Whether its model runs without any image tokens, as ranks do that get no part of a small picture."""
-
     pipelines: tuple[str, ...] = ()
-    """diffusers pipelines that its tests run end to end, for the support table."""
-
     notes: str = ""
-    """What the support table says about it."""
 
     def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` is of this family, or of a subclass; does not import diffusers."""
-        return diffusers_class(model, self.model_class) is not None
+        return self.base_of(model) is not None
 
-    @abstractmethod
+    def base_of(self, model: nn.Module) -> type[nn.Module] | None:
+        """The class of ``model_class`` that ``model`` is of."""
+        return next((base for base in type(model).__mro__ if base.__name__ == self.model_class), None)
+
     def layers(self, model: nn.Module) -> Iterator[Layer]:
         """Each attention layer whose processor is to be replaced, in the order of the forward pass.
 
@@ -58,85 +80,112 @@ class Family(ABC):
             ValueError: the model lacks the blocks of its class.
             TypeError: an attention layer has a processor that the family cannot replace.
         """
+        found = 0
+        for stack, given in self.stacks.items():
+            names = (given,) if isinstance(given, str) else given
+            for index, block in enumerate(blocks_of(model, stack)):
+                for name in names:
+                    if self.attends(block, name):
+                        found += 1
+                        module = attention_of(model, block, f"{stack}[{index}]", name, self.processors)
+                        scope = self.scopes.get(name, self.scopes.get(stack, JOINT))
+                        yield Layer(f"{stack}.{index}.{name}", module, scope)
+        if not found:
+            raise ValueError(
+                f"this {type(model).__name__} has no blocks in {' or '.join(self.stacks)}: nothing to transform"
+            )
 
-    @abstractmethod
-    def processor(self, layer: Layer, original: Any, slot: int, down_factor: int | None) -> Any:
-        """A ``WindowProcessor`` for ``layer`` in place of ``original``, the processor that it has when not transformed.
+    def attends(self, block: nn.Module, name: str) -> bool:
+        """Whether a block of a stack has the attention module of that name; all have by default."""
+        return True
+
+    def processor(
+        self, layer: Layer, original: Any, slot: int, down_factor: int | None, formula: Formula | None
+    ) -> WindowProcessor:
+        """What stands in place of ``original``, the processor that ``layer`` has when not transformed.
+
+        Args:
+            layer: which.
+            original: its processor.
+            slot: see ``WindowProcessor``.
+            down_factor: side in tokens of the cells whose keys are pooled, of a family that ``pools``; or None.
+            formula: what attends in place of softmax over a mask, or None.
 
         Raises:
-            ValueError: that one cannot be replaced under these settings.
+            ValueError: the processor cannot be replaced under these settings.
         """
+        if formula is not None:
+            raise ValueError(
+                f"attention={formula.kind!r} is defined for FluxTransformer2DModel, got {self.model_class}. The alternatives "
+                "that are masks ('strided', 'swin', 'neighborhood') run on every model"
+            )
+        return window_processor(original, slot, given=self.given, shared=layer.shared)
 
-    def formula_processor(self, layer: Layer, original: Any, slot: int, formula: Formula) -> Any:
-        """The same where ``formula`` attends in place of softmax over a mask; families do without by default.
-
-        Raises:
-            ValueError: the family has no formulas, or the processor cannot be replaced under this one.
-        """
-        raise ValueError(
-            f"attention={formula.kind!r} is defined for FluxTransformer2DModel, got {self.model_class}. The alternatives "
-            "that are masks ('strided', 'swin', 'neighborhood') run on every model"
-        )
-
-    @abstractmethod
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: Any) -> Call:
         """The facts of one call. ``grids`` is the model's ``GridReader``.
 
         Raises:
             ValueError: the call cannot be windowed; the message names what was given.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def enter(
-        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, ntk_factor: float
-    ) -> dict[str, Any]:
-        """The call's arguments in the plan's token order, the plan among them; the caller's own stay as they are.
+        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
+    ) -> tuple[dict[str, Any], CallPlan]:
+        """The call's arguments in the plan's token order, and the plan; the caller's own stay as they are.
 
-        ``ntk_factor`` multiplies the base of the rotary frequencies. A family whose model computes its rotary embedding
-        where no argument reaches it, or in raster order, puts its own into the plan (``CallPlan.rotary``).
+        A family whose model computes its rotary embedding in raster order, or in numbers that do not compile, puts its own
+        into the plan (``CallPlan.rotary``), and so does one whose frequencies ``switches`` change.
 
         Raises:
-            ValueError: an ``ntk_factor`` other than 1 on a model without rotary positions.
+            ValueError: an NTK factor other than 1 on a model without rotary positions.
         """
-
-    @abstractmethod
-    def plan_of(self, kwargs: dict[str, Any]) -> CallPlan:
-        """The plan that ``enter`` put into the arguments."""
+        raise NotImplementedError
 
     def leave(self, model: nn.Module, output: Any, plan: CallPlan) -> Any:
         """The model's output back in raster order; by default its first element or ``sample`` is ``[B, tokens, C]``."""
+        if self.raster:
+            return output
         if isinstance(output, tuple):
             return (plan.to_raster(output[0]), *output[1:])
         output.sample = plan.to_raster(output.sample)
         return output
 
     def why_not_parallel(self, model: nn.Module) -> str | None:
-        """Why a picture cannot be shared by several ranks (``flexclear.parallel``), or None. It can where tokens go through
+        """Why an image cannot be shared by several ranks (``flexclear.parallel``), or None. It can where tokens go through
         ``plan.to_image_order`` at the entry and through ``plan.to_raster`` at the exit."""
-        return None
+        return "the model makes its tokens itself, and every rank would make all of them" if self.raster else None
 
     def why_not_parallel_call(self, model: nn.Module, kwargs: dict[str, Any]) -> str | None:
         """The same of one call."""
         return None
 
-    def parallel_hooks(self, model: nn.Module, current: Any) -> list[tuple[nn.Module, Any]]:
+    def parallel_hooks(self, model: nn.Module, current: Any) -> InnerHooks:
         """Further ``inner_hooks`` of a model that runs on several ranks; ``current()`` is the call's ``Band``."""
         return []
 
-    def inner_hooks(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
-        """``flexclear.runtime.hooks.Hook``s, with keyword arguments, on modules inside the model; none by default."""
+    def inner_hooks(self, model: nn.Module) -> InnerHooks:
+        """Hooks of the family's own, which run after those of ``hooks``; none by default."""
         return []
 
+    def hooks(self, model: nn.Module, names: Iterable[str]) -> InnerHooks:
+        """The hooks that bring a call's plan to the attention layers of these names (``flexclear.runtime.carrying``), and
+        its own."""
+        carriers = [(model.get_submodule(path), CarrierHook(path == self.carriers[-1])) for path in self.carriers]
+        blocks = [(model.get_submodule(path), BlockHook()) for path in dict.fromkeys(map(block_of, names))]
+        return [*carriers, *blocks, *self.inner_hooks(model)]
 
-def diffusers_class(module: nn.Module, name: str | None = None) -> type[nn.Module] | None:
-    """The first class of diffusers among those that ``module`` is of, or the one called ``name``; None where there is none."""
-    return next(
-        (
-            base
-            for base in type(module).__mro__
-            if base.__module__.startswith("diffusers.")
-            and issubclass(base, nn.Module)
-            and name in (None, base.__name__)
-        ),
-        None,
-    )
+
+def block_of(name: str) -> str:
+    """Path of the block that an attention module of that path is in."""
+    return name.rpartition(".")[0]
+
+
+def blocks_of(model: nn.Module, stack: str) -> Any:
+    """The blocks of a stack, none where the model has no such stack."""
+    found: Any = model
+    for part in stack.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else getattr(found, part, None)
+        if found is None:
+            return ()
+    return found

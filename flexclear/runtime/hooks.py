@@ -1,7 +1,6 @@
 """The two hooks of a transformed model: tokens into tile order at its entry, back into raster order at its exit.
 
-Nothing about a call is kept on the model. The plan travels in the call's own arguments, where the exit hook finds it
-again, so calls of several sizes, threads and exceptions cannot mix.
+Nothing about a call is kept on the model. ``flexclear.runtime.carrying`` says how its plan reaches the attention layers.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from flexclear.compile.calls import mark
 from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
 from flexclear.masks import Layout, Window
 from flexclear.runtime.attention import choose_backend
-from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.call_plan import LOCALLY, ByFormula, CallPlan, InBand, Means, SlotPlan
+from flexclear.runtime.carrying import Hook, enter, leave
 from flexclear.runtime.facts import JOINT, Call, Settings
 from flexclear.runtime.family import Family
 from flexclear.runtime.grid import GridReader
@@ -77,16 +77,6 @@ def check_formula(formula: Formula | None, switches: Switches) -> None:
         )
 
 
-class Hook:
-    """Base of every hook that flexclear installs; ``flexclear.runtime.exchange`` finds them by it.
-
-    Attributes:
-        after: of a hook on a module inside the model: whether it runs after the module's forward, not before.
-    """
-
-    after = False
-
-
 class EntryHook(Hook):
     """Forward pre-hook: reads the grids off the call, gets the plan, permutes what has a token axis."""
 
@@ -107,7 +97,8 @@ class EntryHook(Hook):
         self._check_processors(model)
         call = self.family.read(model, kwargs, self._reader)
         kwargs = self._reader.guarded(kwargs)
-        order, shared = call.order or self.settings.order, self.parallel is not None
+        order = "raster" if self.family.raster else call.order or self.settings.order
+        shared = self.parallel is not None
         refuse_raster_readers(model, self.settings.windows, order, shared)
         switches = in_force(self.settings.switches)
         if switches.ntk_floor and not self.family.clips_ntk:
@@ -117,10 +108,10 @@ class EntryHook(Hook):
         if self.parallel is not None:
             self.parallel.begin(model, kwargs, call, self.family, self.settings)
         plan = self.plan(model, call, switches, _needs_grad(model, kwargs), _transforms(model, kwargs))
-        entered = self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches.ntk_factor)
+        entered, plan = self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches)
         if model._compiled_call_impl is not None:
-            mark(model, (), entered)
-        return (), entered
+            mark(model, (), entered, plan)
+        return (), enter(plan, entered)
 
     def plan(
         self, model: nn.Module, call: Call, switches: Switches, needs_grad: bool, transforms: str | None = None
@@ -170,22 +161,23 @@ class EntryHook(Hook):
 
         plans = [plan_of(scope, None if dense else window) for scope, window in settings.slots]
         base = next((p for p, (scope, _) in zip(plans, settings.slots, strict=True) if scope == JOINT), plans[0])
-        gains = None
+        gains: list[Tensor | None] = [None] * len(plans)
         if switches.proportional_attention:
-            gains = tuple(
+            gains = [
                 proportional_gain(p.layout.seq_len, p.pooling is not None, device, switches.training_tokens)
                 for p in plans
-            )
+            ]
         masks = tuple(mask_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True))
-        return CallPlan(
-            base=base,
-            masks=masks,
-            poolings=tuple(plan.pooling for plan in plans),
-            gains=gains,
-            formula=None if formula is None else formula.bind(base),
-            band=None if self.parallel is None else self.parallel.band(plans, masks, settings.slots, call.keep),
-            ntk_floor=switches.ntk_floor,
+        means: Means = LOCALLY
+        if self.parallel is not None:
+            means = InBand(self.parallel.band(plans, masks, settings.slots, call.keep))
+        elif formula is not None:
+            means = ByFormula(formula.bind(base))
+        slots = tuple(
+            SlotPlan(mask, plan.pooling, gain, order=plan.whole_order if self.family.raster else None)
+            for plan, mask, gain in zip(plans, masks, gains, strict=True)
         )
+        return CallPlan(base, slots, means, call.tokens.dtype)
 
     def _check_processors(self, model: nn.Module) -> None:
         """Raise if something has replaced a processor since: it would attend densely, in tile order.
@@ -235,10 +227,12 @@ class ExitHook(Hook):
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        plan = leave()
         if output is None:
-            self._explain(model, kwargs, sys.exc_info()[1])
+            self._explain(model, kwargs, plan, sys.exc_info()[1])
             return None
-        output = self.family.leave(model, output, self.family.plan_of(kwargs))
+        assert plan is not None
+        output = self.family.leave(model, output, plan)
         self._check_tangents(model, kwargs, output)
         return output
 
@@ -255,14 +249,12 @@ class ExitHook(Hook):
                 "not carry them. Differentiate the model that is not compiled"
             )
 
-    def _explain(self, model: nn.Module, kwargs: dict[str, Any], error: BaseException | None) -> None:
-        """Say of an error of the model what would have fitted into memory."""
-        if error is None or not is_out_of_memory(error):
+    def _explain(
+        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan | None, error: BaseException | None
+    ) -> None:
+        """Say of an error of the model what would have fitted into memory, once there was a plan."""
+        if error is None or plan is None or not is_out_of_memory(error):
             return
-        try:
-            plan = self.family.plan_of(kwargs)
-        except (KeyError, TypeError):
-            return  # raised before there was a plan
         batch = next((len(value) for value in kwargs.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
         note(error, what_takes_less(model, plan, batch))
 

@@ -41,7 +41,8 @@ def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
     ]
     if batch > 1:
         advice.append("fewer pictures at a time")
-    dense = next((mask for mask in plan.masks if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) > 1), None)
+    masks = (slot.mask for slot in plan.slots)
+    dense = next((mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) > 1), None)
     if dense is not None:
         advice.append(
             "flexclear.transform(..., backend='flex'), which needs no dense mask (here "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from flexclear.compile.kernels import Kernel, with_kernel
 from flexclear.masks import Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
 from flexclear.masks.cache import ByteBoundedCache
 from flexclear.masks.defaults import independent
-from flexclear.masks.lengths import of_any_text_length
+from flexclear.masks.lengths import mark_symbolic, of_any_text_length
 from flexclear.masks.windows import captured_tensors
 from flexclear.runtime.pooling import Pooling, make_pooling
 from flexclear.runtime.reach import warn_of_unreached
@@ -50,6 +51,21 @@ class Plan:
     def to_raster(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """Tokens in the layout's order back into raster order along ``dim``."""
         return tokens if self.inverse is None else tokens.index_select(dim, self.inverse)
+
+    @functools.cached_property
+    @independent
+    def whole_order(self) -> tuple[Tensor, Tensor] | None:
+        """Of the whole sequence, text included: which token of one with its image in raster order is at each place, and the
+        inverse, int64 ``[seq_len]``; None where that is the order."""
+        if self.order is None or self.inverse is None:
+            return None
+        text = torch.arange(self.layout.text_len, device=self.order.device)
+        parts = []
+        for image in (self.order, self.inverse):
+            after, before = text + self.layout.image_len, image + self.layout.text_len
+            parts.append(torch.cat([text, before] if self.layout.text_first else [image, after]))
+            mark_symbolic(parts[-1], [0])
+        return parts[0], parts[1]
 
     def masked(self, keep: Tensor) -> BlockMask | Tensor | None:
         """The mask without the text keys that are padding; ``keep`` is bool ``[B, text_len]``, False for padding."""

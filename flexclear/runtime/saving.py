@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from flexclear.runtime.hooks import Hook
+from flexclear.runtime.carrying import Hook
 
 METHOD = "save_pretrained"
 

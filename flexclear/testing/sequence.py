@@ -14,7 +14,7 @@ from flexclear.masks import Downsampled, Layout, Window, block_mask, block_pairs
 from flexclear.masks.scan import ask
 from flexclear.parallel.masks import build_band_plan
 from flexclear.parallel.planning import cut, long_axis, part_of
-from flexclear.runtime.call_plan import CallPlan
+from flexclear.runtime.call_plan import CallPlan, SlotPlan
 from flexclear.runtime.plan import build_plan
 from flexclear.runtime.pooling import make_pooling
 from flexclear.runtime.reach import warn_of_unreached
@@ -46,7 +46,7 @@ def check_order(layout: Layout) -> None:
     plan = build_plan(layout, None, "sdpa", Kernel((16, 16)), CPU, backward=False)
     tokens = torch.arange(start)
     assert torch.equal(plan.to_image_order(tokens, 0), torch.from_numpy(order)), "a plan's order is wrong"
-    call = CallPlan(base=plan, masks=(None,), poolings=(None,))
+    call = CallPlan(base=plan, slots=(SlotPlan(None),))
     for way in (plan, call):
         assert torch.equal(way.to_raster(way.to_image_order(tokens, 0), 0), tokens), "tokens do not come back in order"
     assert np.array_equal(plan.rows.numpy(), y[order]), "rows of a plan are wrong"
@@ -145,7 +145,7 @@ def check_attend(layout: Layout, window: Window, right: Tensor) -> None:
     query, key, value = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
     factor = window.factor if isinstance(window, Downsampled) else 0
     weight = torch.rand(factor**2, generator=generator, dtype=torch.float64) / factor**2 if factor else None
-    call = CallPlan(base=plan, masks=(plan.mask,), poolings=(plan.pooling,))
+    call = CallPlan(base=plan, slots=(SlotPlan(plan.mask, plan.pooling),))
     ours = call.attend(0, query, key, value, weight)[0].numpy()
     keys, values = key[0].numpy(), value[0].numpy()
     if weight is not None:

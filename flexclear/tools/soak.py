@@ -29,7 +29,7 @@ from flexclear.compile import repeated_blocks, report
 from flexclear.compile.regional import GRAPHS_PER_SIZE
 from flexclear.compile.report import remember_all_graphs
 from flexclear.families.target import model_of, px_per_token
-from flexclear.runtime.hooks import Hook
+from flexclear.runtime.carrying import Hook
 from flexclear.runtime.plan import plans
 from flexclear.tools.soak_calls import (
     Call,

@@ -65,7 +65,9 @@ def test_foreign_processors_and_blocks_are_refused(row):
         refused(model, TypeError, re.escape(f"{stack}[0].{name} has a function; flexclear replaces"))
         setattr(getattr(model, stack)[0], name, torch.nn.Linear(2, 2))
         refused(
-            model, ValueError, rf"{stack}\[0\] of this {type(model).__name__} has no \w+ named {name} \(found Linear"
+            model,
+            ValueError,
+            rf"{stack}\[0\] of this {type(model).__name__} has no attention module named {name} \(found Linear",
         )
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import flexclear
-from flexclear.families.flux2_attention import Flux2ParallelWindowProcessor, Flux2WindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
+from flexclear.runtime.processors import windowed
 
 from helpers.models import flux2_call, tiny_flux2
 
@@ -43,7 +43,7 @@ def test_both_kinds_of_block_are_windowed_and_given_back(model):
     dense = run(model, call)
     flexclear.transform(model, r=R, backend="sdpa")
     kinds = [type(processor) for processor in model.attn_processors.values()]
-    assert kinds == [Flux2WindowProcessor] * 2 + [Flux2ParallelWindowProcessor] * 2
+    assert kinds == [windowed(Flux2KVAttnProcessor)] * 2 + [windowed(Flux2KVParallelSelfAttnProcessor)] * 2
     assert (run(model, call) - dense).abs().max() > 1e-3
     flexclear.restore(model)
     assert model.attn_processors == before

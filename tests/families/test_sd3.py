@@ -96,7 +96,9 @@ def test_processors_of_an_earlier_transform_that_unfusing_puts_back_are_not_take
     radii = {"default": 3, "transformer_blocks.1": 5}
     fused = run(flexclear.transform(model, r=radii, backend="sdpa"), call)
     model.unfuse_qkv_projections()
-    with pytest.raises(RuntimeError, match=r"transformer_blocks.1.attn of .* was given a SD3WindowProcessor after"):
+    with pytest.raises(
+        RuntimeError, match=r"transformer_blocks.1.attn of .* was given a WindowedJointAttnProcessor2_0 after"
+    ):
         run(model, call)
     assert (run(flexclear.transform(model, r=radii, backend="sdpa"), call) - fused).abs().max() <= 1e-5
 

@@ -9,7 +9,7 @@ import sys
 import torch
 
 import flexclear
-from flexclear.runtime.hooks import Hook
+from flexclear.runtime.carrying import Hook
 
 PACKAGE = [str(pathlib.Path(package.__file__).parent) for package in (flexclear, flexclear.compile, flexclear.masks)]
 OTHERS = {

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 import flexclear
 from flexclear import parallel
-from flexclear.families import flux_attention, sd3_attention  # noqa: F401
 from flexclear.parallel.group import ranks_of
 
 from helpers.models import flux_call, tiny_flux

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.transformers import transformer_flux as flux
 from safetensors.torch import save_file
 
 import flexclear
-from flexclear.families.flux_attention import FluxIPWindowProcessor, FluxWindowProcessor
 from flexclear.masks import Disc, Layout, dense_mask
+from flexclear.runtime.processors import windowed
 
 from helpers.models import flux_call
 
@@ -131,7 +132,7 @@ def test_an_unloaded_adapter_asks_for_another_transform_and_is_gone(twins, load)
     with pytest.raises(RuntimeError, match=r"Call flexclear\.transform"):
         dense(twins.ours, {})
     assert torch.equal(twins.transform().agree(), plain)
-    assert {type(p) for p in twins.ours.transformer.attn_processors.values()} == {FluxWindowProcessor}
+    assert {type(p) for p in twins.ours.transformer.attn_processors.values()} == {windowed(flux.FluxAttnProcessor)}
     flexclear.restore(twins.ours)
     assert torch.equal(dense(twins.ours, {}), dense(twins.theirs, {}))
 
@@ -141,7 +142,7 @@ def test_an_adapter_without_a_picture_leaves_the_call_as_it_is(twins, load):
     load(1)
     twins.transform()
     kinds = [type(p) for p in twins.ours.transformer.attn_processors.values()]
-    assert kinds == [FluxIPWindowProcessor] * 2 + [FluxWindowProcessor] * 2
+    assert kinds == [windowed(flux.FluxIPAdapterAttnProcessor)] * 2 + [windowed(flux.FluxAttnProcessor)] * 2
     with torch.no_grad():
         assert torch.equal(twins.ours.transformer(**flux_call(9, 13, 20, 2)).sample, plain)
 
@@ -153,7 +154,9 @@ def test_an_adapter_and_down_sampled_keys_refuse_each_other_before_any_change(tw
     assert not twins.ours.transformer._forward_pre_hooks
     twins.ours.unload_ip_adapter()
     twins.transform(down_factor=2)
-    with pytest.raises(TypeError, match="whose trained pooling weights a plugin is about to drop"):
+    with pytest.raises(
+        TypeError, match=r"trained weights of their own \(spatial_weight\), which a plugin is about to drop"
+    ):
         load(1)
 
 
@@ -165,7 +168,7 @@ def test_the_adapter_moves_and_is_copied_with_the_model(twins, load):
     twins.ours.to(torch.float64)
     kept = twins.ours.transformer.attn_processors["transformer_blocks.0.attn.processor"]
     assert {p.dtype for p in kept.parameters()} == {torch.float64}
-    assert {p.dtype for p in kept.adapter[0].parameters()} == {torch.float64}
+    assert {p.dtype for p in kept.replaced.parameters()} == {torch.float64}
     twins.ours.to(torch.float32)
     assert (twins.agree(extra=pictures()) - expected).abs().max() <= 1e-6
 

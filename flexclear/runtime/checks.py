@@ -6,8 +6,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexclear.runtime.family import diffusers_class
 from flexclear.runtime.processors import is_ours
+
+
+def diffusers_class(module: nn.Module) -> type[nn.Module] | None:
+    """The first class of diffusers among those that ``module`` is of; None where there is none."""
+    return next(
+        (
+            base
+            for base in type(module).__mro__
+            if base.__module__.startswith("diffusers.") and issubclass(base, nn.Module)
+        ),
+        None,
+    )
 
 
 def refuse_other_forward(module: nn.Module, where: str, base: type[nn.Module] | None) -> None:
@@ -26,9 +37,7 @@ def refuse_other_forward(module: nn.Module, where: str, base: type[nn.Module] | 
         )
 
 
-def attention_of(
-    model: nn.Module, block: nn.Module, where: str, name: str, kind: type[nn.Module], replaced: tuple[type, ...]
-) -> Any:
+def attention_of(model: nn.Module, block: nn.Module, where: str, name: str, replaced: tuple[str, ...]) -> Any:
     """The attention module ``name`` of a block, once it is known that flexclear can replace its processor.
 
     Args:
@@ -36,27 +45,31 @@ def attention_of(
         block: the block.
         where: its place in the model, such as ``transformer_blocks[0]``.
         name: of the attribute that holds the module.
-        kind: class that it has in diffusers.
-        replaced: the processors that the family replaces: these classes exactly, since a subclass may compute anything.
+        replaced: names of the processors' classes that the family replaces: these exactly, since a subclass may compute
+            anything.
 
     Raises:
-        ValueError: it is another module.
-        TypeError: its processor is another; or it or the block is of a subclass with a forward of its own.
+        ValueError: there is no such module.
+        TypeError: its processor is another, or has no attention to put another in place of; or it or the block is of a
+            subclass with a forward of its own.
     """
     attention: Any = getattr(block, name, None)
-    if not isinstance(attention, kind):
+    if not isinstance(attention, nn.Module) or not hasattr(attention, "processor"):
         raise ValueError(
-            f"{where} of this {type(model).__name__} has no {kind.__name__} named {name} (found "
+            f"{where} of this {type(model).__name__} has no attention module named {name} (found "
             f"{type(attention).__name__}): not the blocks that this model has in diffusers"
         )
     refuse_other_forward(block, where, diffusers_class(block))
-    refuse_other_forward(attention, f"{where}.{name}", kind)
+    refuse_other_forward(attention, f"{where}.{name}", diffusers_class(attention))
     processor = attention.processor
-    if type(processor) not in replaced and not is_ours(processor):
-        known = " and ".join(known.__name__ for known in replaced)
-        derived = any(isinstance(processor, known) for known in replaced)
+    if is_ours(processor):
+        return attention
+    kind = type(processor)
+    home = (diffusers_class(attention) or type(attention)).__module__.partition(".")[0]
+    if kind.__name__ not in replaced or kind.__module__.partition(".")[0] != home:
+        derived = any(base.__name__ in replaced for base in kind.__mro__)
         raise TypeError(
-            f"{where}.{name} has a {type(processor).__name__}; flexclear replaces {known}"
+            f"{where}.{name} has a {kind.__name__}; flexclear replaces {' and '.join(replaced)}"
             f"{', not what derives from them' if derived else ''}. Unload the plugin that installed it, then transform"
         )
     return attention

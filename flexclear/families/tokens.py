@@ -1,0 +1,126 @@
+"""Models that are handed image tokens and their position ids, as FLUX is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexclear.runtime.call_plan import CallPlan, Rotary
+from flexclear.runtime.checks import refuse_mask, required_tensor
+from flexclear.runtime.facts import JOINT, Call
+from flexclear.runtime.family import Family
+from flexclear.runtime.grid import GridReader, Grids, exact_ids
+from flexclear.runtime.switches import Switches
+
+
+@dataclass(frozen=True)
+class TokensFamily(Family):
+    """A model that takes ``hidden_states`` ``[B, tokens, C]`` and position ids for them.
+
+    Attributes:
+        ids: argument with the ids, ``[tokens, axes]`` with columns (index, y, x, ...).
+        text: argument with the text's features, ``[B, tokens, C]``.
+        text_ids: argument with the text's ids, of a model whose rotary embedding an NTK factor can stretch.
+        residuals: arguments with a ControlNet's residuals, one row per image token.
+        attention_kwargs: argument that goes to the processors.
+    """
+
+    ids: str = "img_ids"
+    text: str = "encoder_hidden_states"
+    text_ids: str = "txt_ids"
+    residuals: tuple[str, ...] = ()
+    attention_kwargs: str = "joint_attention_kwargs"
+
+    def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
+        tokens, text, ids = (required_tensor(kwargs, name, model) for name in ("hidden_states", self.text, self.ids))
+        refuse_mask(kwargs.get(self.attention_kwargs) or {}, self.attention_kwargs)
+        found = grids(ids)
+        check_tokens(model, kwargs, found)
+        check_residuals(kwargs, self.residuals)
+        return Call(tokens, found, {JOINT: text.shape[1]})
+
+    def enter(
+        self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
+    ) -> tuple[dict[str, Any], CallPlan]:
+        changed = self.permuted(kwargs, plan, exact_ids)
+        if switches.ntk_factor != 1:
+            plan = replace(plan, rotary=self.stretched(model, changed, switches))
+        return changed, plan
+
+    def permuted(self, kwargs: dict[str, Any], plan: CallPlan, exact: bool) -> dict[str, Any]:
+        """Arguments in the plan's order: image tokens, their ids, ControlNet residuals."""
+        changed = {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
+        ids = plan.to_image_order(kwargs[self.ids], dim=-2)
+        if exact:
+            ids = exact_ids(ids[0] if ids.ndim == 3 else ids, plan.base.rows, plan.base.columns)
+            # Batched ids are batched for a reason in some families (FLUX.2); the batch shares its grid.
+            ids = ids if kwargs[self.ids].ndim == 2 else ids[None].expand(len(kwargs[self.ids]), -1, -1)
+        changed[self.ids] = ids
+        for name in self.residuals:
+            if kwargs.get(name) is not None:
+                changed[name] = [plan.to_image_order(residual) for residual in kwargs[name]]
+        return changed
+
+    def stretched(self, model: nn.Module, kwargs: dict[str, Any], switches: Switches) -> Rotary:
+        """The rotary embedding of a larger base, of arguments that ``permuted`` returned."""
+        embed: Any = model.pos_embed
+        image, text = (ids[0] if ids.ndim == 3 else ids for ids in (kwargs[self.ids], kwargs[self.text_ids]))
+        ids = torch.cat([text.to(image.dtype), image])
+        if switches.ntk_floor:
+            cos, sin = _clipped(ids, embed.axes_dim, embed.theta, switches.ntk_factor, switches.ntk_floor)
+        else:
+            cos, sin = type(embed)(theta=embed.theta * switches.ntk_factor, axes_dim=embed.axes_dim)(ids)
+        return cos[None, :, None], sin[None, :, None]
+
+
+def check_tokens(
+    model: nn.Module, kwargs: dict[str, Any], grids: Grids, source: str = "the position ids describe"
+) -> None:
+    """Raise unless ``hidden_states`` hold as many tokens as the grids have; ``source`` says where those come from.
+
+    Raises:
+        ValueError: they do not.
+    """
+    tokens = kwargs["hidden_states"]
+    expected = sum(height * width for height, width in grids)
+    if tokens.ndim != 3 or tokens.shape[1] != expected:
+        sizes = " + ".join(f"{height} x {width}" for height, width in grids)
+        raise ValueError(
+            f"hidden_states of shape {tuple(tokens.shape)} do not hold the {sizes} = {expected} image tokens that "
+            f"{source}; [batch, tokens, channels] is expected"
+        )
+
+
+def check_residuals(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Raise unless a ControlNet's residuals have a row for each of ``hidden_states``' tokens, which have been checked.
+
+    Without this, putting them into the tokens' order would take the first rows of longer ones.
+
+    Raises:
+        ValueError: they have not.
+    """
+    length = kwargs["hidden_states"].shape[1]
+    for name in names:
+        residuals = kwargs.get(name)
+        for number, residual in enumerate(() if residuals is None else residuals):
+            if residual.ndim != 3 or residual.shape[1] != length:
+                raise ValueError(
+                    f"{name}[{number}] of shape {tuple(residual.shape)} does not hold one residual for each of the {length} "
+                    "tokens of hidden_states"
+                )
+
+
+def _clipped(ids: Tensor, axes: Sequence[int], theta: float, ntk_factor: float, floor: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[N, head_dim]``, float32, in which no frequency is below ``floor`` times that of ``theta``."""
+    dtype = torch.float32 if ids.device.type in ("mps", "npu") else torch.float64
+    angles = []
+    for axis, dim in enumerate(axes):
+        exponents = torch.arange(0, dim, 2, dtype=dtype, device=ids.device) / dim
+        frequencies = torch.maximum((theta * ntk_factor) ** -exponents, floor * theta**-exponents)
+        angles.append(torch.outer(ids[:, axis].to(dtype), frequencies).repeat_interleave(2, dim=1))
+    angle = torch.cat(angles, dim=1)
+    return angle.cos().float(), angle.sin().float()

@@ -1,0 +1,129 @@
+"""How the plan of a call reaches every attention layer: on an argument that the model gives to all of its blocks anyway.
+
+The entry hook hands the plan to this thread. Where the model makes what every block gets (its rotary embedding, or the
+embedding of the timestep), ``CarrierHook`` makes those tensors carry it. ``BlockHook`` reads it off a block's arguments
+when the block begins, so that a block that gradient checkpointing runs again, in another thread and after the call, finds
+its own call's plan; and the processor inside takes it from there. Nothing of a call is kept on the model, and blocks that
+are called without the entry find none.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from flexclear.runtime.call_plan import CallPlan
+
+CARRIED = "flexclear_plan"
+"""Attribute of a tensor that carries a plan."""
+
+
+class Hook:
+    """Base of every hook that flexclear installs; ``flexclear.runtime.exchange`` finds them by it.
+
+    Attributes:
+        after: of a hook on a module inside the model: whether it runs after the module's forward, not before.
+    """
+
+    after = False
+
+
+here = threading.local()
+"""What this thread is in, each absent or None outside of it. Dynamo knows no subclass of it, nor a context variable.
+
+``entering``: plan of a call whose carriers have not all been made; ``plan``: of the block that runs, or has run last;
+``attending``: processor whose attention is about to be computed; ``leaving``: plan of the call that runs, for its exit.
+"""
+
+
+def plan_here() -> CallPlan | None:
+    """The plan of the block that this thread is in, None in a block without one."""
+    return getattr(here, "plan", None)
+
+
+def enter(plan: CallPlan, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Hand the plan of a call to this thread until its exit, or until its arguments, which are returned, are gone."""
+    here.entering = here.leaving = plan
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            held = value.view_as(value)
+            held.flexclear_call = _Call(plan)  # type: ignore[attr-defined]
+            return {**kwargs, name: held}
+    return kwargs
+
+
+def leave() -> CallPlan | None:
+    """The plan of the call that this thread has entered, which it leaves; None if there was none yet."""
+    plan: CallPlan | None = getattr(here, "leaving", None)
+    here.entering = here.plan = here.attending = here.leaving = None
+    return plan
+
+
+class _Call:
+    """Among a call's arguments for as long as those are: a ``KeyboardInterrupt`` runs no hook at the exit."""
+
+    def __init__(self, plan: CallPlan) -> None:
+        self.plan = plan
+
+    def __del__(self) -> None:
+        if getattr(here, "leaving", None) is self.plan:
+            leave()
+
+
+class CarrierHook(Hook):
+    """Forward hook of a module whose output every block gets: new views of that, which carry the plan.
+
+    Views, because a model may keep what it has made and give it to other calls.
+
+    Attributes:
+        last: whether no other module of the model carries.
+    """
+
+    after = True
+
+    def __init__(self, last: bool = True) -> None:
+        self.last = last
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        plan: CallPlan | None = getattr(here, "entering", None)
+        if plan is None:
+            return output
+        if self.last:
+            here.entering = None
+        return carrying(output, plan)
+
+
+def carrying(value: Any, plan: CallPlan) -> Any:
+    """``value`` with new views of its tensors, which carry the plan."""
+    if isinstance(value, Tensor):
+        view = value.view_as(value)
+        setattr(view, CARRIED, plan)
+        return view
+    if isinstance(value, tuple | list):
+        return type(value)([carrying(each, plan) for each in value])
+    return value
+
+
+def carried(values: Any) -> CallPlan | None:
+    """The plan that one of these arguments carries, or None."""
+    for value in values:
+        if isinstance(value, Tensor):
+            found = getattr(value, CARRIED, None)
+        else:
+            found = carried(value) if isinstance(value, tuple | list) else None
+        if found is not None:
+            return found
+    return None
+
+
+class BlockHook(Hook):
+    """Forward pre-hook of a block with windowed attention: the plan that its arguments carry is the thread's, or none is.
+
+    It stays until the next block, or the call's exit: attention is always in a block.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        here.plan = carried((*args, *kwargs.values()))
