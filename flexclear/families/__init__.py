@@ -9,12 +9,59 @@ from flexclear.families.flux import FLUX
 from flexclear.families.flux2 import FLUX2
 from flexclear.families.qwen import QWEN
 from flexclear.families.sd3 import SD3
+from flexclear.families.tokens import TokensFamily
 from flexclear.families.zimage import ZIMAGE
 from flexclear.runtime.checks import refuse_other_forward
 from flexclear.runtime.facts import Call, Layer
 from flexclear.runtime.family import Family
 
-FAMILIES: tuple[Family, ...] = (FLUX, FLUX2, QWEN, SD3, CHROMA, ZIMAGE)
+FAMILIES: list[Family] = [FLUX, FLUX2, QWEN, SD3, CHROMA, ZIMAGE]
+"""Those that there are; ``register`` adds to them."""
+
+
+def register(family: Family, *, replace: bool = False) -> Family:
+    """Make a model class known to ``flexclear.transform``, for this process.
+
+    >>> from flexclear.families import TokensFamily, register
+    >>> register(TokensFamily(                                              # doctest: +SKIP
+    ...     model_class="MyTransformer2DModel",            # takes hidden_states, encoder_hidden_states, img_ids
+    ...     processors=("MyAttnProcessor",),
+    ...     stacks={"transformer_blocks": "attn"},
+    ...     carriers=("pos_embed",),
+    ... ))
+
+    ``flexclear.testing.check_family`` tells whether the declaration is right.
+
+    Args:
+        family: its declaration: a ``TokensFamily`` for a model that is handed tokens and position ids, or a ``Family`` with a
+            ``read`` and an ``enter`` of its own.
+        replace: whether it takes the place of the family that knows the class already.
+
+    Returns:
+        ``family``.
+
+    Raises:
+        TypeError: it is no ``Family``.
+        ValueError: it names no processor, no stack of blocks or no carrier, or its class is known already.
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"register takes a Family, such as TokensFamily(model_class=...), got {type(family).__name__}")
+    for name in ("model_class", "processors", "stacks", "carriers"):
+        if not getattr(family, name):
+            raise ValueError(f"a family needs {name}, got {getattr(family, name)!r}")
+    for name in ("processors", "carriers"):
+        if isinstance(getattr(family, name), str):
+            raise TypeError(f"{name} must be a tuple of names, got {getattr(family, name)!r}")
+    known = next((number for number, other in enumerate(FAMILIES) if other.model_class == family.model_class), None)
+    if known is None:
+        FAMILIES.append(family)
+    elif replace:
+        FAMILIES[known] = family
+    else:
+        raise ValueError(
+            f"{family.model_class} is known already; register(family, replace=True) puts another in its place"
+        )
+    return family
 
 
 def family_of(model: nn.Module) -> Family:
@@ -33,4 +80,4 @@ def family_of(model: nn.Module) -> Family:
     raise TypeError(f"{type(model).__name__} is not a model that flexclear can transform. Supported: {supported}")
 
 
-__all__ = ["FAMILIES", "Call", "Family", "Layer", "family_of"]
+__all__ = ["FAMILIES", "Call", "Family", "Layer", "TokensFamily", "family_of", "register"]

@@ -1,4 +1,5 @@
-"""Testing masks: Hypothesis strategies, ``assert_matches_dense``, and a fuzzer. Needs the extra ``testing``.
+"""Testing masks and model families: Hypothesis strategies, ``assert_matches_dense``, a fuzzer, and ``check_family``. Needs
+the extra ``testing``.
 
 >>> from flexclear.masks import Disc, Layout
 >>> from flexclear.testing import assert_matches_dense
@@ -14,6 +15,7 @@ except ModuleNotFoundError as error:
 
 from flexclear.testing import strategies
 from flexclear.testing.checks import assert_matches_dense
+from flexclear.testing.family import FamilyReport, check_family
 from flexclear.testing.fuzzing import Case, Report, fuzz
 
-__all__ = ["Case", "Report", "assert_matches_dense", "fuzz", "strategies"]
+__all__ = ["Case", "FamilyReport", "Report", "assert_matches_dense", "check_family", "fuzz", "strategies"]
