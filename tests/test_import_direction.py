@@ -51,7 +51,7 @@ LIBRARIES = {"masks": {"torch"}, "compile": {"torch", "torchao", "safetensors"}}
 """The other packages that a part may import at all."""
 
 AT_IMPORT = {"common": set(), "runtime": {"torch", "numpy"}, "families": {"torch"}}
-"""Those that it may import when it is imported itself; ``*_attention.py`` come in when a model is transformed."""
+"""Those that it may import when it is imported itself, and not later."""
 
 KNOWN_CIRCLES = [["flexclear.masks.compose", "flexclear.masks.windows"]]
 """Of function-level imports: ``Window & Window`` makes a subclass of Window."""
@@ -158,7 +158,7 @@ def strangers(imports: Iterable[Import]) -> list[str]:
         part = part_of(one.source)
         if one.target == "flexclear" or one.target.startswith("flexclear.") or one.target in sys.stdlib_module_names:
             continue
-        late = one.kind != "module" or one.source.endswith("_attention")
+        late = one.kind != "module"
         if (part in LIBRARIES and one.target not in LIBRARIES[part]) or (
             part in AT_IMPORT and not late and one.target not in AT_IMPORT[part]
         ):
@@ -235,7 +235,7 @@ GOOD = {
     "flexclear/runtime/plan.py": "import torch\nfrom flexclear import masks\nfrom flexclear.masks.windows import Window\n",
     "flexclear/runtime/hooks.py": "from .plan import Plan\n",
     "flexclear/families/__init__.py": "from flexclear.runtime.plan import Plan\n",
-    "flexclear/families/flux_attention.py": "import diffusers\n",
+    "flexclear/families/flux.py": "def f():\n    import diffusers\n",
     "flexclear/convert.py": "from flexclear.families import family_of\n",
     "flexclear/parallel/__init__.py": "from flexclear.runtime import hooks\n\ndef f():\n    from flexclear import convert\n",
     "flexclear/tools/demo.py": "import flexclear\nfrom flexclear import transform\n",
