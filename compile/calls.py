@@ -113,9 +113,10 @@ def _first(named: Mapping[str, Any]) -> Tensor | None:
 
 
 def _plan(values: Iterable[Any]) -> WithText | None:
-    """The plan that a tensor among arguments carries."""
-    for tensor in _tensors(values):
-        for candidate in vars(tensor).values():
+    """The plan among arguments: in a dictionary of them, or carried by a tensor."""
+    for value in values:
+        holders = [value] if isinstance(value, dict) else map(vars, _tensors([value]))
+        for candidate in (each for holder in holders for each in holder.values()):
             if hasattr(type(candidate), "sequence_tensors"):
                 return candidate
     return None

@@ -152,8 +152,11 @@ def test_register_takes_a_family_that_says_what_it_must(own):
     assert FAMILIES[-2] is not OWN
     with pytest.raises(TypeError, match=r"register takes a Family, .* got str"):
         register("OwnTransformer2DModel")
-    for name in ("model_class", "processors", "stacks", "carriers"):
+    for name in ("model_class", "processors", "stacks"):
         with pytest.raises(ValueError, match=f"a family needs {name}"):
             register(dataclasses.replace(OWN, **{name: type(getattr(OWN, name))()}))
+    for wrong in ({"carriers": ()}, {"carrier_argument": "attention_kwargs"}):
+        with pytest.raises(ValueError, match="a family needs carriers or a carrier_argument"):
+            register(dataclasses.replace(OWN, **wrong))
     with pytest.raises(TypeError, match="processors must be a tuple of names, got 'OwnAttnProcessor'"):
         register(dataclasses.replace(OWN, processors="OwnAttnProcessor"), replace=True)

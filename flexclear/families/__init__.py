@@ -46,9 +46,13 @@ def register(family: Family, *, replace: bool = False) -> Family:
     """
     if not isinstance(family, Family):
         raise TypeError(f"register takes a Family, such as TokensFamily(model_class=...), got {type(family).__name__}")
-    for name in ("model_class", "processors", "stacks", "carriers"):
+    for name in ("model_class", "processors", "stacks"):
         if not getattr(family, name):
             raise ValueError(f"a family needs {name}, got {getattr(family, name)!r}")
+    if bool(family.carriers) == (family.carrier_argument is not None):
+        raise ValueError(
+            f"a family needs carriers or a carrier_argument, got {family.carriers!r} and {family.carrier_argument!r}"
+        )
     for name in ("processors", "carriers"):
         if isinstance(getattr(family, name), str):
             raise TypeError(f"{name} must be a tuple of names, got {getattr(family, name)!r}")

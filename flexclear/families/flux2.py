@@ -53,8 +53,7 @@ FLUX2 = Flux2Family(
         "Flux2KVParallelSelfAttnProcessor",
     ),
     stacks=STACKS,
-    # The rotary embeddings of text and image are concatenated on their way; these reach the blocks as they are.
-    carriers=("double_stream_modulation_img", "single_stream_modulation"),
+    carrier_argument="joint_attention_kwargs",
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
     notes=(
         "dev and klein; reference images are further grids. Key-value caching of reference images (Flux2KleinKVPipeline) "

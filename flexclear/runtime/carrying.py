@@ -1,6 +1,7 @@
 """How the plan of a call reaches every attention layer: on an argument that the model gives to all of its blocks anyway.
 
-The entry hook hands the plan to this thread. Where the model makes what every block gets (its rotary embedding, or the
+Where the model takes a dictionary of arguments for its attention and gives that to every block, the plan is in there. Elsewhere
+the entry hook hands it to this thread, and where the model makes what every block gets (its rotary embedding, or the
 embedding of the timestep), ``CarrierHook`` makes those tensors carry it. ``BlockHook`` reads it off a block's arguments
 when the block begins, so that a block that gradient checkpointing runs again, in another thread and after the call, finds
 its own call's plan; and the processor inside takes it from there. Nothing of a call is kept on the model, and blocks that
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from flexclear.runtime.call_plan import CallPlan
 
 CARRIED = "flexclear_plan"
-"""Attribute of a tensor that carries a plan."""
+"""Attribute of a tensor that carries a plan, and its key in a dictionary."""
 
 
 class Hook:
@@ -44,9 +45,17 @@ def plan_here() -> CallPlan | None:
     return getattr(here, "plan", None)
 
 
-def enter(plan: CallPlan, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Hand the plan of a call to this thread until its exit, or until its arguments, which are returned, are gone."""
-    here.entering = here.leaving = plan
+def enter(plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[str, Any]:
+    """Hand the plan of a call to this thread until its exit, or until its arguments, which are returned, are gone.
+
+    Args:
+        plan: the call's.
+        kwargs: its arguments.
+        argument: name of the dictionary among them that every block gets, or None: there are carriers.
+    """
+    here.leaving, here.entering = plan, plan if argument is None else None
+    if argument is not None:
+        kwargs = {**kwargs, argument: {**(kwargs.get(argument) or {}), CARRIED: plan}}
     for name, value in kwargs.items():
         if isinstance(value, Tensor):
             held = value.view_as(value)
@@ -112,6 +121,8 @@ def carried(values: Any) -> CallPlan | None:
     for value in values:
         if isinstance(value, Tensor):
             found = getattr(value, CARRIED, None)
+        elif isinstance(value, dict):
+            found = value.get(CARRIED)
         else:
             found = carried(value) if isinstance(value, tuple | list) else None
         if found is not None:

@@ -33,7 +33,10 @@ class Family:
             anything.
         stacks: where blocks with windowed attention are: path of the list of blocks, and the names of the attention modules in
             each.
-        carriers: paths of the modules whose outputs, together, reach every such block as arguments of it.
+        carriers: paths of the modules whose outputs, together, reach every such block as arguments of it; a call's plan rides
+            on them.
+        carrier_argument: name of the model's argument that is a dictionary and reaches every block and its attention, in place of
+            carriers.
         text_first: whether text precedes the image in the attention's sequence.
         scopes: which tokens an attention module attends over, by its name or by its stack's, where that is not ``JOINT``.
         given: what the processors' code gets for arguments of these names, such as None for masks of padding; see
@@ -52,7 +55,8 @@ class Family:
     model_class: str
     processors: tuple[str, ...]
     stacks: Mapping[str, str | tuple[str, ...]]
-    carriers: tuple[str, ...]
+    carriers: tuple[str, ...] = ()
+    carrier_argument: str | None = None
     text_first: bool = True
     scopes: Mapping[str, str] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)

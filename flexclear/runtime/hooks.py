@@ -111,7 +111,7 @@ class EntryHook(Hook):
         entered, plan = self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches)
         if model._compiled_call_impl is not None:
             mark(model, (), entered, plan)
-        return (), enter(plan, entered)
+        return (), enter(plan, entered, self.family.carrier_argument)
 
     def plan(
         self, model: nn.Module, call: Call, switches: Switches, needs_grad: bool, transforms: str | None = None

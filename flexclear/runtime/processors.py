@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexclear.runtime.call_plan import CallPlan, Rotary
-from flexclear.runtime.carrying import here, plan_here
+from flexclear.runtime.carrying import CARRIED, here, plan_here
 from flexclear.runtime.modes import known_to_hooks, scores_skipped
 
 ROTARY = ("image_rotary_emb", "freqs_cis", "rotary_emb")
@@ -236,6 +236,7 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
                 return self.replaced(*args, **kwargs)  # type: ignore[misc]
             raise ValueError(NO_PLAN)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given.pop(CARRIED, None)
         for name, value in self.given.items():
             if value is None or given.get(name) is None:
                 given[name] = value
@@ -245,7 +246,7 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
         return own(self, **given)
 
     # Asked for in every call: looked up, not found anew.
-    __call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    __call__.__signature__ = _with_plan(inspect.signature(call))  # type: ignore[attr-defined]
     module = issubclass(stock, nn.Module)
     bases = [
         WindowProcessor,
@@ -264,6 +265,15 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
     kind: Any = type(f"Windowed{stock.__name__}", tuple(bases), body)
     known_to_hooks(kind, stock)
     return kind
+
+
+def _with_plan(signature: inspect.Signature) -> inspect.Signature:
+    """The same with the plan among the keywords, so that attention modules, which drop arguments that their processor does not
+    know, and warn of them, know it."""
+    own = inspect.Parameter(CARRIED, inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(signature.parameters.values())
+    rest = parameters[-1:] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    return signature.replace(parameters=[*parameters[: len(parameters) - len(rest)], own, *rest])
 
 
 def why_not_windowed(stock: type) -> str | None:
