@@ -11,24 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from flexclear.alternatives import LinearAttention
-
+from .pieces import (
+    FLUX_BLOCK,
+    FLUX_STACKS,
+    FORMULAS,
+    MASK_HELD,
+    NO_ADAPTER,
+    NO_FUSING,
+    NO_IDS,
+    POOLED,
+    fuse,
+    image_len,
+    image_residuals,
+    keep,
+    mask_among,
+    noise,
+    stretch_theta,
+)
 from .row import Refused, Row
 from .shapes import Shape
 from helpers import models
-
-
-def noise(*shape: int, seed: int = 9) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def keep(shape: Shape) -> torch.Tensor:
-    """Which text is no padding, bool ``[B, text_len]``."""
-    return torch.arange(shape.text_len)[None] < torch.tensor(shape.kept)[:, None]
-
-
-def image_len(shape: Shape) -> int:
-    return sum(height * width for height, width in ((shape.height, shape.width), *shape.references))
 
 
 def with_references(call: dict[str, Any], shape: Shape) -> dict[str, Any]:
@@ -81,22 +83,9 @@ def zimage_text(shape: Shape) -> tuple[int, ...]:
     return pads, pads + models.padded(max(shape.kept))
 
 
-def image_residuals(*names: str) -> Callable[[Shape], dict[str, Any]]:
-    """Residuals of the image's tokens, two for each argument."""
-
-    def make(shape: Shape) -> dict[str, Any]:
-        return {name: [noise(shape.batch, image_len(shape), 32, seed=place) for place in range(2)] for name in names}
-
-    return make
-
-
 def zimage_residuals(shape: Shape) -> dict[str, Any]:
     length = image_len(shape) + max(zimage_text(shape))
     return {"controlnet_block_samples": {0: noise(shape.batch, length, 32)}}
-
-
-def stretch_theta(model, factor: float) -> None:
-    model.pos_embed.theta *= factor
 
 
 def stretch_qwen(model, factor: float) -> None:
@@ -115,21 +104,6 @@ def stretch_zimage(model, factor: float) -> None:
         block.register_forward_pre_hook(lambda module, args: (args[0], args[1], own[:, : args[0].shape[1]], *args[3:]))
 
 
-def fuse(model) -> None:
-    """As diffusers does, or for a class that has no method for it, module by module."""
-    if hasattr(model, "fuse_qkv_projections"):
-        model.fuse_qkv_projections()
-        return
-    for module in model.modules():
-        if hasattr(module, "fuse_projections"):
-            module.fuse_projections()
-
-
-def mask_among(name: str) -> Callable[[Shape], dict[str, Any]]:
-    """A mask of the caller's own among the attention's arguments."""
-    return lambda shape: {name: {"attention_mask": torch.ones(1, shape.text_len + image_len(shape))}}
-
-
 def flux_adapter(model, shape: Shape) -> dict[str, Any]:
     """An IP-Adapter of two image tokens in the double-stream blocks, as ``load_ip_adapter`` puts it there."""
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -146,15 +120,6 @@ def sd3_adapter(model) -> None:
 
     model.transformer_blocks[1].attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, 8))
 
-
-POOLED = Refused("down_factor: down-sampled keys are defined for FluxTransformer2DModel", {"down_factor": 2})
-FORMULAS = Refused("attention='linear' is defined for FluxTransformer2DModel", {"attention": LinearAttention()})
-MASK_HELD = r"holds an attention_mask \(Tensor of shape"
-NO_ADAPTER = "there is no IP-Adapter for it in diffusers"
-NO_IDS = "positions come from sizes"
-NO_FUSING = "its projections cannot be fused in diffusers"
-FLUX_STACKS = {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
-FLUX_BLOCK = {"num_layers": 1, "num_single_layers": 1}
 
 FLUX = Row(
     "flux",
