@@ -42,9 +42,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def left_out_of_the_suite(item):
-    """Whether a test is costly, and about a family that its mark does not name."""
+    """Whether a test is about a family that its mark does not name, or of which the suite has the brief tests alone."""
+    row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
     mark = item.get_closest_marker("costly")
-    return mark is not None and item.callspec.params["row"].name not in mark.args
+    if mark is not None:
+        return row.name not in mark.args
+    return getattr(row, "brief", False) and item.get_closest_marker("brief") is None
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ from torch import nn
 from flexclear.families.chroma import CHROMA
 from flexclear.families.flux import FLUX
 from flexclear.families.flux2 import FLUX2
+from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
+from flexclear.families.latents import AURAFLOW, COGVIEW4
 from flexclear.families.qwen import QWEN
 from flexclear.families.sd3 import SD3
 from flexclear.families.tokens import TokensFamily
@@ -15,7 +17,7 @@ from flexclear.runtime.checks import refuse_other_forward
 from flexclear.runtime.facts import Call, Layer
 from flexclear.runtime.family import Family
 
-FAMILIES: list[Family] = [FLUX, FLUX2, QWEN, SD3, CHROMA, ZIMAGE]
+FAMILIES: list[Family] = [FLUX, FLUX2, QWEN, SD3, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, HUNYUAN_IMAGE]
 """Those that there are; ``register`` adds to them."""
 
 

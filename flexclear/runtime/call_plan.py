@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.runtime.attention import windowed_attention
@@ -17,7 +17,7 @@ from flexclear.runtime.plan import Plan
 from flexclear.runtime.pooling import Pooling
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines in sequence order, ``[B or 1, N, 1, head_dim]``, both channels of a pair alike."""
+"""Cosines and sines, ``[B or 1, N, 1, head_dim]``, both channels of a pair alike, in the order that tokens reach attention in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +158,8 @@ class CallPlan:
         slots: what each kind of layer attends under.
         means: what attends.
         rotary: rotary embedding that replaces the model's own; None keeps the model's.
+        embedder: what makes the rotary embedding in place of the model's own module, in the form of that; None keeps the
+            model's.
         dtype: of the call's tokens.
     """
 
@@ -166,6 +168,7 @@ class CallPlan:
     means: Means = LOCALLY
     dtype: torch.dtype = torch.float32
     rotary: Rotary | None = None
+    embedder: nn.Module | None = None
 
     @property
     def image_len(self) -> int:

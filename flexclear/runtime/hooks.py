@@ -173,9 +173,14 @@ class EntryHook(Hook):
             means = InBand(self.parallel.band(plans, masks, settings.slots, call.keep))
         elif formula is not None:
             means = ByFormula(formula.bind(base))
+        # Attention that is dense is the same in any order.
+        orders = [
+            plan.whole_order if self.family.raster and window is not None and not dense else None
+            for plan, (_, window) in zip(plans, settings.slots, strict=True)
+        ]
         slots = tuple(
-            SlotPlan(mask, plan.pooling, gain, order=plan.whole_order if self.family.raster else None)
-            for plan, mask, gain in zip(plans, masks, gains, strict=True)
+            SlotPlan(mask, plan.pooling, gain, order=order)
+            for plan, mask, gain, order in zip(plans, masks, gains, orders, strict=True)
         )
         return CallPlan(base, slots, means, call.tokens.dtype)
 

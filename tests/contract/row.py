@@ -18,6 +18,8 @@ ABILITIES = {
     "ip-adapter": "IP-Adapter",
     "pooled keys": "down-sampled keys",
     "formulas": "attention by formula",
+    "checkpointing": "gradient checkpointing",
+    "ranks": "an image shared by two processes",
 }
 """What a family may have or not, and what the support table calls it. What all must do is not in here."""
 
@@ -30,6 +32,7 @@ class Refused:
         says: a regular expression that the message holds.
         transform: options of ``transform`` that ask for it, or
         prepare: what is done to the model before it is transformed, or
+        afterwards: what is done to it then, or
         call: what a call is changed by, given the shape.
         error: type of what is raised.
     """
@@ -37,6 +40,7 @@ class Refused:
     says: str
     transform: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any], None] | None = None
+    afterwards: Callable[[Any], None] | None = None
     call: Callable[[Shape], dict[str, Any]] | None = None
     error: type[Exception] = ValueError
 
@@ -68,6 +72,7 @@ class Row:
         abilities: those of ``ABILITIES`` that it has.
         refuses: those that raise. An ability in neither is one that diffusers' model cannot be asked for: ``lacks``.
         lacks: why not.
+        brief: whether the test suite runs only those tests of it that are marked so, and ``make contract`` all.
     """
 
     name: str
@@ -91,6 +96,7 @@ class Row:
     fusing_replaces: bool = False
     refuses: Mapping[str, Refused] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
+    brief: bool = False
 
     @property
     def abilities(self) -> frozenset[str]:

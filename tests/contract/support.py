@@ -36,7 +36,7 @@ MUST = {
         "test_calls.py",
         "test_sizes_and_texts_alternate_and_come_back_to_the_same_bits",
     ),
-    "training, gradient checkpointing": (
+    "training": (
         "test_calls.py",
         "test_training_has_the_gradients_of_the_dense_mask_with_and_without_checkpointing",
     ),
@@ -63,10 +63,6 @@ MUST = {
     "compiled blocks, one graph for all sizes": (
         "test_compile.py",
         "test_blocks_compile_to_whole_graphs_that_serve_another_size",
-    ),
-    "an image shared by two processes": (
-        "../parallel/test_two_processes.py",
-        "test_a_shared_model_equals_the_plain_one_under_the_dense_mask",
     ),
 }
 """What every family does, and the test that runs over all: file and function."""
@@ -108,6 +104,14 @@ MAY = {
         "../alternatives/test_formulas.py",
         "test_an_alternative_equals_its_float64_reference_and_differs_from_dense_attention",
     ),
+    "checkpointing": (
+        "test_compile.py",
+        "test_checkpointed_blocks_compile_to_whole_graphs_with_the_gradients_of_the_dense_mask",
+    ),
+    "ranks": (
+        "../parallel/test_two_processes.py",
+        "test_a_shared_model_equals_the_plain_one_under_the_dense_mask",
+    ),
 }
 """What some do, see ``ABILITIES``, and the test that runs over those."""
 
@@ -128,7 +132,9 @@ def refusal(row: Row, ability: str) -> str:
     try:
         if asked.prepare is not None:
             asked.prepare(model)
-        flexclear.transform(model, **({"r": 3} if asked.call else asked.transform))
+        flexclear.transform(model, **({"r": 3} if asked.call or asked.afterwards else asked.transform))
+        if asked.afterwards is not None:
+            asked.afterwards(model)
         if asked.call is not None:
             shape = Shape(8, 6, 5)
             with torch.no_grad():

@@ -29,6 +29,7 @@ from .pieces import (
     stretch_theta,
 )
 from .row import Refused, Row
+from .rows_latents import ROWS as LATENTS
 from .shapes import Shape
 from helpers import models
 
@@ -265,7 +266,7 @@ ZIMAGE = Row(
     lacks={"ids": NO_IDS, "fuse": NO_FUSING, "ip-adapter": NO_ADAPTER},
 )
 
-ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE)
+ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE, *LATENTS)
 
 
 def cases(shapes: Callable[[Row], list[Shape]], *abilities: str) -> pytest.MarkDecorator:

@@ -47,7 +47,7 @@ def test_blocks_compile_to_whole_graphs_that_serve_another_size(row):
 
 
 @pytest.mark.costly("chroma")  # whose plan changes its carrier under checkpointing
-@every()
+@every("checkpointing")
 @pytest.mark.usefixtures("graphs")
 def test_checkpointed_blocks_compile_to_whole_graphs_with_the_gradients_of_the_dense_mask(row):
     model, plain = twins(row, one_block=True)
@@ -82,6 +82,7 @@ def check_kernels(row, shape, **config):
 
 # One process runs this file, so that families share kernels: one of plain attention, one where text is padded, one where a
 # mask is added.
+@pytest.mark.costly("flux", "flux2", "qwen", "sd3", "chroma", "zimage")
 @compiles
 @cases(lambda row: [] if row.joint_block is None else kernels(row))
 def test_compiled_flex_attention_equals_the_plain_model_under_the_dense_mask(row, shape):

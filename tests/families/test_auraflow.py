@@ -1,12 +1,16 @@
-"""AuraFlow: its pipeline end to end, and its LoRA loader."""
+"""AuraFlow: its pipeline end to end, dense and windowed, its LoRA loader, its learned positions."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 import flexclear
 
-from helpers.models_latents import tiny_auraflow
+from contract.oracle import run
+from contract.pipelines import check_windowed
+from contract.rows_latents import AURAFLOW
+from helpers.models_latents import auraflow_call, tiny_auraflow
 from helpers.pipeline_parts import check_lora, check_pipeline, image_vae, lora, quiet, t5
 
 SIZE = (48, 64)
@@ -34,9 +38,37 @@ def test_the_pipeline_runs(pipe):
     check_pipeline(pipe, SIZE, max_sequence_length=16, guided=guided)
 
 
+def test_the_pipeline_is_windowed(pipe):
+    def load():
+        pipe.load_lora_weights(lora(pipe.transformer))
+
+    options = {"height": 48, "width": 64, "max_sequence_length": 16, "guidance_scale": 3.5}
+    check_windowed(pipe, AURAFLOW, load, pipe.unload_lora_weights, **options)
+
+
 def test_a_lora_is_loaded(pipe):
     def load():
         pipe.load_lora_weights(lora(pipe.transformer))
 
     options = {"height": 48, "width": 64, "max_sequence_length": 16}
     check_lora(pipe, load, pipe.unload_lora_weights, **options)
+
+
+def test_layers_left_dense_keep_raster_order_and_every_bit():
+    model, call = tiny_auraflow(), auraflow_call(9, 13, 5, 2)
+    dense = run(model, call)
+    assert torch.equal(run(flexclear.transform(model, r=None, backend="sdpa"), call), dense)
+    flexclear.transform(model, r={"joint_transformer_blocks": None, "single_transformer_blocks": 3}, backend="sdpa")
+    assert (run(model, call) - dense).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(25, 8), (6, 30)]
+)  # the second is another row's positions in the plain model
+def test_sizes_beyond_the_learned_positions_are_refused(height, width):
+    model = flexclear.transform(tiny_auraflow(), r=3, backend="sdpa")
+    with pytest.raises(
+        ValueError, match=rf"{height} x {width} tokens .* end at 24 x 24 tokens .*pos_embed_max_size=576"
+    ):
+        run(model, auraflow_call(height, width, 5))
+    run(model, auraflow_call(24, 24, 5))

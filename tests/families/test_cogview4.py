@@ -1,11 +1,17 @@
-"""CogView4: its pipelines end to end, and its LoRA loader."""
+"""CogView4: its pipelines end to end, dense and windowed, its LoRA loader, and what is refused."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from PIL import Image
 
-from helpers.models_latents import tiny_cogview4
+import flexclear
+
+from contract.oracle import run
+from contract.pipelines import check_windowed
+from contract.rows_latents import COGVIEW4
+from helpers.models_latents import cogview4_call, tiny_cogview4
 from helpers.pipeline_parts import LANGUAGE, PROMPTS, byte_tokenizer, check_lora, check_pipeline, image_vae, lora, quiet
 
 SIZE = (48, 64)
@@ -14,7 +20,6 @@ GUIDED = {"guidance_scale": 3.5, "negative_prompt": ["green", "grey fields"]}
 
 
 def parts(**config):
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
     from transformers import GlmConfig, GlmModel
 
@@ -48,6 +53,14 @@ def test_the_control_pipeline_runs():
     images = check_pipeline(pipe, SIZE, control_image=picture, **GUIDED)
     other = check_pipeline(pipe, SIZE, control_image=picture.rotate(90), **GUIDED)
     assert (images - other).abs().max() > 1e-4, "the control image makes no difference"
+    check_windowed(pipe, COGVIEW4, height=48, width=64, control_image=picture, **GUIDED)
+
+
+def test_the_pipeline_is_windowed(pipe):
+    def load():
+        pipe.load_lora_weights(lora(pipe.transformer))
+
+    check_windowed(pipe, COGVIEW4, load, pipe.unload_lora_weights, height=48, width=64, **GUIDED)
 
 
 def test_a_lora_is_loaded(pipe):
@@ -55,3 +68,32 @@ def test_a_lora_is_loaded(pipe):
         pipe.load_lora_weights(lora(pipe.transformer))
 
     check_lora(pipe, load, pipe.unload_lora_weights, height=48, width=64, prompt=PROMPTS)
+
+
+def test_a_rotary_embedding_of_the_caller_s_is_refused():
+    model, call = flexclear.transform(tiny_cogview4(), r=3), cogview4_call(6, 8, 5)
+    rotary = model.rope(call["hidden_states"])
+    with pytest.raises(ValueError, match="takes no image_rotary_emb: the window travels with"):
+        run(model, {**call, "image_rotary_emb": rotary})
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((1, 4, 9, 8), "latents of 9 x 8 do not divide into the patches of 2 x 2"),
+        ((1, 4, 1, 8, 8), r"takes latents of one image, \[batch, channels, height, width\], got \[1, 4, 1, 8, 8\]"),
+    ],
+)
+def test_latents_that_are_no_image_are_refused(shape, says):
+    model = flexclear.transform(tiny_cogview4(), r=3)
+    with pytest.raises(ValueError, match=says):
+        run(model, {**cogview4_call(4, 4, 5), "hidden_states": torch.zeros(shape)})
+
+
+def test_processors_of_packed_training_are_refused():
+    from diffusers.models.transformers.transformer_cogview4 import CogView4TrainingAttnProcessor
+
+    model = tiny_cogview4()
+    model.transformer_blocks[1].attn1.set_processor(CogView4TrainingAttnProcessor())
+    with pytest.raises(TypeError, match=r"transformer_blocks\[1\].attn1 has a CogView4TrainingAttnProcessor"):
+        flexclear.transform(model, r=3)

@@ -1,16 +1,29 @@
-"""HunyuanImage 2.1: its pipeline and its refiner's end to end, prompts with and without quoted text, LoRAs."""
+"""HunyuanImage 2.1: its pipeline and its refiner's end to end, dense and windowed; quoted text, LoRAs, what is refused."""
 
 from __future__ import annotations
+
+import copy
+import dataclasses
 
 import pytest
 import torch
 from PIL import Image
 
-from helpers.models_latents import tiny_hunyuan_image
+import flexclear
+
+from contract.oracle import RADIUS, expected, far, run, same
+from contract.pipelines import check_windowed
+from contract.rows_latents import HUNYUAN_IMAGE
+from contract.shapes import Shape
+from helpers.models_latents import hunyuan_image_call, tiny_hunyuan_image
 from helpers.pipeline_parts import PROMPTS, byte_tokenizer, check_lora, check_pipeline, draw, lora, quiet, t5
 
 SIZE = (48, 64)
 """A token is a latent and covers 4 x 4 pixels: 12 x 16 tokens."""
+GLYPHS = dataclasses.replace(
+    HUNYUAN_IMAGE, text_lens=lambda shape: (shape.text_len + 24,), other_lens=lambda shape: (shape.text_len,)
+)
+"""With a second text of 24 tokens."""
 QUOTED = ('a sign that says "open"', PROMPTS[0])
 
 
@@ -91,6 +104,14 @@ def test_quoted_text_is_a_second_text(pipe):
     assert quoted.shape == plain.shape == (2, 3, *SIZE)
 
 
+def test_the_pipeline_is_windowed(pipe):
+    def load():
+        pipe.transformer.load_lora_adapter(lora(pipe.transformer, prefix=""), prefix=None)
+
+    options = {"prompt": QUOTED, "height": 48, "width": 64}
+    check_windowed(pipe, GLYPHS, load, pipe.transformer.unload_lora, **options)
+
+
 def test_the_distilled_pipeline_runs():
     pipe = pipeline(guided=False, guidance_embeds=True, use_meanflow=True)
     check_pipeline(pipe, SIZE, distilled_guidance_scale=3.25, guided={"distilled_guidance_scale": 7.0})
@@ -123,6 +144,13 @@ def test_the_refiner_takes_latents_of_one_frame():
     check_pipeline(pipe, SIZE, image=picture)
     handle.remove()
     assert set(shapes) == {(2, 16, 1, 12, 16)}
+    check_windowed(pipe, HUNYUAN_IMAGE, height=48, width=64, image=picture)
+    flexclear.transform(pipe, r=RADIUS)
+    call = {**hunyuan_image_call(4, 4, 5), "hidden_states": torch.zeros(1, 16, 2, 4, 4)}
+    with pytest.raises(
+        ValueError, match=r"one image, \[batch, channels, 1 frame, height, width\], got \[1, 16, 2, 4, 4\]"
+    ):
+        pipe.transformer(**call)
 
 
 def test_a_lora_is_loaded_into_the_transformer(pipe):
@@ -133,3 +161,37 @@ def test_a_lora_is_loaded_into_the_transformer(pipe):
         pipe.transformer.load_lora_adapter(lora(pipe.transformer, prefix=""), prefix=None)
 
     check_lora(pipe, load, pipe.transformer.unload_lora, height=48, width=64)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_texts_are_joined_before_what_pads_them(padded):
+    """Each sample keeps another number of tokens, and the last one has no quoted words."""
+    model = tiny_hunyuan_image(text_embed_2_dim=12)
+    call, shape = hunyuan_image_call(9, 7, 20, 3, glyphs=24, padded=padded), Shape(9, 7, 20, 3)
+    reference = expected(GLYPHS, model, shape, call)
+    far(expected(GLYPHS, model, shape, call, padding=False), reference, "the padding")
+    far(run(model, call), reference, "the window")
+    windowed = flexclear.transform(copy.deepcopy(model), r=RADIUS, backend="sdpa")
+    same(run(windowed, call), reference)
+    changed = call["encoder_hidden_states_2"] + 5.0 * (1 - call["encoder_attention_mask_2"])[..., None]
+    assert torch.equal(run(windowed, {**call, "encoder_hidden_states_2": changed}), run(windowed, call))
+    whole = {**call, "encoder_attention_mask_2": torch.ones(3, 24, dtype=torch.int64)}
+    same(run(windowed, whole), expected(GLYPHS, model, shape, whole))
+
+
+def test_a_second_text_that_the_model_does_not_read_changes_nothing():
+    model = tiny_hunyuan_image()
+    call, both = (hunyuan_image_call(6, 7, 9, 2, glyphs=glyphs) for glyphs in (None, 24))
+    flexclear.transform(model, r=RADIUS, backend="sdpa")
+    assert torch.equal(run(model, both), run(model, call))
+
+
+def test_masks_that_are_missing_or_do_not_fit_are_refused():
+    model = flexclear.transform(tiny_hunyuan_image(text_embed_2_dim=12), r=RADIUS)
+    call = hunyuan_image_call(6, 7, 9, 2, glyphs=24)
+    for number in ("", "_2"):
+        name = f"encoder_attention_mask{number}"
+        with pytest.raises(ValueError, match=f"needs {name} as a tensor"):
+            run(model, {**call, name: None})
+        with pytest.raises(ValueError, match=rf"{name} must be of shape \(2, \d+\) .* got \(2, 3\)"):
+            run(model, {**call, name: torch.ones(2, 3)})

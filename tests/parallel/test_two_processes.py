@@ -84,7 +84,7 @@ def bands(row):
 
 # The contract of all families (tests/contract), here because processes are costly to start.
 @pytest.mark.costly("flux", "sd35", "qwen", "zimage")
-@cases(bands)
+@cases(bands, "ranks")
 def test_a_shared_model_equals_the_plain_one_under_the_dense_mask(two, row, shape):
     residuals = "residuals" in row.abilities and shape.batch == 1
     found = two.results("contract_against_the_dense_mask", row.name, shape, residuals)

@@ -1,0 +1,69 @@
+"""HunyuanImage 2.1 and its refiner: the image first, then the text, padded, to which that of quoted words is joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexclear.families.latents import LatentsFamily
+from flexclear.runtime.checks import required_tensor
+from flexclear.runtime.facts import JOINT, Call
+from flexclear.runtime.grid import GridReader
+
+TEXTS = {"encoder_hidden_states": "encoder_attention_mask", "encoder_hidden_states_2": "encoder_attention_mask_2"}
+"""Arguments with a text's features, and with its mask."""
+
+
+@dataclass(frozen=True)
+class HunyuanImageFamily(LatentsFamily):
+    """``HunyuanImageTransformer2DModel``. Its refiner takes latents of one frame, ``[B, C, 1, H, W]``.
+
+    The model joins its two texts in each sample: first what is no padding of either, then what is.
+    """
+
+    def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:
+        call = super().read(model, kwargs, grids)
+        joined = model.context_embedder_2 is not None and kwargs.get("encoder_hidden_states_2") is not None
+        masks = [_mask(model, kwargs, *names) for names in list(TEXTS.items())[: 2 if joined else 1]]
+        text_len = sum(mask.shape[1] for mask in masks)
+        call = replace(call, text_lens={JOINT: text_len})
+        if all(grids.all_true(mask) for mask in masks):
+            return call
+        keep = masks[0].bool()
+        if joined:
+            lengths = sum(mask.bool().sum(1, keepdim=True) for mask in masks)
+            keep = torch.arange(text_len, device=keep.device) < lengths
+        return replace(call, keep={JOINT: keep})
+
+
+def _mask(model: nn.Module, kwargs: dict[str, Any], text: str, name: str) -> Tensor:
+    """The mask of a text, ``[B, tokens]``.
+
+    Raises:
+        ValueError: it is missing, or of another shape than the text.
+    """
+    mask, words = required_tensor(kwargs, name, model), required_tensor(kwargs, text, model)
+    if mask.shape != words.shape[:2]:
+        raise ValueError(
+            f"{name} must be of shape {tuple(words.shape[:2])} (batch, text tokens), as {text} is, got {tuple(mask.shape)}"
+        )
+    return mask
+
+
+HUNYUAN_IMAGE = HunyuanImageFamily(
+    model_class="HunyuanImageTransformer2DModel",
+    processors=("HunyuanImageAttnProcessor",),
+    stacks={"transformer_blocks": "attn", "single_transformer_blocks": "attn"},
+    carriers=("rope",),
+    text_first=False,
+    given={"attention_mask": None},
+    px_per_token=32,
+    pipelines=("HunyuanImagePipeline", "HunyuanImageRefinerPipeline"),
+    notes=(
+        "HunyuanImage 2.1, its distilled form and its refiner; padded text is masked, that of quoted words too. No gradient "
+        "checkpointing: diffusers 0.42.1 hands it keywords that it does not take"
+    ),
+)

@@ -1,0 +1,126 @@
+"""Rows of the models that take latents, and make tokens of them themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .pieces import FLUX_BLOCK, FLUX_STACKS, FORMULAS, MASK_HELD, NO_ADAPTER, NO_FUSING, POOLED, fuse, keep, mask_among
+from .row import Refused, Row
+from .shapes import Shape
+from helpers import models_latents as models
+
+LACKS = {
+    "references": "the model takes one image",
+    "residuals": "the model takes no residuals",
+    "ids": "positions come from sizes",
+    "ip-adapter": NO_ADAPTER,
+    "fuse": NO_FUSING,
+}
+
+
+def shaped(make: Callable[..., dict[str, Any]]) -> Callable[[Shape], dict[str, Any]]:
+    """A call of a shape, by a function of its sizes."""
+    return lambda shape: make(shape.height, shape.width, shape.text_len, shape.batch, shape.seed)
+
+
+def stretch(path: str) -> Callable[[Any, float], None]:
+    """Multiplies the base of the frequencies of the module at ``path``."""
+
+    def multiply(model, factor: float) -> None:
+        model.get_submodule(path).theta *= factor
+
+    return multiply
+
+
+def share(model) -> None:
+    from flexclear import parallel
+
+    parallel.enable(model)
+
+
+REFUSES = {
+    "pooled keys": POOLED,
+    "formulas": FORMULAS,
+    "ranks": Refused("cannot be shared by several ranks: the model makes its tokens itself", afterwards=share),
+}
+
+
+def text_mask(shape: Shape) -> dict[str, Any]:
+    return {"attention_mask": torch.ones(shape.batch, shape.text_len)}
+
+
+AURAFLOW = Row(
+    "auraflow",
+    "AuraFlow",
+    models.tiny_auraflow,
+    shaped(models.auraflow_call),
+    text_first=True,
+    head_64=models.AURAFLOW_64,
+    one_block={"num_mmdit_layers": 1, "num_single_dit_layers": 1},
+    joint_block={"num_mmdit_layers": 1, "num_single_dit_layers": 0},
+    no_block={"num_mmdit_layers": 0, "num_single_dit_layers": 0},
+    graphs=2,
+    stacks={"joint_transformer_blocks": "attn", "single_transformer_blocks": "attn"},
+    text_lens=lambda shape: (shape.text_len + models.AURAFLOW_REGISTERS,),
+    fuse=fuse,
+    fusing_replaces=True,
+    refuses={
+        **REFUSES,
+        "padding": Refused(MASK_HELD, call=mask_among("attention_kwargs")),
+        "ntk": Refused("has no rotary positions", {"ntk_factor": 10.0}),
+    },
+    brief=True,
+    lacks={**{name: why for name, why in LACKS.items() if name != "fuse"}, "ids": "positions are added to the tokens"},
+)
+
+COGVIEW4 = Row(
+    "cogview4",
+    "CogView4",
+    models.tiny_cogview4,
+    shaped(models.cogview4_call),
+    text_first=True,
+    head_64=models.COGVIEW4_64,
+    one_block={"num_layers": 1},
+    joint_block={"num_layers": 1},
+    no_block={"num_layers": 0},
+    graphs=1,
+    stacks={"transformer_blocks": "attn1"},
+    stretch=stretch("rope"),
+    refuses={**REFUSES, "padding": Refused("takes no attention_mask: diffusers adds it to the scores", call=text_mask)},
+    lacks=LACKS,
+    brief=True,
+)
+
+
+def hunyuan_image_call(shape: Shape) -> dict[str, Any]:
+    call = shaped(models.hunyuan_image_call)(shape)
+    return {**call, "encoder_attention_mask": keep(shape).to(torch.int64)}
+
+
+HUNYUAN_IMAGE = Row(
+    "hunyuan",
+    "HunyuanImage 2.1",
+    models.tiny_hunyuan_image,
+    hunyuan_image_call,
+    text_first=False,
+    head_64=models.HUNYUAN_IMAGE_64,
+    one_block=FLUX_BLOCK,
+    joint_block={"num_layers": 1, "num_single_layers": 0},
+    no_block={"num_layers": 0, "num_single_layers": 0},
+    graphs=2,
+    stacks=FLUX_STACKS,
+    other_lens=lambda shape: (shape.text_len,),  # its refiner of the text
+    paddings={"int": True},
+    stretch=stretch("rope"),
+    refuses=REFUSES,
+    brief=True,
+    lacks={
+        **LACKS,
+        "checkpointing": "diffusers 0.42.1 hands its blocks keywords that checkpointing does not take: the stock model raises",
+    },
+)
+
+ROWS = (AURAFLOW, COGVIEW4, HUNYUAN_IMAGE)
