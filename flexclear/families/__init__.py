@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from flexclear.families.chroma import CHROMA
+from flexclear.families.ernie_image import ERNIE_IMAGE
 from flexclear.families.flux import FLUX
 from flexclear.families.flux2 import FLUX2
+from flexclear.families.glm_image import GLM_IMAGE
 from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
 from flexclear.families.latents import AURAFLOW, COGVIEW4
 from flexclear.families.qwen import QWEN
@@ -17,7 +19,19 @@ from flexclear.runtime.checks import refuse_other_forward
 from flexclear.runtime.facts import Call, Layer
 from flexclear.runtime.family import Family
 
-FAMILIES: list[Family] = [FLUX, FLUX2, QWEN, SD3, CHROMA, ZIMAGE, AURAFLOW, COGVIEW4, HUNYUAN_IMAGE]
+FAMILIES: list[Family] = [
+    FLUX,
+    FLUX2,
+    QWEN,
+    SD3,
+    CHROMA,
+    ZIMAGE,
+    AURAFLOW,
+    COGVIEW4,
+    HUNYUAN_IMAGE,
+    GLM_IMAGE,
+    ERNIE_IMAGE,
+]
 """Those that there are; ``register`` adds to them."""
 
 

@@ -123,4 +123,64 @@ HUNYUAN_IMAGE = Row(
     },
 )
 
-ROWS = (AURAFLOW, COGVIEW4, HUNYUAN_IMAGE)
+
+def caches(mode: str) -> Callable[[Shape], dict[str, Any]]:
+    """Caches of a model of two blocks, as a pipeline gives them for condition images."""
+
+    def make(shape: Shape) -> dict[str, Any]:
+        from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
+        given = GlmImageKVCache(num_layers=2)
+        given.set_mode(mode)
+        return {"kv_caches": given}
+
+    return make
+
+
+GLM_IMAGE = Row(
+    "glm",
+    "GLM-Image",
+    models.tiny_glm_image,
+    shaped(models.glm_image_call),
+    text_first=True,
+    head_64=models.GLM_IMAGE_64,
+    one_block={"num_layers": 1},
+    joint_block={"num_layers": 1},
+    no_block={"num_layers": 0},
+    graphs=1,
+    stacks={"transformer_blocks": "attn1"},
+    stretch=stretch("rope"),
+    refuses={
+        **REFUSES,
+        "padding": Refused("takes no attention_mask: diffusers adds it to the scores", call=text_mask),
+        "references": Refused("in mode 'read': the keys and values of condition images", call=caches("read")),
+    },
+    lacks={name: why for name, why in LACKS.items() if name != "references"},
+    brief=True,
+)
+
+
+def ernie_image_call(shape: Shape) -> dict[str, Any]:
+    return {**shaped(models.ernie_image_call)(shape), "text_lens": keep(shape).sum(1)}
+
+
+ERNIE_IMAGE = Row(
+    "ernie",
+    "ERNIE-Image",
+    models.tiny_ernie_image,
+    ernie_image_call,
+    text_first=False,
+    head_64=models.ERNIE_IMAGE_64,
+    one_block={"num_layers": 1},
+    joint_block={"num_layers": 1},
+    no_block={"num_layers": 0},
+    graphs=1,
+    stacks={"layers": "self_attention"},
+    paddings={"lengths": True},
+    stretch=stretch("pos_embed"),
+    refuses=REFUSES,
+    lacks=LACKS,
+    brief=True,
+)
+
+ROWS = (AURAFLOW, COGVIEW4, HUNYUAN_IMAGE, GLM_IMAGE, ERNIE_IMAGE)

@@ -78,9 +78,10 @@ def test_layers_left_dense_keep_the_padding(row, shape):
 def test_text_that_is_hidden_has_no_say(row, shape):
     model, call = flexclear.transform(row.build(), r=RADIUS, backend="sdpa"), row.call(shape)
     before = run(model, call)
-    if "encoder_hidden_states" in call:
-        changed = call["encoder_hidden_states"] + 5 * ~keep(shape)[:, :, None]
-        assert torch.equal(run(model, {**call, "encoder_hidden_states": changed}), before)
+    text = next((name for name in ("encoder_hidden_states", "text_bth") if name in call), None)
+    if text is not None:
+        changed = call[text] + 5 * ~keep(shape)[:, :, None]
+        assert torch.equal(run(model, {**call, text: changed}), before)
     else:  # captions of their own lengths: the places behind the shorter one
         longer = [call["cap_feats"][0], *(noise(len(each), each.shape[1]) for each in call["cap_feats"][1:])]
         same(run(model, {**call, "cap_feats": longer})[:1], before[:1])

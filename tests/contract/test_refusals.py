@@ -76,9 +76,8 @@ def test_foreign_processors_and_blocks_are_refused(row):
 def test_an_input_that_is_missing_is_named(row):
     model = flexclear.transform(row.build(), r=RADIUS, backend="sdpa")
     call = row.call(Shape(8, 6, 5))
-    for name in [
-        name for name in ("hidden_states", "encoder_hidden_states", "img_ids", "x", "cap_feats", "t") if name in call
-    ]:
+    needed = ("hidden_states", "encoder_hidden_states", "img_ids", "x", "cap_feats", "t", "text_bth", "text_lens")
+    for name in [name for name in needed if name in call]:
         with pytest.raises(ValueError, match=rf"needs {name} as a (tensor|list)"):
             run(model, {**call, name: None})
 

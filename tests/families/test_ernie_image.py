@@ -1,11 +1,16 @@
-"""ERNIE-Image: its pipeline end to end, and its LoRA loader."""
+"""ERNIE-Image: its pipeline end to end, dense and windowed, its LoRA loader, lengths of texts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from helpers.models_latents import tiny_ernie_image
+import flexclear
+
+from contract.oracle import RADIUS, run
+from contract.pipelines import check_windowed
+from contract.rows_latents import ERNIE_IMAGE
+from helpers.models_latents import ernie_image_call, tiny_ernie_image
 from helpers.pipeline_parts import LANGUAGE, byte_tokenizer, check_lora, check_pipeline, image_vae, lora, quiet
 
 SIZE = (48, 64)
@@ -38,6 +43,27 @@ def pipe():
 def test_the_pipeline_runs(pipe):
     guided = {"guidance_scale": 4.0, "negative_prompt": ["green", "grey fields"]}
     check_pipeline(pipe, SIZE, guidance_scale=1.0, guided=guided)
+
+
+def test_the_pipeline_is_windowed(pipe):
+    def load():
+        pipe.load_lora_weights(lora(pipe.transformer))
+
+    check_windowed(pipe, ERNIE_IMAGE, load, pipe.unload_lora_weights, height=48, width=64, guidance_scale=4.0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "says"),
+    [
+        ([9, 10], r"text_lens from 9 to 10 do not fit text_bth, which has 9 tokens"),
+        ([-1, 9], r"text_lens from -1 to 9 do not fit"),
+        ([9], r"one length for each of the 2 samples, got \(1,\)"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_text_are_refused(lengths, says):
+    model = flexclear.transform(tiny_ernie_image(), r=RADIUS)
+    with pytest.raises(ValueError, match=says):
+        run(model, {**ernie_image_call(6, 7, 9, 2), "text_lens": torch.tensor(lengths)})
 
 
 def test_a_lora_is_loaded(pipe):

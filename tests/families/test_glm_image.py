@@ -1,4 +1,4 @@
-"""GLM-Image: its pipeline end to end, whose prior tokens an autoregressive model makes, and LoRAs."""
+"""GLM-Image: its pipeline end to end, dense and windowed, whose prior tokens an autoregressive model makes; caches; LoRAs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.models_latents import tiny_glm_image
+import flexclear
+
+from contract.oracle import RADIUS, run
+from contract.pipelines import check_windowed
+from contract.rows_latents import GLM_IMAGE
+from helpers.models_latents import glm_image_call, tiny_glm_image
 from helpers.pipeline_parts import byte_tokenizer, check_lora, check_pipeline, draw, image_vae, lora, quiet, t5
 
 SIZE = (96, 160)
@@ -118,6 +123,33 @@ def test_condition_images_are_keys_in_front_of_the_text(pipe):
     assert [mode for mode, _ in modes[2:]] == ["read", "skip"] * 2
     plain = draw(pipe, **options, prior_token_ids=prior())
     assert (images - plain).flatten(1).abs().amax(1).min() > 1e-4, "a condition image makes no difference"
+    flexclear.transform(pipe, r=RADIUS, backend="sdpa")
+    with pytest.raises(ValueError, match=r"kv_caches .* in mode 'write': .*flexclear\.restore"):
+        draw(pipe, **options, **given)
+    flexclear.restore(pipe)
+    assert torch.equal(draw(pipe, **options, **given), images)
+
+
+def test_the_pipeline_is_windowed(pipe):
+    def load():
+        pipe.transformer.load_lora_adapter(lora(pipe.transformer, prefix=""), prefix=None)
+
+    options = {"height": 96, "width": 160, "prompt": PROMPTS, "prior_token_ids": prior(), "guidance_scale": 2.0}
+    check_windowed(pipe, GLM_IMAGE, load, pipe.transformer.unload_lora, **options)
+
+
+@pytest.mark.parametrize("mode", ["write", "read"])
+def test_caches_that_are_written_or_read_are_refused_and_others_change_nothing(mode):
+    model, call = flexclear.transform(tiny_glm_image(), r=RADIUS, backend="sdpa"), glm_image_call(6, 8, 5)
+    caches = call["kv_caches"]
+    expected = run(model, {**call, "kv_caches": None})
+    for harmless in (None, "skip"):
+        caches.set_mode(harmless)
+        assert torch.equal(run(model, call), expected)
+    caches[1].mode = mode
+    with pytest.raises(ValueError, match=f"in mode '{mode}'"):
+        run(model, call)
+    assert all(not cache.k_caches for cache in caches.caches)
 
 
 def test_a_lora_is_loaded_into_the_transformer(pipe):
