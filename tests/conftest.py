@@ -42,12 +42,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 def left_out_of_the_suite(item):
-    """Whether a test is about a family that its mark does not name, or of which the suite has the brief tests alone."""
+    """Whether a test of the contract is left to ``--whole``: a costly one, of a family that its mark does not name, or one
+    of a brief family (``Row.brief``) and not marked to run for those, or not with these parameters."""
     row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
-    mark = item.get_closest_marker("costly")
-    if mark is not None:
-        return row.name not in mark.args
-    return getattr(row, "brief", False) and item.get_closest_marker("brief") is None
+    if row is None:
+        return False
+    costly, brief = (item.get_closest_marker(name) for name in ("costly", "brief"))
+    if costly is not None and row.name not in costly.args:
+        return True
+    return row.brief and (brief is None or not all(part in item.callspec.id for part in brief.args))
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from flexclear.families.flux2 import FLUX2
 from flexclear.families.glm_image import GLM_IMAGE
 from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
 from flexclear.families.latents import AURAFLOW, COGVIEW4
+from flexclear.families.packed import BRIA, LONGCAT, OVIS
 from flexclear.families.qwen import QWEN
 from flexclear.families.sd3 import SD3
 from flexclear.families.tokens import TokensFamily
@@ -31,6 +32,9 @@ FAMILIES: list[Family] = [
     HUNYUAN_IMAGE,
     GLM_IMAGE,
     ERNIE_IMAGE,
+    LONGCAT,
+    OVIS,
+    BRIA,
 ]
 """Those that there are; ``register`` adds to them."""
 

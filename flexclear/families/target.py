@@ -74,7 +74,8 @@ def px_per_token(model_or_pipe: Any) -> int:
     Raises:
         TypeError: neither a model that flexclear supports nor a pipeline with one.
     """
+    family = family_of(_inside(below_compile(model_or_pipe)[0])[0])
     factor = getattr(model_or_pipe, "vae_scale_factor", None)
     if factor is None:
-        return family_of(model_of(model_or_pipe)).px_per_token
-    return factor * getattr(model_or_pipe, "patch_size", 2)
+        return family.px_per_token
+    return factor * getattr(model_or_pipe, "patch_size", family.latents_per_token)

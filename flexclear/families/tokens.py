@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from flexclear.runtime.call_plan import CallPlan, Rotary
 from flexclear.runtime.checks import refuse_mask, required_tensor
 from flexclear.runtime.facts import JOINT, Call
 from flexclear.runtime.family import Family
-from flexclear.runtime.grid import GridReader, Grids, exact_ids
+from flexclear.runtime.grid import AXES, Axes, GridReader, Grids, exact_ids
 from flexclear.runtime.switches import Switches
 
 
@@ -22,23 +22,32 @@ class TokensFamily(Family):
     """A model that takes ``hidden_states`` ``[B, tokens, C]`` and position ids for them.
 
     Attributes:
-        ids: argument with the ids, ``[tokens, axes]`` with columns (index, y, x, ...).
+        ids: argument with the ids, ``[tokens, axes]``.
+        axes: what their columns are.
         text: argument with the text's features, ``[B, tokens, C]``.
         text_ids: argument with the text's ids, of a model whose rotary embedding an NTK factor can stretch.
+        embed: path of the module that makes the rotary embedding of them.
         residuals: arguments with a ControlNet's residuals, one row per image token.
         attention_kwargs: argument that goes to the processors.
+        refused: arguments that there is no window for, and why.
     """
 
     ids: str = "img_ids"
+    axes: Axes = AXES
     text: str = "encoder_hidden_states"
     text_ids: str = "txt_ids"
+    embed: str = "pos_embed"
     residuals: tuple[str, ...] = ()
     attention_kwargs: str = "joint_attention_kwargs"
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         tokens, text, ids = (required_tensor(kwargs, name, model) for name in ("hidden_states", self.text, self.ids))
         refuse_mask(kwargs.get(self.attention_kwargs) or {}, self.attention_kwargs)
-        found = grids(ids)
+        for name, reason in self.refused.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"a transformed {type(model).__name__} got {name}: {reason}")
+        found = grids(ids, self.axes)
         check_tokens(model, kwargs, found)
         check_residuals(kwargs, self.residuals)
         return Call(tokens, found, {JOINT: text.shape[1]})
@@ -54,11 +63,13 @@ class TokensFamily(Family):
     def permuted(self, kwargs: dict[str, Any], plan: CallPlan, exact: bool) -> dict[str, Any]:
         """Arguments in the plan's order: image tokens, their ids, ControlNet residuals."""
         changed = {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
-        ids = plan.to_image_order(kwargs[self.ids], dim=-2)
+        given = kwargs[self.ids]
+        ids = plan.to_image_order(given, dim=-2)
         if exact:
-            ids = exact_ids(ids[0] if ids.ndim == 3 else ids, plan.base.rows, plan.base.columns)
             # Batched ids are batched for a reason in some families (FLUX.2); the batch shares its grid.
-            ids = ids if kwargs[self.ids].ndim == 2 else ids[None].expand(len(kwargs[self.ids]), -1, -1)
+            first, ids = (tensor[0] if given.ndim == 3 else tensor for tensor in (given, ids))
+            ids = exact_ids(ids, plan.base.rows, plan.base.columns, self.axes, first[0])
+            ids = ids if given.ndim == 2 else ids[None].expand(len(given), -1, -1)
         changed[self.ids] = ids
         for name in self.residuals:
             if kwargs.get(name) is not None:
@@ -67,7 +78,7 @@ class TokensFamily(Family):
 
     def stretched(self, model: nn.Module, kwargs: dict[str, Any], switches: Switches) -> Rotary:
         """The rotary embedding of a larger base, of arguments that ``permuted`` returned."""
-        embed: Any = model.pos_embed
+        embed: Any = model.get_submodule(self.embed)
         image, text = (ids[0] if ids.ndim == 3 else ids for ids in (kwargs[self.ids], kwargs[self.text_ids]))
         ids = torch.cat([text.to(image.dtype), image])
         if switches.ntk_floor:

@@ -44,6 +44,8 @@ class Family:
         raster: whether image tokens reach attention in raster order, because the model makes them and their positions itself.
             Attention then puts them in the layout's order and back.
         px_per_token: pixels per token and side.
+        latents_per_token: the ``vae_scale_factor`` of its pipelines times this are pixels per token and side, where they do
+            not say otherwise (``patch_size``).
         pools: whether down-sampled keys (``down_factor``) are known for it.
         rope: whether positions are rotary, so that an NTK factor has a meaning.
         clips_ntk: whether ``ntk_floor`` is known for it.
@@ -62,6 +64,7 @@ class Family:
     given: Mapping[str, Any] = field(default_factory=dict)
     raster: bool = False
     px_per_token: int = 16
+    latents_per_token: int = 2
     pools: bool = False
     rope: bool = True
     clips_ntk: bool = False

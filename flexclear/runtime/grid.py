@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,28 +19,62 @@ Grids = tuple[tuple[int, int], ...]
 Fact = TypeVar("Fact")
 
 
-def exact_ids(ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Axes:
+    """What the columns of a model's position ids say; rows are in column 1, columns of the image in column 2.
+
+    Attributes:
+        picture: the column that tells the image and its reference images apart.
+        image: what stands there for the image itself; None where the ids are those of reference images alone.
+        step: from one row or column to the next.
+        anywhere: whether rows and columns may begin at another number than 0, which all grids share.
+    """
+
+    picture: int = 0
+    image: int | None = 0
+    step: float = 1.0
+    anywhere: bool = False
+
+    def __str__(self) -> str:
+        return "(index, y, x)" if self.picture == 0 else f"({', '.join(['t', 'y', 'x', 'index'][: self.picture + 1])})"
+
+
+AXES = Axes()
+"""FLUX.1's: (index, y, x), 0 for the image and another number for each reference image."""
+
+
+def exact_ids(ids: Tensor, rows: Tensor, columns: Tensor, axes: Axes = AXES, origin: Tensor | None = None) -> Tensor:
     """Position ids with exact rows and columns: ``[N, axes]``, float32; the other axes as they were.
 
     Args:
-        ids: ids in the same token order, ``[N, axes]`` with columns (index, y, x, ...).
+        ids: ids in the same token order, ``[N, axes]``.
         rows, columns: coordinates of the tokens, ``[N]``.
+        axes: what their columns are.
+        origin: ids of the first token in raster order, ``[axes]``, where rows and columns may begin anywhere.
     """
     exact = ids.to(torch.float32, copy=True)
-    exact[:, 1], exact[:, 2] = rows, columns
+    for axis, places in ((1, rows), (2, columns)):
+        places = places if axes.step == 1 else places * axes.step
+        exact[:, axis] = places + origin[axis] if axes.anywhere and origin is not None else places
     return exact
 
 
-def read_grids(ids: Tensor) -> Grids:
-    """Grids, in tokens, of raster-ordered ids ``[N, axes]`` or ``[B, N, axes]`` with columns (index, y, x, zeros ...).
+def read_grids(ids: Tensor, axes: Axes = AXES, start: int = 0) -> Grids:
+    """Grids, in tokens, of raster-ordered ids ``[N, axes]`` or ``[B, N, axes]``, by default with columns (index, y, x,
+    zeros ...).
 
-    A new grid begins where the index changes: 0 for the image, other numbers for reference pictures. Low-precision ids
-    are read exactly: bfloat16 rounds whole numbers above 256, so that of 512 rows 385 distinct values remain, but row 1
-    still differs from row 0. The first change of y gives the width and the count gives the height; then every id must
-    equal the grid's id rounded to the same dtype.
+    A new grid begins where the index changes. Low-precision ids are read exactly: bfloat16 rounds whole numbers above 256,
+    so that of 512 rows 385 distinct values remain, but row 1 still differs from row 0. The first change of y gives the
+    width and the count gives the height; then every id must equal the grid's id rounded to the same dtype.
+
+    Args:
+        ids: the ids.
+        axes: what their columns are.
+        start: the first of them that is an image's.
 
     Raises:
-        ValueError: the ids are no full raster grids that start at row and column 0, not finite, or their axes are others.
+        ValueError: the ids are no full raster grids that start at row and column 0 (or where the image does), not finite,
+            too large for their dtype, or their axes are others.
     """
     given = f"image ids of shape {tuple(ids.shape)}, {ids.dtype}"
     finite = torch.isfinite(ids)
@@ -47,53 +83,97 @@ def read_grids(ids: Tensor) -> Grids:
         raise ValueError(f"{given} hold {ids[place].item()} at {list(place)}; positions must be finite")
     if ids.ndim == 3 and len(ids) and bool((ids == ids[:1]).all()):
         ids = ids[0]
-    if ids.ndim != 2 or ids.shape[1] < 3 or len(ids) == 0:
+    if ids.ndim != 2 or ids.shape[1] < max(3, axes.picture + 1) or len(ids) <= start:
+        behind = f" behind {start} of text" if start else ""
         raise ValueError(
-            f"image ids must have shape [tokens, 3] with columns (index, y, x), the same for the whole batch, got {given}"
+            f"image ids must have shape [tokens, {max(3, axes.picture + 1)}] with columns {axes}, the same for the whole "
+            f"batch, got {given}{behind}"
         )
-    if float(ids[0, 0]) != 0:
-        raise ValueError(f"{given} begin with a picture of index {ids[0, 0].item():g}; the image itself has index 0")
-    changes = torch.nonzero(ids[1:, 0] != ids[:-1, 0])[:, 0] + 1
+    ids = ids[start:]
+    index = ids[:, axes.picture]
+    if axes.image is not None and float(index[0]) != axes.image:
+        raise ValueError(
+            f"{given} begin with a picture of index {index[0].item():g}; the image itself has index {axes.image}"
+        )
+    _check_precision(ids, axes, given)
+    changes = torch.nonzero(index[1:] != index[:-1])[:, 0] + 1
     edges = [0, *changes.tolist(), len(ids)]
+    origin = ids[0] if axes.anywhere else torch.zeros_like(ids[0])
     grids = tuple(
-        _read_one(ids[start:end], f"grid {number} of {len(edges) - 1} in {given}" if len(edges) > 2 else given)
-        for number, (start, end) in enumerate(itertools.pairwise(edges))
+        _read_one(
+            ids[first:last],
+            axes,
+            origin,
+            f"grid {number} of {len(edges) - 1} in {given}" if len(edges) > 2 else given,
+        )
+        for number, (first, last) in enumerate(itertools.pairwise(edges))
     )
-    _check_axes(ids, edges[:-1], grids, given)
+    _check_axes(index, edges[:-1], grids, axes, given)
     return grids
 
 
-def _check_axes(ids: Tensor, starts: Sequence[int], grids: Grids, given: str) -> None:
+def _check_precision(ids: Tensor, axes: Axes, given: str) -> None:
+    """Raise if ids that begin elsewhere than at 0 are of a dtype that does not tell neighbours there apart. From 0 on the
+    first row and column are exact, and the others follow.
+
+    Raises:
+        ValueError: they are.
+    """
+    if not axes.anywhere or not ids.is_floating_point():
+        return
+    start, largest = float(ids[0, 1:3].abs().max()), float(ids[:, 1:3].abs().max())
+    if start and largest * torch.finfo(ids.dtype).eps > 2 * axes.step:
+        raise ValueError(
+            f"{given} begin at row {ids[0, 1].item():g} and column {ids[0, 2].item():g} and go on to {largest:g}, where "
+            f"{ids.dtype} does not tell neighbouring tokens apart. Pass them in float32"
+        )
+
+
+def _check_axes(index: Tensor, starts: Sequence[int], grids: Grids, axes: Axes, given: str) -> None:
     """Raise if these are the rows of one image, whose axes are (y, x, index) or (y, index, x).
 
     Raises:
         ValueError: they are.
     """
     lines = len(grids) > 1 and len(set(grids)) == 1 and 1 in grids[0]
-    if lines and ids[list(starts), 0].tolist() == list(range(len(grids))):
+    if lines and axes.image is not None and index[list(starts)].tolist() == [axes.image + n for n in range(len(grids))]:
         raise ValueError(
-            f"{given} read as (index, y, x) are {len(grids)} pictures of {grids[0][0]} x {grids[0][1]} tokens, numbered one "
+            f"{given} read as {axes} are {len(grids)} pictures of {grids[0][0]} x {grids[0][1]} tokens, numbered one "
             f"after the other: rows of one image of {len(grids)} x {max(grids[0])} whose axes are in another order? The "
-            "columns must be (index, y, x), with the same index for all tokens of a picture"
+            f"columns must be {axes}, with the same index for all tokens of a picture"
         )
 
 
-def _read_one(ids: Tensor, given: str) -> tuple[int, int]:
+def _read_one(ids: Tensor, axes: Axes, origin: Tensor, given: str) -> tuple[int, int]:
     rows = ids[:, 1]
     new_row = rows != rows[0]
     width = int(new_row.to(torch.uint8).argmax()) if bool(new_row.any()) else len(ids)
     height = len(ids) // width
     if height * width == len(ids):
         place = torch.arange(len(ids), device=ids.device)
+        rows, columns = (axis.to(torch.float32) * axes.step for axis in (place // width, place % width))
         expected = torch.zeros(len(ids), ids.shape[1], dtype=torch.float32, device=ids.device)
-        expected[:, 0], expected[:, 1], expected[:, 2] = ids[0, 0].float(), place // width, place % width
+        expected[:, 1], expected[:, 2] = origin[1].float() + rows, origin[2].float() + columns
+        expected[:, axes.picture] = ids[0, axes.picture].float()
         if torch.equal(ids, expected.to(ids.dtype)):
             return height, width
+    begin = (
+        f"row {origin[1].item():g} and column {origin[2].item():g}, where the image does"
+        if axes.anywhere
+        else "row 0 and column 0"
+    )
+    steps = "" if axes.step == 1 else f" in steps of {axes.step:g}"
     raise ValueError(
-        f"{given} are not full grids of height x width tokens in raster order that start at row 0 and column 0: they start "
+        f"{given} are not full grids of height x width tokens in raster order that start at {begin}{steps}: they start "
         f"at row {ids[0, 1].item():g} and column {ids[0, 2].item():g}, and the first row has {width} of {len(ids)} tokens. "
         "Windows need whole pictures"
     )
+
+
+@functools.lru_cache(maxsize=64)
+def reading(axes: Axes, start: int = 0) -> Callable[[Tensor], Grids]:
+    """``read_grids`` of such ids; the same function for the same, by which ``GridReader`` knows what it has read."""
+    return functools.partial(read_grids, axes=axes, start=start)
 
 
 def _all(mask: Tensor) -> bool:
@@ -156,16 +236,17 @@ class GridReader:
     def __init__(self) -> None:
         self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def __call__(self, ids: Tensor) -> Grids:
-        """The grids of ``ids``; read again where the tensor was written to since."""
-        return self.once(ids, read_grids)
+    def __call__(self, ids: Tensor, axes: Axes = AXES, start: int = 0) -> Grids:
+        """The grids of ``ids``, see ``read_grids``; read again where the tensor was written to since."""
+        return self.once(ids, reading(axes, start))
 
     def all_true(self, mask: Tensor) -> bool:
         """Whether every element of a bool tensor is True, read once per tensor likewise."""
         return self.once(mask, _all)
 
     def once(self, tensor: Tensor, read: Callable[[Tensor], Fact]) -> Fact:
-        """``read(tensor)``, from memory where the tensor was not written to since; ``read`` is a function of a module.
+        """``read(tensor)``, from memory where the tensor was not written to since; ``read`` is a function that lasts, of a
+        module or from ``reading``.
 
         Raises:
             RuntimeError: a tensor made in inference mode, on a GPU, was written to in place after it had been read.

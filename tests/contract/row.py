@@ -72,7 +72,7 @@ class Row:
         abilities: those of ``ABILITIES`` that it has.
         refuses: those that raise. An ability in neither is one that diffusers' model cannot be asked for: ``lacks``.
         lacks: why not.
-        brief: whether the test suite runs only those tests of it that are marked so, and ``make contract`` all.
+        brief: whether the suite runs only the tests marked so for it, and leaves the others to ``make contract``.
     """
 
     name: str

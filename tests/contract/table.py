@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from . import rows_packed
 from .pieces import (
     FLUX_BLOCK,
     FLUX_STACKS,
@@ -266,7 +267,7 @@ ZIMAGE = Row(
     lacks={"ids": NO_IDS, "fuse": NO_FUSING, "ip-adapter": NO_ADAPTER},
 )
 
-ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE, *LATENTS)
+ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE, *rows_packed.ROWS, *LATENTS)
 
 
 def cases(shapes: Callable[[Row], list[Shape]], *abilities: str) -> pytest.MarkDecorator:

@@ -32,7 +32,7 @@ def both_orders(model, row, shape, reference, call=None, **options):
         same(run(model, call), reference, (order, str(shape)))
 
 
-@pytest.mark.brief
+@pytest.mark.brief("9x13")
 @every()
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_a_transformed_model_equals_the_plain_one_under_the_dense_mask(row, shape):
@@ -43,6 +43,7 @@ def test_a_transformed_model_equals_the_plain_one_under_the_dense_mask(row, shap
     both_orders(model, row, shape, reference)
 
 
+@pytest.mark.brief("8x12")
 @every("references")
 @pytest.mark.parametrize("shape", REFERENCES, ids=str)
 def test_reference_images_are_further_grids_in_the_same_plane(row, shape):
@@ -58,7 +59,7 @@ def padded(row, **sizes):
     return [row.padded(kind, references=references, **sizes) for kind in row.paddings]
 
 
-@pytest.mark.brief
+@pytest.mark.brief("12x10")
 @cases(lambda row: padded(row) + padded(row, height=12, width=10, text_len=66), "padding")
 def test_padded_text_is_masked_in_each_sample(row, shape):
     model, plain = twins(row, head_64=True)

@@ -72,6 +72,7 @@ def test_foreign_processors_and_blocks_are_refused(row):
         )
 
 
+@pytest.mark.brief
 @every()
 def test_an_input_that_is_missing_is_named(row):
     model = flexclear.transform(row.build(), r=RADIUS, backend="sdpa")

@@ -1,7 +1,9 @@
-"""LongCat-Image, Ovis-Image, Bria, FIBO, FLUX.3 and Krea 2: their real pipelines end to end, and what these hand over."""
+"""LongCat-Image, Ovis-Image, Bria, FIBO, FLUX.3 and Krea 2: their real pipelines end to end, dense and windowed, and what
+these hand over; how position ids are read."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,6 +14,12 @@ from unittest import mock
 import pytest
 import torch
 
+import flexclear
+
+from contract import rows_packed
+from contract.oracle import RADIUS, TOLERANCE, differ, expected, far, run, same, windowed
+from contract.row import Row
+from contract.shapes import Shape
 from helpers import models_packed as models
 from helpers import pipelines_packed as pipelines
 from helpers.pipeline_calls import assert_alike, calls_of, lora_weights
@@ -31,6 +39,8 @@ class Case:
         options: arguments that are only its own.
         calls: how often it calls the transformer in a step.
         lora: whether the pipeline itself loads LoRA weights; all transformers do.
+        row: of its model.
+        references: tokens of the images that it is given.
     """
 
     make: Callable[[], Any]
@@ -39,6 +49,8 @@ class Case:
     options: Callable[[], dict[str, Any]] = field(default=dict)
     calls: int = 2
     lora: bool = True
+    row: Row | None = None
+    references: tuple[tuple[int, int], ...] = ()
 
 
 def keep(*kept: int) -> torch.Tensor:
@@ -56,9 +68,9 @@ def references(px: int) -> list:
 
 
 CASES = {
-    "longcat": Case(pipelines.longcat, 4, lambda: longcat_call(), lora=False),
-    "ovis": Case(pipelines.ovis, 4, lambda: models.ovis_call(*GRID, 16, 2), lora=False),
-    "bria": Case(pipelines.bria, 4, lambda: models.bria_call(*GRID, 16, 4), calls=1, lora=False),
+    "longcat": Case(pipelines.longcat, 4, lambda: longcat_call(), lora=False, row=rows_packed.LONGCAT),
+    "ovis": Case(pipelines.ovis, 4, lambda: models.ovis_call(*GRID, 16, 2), lora=False, row=rows_packed.OVIS),
+    "bria": Case(pipelines.bria, 4, lambda: models.bria_call(*GRID, 16, 4), calls=1, lora=False, row=rows_packed.BRIA),
     "fibo": Case(pipelines.fibo, 16, lambda: models.fibo_call(*GRID, 13, 4, keep=keep(1, 1, 7, 13)), calls=1),
     "fibo edit": Case(
         functools.partial(pipelines.fibo, "BriaFiboEditPipeline"),
@@ -121,32 +133,172 @@ def test_references_make_a_difference(name):
     assert (images - draw(case, pipe, image=case.options()["image"][::-1])).abs().max() > 1e-3
 
 
-def test_longcat_edits_an_image_of_its_own_size_at_the_size_that_it_brings_it_to():
-    pipe = pipelines.longcat("LongCatImageEditPipeline")
+@contextlib.contextmanager
+def small_edits(pipe: Any):
+    """LongCat edits at a 512th of 1024 x 1024 px."""
     module = inspect.getmodule(type(pipe))
     plain = module.calculate_dimensions
-    with (
-        mock.patch.object(module, "calculate_dimensions", lambda area, ratio: plain(area / 512, ratio)),
-        calls_of(pipe.transformer) as calls,
-    ):
+    with mock.patch.object(module, "calculate_dimensions", lambda area, ratio: plain(area / 512, ratio)):
+        yield
+
+
+EDITED = Shape(12, 16, 1 + 1 + 1 + 12, 2, references=((12, 16),))
+"""The image in the prompt between its two marks, and the longest prompt."""
+
+
+def test_longcat_edits_an_image_of_its_own_size_at_the_size_that_it_brings_it_to():
+    pipe = pipelines.longcat("LongCatImageEditPipeline")
+    with small_edits(pipe), calls_of(pipe.transformer) as calls:
         images, others = (pipelines.draw(pipe, 0, 0, image=pipelines.image(60, 80, number)) for number in (0, 1))
     assert images.shape == (2, 3, 48, 64)
     assert (images - others).abs().max() > 1e-3
-    text_len = 1 + 1 + 1 + 12  # the image in the prompt between its two marks, and the longest prompt
-    assert_alike(models.longcat_call(12, 16, text_len, 2, references=((12, 16),)), calls[0])
+    assert_alike(rows_packed.longcat_call(EDITED), calls[0])
 
 
-def test_a_lora_is_loaded_and_leaves_again(case):
-    pipe = case.make()
-    transformer = pipe.transformer
-    plain = draw(case, pipe)
-    weights = lora_weights(transformer)
+def test_longcat_edits_the_same_under_the_window_as_under_the_dense_mask():
+    pipe = pipelines.longcat("LongCatImageEditPipeline")
+
+    def edited() -> torch.Tensor:
+        with small_edits(pipe):
+            return pipelines.draw(pipe, 0, 0, image=pipelines.image(60, 80))
+
+    dense = edited()
+    with windowed(rows_packed.LONGCAT, pipe.transformer, EDITED):
+        expected = edited()
+    far(dense, expected, "the window")
+    flexclear.transform(pipe, r=RADIUS, backend="sdpa")
+    alike(edited(), expected, "the edited image")
+    flexclear.restore(pipe)
+    assert torch.equal(edited(), dense)
+
+
+def load_lora(case: Case, pipe: Any) -> None:
+    weights = lora_weights(pipe.transformer)
     assert len(weights) >= 8
     if case.lora:
         pipe.load_lora_weights(weights)
     else:
         assert not hasattr(pipe, "load_lora_weights")
-        transformer.load_lora_adapter(weights, prefix="transformer")
+        pipe.transformer.load_lora_adapter(weights, prefix="transformer")
+
+
+def unload_lora(case: Case, pipe: Any) -> None:
+    pipe.unload_lora_weights() if case.lora else pipe.transformer.unload_lora()
+
+
+def test_a_lora_is_loaded_and_leaves_again(case):
+    pipe = case.make()
+    plain = draw(case, pipe)
+    load_lora(case, pipe)
     assert (draw(case, pipe) - plain).abs().max() > 1e-3
-    pipe.unload_lora_weights() if case.lora else transformer.unload_lora()
+    unload_lora(case, pipe)
     assert torch.equal(draw(case, pipe), plain)
+
+
+STEPS = 64
+"""An image is made in two steps of a model that may err by ``TOLERANCE`` in each; guidance multiplies what differs by its scale,
+5 at most, and once more where it is added; the decoder passes on what it gets."""
+
+
+def drawn_under_the_mask(case: Case, pipe: Any, **options: Any) -> torch.Tensor:
+    """What the stock pipeline draws under the dense mask."""
+    text_len = case.call()["encoder_hidden_states"].shape[1]
+    with windowed(case.row, pipe.transformer, Shape(*GRID, text_len, 2, case.references)):
+        return draw(case, pipe, **options)
+
+
+def alike(images: torch.Tensor, others: torch.Tensor, what: str) -> None:
+    assert differ(images, others) <= STEPS * TOLERANCE, (what, differ(images, others))
+
+
+WINDOWED = [name for name, each in CASES.items() if each.row is not None]
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_transformed_pipeline_draws_what_the_plain_one_draws_under_the_dense_mask(name):
+    case = CASES[name]
+    pipe = case.make()
+    dense, expected = draw(case, pipe), drawn_under_the_mask(case, pipe)
+    far(dense, expected, "the window")
+    for order in ("tiled", "raster"):
+        flexclear.transform(pipe, r=RADIUS, backend="sdpa", order=order)
+        alike(draw(case, pipe), expected, order)
+    load_lora(case, pipe)
+    late = draw(case, pipe)
+    flexclear.restore(pipe)
+    adapted = drawn_under_the_mask(case, pipe)
+    far(expected, adapted, "the LoRA")
+    alike(late, adapted, "a LoRA that is loaded after the transform")
+    flexclear.transform(pipe, r=RADIUS, backend="sdpa")
+    alike(draw(case, pipe), adapted, "a LoRA that is loaded before it")
+    unload_lora(case, pipe)
+    alike(draw(case, pipe), expected, "a LoRA that is unloaded")
+    flexclear.restore(pipe)
+    assert torch.equal(draw(case, pipe), dense)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_pixels_of_a_token_are_read_off_pipeline_and_model(name):
+    from flexclear.families.target import px_per_token
+
+    case = CASES[name]
+    pipe = case.make()
+    assert px_per_token(pipe) == case.px
+    assert px_per_token(pipe.transformer) == 16
+
+
+def change(ids: torch.Tensor, **columns: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Ids with other columns."""
+    changed = ids.clone()
+    for number, name in enumerate("iyx"):
+        if name in columns:
+            changed[:, number] = columns[name](ids[:, number])
+    return changed
+
+
+def test_longcat_s_ids_may_begin_anywhere_and_keep_where():
+    """Windows go by places in the image; the model's positions by the ids, as exactly as they were given."""
+    plain, call, shape = models.tiny_longcat(), models.longcat_call(9, 13, 5), Shape(9, 13, 5)
+    model = flexclear.transform(models.tiny_longcat(), r=RADIUS, backend="sdpa")
+    for moved in (
+        change(call["img_ids"], y=lambda y: y + 33, x=lambda x: x - 200),
+        change(call["img_ids"], y=lambda y: y - 512, x=lambda x: x - 512),
+        call["img_ids"].long(),
+        call["img_ids"].double(),
+    ):
+        given = {**call, "img_ids": moved}
+        same(run(model, given), expected(rows_packed.LONGCAT, plain, shape, given))
+
+
+BAD_IDS = {
+    "the text's index": ({"i": lambda i: i - 1}, "begin with a picture of index 0; the image itself has index 1"),
+    "a gap": (
+        {"y": lambda y: y + (y > 515)},
+        "start at row 512 and column 512, where the image does: they start at row 512",
+    ),
+    "steps of two": ({"x": lambda x: 2 * x - 512}, "not full grids of height x width"),
+    "swapped": ({"y": lambda y: y - 512, "x": lambda x: x.flip(0)}, "not full grids of height x width"),
+}
+
+
+@pytest.mark.parametrize(("columns", "says"), BAD_IDS.values(), ids=BAD_IDS)
+def test_ids_that_are_no_grid_of_longcat_s_are_refused(columns, says):
+    model, call = flexclear.transform(models.tiny_longcat(), r=RADIUS), models.longcat_call(9, 13, 5)
+    with pytest.raises(ValueError, match=says):
+        run(model, {**call, "img_ids": change(call["img_ids"], **columns)})
+
+
+def test_a_reference_that_begins_elsewhere_than_the_image_is_refused():
+    model = flexclear.transform(models.tiny_longcat(), r=RADIUS)
+    call = models.longcat_call(6, 8, 5, references=((4, 5),))
+    call["img_ids"][48:, 1] += 1
+    with pytest.raises(
+        ValueError, match=r"grid 1 of 2 .* at row 5 and column 5, where the image does: .* at row 6 and"
+    ):
+        run(model, call)
+
+
+def test_bria_s_residuals_of_single_blocks_are_refused():
+    model, call = flexclear.transform(models.tiny_bria(), r=RADIUS), models.bria_call(6, 8, 5)
+    with pytest.raises(ValueError, match="got controlnet_single_block_samples: diffusers adds them to other tokens"):
+        run(model, {**call, "controlnet_single_block_samples": [torch.zeros(1, 48, 32)]})
