@@ -9,7 +9,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of ``model`` in the order of the forward pass.
 
     Where diffusers names their classes (``_repeated_blocks``), modules of these; elsewhere (SD3) the members of the
-    model's own lists of modules whose class is a transformer block.
+    model's own lists of modules whose class is a transformer block, or that wrap one (HiDream).
 
     Raises:
         ValueError: none is found.
@@ -20,7 +20,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
             type(block).__name__
             for child in model.children()
             if isinstance(child, nn.ModuleList)
-            for block in child
+            for member in child
+            for block in (member, *member.children())
             if type(block).__name__.endswith("TransformerBlock")
         }
     found = [module for module in model.modules() if type(module).__name__ in names]

@@ -8,29 +8,16 @@ import pytest
 import torch
 
 import flexclear
-from flexclear.families import FAMILIES, family_of
+from flexclear.families import family_of
 
-from helpers import models
+from contract.table import ROWS
 from helpers.interruptions import same, state_of
 from helpers.parallel_families import build
 
-MODELS = {
-    "FluxTransformer2DModel": models.tiny_flux,
-    "Flux2Transformer2DModel": models.tiny_flux2,
-    "QwenImageTransformer2DModel": models.tiny_qwen,
-    "SD3Transformer2DModel": lambda: models.tiny_sd3(dual_attention_layers=(0,)),
-    "ChromaTransformer2DModel": models.tiny_chroma,
-    "ZImageTransformer2DModel": models.tiny_zimage,
-}
 
-
-def test_every_family_is_here():
-    assert set(MODELS) == {known.model_class for known in FAMILIES}
-
-
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=ROWS, ids=lambda row: row.name)
 def model(request):
-    return MODELS[request.param]()
+    return request.param.build()
 
 
 def derived(module, **changes):

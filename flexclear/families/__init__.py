@@ -9,8 +9,10 @@ from flexclear.families.ernie_image import ERNIE_IMAGE
 from flexclear.families.flux import FLUX
 from flexclear.families.flux2 import FLUX2
 from flexclear.families.glm_image import GLM_IMAGE
+from flexclear.families.hidream import HIDREAM
 from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
 from flexclear.families.latents import AURAFLOW, COGVIEW4
+from flexclear.families.lumina2 import LUMINA2
 from flexclear.families.packed import BRIA, LONGCAT, OVIS
 from flexclear.families.qwen import QWEN
 from flexclear.families.sd3 import SD3
@@ -32,6 +34,8 @@ FAMILIES: list[Family] = [
     HUNYUAN_IMAGE,
     GLM_IMAGE,
     ERNIE_IMAGE,
+    HIDREAM,
+    LUMINA2,
     LONGCAT,
     OVIS,
     BRIA,

@@ -46,6 +46,7 @@ ERNIE_IMAGE = ErnieImageFamily(
     text_first=False,
     given={"attention_mask": None},
     text="text_bth",
+    latents_per_token=1,
     pipelines=("ErnieImagePipeline",),
     notes="padded text is masked",
 )

@@ -61,6 +61,7 @@ HUNYUAN_IMAGE = HunyuanImageFamily(
     text_first=False,
     given={"attention_mask": None},
     px_per_token=32,
+    latents_per_token=1,
     pipelines=("HunyuanImagePipeline", "HunyuanImageRefinerPipeline"),
     notes=(
         "HunyuanImage 2.1, its distilled form and its refiner; padded text is masked, that of quoted words too. No gradient "

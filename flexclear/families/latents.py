@@ -104,9 +104,13 @@ class LatentsFamily(Family):
             return kwargs, plan
         if not self.rope:
             raise ValueError(f"ntk_factor={switches.ntk_factor}: {type(model).__name__} has no rotary positions")
+        return kwargs, replace(plan, embedder=self.stretched(model, switches.ntk_factor))
+
+    def stretched(self, model: nn.Module, factor: float) -> Any:
+        """A module like the one that makes the rotary embedding, of a base that is larger by ``factor``."""
         embedder: Any = copy.copy(model.get_submodule(self.carriers[0]))
-        embedder.theta *= switches.ntk_factor
-        return kwargs, replace(plan, embedder=embedder)
+        embedder.theta *= factor
+        return embedder
 
     def hooks(self, model: nn.Module, names: Iterable[str]) -> InnerHooks:
         stretching: InnerHooks = [(model.get_submodule(self.carriers[0]), StretchHook())] if self.rope else []

@@ -123,7 +123,7 @@ class ZImageFamily(Family):
         _check_residuals(kwargs.get("controlnet_block_samples"), height * width + text_len)
         keep = {}
         if min(lengths) < max(lengths):
-            keep[JOINT] = _kept(text_len, tuple(pads + length for length in lengths), pictures[0].device)
+            keep[JOINT] = kept(text_len, tuple(pads + length for length in lengths), pictures[0].device)
         tokens = next((picture for picture in pictures if picture.requires_grad), pictures[0])
         return Call(tokens, ((height, width),), {JOINT: text_len, IMAGE: pads}, keep)
 
@@ -171,7 +171,7 @@ class ZImageFamily(Family):
 
 @functools.lru_cache(maxsize=64)
 @independent
-def _kept(text_len: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def kept(text_len: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Which text tokens are within each sample's own length, bool ``[B, text_len]``; kept, so that a GPU is not waited
     for in every step."""
     return (torch.arange(text_len) < torch.tensor(lengths)[:, None]).to(device)

@@ -31,7 +31,7 @@ class SlotPlan:
         bias: ``[B, N]`` or ``[1, N]`` in sequence order: the score of query i and key j grows by ``bias[i] * bias[j]``; or
             None.
         order: of tokens that reach attention in raster order: their place in the sequence that the mask is for, and its
-            inverse, int64 ``[N]``; or None.
+            inverse, int64 ``[N]``, or ``[B, N]`` where samples differ; or None.
     """
 
     mask: BlockMask | Tensor | None
@@ -211,5 +211,12 @@ class CallPlan:
         if own.order is None:
             return self.means.attend(own, slot, query, key, value, weight)
         there, back = own.order
-        query, key, value = (tokens.index_select(2, there) for tokens in (query, key, value))
-        return self.means.attend(own, slot, query, key, value, weight).index_select(2, back)
+        query, key, value = (_ordered(tokens, there) for tokens in (query, key, value))
+        return _ordered(self.means.attend(own, slot, query, key, value, weight), back)
+
+
+def _ordered(tokens: Tensor, order: Tensor) -> Tensor:
+    """``[B, heads, N, head_dim]`` in another order, of all samples or of each."""
+    if order.ndim == 1:
+        return tokens.index_select(2, order)
+    return tokens.gather(2, order[:, None, :, None].expand_as(tokens))

@@ -44,7 +44,7 @@ def attention_of(model: nn.Module, block: nn.Module, where: str, name: str, repl
         model: for messages.
         block: the block.
         where: its place in the model, such as ``transformer_blocks[0]``.
-        name: of the attribute that holds the module.
+        name: of the attribute that holds the module, or a path to it.
         replaced: names of the processors' classes that the family replaces: these exactly, since a subclass may compute
             anything.
 
@@ -53,13 +53,18 @@ def attention_of(model: nn.Module, block: nn.Module, where: str, name: str, repl
         TypeError: its processor is another, or has no attention to put another in place of; or it or the block is of a
             subclass with a forward of its own.
     """
-    attention: Any = getattr(block, name, None)
+    around: list[Any] = [block]
+    *wrapped, last = name.split(".")
+    for part in wrapped:
+        around.append(getattr(around[-1], part, None))
+    attention: Any = getattr(around[-1], last, None)
     if not isinstance(attention, nn.Module) or not hasattr(attention, "processor"):
         raise ValueError(
             f"{where} of this {type(model).__name__} has no attention module named {name} (found "
             f"{type(attention).__name__}): not the blocks that this model has in diffusers"
         )
-    refuse_other_forward(block, where, diffusers_class(block))
+    for module in around:
+        refuse_other_forward(module, where, diffusers_class(module))
     refuse_other_forward(attention, f"{where}.{name}", diffusers_class(attention))
     processor = attention.processor
     if is_ours(processor):

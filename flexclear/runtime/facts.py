@@ -60,6 +60,8 @@ class Call:
         grids: (height, width) in tokens of the image, then of each reference picture.
         text_lens: number of text tokens by scope.
         keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent where nothing is.
+        text_adjoins: whether each sample's image follows its own text at once, in attention's sequence, and what pads the text
+            is behind the image.
         order: token order of a call that cannot have the one that ``transform`` was given, else None.
     """
 
@@ -67,6 +69,7 @@ class Call:
     grids: tuple[tuple[int, int], ...]
     text_lens: dict[str, int]
     keep: dict[str, Tensor] = field(default_factory=dict)
+    text_adjoins: bool = False
     order: str | None = None
 
 

@@ -173,11 +173,14 @@ class EntryHook(Hook):
             means = InBand(self.parallel.band(plans, masks, settings.slots, call.keep))
         elif formula is not None:
             means = ByFormula(formula.bind(base))
-        # Attention that is dense is the same in any order.
-        orders = [
-            plan.whole_order if self.family.raster and window is not None and not dense else None
-            for plan, (_, window) in zip(plans, settings.slots, strict=True)
-        ]
+
+        def order_of(scope: str, window: Window | None, plan: Plan) -> tuple[Tensor, Tensor] | None:
+            if call.text_adjoins and scope in call.keep:
+                return plan.adjoining_order(call.keep[scope])
+            # Attention that is dense is the same in any order.
+            return plan.whole_order if self.family.raster and window is not None and not dense else None
+
+        orders = [order_of(*slot, plan) for slot, plan in zip(settings.slots, plans, strict=True)]
         slots = tuple(
             SlotPlan(mask, plan.pooling, gain, order=order)
             for plan, mask, gain, order in zip(plans, masks, gains, orders, strict=True)

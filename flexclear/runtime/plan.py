@@ -67,6 +67,20 @@ class Plan:
             mark_symbolic(parts[-1], [0])
         return parts[0], parts[1]
 
+    def adjoining_order(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """``whole_order`` of samples whose image follows the text that they ``keep`` at once, and their padding the image:
+        int64 ``[B, seq_len]``. ``keep`` is bool ``[B, text_len]``, and text comes first."""
+        lengths, image_len = keep.sum(1, keepdim=True), self.layout.image_len
+        text = torch.arange(self.layout.text_len, device=keep.device)
+        image = torch.arange(image_len, device=keep.device) if self.order is None else self.order
+        there = torch.cat([text + image_len * (text >= lengths), lengths + image], dim=1)
+        back = torch.empty_like(there).scatter_(
+            1, there, torch.arange(there.shape[1], device=keep.device).expand_as(there)
+        )
+        for order in (there, back):
+            mark_symbolic(order, [1])
+        return there, back
+
     def masked(self, keep: Tensor) -> BlockMask | Tensor | None:
         """The mask without the text keys that are padding; ``keep`` is bool ``[B, text_len]``, False for padding."""
         return None if self.mask is None else with_text_mask(self.mask, self.layout, keep)

@@ -39,6 +39,15 @@ def window(shape: Shape, text_len: int, text_first: bool, r: int) -> Tensor:
     return F.pad(near, (*text, *text), value=True)
 
 
+def _adjoining(shape: Shape, attn_mask: Tensor, image_len: int, r: int) -> Tensor:
+    """Bool ``[B, 1, N, N]``: the window of each sample, whose image follows its own text, and its padding the image."""
+    masks = []
+    for text_len in (attn_mask.flatten(1).sum(1) - image_len).tolist():
+        padding = attn_mask.shape[-1] - text_len - image_len
+        masks.append(F.pad(window(shape, text_len, True, r), (0, padding, 0, padding), value=True))
+    return torch.stack(masks)[:, None]
+
+
 @contextlib.contextmanager
 def under(
     row: Row,
@@ -71,6 +80,8 @@ def under(
         if mask is None:
             return plain(query, key, value, attn_mask=attn_mask, **options)
         used.add(length)
+        if row.adjoins and attn_mask is not None:
+            mask = _adjoining(shape, attn_mask, image_len, r)
         if attn_mask is None or not padding:
             pass
         elif attn_mask.dtype == torch.bool:

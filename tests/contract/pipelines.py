@@ -20,14 +20,15 @@ STEPS = 64
 scale, 4 at most and twice where it is added, and the decoder's layers pass on what they get."""
 
 
-def shape_of(model, call) -> Shape:
+def shape_of(row: Row, model, call) -> Shape:
     """The sizes of a pipeline's call."""
     latents, patch = call["hidden_states"], model.config.patch_size
     side = patch if isinstance(patch, int) else patch[-1]
     text = next(
         call[name] for name in ("encoder_hidden_states", "text_bth", "encoder_hidden_states_t5") if name in call
     )
-    return Shape(latents.shape[-2] // side, latents.shape[-1] // side, text.shape[1], len(latents))
+    text_len = int(call["encoder_attention_mask"].sum(1).max()) if row.adjoins else text.shape[1]
+    return Shape(latents.shape[-2] // side, latents.shape[-1] // side, text_len, len(latents))
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def windowed(row: Row, model) -> Iterator[None]:
 
     def forward(*args, **call):
         latents = call["hidden_states"] if not args else args[0]
-        with under(row, shape_of(model, {**call, "hidden_states": latents})):
+        with under(row, shape_of(row, model, {**call, "hidden_states": latents})):
             return plain(*args, **call)
 
     with mock.patch.object(model, "forward", forward):

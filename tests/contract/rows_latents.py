@@ -183,4 +183,79 @@ ERNIE_IMAGE = Row(
     brief=True,
 )
 
-ROWS = (AURAFLOW, COGVIEW4, HUNYUAN_IMAGE, GLM_IMAGE, ERNIE_IMAGE)
+
+def hidream(**config) -> Any:
+    """A model with a layer of Llama's for each block."""
+    blocks = config.get("num_layers", 2) + config.get("num_single_layers", 2)
+    return models.tiny_hidream(**{"llama_layers": [0, 1, 1, 0][:blocks], "max_resolution": (40, 40), **config})
+
+
+HIDREAM_TOKENS = 400
+"""Of an image that is not square, in the small model."""
+
+
+def hidream_text(shape: Shape) -> tuple[int, ...]:
+    tokens = shape.height * shape.width
+    return (3 * shape.text_len + (0 if shape.height == shape.width else HIDREAM_TOKENS - tokens),)
+
+
+HIDREAM = Row(
+    "hidream",
+    "HiDream-I1",
+    hidream,
+    shaped(models.hidream_call),
+    text_first=False,
+    head_64=models.HIDREAM_64,
+    # Whole graphs, which experts, counted on the host, do not have in the stock model either.
+    one_block={**FLUX_BLOCK, "num_routed_experts": 0},
+    joint_block={"num_layers": 1, "num_single_layers": 0},
+    no_block={"num_layers": 0, "num_single_layers": 0},
+    graphs=2,
+    stacks={"double_stream_blocks": "block.attn1", "single_stream_blocks": "block.attn1"},
+    text_lens=hidream_text,
+    stretch=stretch("pe_embedder"),
+    refuses={
+        **REFUSES,
+        "padding": Refused(MASK_HELD, call=mask_among("attention_kwargs")),
+        "references": Refused(
+            "takes no img_ids: tokens that are packed", call=lambda shape: {"img_ids": torch.zeros(1, 3)}
+        ),
+    },
+    lacks={name: why for name, why in LACKS.items() if name != "references"},
+    brief=True,
+)
+
+
+def lumina2_call(shape: Shape) -> dict[str, Any]:
+    call = shaped(models.lumina2_call)(shape)
+    return {**call, "encoder_attention_mask": keep(shape).to(torch.int64)}
+
+
+def stretch_lumina2(model, factor: float) -> None:
+    own = model.rope_embedder
+    model.rope_embedder = type(own)(own.theta * factor, own.axes_dim, own.axes_lens, own.patch_size)
+
+
+LUMINA2 = Row(
+    "lumina2",
+    "Lumina 2",
+    models.tiny_lumina2,
+    lumina2_call,
+    text_first=True,
+    head_64=models.LUMINA2_64,
+    one_block={"num_layers": 1},
+    joint_block={"num_layers": 1},
+    no_block={"num_layers": 0, "num_refiner_layers": 0},
+    graphs=3,  # its refiner of captions compiles as well
+    stacks={"noise_refiner": "attn", "layers": "attn"},
+    text_lens=lambda shape: (0, max(shape.kept)),
+    other_lens=lambda shape: (shape.text_len,),
+    adjoins=True,
+    paddings={"captions": True},
+    stretch=stretch_lumina2,
+    refuses=REFUSES,
+    lacks=LACKS,
+    brief=True,
+)
+
+ROWS = (AURAFLOW, COGVIEW4, HUNYUAN_IMAGE, GLM_IMAGE, ERNIE_IMAGE, HIDREAM, LUMINA2)

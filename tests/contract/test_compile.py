@@ -55,7 +55,7 @@ def test_checkpointed_blocks_compile_to_whole_graphs_with_the_gradients_of_the_d
     shape = Shape(8, 9, 70 if padding else 9, 2, padding=padding)
     call = row.call(shape)
     with under(row, shape):
-        theirs = gradients(plain, call)
+        theirs = gradients(plain.train(), call)
     flexclear.transform(model.train(), r=RADIUS, backend="sdpa").enable_gradient_checkpointing()
     flexclear.optimize(model, backend="eager")
     largest = max(gradient.abs().max() for gradient in theirs if gradient is not None)

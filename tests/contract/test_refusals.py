@@ -64,7 +64,8 @@ def test_foreign_processors_and_blocks_are_refused(row):
         model = row.build()
         getattr(model, stack)[0].get_submodule(name).set_processor(lambda *args, **kwargs: None)
         refused(model, TypeError, re.escape(f"{stack}[0].{name} has a function; flexclear replaces"))
-        setattr(getattr(model, stack)[0], name, torch.nn.Linear(2, 2))
+        around, _, last = name.rpartition(".")
+        setattr(getattr(model, stack)[0].get_submodule(around), last, torch.nn.Linear(2, 2))
         refused(
             model,
             ValueError,
@@ -77,7 +78,14 @@ def test_foreign_processors_and_blocks_are_refused(row):
 def test_an_input_that_is_missing_is_named(row):
     model = flexclear.transform(row.build(), r=RADIUS, backend="sdpa")
     call = row.call(Shape(8, 6, 5))
-    needed = ("hidden_states", "encoder_hidden_states", "img_ids", "x", "cap_feats", "t", "text_bth", "text_lens")
+    texts = (
+        "encoder_hidden_states",
+        "cap_feats",
+        "text_bth",
+        "encoder_hidden_states_t5",
+        "encoder_hidden_states_llama3",
+    )
+    needed = ("hidden_states", *texts, "img_ids", "x", "t", "text_lens", "encoder_attention_mask")
     for name in [name for name in needed if name in call]:
         with pytest.raises(ValueError, match=rf"needs {name} as a (tensor|list)"):
             run(model, {**call, name: None})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import flexclear
+from flexclear.families.target import px_per_token
 
 from contract.oracle import RADIUS, run
 from contract.pipelines import check_windowed
@@ -50,6 +51,7 @@ def test_the_pipeline_is_windowed(pipe):
         pipe.load_lora_weights(lora(pipe.transformer))
 
     check_windowed(pipe, ERNIE_IMAGE, load, pipe.unload_lora_weights, height=48, width=64, guidance_scale=4.0)
+    assert px_per_token(pipe) == 4
 
 
 @pytest.mark.parametrize(

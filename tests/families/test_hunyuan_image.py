@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import flexclear
+from flexclear.families.target import px_per_token
 
 from contract.oracle import RADIUS, expected, far, run, same
 from contract.pipelines import check_windowed
@@ -110,6 +111,7 @@ def test_the_pipeline_is_windowed(pipe):
 
     options = {"prompt": QUOTED, "height": 48, "width": 64}
     check_windowed(pipe, GLYPHS, load, pipe.transformer.unload_lora, **options)
+    assert px_per_token(pipe) == 4
 
 
 def test_the_distilled_pipeline_runs():
