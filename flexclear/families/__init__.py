@@ -15,6 +15,7 @@ from flexclear.families.latents import AURAFLOW, COGVIEW4
 from flexclear.families.lumina2 import LUMINA2
 from flexclear.families.packed import BRIA, LONGCAT, OVIS
 from flexclear.families.qwen import QWEN
+from flexclear.families.qwen21 import QWEN_IMAGE21
 from flexclear.families.sd3 import SD3
 from flexclear.families.tokens import TokensFamily
 from flexclear.families.zimage import ZIMAGE
@@ -36,6 +37,7 @@ FAMILIES: list[Family] = [
     ERNIE_IMAGE,
     HIDREAM,
     LUMINA2,
+    QWEN_IMAGE21,
     LONGCAT,
     OVIS,
     BRIA,

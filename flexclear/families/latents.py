@@ -44,7 +44,7 @@ class LatentsFamily(Family):
     They stay in raster order, but for attention.
 
     Attributes:
-        carriers: where positions are rotary, the first of them makes the embedding, and has its base as ``theta``.
+        embedder: path of the module that makes the rotary embedding and has its base as ``theta``; the first carrier by default.
         text: argument with the text's features, ``[B, tokens, C]``.
         registers: tokens of the model's own that go with the text.
         positions: path of the number of learned positions, which are a square grid's; None where no size is too large.
@@ -52,6 +52,7 @@ class LatentsFamily(Family):
     """
 
     raster: bool = True
+    embedder: str | None = None
     text: str = "encoder_hidden_states"
     registers: int = 0
     positions: str | None = None
@@ -108,12 +109,16 @@ class LatentsFamily(Family):
 
     def stretched(self, model: nn.Module, factor: float) -> Any:
         """A module like the one that makes the rotary embedding, of a base that is larger by ``factor``."""
-        embedder: Any = copy.copy(model.get_submodule(self.carriers[0]))
+        embedder: Any = copy.copy(self.embedder_of(model))
         embedder.theta *= factor
         return embedder
 
+    def embedder_of(self, model: nn.Module) -> nn.Module:
+        """The module that makes the rotary embedding."""
+        return model.get_submodule(self.embedder or self.carriers[0])
+
     def hooks(self, model: nn.Module, names: Iterable[str]) -> InnerHooks:
-        stretching: InnerHooks = [(model.get_submodule(self.carriers[0]), StretchHook())] if self.rope else []
+        stretching: InnerHooks = [(self.embedder_of(model), StretchHook())] if self.rope else []
         return [*stretching, *super().hooks(model, names)]
 
 

@@ -36,7 +36,8 @@ here = threading.local()
 """What this thread is in, each absent or None outside of it. Dynamo knows no subclass of it, nor a context variable.
 
 ``entering``: plan of a call whose carriers have not all been made; ``plan``: of the block that runs, or has run last;
-``attending``: processor whose attention is about to be computed; ``leaving``: plan of the call that runs, for its exit.
+``attending``: processor whose attention is about to be computed; ``before``: how many attentions come before it;
+``leaving``: plan of the call that runs, for its exit.
 """
 
 

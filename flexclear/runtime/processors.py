@@ -47,6 +47,8 @@ class WindowProcessor:
         given: what the code gets for arguments of these names: None for a mask that the plan stands for; anything else where
             the call leaves the argument out.
         shared: whether another model calls the layer too, without a plan, for which it attends as it did before.
+        in_parts: whether its code attends over one part of the sequence after the other, and only the last, the image's rows
+            over all keys, is windowed. Its argument ``segments`` has those before, or is None.
     """
 
     stock: ClassVar[type]
@@ -61,6 +63,7 @@ class WindowProcessor:
     slot: int | None = None
     given: Mapping[str, Any] = {}
     shared: bool = False
+    in_parts: bool = False
 
     _replaced: tuple[Any, ...] = ()
 
@@ -243,6 +246,7 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
         if plan.rotary is not None and rotary is not None:
             given[rotary] = None
         here.attending = self
+        here.before = len(given.get("segments") or ()) if self.in_parts else 0
         return own(self, **given)
 
     # Asked for in every call: looked up, not found anew.
@@ -332,9 +336,18 @@ def _dispatching(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        before = getattr(here, "before", 0)
+        if before:
+            here.before = before - 1
+            return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs)
         processor, plan = _attending()
         if processor is None or plan is None:
             return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs)
+        if processor.in_parts:
+            # Rows of the text, which a window does not have on its own; what they would see is thrown away.
+            rows = key.shape[1] - query.shape[1]
+            query = F.pad(query, (0, 0, 0, 0, rows, 0))
+            return _attend(processor, plan, query, key, value, None, dropout_p, is_causal, scale)[:, rows:]
         return _attend(processor, plan, query, key, value, attn_mask, dropout_p, is_causal, scale)
 
     return dispatch_attention_fn

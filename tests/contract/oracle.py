@@ -69,6 +69,7 @@ def under(
         padding: whether the model's own mask of padded text counts.
         all_used: whether each of those sequences must be attended over.
     """
+    shape = row.fitted(shape)
     image_len = sum(h * w for h, w in ((shape.height, shape.width), *shape.references))
     windows = {image_len + text: window(shape, text, row.text_first, r) for text in row.text_lens(shape)}
     assert not windows.keys() & set(row.other_lens(shape)), f"lengths do not tell the sequences of {shape} apart"
@@ -80,6 +81,7 @@ def under(
         if mask is None:
             return plain(query, key, value, attn_mask=attn_mask, **options)
         used.add(length)
+        mask = mask[-query.shape[-2] :]  # or of the image's rows alone
         if row.adjoins and attn_mask is not None:
             mask = _adjoining(shape, attn_mask, image_len, r)
         if attn_mask is None or not padding:

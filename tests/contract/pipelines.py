@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -22,6 +23,10 @@ scale, 4 at most and twice where it is added, and the decoder's layers pass on w
 
 def shape_of(row: Row, model, call) -> Shape:
     """The sizes of a pipeline's call."""
+    if "img_shapes" in call:
+        *conditions, (_, height, width) = call["img_shapes"][0]
+        places = 3 * sum(math.prod(grid) for grid in conditions) // 4
+        return Shape(height, width, call["encoder_hidden_states"].shape[1] + places, len(call["hidden_states"]))
     latents, patch = call["hidden_states"], model.config.patch_size
     side = patch if isinstance(patch, int) else patch[-1]
     text = next(

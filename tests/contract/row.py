@@ -62,6 +62,8 @@ class Row:
         graphs: how many graphs those blocks compile to, one size.
         text_lens: text tokens of each sequence that is windowed.
         other_lens: lengths of sequences that are not.
+        image: what of a model's output is the image.
+        fitted: the nearest shape that the model can have.
         adjoins: whether each sample's image follows its own text at once, and padding is at the end.
         paddings: kinds of padded text, and whether what is padded is hidden; a mask that is added to scores hides nothing.
         residuals: a call's ControlNet residuals.
@@ -89,6 +91,8 @@ class Row:
     stacks: Mapping[str, str]
     text_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: (shape.text_len,)
     other_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: ()
+    image: Callable[[Any, Shape], Any] = lambda output, shape: output
+    fitted: Callable[[Shape], Shape] = lambda shape: shape
     adjoins: bool = False
     paddings: Mapping[str, bool] = field(default_factory=dict)
     residuals: Callable[[Shape], dict[str, Any]] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -258,4 +260,44 @@ LUMINA2 = Row(
     brief=True,
 )
 
-ROWS = (AURAFLOW, COGVIEW4, HUNYUAN_IMAGE, GLM_IMAGE, ERNIE_IMAGE, HIDREAM, LUMINA2)
+
+def of_whole_slots(shape: Shape) -> Shape:
+    """The next size whose tokens are a multiple of four."""
+    widths = range(shape.width, shape.width + 4)
+    return dataclasses.replace(shape, width=next(width for width in widths if not shape.height * width % 4))
+
+
+def qwen21_call(shape: Shape) -> dict[str, Any]:
+    fitted = of_whole_slots(shape)
+    call = shaped(models.qwen21_call)(fitted)
+    return {**call, "encoder_hidden_states_mask": keep(shape).to(torch.int64)} if shape.padding else call
+
+
+def stretch_qwen21(model, factor: float) -> None:
+    own = model.pos_embed
+    model.pos_embed = type(own)(own.theta * factor, own.axes_dim)
+
+
+QWEN_IMAGE21 = Row(
+    "qwen21",
+    "Qwen-Image 2.1",
+    models.tiny_qwen21,
+    qwen21_call,
+    text_first=True,
+    head_64=models.QWEN21_64,
+    one_block={"num_layers": 1},
+    joint_block={"num_layers": 1},
+    no_block={"num_layers": 0},
+    graphs=1,
+    stacks={"transformer_blocks": "attn"},
+    image=lambda output, shape: output[:, -math.prod((of_whole_slots(shape).height, of_whole_slots(shape).width)) :],
+    fitted=of_whole_slots,
+    other_lens=lambda shape: (shape.text_len,),  # text over itself
+    paddings={"int": True},
+    stretch=stretch_qwen21,
+    refuses=REFUSES,
+    lacks={**LACKS, "references": "its condition images are part of the text"},
+    brief=True,
+)
+
+ROWS = (AURAFLOW, COGVIEW4, HUNYUAN_IMAGE, GLM_IMAGE, ERNIE_IMAGE, HIDREAM, LUMINA2, QWEN_IMAGE21)

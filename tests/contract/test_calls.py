@@ -164,7 +164,7 @@ def test_training_has_the_gradients_of_the_dense_mask_with_and_without_checkpoin
             if right is not None:
                 assert (mine - right).abs().max() <= TOLERANCE * largest, name
                 assert (repeated - right).abs().max() <= TOLERANCE * largest, name
-        assert len([gradient for gradient in theirs if gradient is not None]) > 30
+        assert len([gradient for gradient in theirs if gradient is not None]) > 25
 
 
 @every()
