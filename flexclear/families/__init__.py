@@ -11,7 +11,7 @@ from flexclear.families.flux2 import FLUX2
 from flexclear.families.glm_image import GLM_IMAGE
 from flexclear.families.hidream import HIDREAM
 from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
-from flexclear.families.latents import AURAFLOW, COGVIEW4
+from flexclear.families.latents import AURAFLOW, COGVIEW4, LatentsFamily
 from flexclear.families.lumina2 import LUMINA2
 from flexclear.families.packed import BRIA, LONGCAT, OVIS
 from flexclear.families.qwen import QWEN
@@ -59,8 +59,8 @@ def register(family: Family, *, replace: bool = False) -> Family:
     ``flexclear.testing.check_family`` tells whether the declaration is right.
 
     Args:
-        family: its declaration: a ``TokensFamily`` for a model that is handed tokens and position ids, or a ``Family`` with a
-            ``read`` and an ``enter`` of its own.
+        family: its declaration: a ``TokensFamily`` for a model that is handed tokens and position ids, a ``LatentsFamily`` for
+            one that is handed latents, or a ``Family`` with a ``read`` and an ``enter`` of its own.
         replace: whether it takes the place of the family that knows the class already.
 
     Returns:
@@ -110,4 +110,4 @@ def family_of(model: nn.Module) -> Family:
     raise TypeError(f"{type(model).__name__} is not a model that flexclear can transform. Supported: {supported}")
 
 
-__all__ = ["FAMILIES", "Call", "Family", "Layer", "TokensFamily", "family_of", "register"]
+__all__ = ["FAMILIES", "Call", "Family", "LatentsFamily", "Layer", "TokensFamily", "family_of", "register"]

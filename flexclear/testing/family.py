@@ -222,16 +222,21 @@ def _under(family: Family, facts: Call, window: Disc) -> Iterator[None]:
     """
     (height, width), *references = facts.grids
     masks: dict[int, Tensor] = {}
-    for text_len in facts.text_lens.values():
-        layout = Layout(height, width, text_len, family.text_first, "raster", tuple(references))
-        masks[layout.seq_len] = oracle.expected_rows(layout, window)
+    for scope, text_len in facts.text_lens.items():
+        apart = facts.text_adjoins and scope in facts.keep
+        own = []
+        for length in facts.keep[scope].sum(1).tolist() if apart else [text_len]:
+            layout = Layout(height, width, length, family.text_first, "raster", tuple(references))
+            padding = text_len - length
+            own.append(F.pad(oracle.expected_rows(layout, window), (0, padding, 0, padding), value=True))
+        masks[own[0].shape[-1]] = torch.stack(own)[:, None] if apart else own[0]
     attend, used = F.scaled_dot_product_attention, set()
 
     def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any):
-        mask = masks.get(key.shape[-2]) if query.shape[-2] == key.shape[-2] else None
+        mask = masks.get(key.shape[-2])
         if mask is not None:
             used.add(key.shape[-2])
-            mask = mask.to(query.device)
+            mask = mask[..., -query.shape[-2] :, :].to(query.device)  # or of the last rows alone
             if attn_mask is None:
                 attn_mask = mask
             else:

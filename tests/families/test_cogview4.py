@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from PIL import Image
 
 import flexclear
 
-from contract.oracle import run
+from contract.oracle import RADIUS, expected, run, same
 from contract.pipelines import check_windowed
 from contract.rows_latents import COGVIEW4
+from contract.shapes import Shape
 from helpers.models_latents import cogview4_call, tiny_cogview4
 from helpers.pipeline_parts import LANGUAGE, PROMPTS, byte_tokenizer, check_lora, check_pipeline, image_vae, lora, quiet
 
@@ -68,6 +71,18 @@ def test_a_lora_is_loaded(pipe):
         pipe.load_lora_weights(lora(pipe.transformer))
 
     check_lora(pipe, load, pipe.unload_lora_weights, height=48, width=64, prompt=PROMPTS)
+
+
+def test_a_whole_model_compiles_with_another_base_of_its_frequencies():
+    model, call, shape = tiny_cogview4(num_layers=1), cogview4_call(8, 12, 9, 2), Shape(8, 12, 9, 2)
+    plain = copy.deepcopy(model)
+    COGVIEW4.stretch(plain, 10.0)
+    flexclear.transform(model, r=RADIUS, backend="sdpa", ntk_factor=10.0)
+    model.compile(backend="eager")
+    same(run(model, call), expected(COGVIEW4, plain, shape, call))
+    with flexclear.override(ntk_factor=1.0):
+        same(run(model, call), expected(COGVIEW4, tiny_cogview4(num_layers=1), shape, call))
+    torch.compiler.reset()
 
 
 def test_a_rotary_embedding_of_the_caller_s_is_refused():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flexclear
+from flexclear.compile import repeated_blocks
 
 from contract.oracle import RADIUS, expected, far, run, same
 from contract.pipelines import check_windowed
@@ -124,6 +125,11 @@ def test_a_large_image_must_be_square(square):
         return
     with pytest.raises(ValueError, match=r"16 x 17 = 272 tokens: .* not square of 256 tokens at most"):
         run(flexclear.transform(model, r=RADIUS, backend="sdpa"), call)
+
+
+def test_the_blocks_that_compile_are_those_inside_the_model_s():
+    model = tiny_hidream()
+    assert repeated_blocks(model) == [each.block for each in (*model.double_stream_blocks, *model.single_stream_blocks)]
 
 
 def test_packed_tokens_are_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import flexclear
+from flexclear.testing import check_family
 
 from contract.oracle import RADIUS, run, same
 from contract.pipelines import check_windowed
@@ -61,6 +62,11 @@ def test_a_batch_of_captions_gives_what_each_gives_alone(r):
             together[sample : sample + 1],
             run(model, {name: value[sample : sample + 1] for name, value in call.items()}),
         )
+
+
+def test_check_family_knows_captions_of_different_lengths():
+    call = lumina2_call(8, 9, 12, 2, padded=True)
+    assert len(check_family(tiny_lumina2(num_layers=1), call, grid=(8, 9)).errors) == 5
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from transformers import Qwen3VLProcessor
 
 import flexclear
 from flexclear.families.target import px_per_token
+from flexclear.testing import check_family
 
 from contract.oracle import RADIUS, expected, far, run, same
 from contract.pipelines import check_windowed
@@ -127,6 +128,11 @@ def test_condition_images_are_text_and_see_what_they_saw(padded):
     flexclear.transform(model, r=RADIUS, backend="sdpa")
     same(run(model, call), reference)
     assert torch.equal(run(model, call)[:, :-80], dense[:, :-80])
+
+
+def test_check_family_knows_rows_that_come_last():
+    call = qwen21_call(8, 10, 12, 2, padded=True)
+    assert len(check_family(tiny_qwen21(num_layers=1), call, grid=(8, 10)).errors) == 5
 
 
 def test_calls_that_do_not_fit_are_refused():
