@@ -203,20 +203,15 @@ class CallPlan:
 
         Args:
             slot: which part of the plan is the layer's.
-            query, key, value: ``[B, heads, N, head_dim]`` after norms and rotary embedding; key and value may have fewer
-                heads, of which each serves as many heads of the query.
+            query, key, value: ``[B, heads, N, head_dim]`` in sequence order, after norms and rotary embedding; key and value
+                may have fewer heads, of which each serves as many heads of the query.
             weight: see ``Means``.
         """
-        own = self.slots[slot]
-        if own.order is None:
-            return self.means.attend(own, slot, query, key, value, weight)
-        there, back = own.order
-        query, key, value = (_ordered(tokens, there) for tokens in (query, key, value))
-        return _ordered(self.means.attend(own, slot, query, key, value, weight), back)
+        return self.means.attend(self.slots[slot], slot, query, key, value, weight)
 
 
-def _ordered(tokens: Tensor, order: Tensor) -> Tensor:
-    """``[B, heads, N, head_dim]`` in another order, of all samples or of each."""
+def ordered(tokens: Tensor, order: Tensor) -> Tensor:
+    """``[B, N, heads, head_dim]`` in another order, of all samples or of each; see ``SlotPlan.order``."""
     if order.ndim == 1:
-        return tokens.index_select(2, order)
-    return tokens.gather(2, order[:, None, :, None].expand_as(tokens))
+        return tokens.index_select(1, order)
+    return tokens.gather(1, order[:, :, None, None].expand_as(tokens))

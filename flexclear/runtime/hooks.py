@@ -143,10 +143,13 @@ class EntryHook(Hook):
         formula = None if dense else settings.formula
         check_formula(settings.formula, switches)
 
+        order = call.order or settings.order
+        if self.family.raster and (dense or not any(settings.windows.values())):
+            order = "raster"  # Where all attention is dense, its order is all the same.
+
         def plan_of(scope: str, window: Window | None) -> Plan:
             text_len = call.text_lens[scope]
             (height, width), *references = call.grids
-            order = call.order or settings.order
             layout = Layout(height, width, text_len, self.family.text_first, order, tuple(references))
             backward = needs_grad and backend == "flex"
             text_padded = scope in call.keep
@@ -174,13 +177,12 @@ class EntryHook(Hook):
         elif formula is not None:
             means = ByFormula(formula.bind(base))
 
-        def order_of(scope: str, window: Window | None, plan: Plan) -> tuple[Tensor, Tensor] | None:
+        def order_of(scope: str, plan: Plan) -> tuple[Tensor, Tensor] | None:
             if call.text_adjoins and scope in call.keep:
                 return plan.adjoining_order(call.keep[scope])
-            # Attention that is dense is the same in any order.
-            return plan.whole_order if self.family.raster and window is not None and not dense else None
+            return plan.whole_order if self.family.raster else None
 
-        orders = [order_of(*slot, plan) for slot, plan in zip(settings.slots, plans, strict=True)]
+        orders = [order_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True)]
         slots = tuple(
             SlotPlan(mask, plan.pooling, gain, order=order)
             for plan, mask, gain, order in zip(plans, masks, gains, orders, strict=True)

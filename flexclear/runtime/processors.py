@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexclear.runtime.call_plan import CallPlan, Rotary
+from flexclear.runtime.call_plan import CallPlan, Rotary, ordered
 from flexclear.runtime.carrying import CARRIED, here, plan_here
 from flexclear.runtime.modes import known_to_hooks, scores_skipped
 
@@ -407,7 +407,11 @@ def _attend(
         query = query * (scale * query.shape[-1] ** 0.5)
     if plan.rotary is not None:
         query, key = rotated(query, plan.rotary), rotated(key, plan.rotary)
-    return processor.attend(plan, query, key, value)
+    order = None if processor.slot is None else plan.slots[processor.slot].order
+    if order is None:
+        return processor.attend(plan, query, key, value)
+    there, back = order
+    return ordered(processor.attend(plan, *(ordered(tokens, there) for tokens in (query, key, value))), back)
 
 
 def rotated(states: Tensor, rotary: Rotary) -> Tensor:

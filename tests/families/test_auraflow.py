@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import flexclear
+from flexclear.alternatives.properties import attention_map, capture
+from flexclear.analysis.attention import observe
 
 from contract.oracle import run
 from contract.pipelines import check_windowed
@@ -54,12 +56,26 @@ def test_a_lora_is_loaded(pipe):
     check_lora(pipe, load, pipe.unload_lora_weights, **options)
 
 
-def test_layers_left_dense_keep_raster_order_and_every_bit():
+def test_a_model_left_dense_keeps_raster_order_and_every_bit():
     model, call = tiny_auraflow(), auraflow_call(9, 13, 5, 2)
     dense = run(model, call)
     assert torch.equal(run(flexclear.transform(model, r=None, backend="sdpa"), call), dense)
-    flexclear.transform(model, r={"joint_transformer_blocks": None, "single_transformer_blocks": 3}, backend="sdpa")
-    assert (run(model, call) - dense).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("r", [3, None, {"joint_transformer_blocks": None, "default": 3}])
+def test_attention_that_is_looked_at_is_that_of_the_tokens_at_their_places(r):
+    model, call, found, maps = tiny_auraflow(), auraflow_call(9, 13, 5), {}, {}
+    for order in ("tiled", "raster"):
+        flexclear.transform(model, r=r, backend="sdpa", order=order)
+        with observe(model, queries=[(2, 11)]) as found[order]:
+            run(model, call)
+        maps[order] = attention_map(capture(model, call, "single_transformer_blocks.1.attn"))
+    assert (maps["tiled"] - maps["raster"]).abs().max() < 1e-5
+    for one, other in zip(*found.values(), strict=True):
+        assert (one.mass - other.mass).abs().max() < 1e-5
+        assert (one.maps[2, 11] - other.maps[2, 11]).abs().max() < 1e-5
+    assert len(one.maps) == 1
+    assert all(each.mass[:, 3:].sum() == 0 for each in found["tiled"]) == (r == 3)
 
 
 @pytest.mark.parametrize(

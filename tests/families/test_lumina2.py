@@ -54,7 +54,7 @@ def test_the_pipeline_is_windowed(pipe):
     "r", [RADIUS, None, {"noise_refiner": None, "default": RADIUS}, {"layers": None, "default": RADIUS}]
 )
 def test_a_batch_of_captions_gives_what_each_gives_alone(r):
-    """Dense layers keep raster order, but not where captions are of different lengths."""
+    """Windowed or dense."""
     model, call = flexclear.transform(tiny_lumina2(), r=r, backend="sdpa"), lumina2_call(9, 13, 20, 3, padded=True)
     together = run(model, call)
     for sample in range(3):
