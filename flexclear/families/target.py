@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from flexclear.families import FAMILIES, family_of
+from flexclear.families import FAMILIES, Family, family_of
 
 
 def model_of(model_or_pipe: Any) -> nn.Module:
@@ -74,8 +74,12 @@ def px_per_token(model_or_pipe: Any) -> int:
     Raises:
         TypeError: neither a model that flexclear supports nor a pipeline with one.
     """
-    family = family_of(_inside(below_compile(model_or_pipe)[0])[0])
     factor = getattr(model_or_pipe, "vae_scale_factor", None)
+    if factor is not None and getattr(model_or_pipe, "transformer", None) is None:
+        return factor * getattr(
+            model_or_pipe, "patch_size", Family.latents_per_token
+        )  # one that has not been loaded yet
+    family = family_of(_inside(below_compile(model_or_pipe)[0])[0])
     if factor is None:
         return family.px_per_token
     return factor * getattr(model_or_pipe, "patch_size", family.latents_per_token)
