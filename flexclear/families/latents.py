@@ -34,7 +34,8 @@ class StretchHook(Hook):
         plan: CallPlan | None = getattr(here, "entering", None)
         if plan is None or plan.embedder is None:
             return output
-        return plan.embedder.forward(*args, **kwargs)
+        # Its class's, not one that a hook has put on the module that it is a copy of.
+        return type(plan.embedder).forward(plan.embedder, *args, **kwargs)
 
 
 @dataclass(frozen=True)

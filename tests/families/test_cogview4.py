@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_a_whole_model_compiles_with_another_base_of_its_frequencies():
     with flexclear.override(ntk_factor=1.0):
         same(run(model, call), expected(COGVIEW4, tiny_cogview4(num_layers=1), shape, call))
     torch.compiler.reset()
+
+
+def test_another_base_holds_where_a_hook_has_put_a_forward_on_the_module():
+    """As those of accelerate and of diffusers do."""
+    model, call = tiny_cogview4(), cogview4_call(8, 12, 9)
+    flexclear.transform(model, r=RADIUS, backend="sdpa", ntk_factor=10.0)
+    stretched = run(model, call)
+    model.rope.forward = functools.partial(type(model.rope).forward, model.rope)
+    assert torch.equal(run(model, call), stretched)
 
 
 def test_a_rotary_embedding_of_the_caller_s_is_refused():
