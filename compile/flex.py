@@ -40,8 +40,9 @@ def _not_compiled(query: Tensor) -> UnfusedAttentionError:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(facts: Hashable, options: Options) -> Callable[..., Tensor]:
-    """Attention compiled for calls that share ``facts`` and the options of their kernels.
+def _compiled(facts: Hashable, options: Options, grouped: bool) -> Callable[..., Tensor]:
+    """Attention compiled for calls that share ``facts`` and the options of their kernels; ``grouped``: there are fewer heads of
+    keys than of queries.
 
     Dynamo counts recompiles per code object, and each of these facts costs one; with a code object per set of facts
     no number of models, types and devices in a process adds up to the limit.
@@ -51,7 +52,9 @@ def _compiled(facts: Hashable, options: Options) -> Callable[..., Tensor]:
         # Traced, this condition is False and leaves no code behind. If the line ever runs, Python runs it: not compiled.
         if not torch.compiler.is_compiling():
             raise _not_compiled(query)
-        return flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=as_dict(options))
+        return flex_attention(
+            query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=as_dict(options)
+        )
 
     name = f"attend_{abs(hash((facts, options))):x}"
     copy = types.FunctionType(attend.__code__.replace(), attend.__globals__, name, None, attend.__closure__)
@@ -79,7 +82,8 @@ def compiled_flex_attention(
     value would be a new graph.
 
     Args:
-        query, key, value: ``[B, heads, N, head_dim]``, one dtype and device.
+        query, key, value: ``[B, heads, N, head_dim]``, one dtype and device; key and value may have fewer heads, of which each
+            serves as many heads of the query that follow each other.
         mask: block mask over ``N x N`` on the same device.
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
 
@@ -101,6 +105,7 @@ def compiled_flex_attention(
             value,
             block_mask=_symbolic(mask),
             scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
             kernel_options=as_dict(getattr(mask, KERNEL_OPTIONS, ())),
         )
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
@@ -118,6 +123,7 @@ def compiled_flex_attention(
         query.dtype,
         query.shape[0] == 1,
         query.shape[1],
+        key.shape[1],
         query.shape[3],
         mask.BLOCK_SIZE,
         mask.kv_indices.shape[-2] == 1,
@@ -128,7 +134,8 @@ def compiled_flex_attention(
         _codes(mask.mask_mod),
     )
     try:
-        return _compiled(facts, options_for(query, mask, needs_grad))(query, key, value, mask, scale)
+        attend = _compiled(facts, options_for(query, mask, needs_grad), query.shape[1] != key.shape[1])
+        return attend(query, key, value, mask, scale)
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise UnfusedAttentionError(
             f"flexclear: Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for attention over "

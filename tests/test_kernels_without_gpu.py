@@ -31,6 +31,7 @@ def _possible():
 CASES = [Case(head_dim=head_dim, backward=backward) for head_dim in HEAD_DIMS for backward in (False, True)]
 UNEVEN = [Case(head_dim=head_dim, text_len=500) for head_dim in HEAD_DIMS]
 PADDED = [Case(head_dim=head_dim, padding=(512, 77)) for head_dim in HEAD_DIMS]
+GROUPED = Case(head_dim=128, heads=8, key_heads=2)
 FLASH = [
     Case(head_dim=64, options={"BACKEND": "FLASH"}, **kind) for kind in ({}, {"pooled": 4}, {"padding": (512, 77)})
 ]
@@ -39,7 +40,7 @@ IMPOSSIBLE = Case(head_dim=64, block_size=(128, 64), options={"BLOCK_N": 128}, e
 
 @functools.cache
 def results(capability):
-    cases = [*CASES, *UNEVEN, *PADDED, IMPOSSIBLE, *(FLASH if capability == HOPPER else [])]
+    cases = [*CASES, *UNEVEN, *PADDED, GROUPED, IMPOSSIBLE, *(FLASH if capability == HOPPER else [])]
     return dict(zip(cases, worker.run(capability, cases), strict=True))
 
 
@@ -87,6 +88,13 @@ def test_a_mask_that_asks_for_padding_spills_nothing(capability, head_dim):
     assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
 
 
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm_89", "sm_90"])
+def test_heads_of_keys_that_several_queries_share_are_read_as_they_are(capability):
+    kernel = compiled(capability, 128, "forward", heads=8, key_heads=2)
+    assert kernel["constants"]["GQA_SHARED_HEADS"] == 4
+    assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
+
+
 @pytest.mark.parametrize("case", FLASH, ids=["disc", "pooled keys", "padded text"])
 def test_flash_attention_is_generated_of_what_its_language_has(case):
     result = results(HOPPER)[case]
@@ -95,8 +103,9 @@ def test_flash_attention_is_generated_of_what_its_language_has(case):
 
 
 LAYOUTS = {
-    "odd sizes, text first": Case(height=17, width=9, text_len=5, r=4),
-    "pooled keys, text last": Case(height=13, width=11, text_len=37, text_first=False, r=3, pooled=4),
+    "odd sizes, text first": Case(heads=1, height=17, width=9, text_len=5, r=4),
+    "pooled keys, text last": Case(heads=1, height=13, width=11, text_len=37, text_first=False, r=3, pooled=4),
+    "grouped heads": Case(heads=4, key_heads=2, height=17, width=9, text_len=5, r=4),
 }
 
 
@@ -106,7 +115,7 @@ def interpreted():
     return dict(zip(LAYOUTS, worker.run(HOPPER, cases, "interpret"), strict=True))
 
 
-SMALL = {"head_dim": 64, "dtype": "float32", "heads": 1, "backward": True}
+SMALL = {"head_dim": 64, "dtype": "float32", "backward": True}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,7 +20,7 @@ def windowed_attention(
 
     Args:
         query, key, value: ``[B, heads, N, head_dim]`` in the mask's sequence order; more keys than queries where the
-            mask has them.
+            mask has them. Key and value may have fewer heads, of which each serves as many heads of the query.
         mask: a BlockMask (compiled FlexAttention), a bool mask that broadcasts to ``[B, heads, N, keys]`` (masked SDPA),
             or None: every pair (SDPA).
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
@@ -38,10 +38,17 @@ def windowed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(mask, BlockMask):
         return compiled_flex_attention(query, key, value, mask, scale)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and mask is not None:
+        # Of SDPA's kernels on GPUs only cuDNN's takes grouped heads with a mask; the others would hold all scores.
+        groups, grouped = query.shape[1] // key.shape[1], False
+        key, value = (tokens.repeat_interleave(groups, dim=1) for tokens in (key, value))
     if not torch.compiler.is_compiling() and needs_composite((query, key, value)):
         bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, bias, scale=scale)[0]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, bias, scale=scale, enable_gqa=grouped
+        )[0]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def choose_backend(

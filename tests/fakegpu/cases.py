@@ -33,6 +33,7 @@ class Case:
 
     Attributes:
         head_dim, dtype, heads: of query, key and value.
+        key_heads: of key and value, where these have fewer.
         backward: compile for training: the forward pass keeps the log-sum-exp, and the backward pass follows.
         height, width, text_len, text_first, references, r: layout and window.
         pooled: side in tokens of a cell of pooled keys, 0 for none.
@@ -46,6 +47,7 @@ class Case:
     dtype: str = "bfloat16"
     backward: bool = False
     heads: int = 4
+    key_heads: int | None = None
     height: int = 64
     width: int = 64
     text_len: int = 512

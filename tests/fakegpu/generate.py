@@ -108,15 +108,18 @@ def attention_call(case: Case, mode: FakeTensorMode) -> Callable[[], None]:
         raise NotGenerated(f"flexclear: {error}") from error
     queries, keys = mask.seq_lengths
 
-    def projected(length: int) -> Tensor:
+    key_heads = case.key_heads or case.heads
+
+    def projected(length: int, heads: int) -> Tensor:
         # As models hand them over: heads side by side in one row of memory.
-        shape = (case.batch, length, case.heads, case.head_dim)
+        shape = (case.batch, length, heads, case.head_dim)
         row = torch.empty(shape, dtype=case.torch_dtype, device="cuda:0", requires_grad=case.backward)
         return row.transpose(1, 2)
 
     def call() -> None:
         with mode, torch.set_grad_enabled(case.backward):
-            compiled_flex_attention(projected(queries), projected(keys), projected(keys), mask)
+            key, value = projected(keys, key_heads), projected(keys, key_heads)
+            compiled_flex_attention(projected(queries, case.heads), key, value, mask)
 
     return call
 

@@ -68,15 +68,16 @@ def interpret(case: Case) -> dict[str, Any]:
     mask, dense = case.block_mask(pairs.fake), case.dense_mask()
     queries, keys = mask.seq_lengths
 
-    def noise(length: int) -> Tensor:
-        return torch.randn(case.batch, case.heads, length, case.head_dim, generator=generator).to(case.torch_dtype)
+    def noise(length: int, heads: int = case.heads) -> Tensor:
+        return torch.randn(case.batch, heads, length, case.head_dim, generator=generator).to(case.torch_dtype)
 
     def handle(source: str) -> Call:
         nonlocal graphs
         graphs += 1
         return functools.partial(pairs.run, load(source))
 
-    query, key, value, grad = noise(queries), noise(keys), noise(keys), noise(queries)
+    key_heads = case.key_heads or case.heads
+    query, key, value, grad = noise(queries), noise(keys, key_heads), noise(keys, key_heads), noise(queries)
     inputs = [pairs.fake(tensor, case.backward) for tensor in (query, key, value)]
     grad_output = pairs.fake(grad)
     ours: dict[str, Tensor] = {}
@@ -91,7 +92,7 @@ def interpret(case: Case) -> dict[str, Any]:
             ours |= {"output": output.detach(), "lse": _log_sum_exp(inputs, mask)}
     expected = _expected(query.float(), key.float(), value.float(), grad.float(), dense)
     errors = {name: (pairs.real(found).float() - expected[name]).abs().max().item() for name, found in ours.items()}
-    unmasked = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    unmasked = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), enable_gqa=True)
     facts = {
         "graphs": graphs,
         "tokens": [queries, keys],
@@ -103,8 +104,9 @@ def interpret(case: Case) -> dict[str, Any]:
 def _expected(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, dense: Tensor) -> dict[str, Tensor]:
     """Output, log-sum-exp and gradients of masked SDPA."""
     inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    output = F.scaled_dot_product_attention(*inputs, attn_mask=dense)
+    output = F.scaled_dot_product_attention(*inputs, attn_mask=dense, enable_gqa=True)
     gradients = torch.autograd.grad(output, inputs, grad)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~dense, -torch.inf)
     found = {"output": output.detach(), "lse": scores.logsumexp(-1)}
     return {**found, **dict(zip(("query", "key", "value"), gradients, strict=True))}
@@ -114,8 +116,10 @@ def _log_sum_exp(fakes: list[Tensor], mask: Any) -> Tensor:
     options = dict(getattr(mask, KERNEL_OPTIONS))
 
     def with_log_sum_exp(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Any:
-        wanted = AuxRequest(lse=True)
-        return flex_attention(query, key, value, block_mask=mask, return_aux=wanted, kernel_options=options)
+        wanted, grouped = AuxRequest(lse=True), query.shape[1] != key.shape[1]
+        return flex_attention(
+            query, key, value, block_mask=mask, enable_gqa=grouped, return_aux=wanted, kernel_options=options
+        )
 
     return torch.compile(with_log_sum_exp, fullgraph=True, dynamic=True)(*fakes, mask)[1].lse
 
