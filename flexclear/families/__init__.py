@@ -6,11 +6,13 @@ from torch import nn
 
 from flexclear.families.chroma import CHROMA
 from flexclear.families.ernie_image import ERNIE_IMAGE
+from flexclear.families.fibo import FIBO
 from flexclear.families.flux import FLUX
 from flexclear.families.flux2 import FLUX2
 from flexclear.families.glm_image import GLM_IMAGE
 from flexclear.families.hidream import HIDREAM
 from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
+from flexclear.families.krea2 import KREA2
 from flexclear.families.latents import AURAFLOW, COGVIEW4, LatentsFamily
 from flexclear.families.lumina2 import LUMINA2
 from flexclear.families.packed import BRIA, LONGCAT, OVIS
@@ -41,6 +43,8 @@ FAMILIES: list[Family] = [
     LONGCAT,
     OVIS,
     BRIA,
+    FIBO,
+    KREA2,
 ]
 """Those that there are; ``register`` adds to them."""
 

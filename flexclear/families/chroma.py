@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flexclear.families.flux import PROCESSORS, RESIDUALS, STACKS, WITHOUT_IMAGES
-from flexclear.families.tokens import TokensFamily
+from flexclear.families.tokens import TokensFamily, kept_text
 from flexclear.masks.lengths import mark_symbolic
 from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT, Call
@@ -66,19 +66,7 @@ def _keep(mask: Any, text: Tensor, tokens: Tensor, reader: GridReader) -> Tensor
         )
     if mask.is_floating_point():
         return None
-    last = reader.once(mask, _last_hidden)
-    if last >= text_len:
-        raise ValueError(
-            f"attention_mask hides image tokens (the last one that it hides is number {last - text_len} of {image_len}). "
-            "The window decides which image tokens are seen; the mask can only hide text"
-        )
-    return None if last < 0 else mask[:, :text_len].expand(batch, -1)
-
-
-def _last_hidden(mask: Tensor) -> int:
-    """The last token that a bool mask ``[B, N]`` hides in some sample, -1 if it hides none."""
-    hidden = torch.nonzero((~mask).any(dim=0))[:, 0]
-    return int(hidden[-1]) if len(hidden) else -1
+    return kept_text(mask, "attention_mask", text, tokens, reader)
 
 
 CHROMA = ChromaFamily(

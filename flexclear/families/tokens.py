@@ -24,6 +24,7 @@ class TokensFamily(Family):
     Attributes:
         ids: argument with the ids, ``[tokens, axes]``.
         axes: what their columns are.
+        joint_ids: whether the text's ids are in the same argument, in front.
         text: argument with the text's features, ``[B, tokens, C]``.
         text_ids: argument with the text's ids, of a model whose rotary embedding an NTK factor can stretch.
         embed: path of the module that makes the rotary embedding of them.
@@ -34,6 +35,7 @@ class TokensFamily(Family):
 
     ids: str = "img_ids"
     axes: Axes = AXES
+    joint_ids: bool = False
     text: str = "encoder_hidden_states"
     text_ids: str = "txt_ids"
     embed: str = "pos_embed"
@@ -47,7 +49,7 @@ class TokensFamily(Family):
         for name, reason in self.refused.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"a transformed {type(model).__name__} got {name}: {reason}")
-        found = grids(ids, self.axes)
+        found = grids(ids, self.axes, text.shape[1] if self.joint_ids else 0)
         check_tokens(model, kwargs, found)
         check_residuals(kwargs, self.residuals)
         return Call(tokens, found, {JOINT: text.shape[1]})
@@ -64,13 +66,14 @@ class TokensFamily(Family):
         """Arguments in the plan's order: image tokens, their ids, ControlNet residuals."""
         changed = {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
         given = kwargs[self.ids]
-        ids = plan.to_image_order(given, dim=-2)
+        text, image = given.tensor_split((kwargs[self.text].shape[1] if self.joint_ids else 0,), dim=-2)
+        ids = plan.to_image_order(image, dim=-2)
         if exact:
             # Batched ids are batched for a reason in some families (FLUX.2); the batch shares its grid.
-            first, ids = (tensor[0] if given.ndim == 3 else tensor for tensor in (given, ids))
+            first, ids = (tensor[0] if given.ndim == 3 else tensor for tensor in (image, ids))
             ids = exact_ids(ids, plan.base.rows, plan.base.columns, self.axes, first[0])
             ids = ids if given.ndim == 2 else ids[None].expand(len(given), -1, -1)
-        changed[self.ids] = ids
+        changed[self.ids] = torch.cat([text.to(ids.dtype), ids], dim=-2) if self.joint_ids else ids
         for name in self.residuals:
             if kwargs.get(name) is not None:
                 changed[name] = [plan.to_image_order(residual) for residual in kwargs[name]]
@@ -79,8 +82,9 @@ class TokensFamily(Family):
     def stretched(self, model: nn.Module, kwargs: dict[str, Any], switches: Switches) -> Rotary:
         """The rotary embedding of a larger base, of arguments that ``permuted`` returned."""
         embed: Any = model.get_submodule(self.embed)
-        image, text = (ids[0] if ids.ndim == 3 else ids for ids in (kwargs[self.ids], kwargs[self.text_ids]))
-        ids = torch.cat([text.to(image.dtype), image])
+        names = (self.ids,) if self.joint_ids else (self.text_ids, self.ids)
+        *text, image = (kwargs[name][0] if kwargs[name].ndim == 3 else kwargs[name] for name in names)
+        ids = torch.cat([*(part.to(image.dtype) for part in text), image])
         if switches.ntk_floor:
             cos, sin = _clipped(ids, embed.axes_dim, embed.theta, switches.ntk_factor, switches.ntk_floor)
         else:
@@ -123,6 +127,34 @@ def check_residuals(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
                     f"{name}[{number}] of shape {tuple(residual.shape)} does not hold one residual for each of the {length} "
                     "tokens of hidden_states"
                 )
+
+
+def kept_text(mask: Tensor, name: str, text: Tensor, tokens: Tensor, reader: GridReader) -> Tensor | None:
+    """Which text tokens a mask over text and image keeps, bool ``[B, text_len]``; None where it keeps all.
+
+    Args:
+        mask: bool ``[B or 1, ..., text + image]``, axes of one between.
+        name: its argument.
+        text, tokens: of the call.
+        reader: remembers what was read.
+
+    Raises:
+        ValueError: it hides image tokens.
+    """
+    text_len, image_len = text.shape[1], tokens.shape[1]
+    last = reader.once(mask, _last_hidden)
+    if last >= text_len:
+        raise ValueError(
+            f"{name} hides image tokens (the last one that it hides is number {last - text_len} of {image_len}). "
+            "The window decides which image tokens are seen; the mask can only hide text"
+        )
+    return None if last < 0 else mask.flatten(0, -2)[:, :text_len].expand(len(tokens), -1)
+
+
+def _last_hidden(mask: Tensor) -> int:
+    """The last token that a bool mask ``[..., N]`` hides in some sample, -1 if it hides none."""
+    hidden = torch.nonzero((~mask).flatten(0, -2).any(dim=0))[:, 0]
+    return int(hidden[-1]) if len(hidden) else -1
 
 
 def _clipped(ids: Tensor, axes: Sequence[int], theta: float, ntk_factor: float, floor: float) -> tuple[Tensor, Tensor]:

@@ -42,13 +42,14 @@ class Layer:
     @property
     def heads(self) -> int:
         """Number of heads of its queries."""
-        return self.module.heads
+        own = getattr(self.module, "heads", None)
+        return own if isinstance(own, int) else self.module.num_heads
 
     @property
     def head_dim(self) -> int:
         """Channels of each."""
         own = getattr(self.module, "head_dim", None)
-        return own if isinstance(own, int) else self.module.inner_dim // self.module.heads
+        return own if isinstance(own, int) else self.module.inner_dim // self.heads
 
 
 @dataclass(frozen=True)

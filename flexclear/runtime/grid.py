@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Grids = tuple[tuple[int, int], ...]
@@ -266,7 +267,7 @@ class GridReader:
         """A call's arguments, with ``hidden_states`` NaN if the device finds that any of them was written to in place since
         it was read: without a synchronisation nobody can raise in time, and a window of another grid would be wrong
         without a word."""
-        for tensor in [value for value in kwargs.values() if isinstance(value, Tensor)]:
+        for tensor in [value for value in tree_leaves(kwargs) if isinstance(value, Tensor)]:
             known = self._seen.get(tensor)
             if known is not None and known.written is not None:
                 tokens = kwargs["hidden_states"]

@@ -49,6 +49,8 @@ class WindowProcessor:
         shared: whether another model calls the layer too, without a plan, for which it attends as it did before.
         in_parts: whether its code attends over one part of the sequence after the other, and only the last, the image's rows
             over all keys, is windowed. Its argument ``segments`` has those before, or is None.
+        groups: how often the code repeats each head of keys and values, one after the other, before it asks for attention.
+            Attention gets the first of each.
     """
 
     stock: ClassVar[type]
@@ -64,6 +66,7 @@ class WindowProcessor:
     given: Mapping[str, Any] = {}
     shared: bool = False
     in_parts: bool = False
+    groups: int = 1
 
     _replaced: tuple[Any, ...] = ()
 
@@ -99,6 +102,8 @@ class WindowProcessor:
             raise ValueError(
                 "a processor that a plugin has made anew has no window: flexclear.transform(model, ...) again"
             )
+        if self.groups > 1:
+            key, value = key[:, :, :: self.groups], value[:, :, :: self.groups]
         if scores_skipped():
             groups = query.shape[2] // value.shape[2]
             return (value if groups == 1 else value.repeat_interleave(groups, dim=2)).to(query.dtype)

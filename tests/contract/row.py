@@ -66,6 +66,8 @@ class Row:
         fitted: the nearest shape that the model can have.
         adjoins: whether each sample's image follows its own text at once, and padding is at the end.
         paddings: kinds of padded text, and whether what is padded is hidden; a mask that is added to scores hides nothing.
+        keep: which text of a padded call is no padding, bool ``[B, text_len]``; None: the first of each sample.
+        ids: argument with the image's position ids.
         residuals: a call's ControlNet residuals.
         adapter: install an IP-Adapter in a stock model, and give what it adds to a call.
         stretch: multiply the base of a stock model's rotary frequencies.
@@ -95,6 +97,8 @@ class Row:
     fitted: Callable[[Shape], Shape] = lambda shape: shape
     adjoins: bool = False
     paddings: Mapping[str, bool] = field(default_factory=dict)
+    keep: Callable[[Shape], Any] | None = None
+    ids: str = "img_ids"
     residuals: Callable[[Shape], dict[str, Any]] | None = None
     adapter: Callable[[Any, Shape], dict[str, Any]] | None = None
     stretch: Callable[[Any, float], None] | None = None

@@ -1,4 +1,4 @@
-"""Rows of the models that are handed packed tokens and position ids: LongCat-Image, Ovis-Image, Bria."""
+"""Rows of the models that are handed packed tokens and position ids: LongCat-Image, Ovis-Image, Bria, FIBO, Krea 2."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .pieces import (
     POOLED,
     fuse,
     image_residuals,
+    keep,
     mask_among,
     stretch_theta,
 )
@@ -100,4 +101,58 @@ BRIA = Row(
     lacks={"references": NO_REFERENCES, "ip-adapter": NO_ADAPTER},
 )
 
-ROWS = (LONGCAT, OVIS, BRIA)
+
+def fibo_call(shape: Shape) -> dict[str, Any]:
+    return models.fibo_call(*sizes(shape), references=shape.references, keep=keep(shape))
+
+
+FIBO = Row(
+    "fibo",
+    "Bria FIBO",
+    models.tiny_fibo,
+    fibo_call,
+    # A call has a layer of the text encoder for each of the four blocks. The plain model's compile to three graphs as well.
+    **{**FLUX_LIKE, "one_block": {}, "graphs": 3},
+    paddings={"bool": True},
+    refuses={"pooled keys": POOLED, "formulas": FORMULAS},
+    lacks={"residuals": NO_RESIDUALS, "ip-adapter": NO_ADAPTER},
+)
+
+
+def krea2_keep(shape: Shape) -> torch.Tensor:
+    """A prompt, its padding, and the end of the template behind it; or the padding at the end."""
+    return models.krea2_keep(shape.kept, shape.text_len) if shape.padding == "middle" else keep(shape)
+
+
+def krea2_call(shape: Shape) -> dict[str, Any]:
+    return models.krea2_call(*sizes(shape), keep=krea2_keep(shape))
+
+
+def stretch_krea2(model, factor: float) -> None:
+    model.rotary_emb.theta *= factor
+
+
+KREA2 = Row(
+    "krea2",
+    "Krea 2",
+    models.tiny_krea2,
+    krea2_call,
+    text_first=True,
+    head_64=models.HEAD_64,
+    one_block={"num_layers": 1},
+    joint_block={"num_layers": 1},
+    no_block={"num_layers": 0},
+    graphs=1,
+    stacks={"transformer_blocks": "attn"},
+    other_lens=lambda shape: (shape.text_len, 3),  # its text blocks: over tokens, and over the layers of the encoder
+    paddings={"middle": True, "end": True},
+    keep=krea2_keep,
+    ids="position_ids",
+    stretch=stretch_krea2,
+    fuse=fuse,  # which diffusers' processor makes nothing of
+    brief=True,
+    refuses={"pooled keys": POOLED, "formulas": FORMULAS},
+    lacks={"references": "the model takes one image", "residuals": NO_RESIDUALS, "ip-adapter": NO_ADAPTER},
+)
+
+ROWS = (LONGCAT, OVIS, BRIA, FIBO, KREA2)

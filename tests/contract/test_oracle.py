@@ -81,7 +81,8 @@ def test_text_that_is_hidden_has_no_say(row, shape):
     before = run(model, call)
     text = next((name for name in ("encoder_hidden_states", "text_bth") if name in call), None)
     if text is not None:
-        changed = call[text] + 5 * ~keep(shape)[:, :, None]
+        hidden = ~(row.keep or keep)(shape)
+        changed = call[text] + 5 * hidden.view(*hidden.shape, *[1] * (call[text].ndim - 2))
         assert torch.equal(row.image(run(model, {**call, text: changed}), shape), row.image(before, shape))
     else:  # captions of their own lengths: the places behind the shorter one
         longer = [call["cap_feats"][0], *(noise(len(each), each.shape[1]) for each in call["cap_feats"][1:])]
@@ -137,7 +138,7 @@ def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(row):
     model, plain = twins(row)
     shape = Shape(270, 6, 4)
     call, reference = row.call(shape), expected(row, plain, shape)
-    call["img_ids"] = call["img_ids"].to(torch.bfloat16)
+    call[row.ids] = call[row.ids].to(torch.bfloat16)
     same(run(flexclear.transform(model, r=RADIUS, backend="sdpa"), call), reference)
     flexclear.transform(model, r=RADIUS, backend="sdpa", exact_position_ids=False)
     far(run(model, call), reference, "rounding of ids")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import flexclear
-from flexclear.families import chroma
+from flexclear.families import tokens
 from flexclear.runtime.plan import plans
 
 from contract.oracle import expected, windowed
@@ -49,8 +49,8 @@ def test_a_mask_is_read_once_and_again_when_it_was_changed(monkeypatch):
         readings.append(mask)
         return read(mask)
 
-    read = chroma._last_hidden
-    monkeypatch.setattr(chroma, "_last_hidden", counted)
+    read = tokens._last_hidden
+    monkeypatch.setattr(tokens, "_last_hidden", counted)
     model = flexclear.transform(tiny_chroma(), r=3, backend="sdpa")
     call = chroma_call(5, 6, 4) | {"attention_mask": torch.ones(1, 34, dtype=torch.bool)}
     before = run(model, call)

@@ -71,13 +71,21 @@ CASES = {
     "longcat": Case(pipelines.longcat, 4, lambda: longcat_call(), lora=False, row=rows_packed.LONGCAT),
     "ovis": Case(pipelines.ovis, 4, lambda: models.ovis_call(*GRID, 16, 2), lora=False, row=rows_packed.OVIS),
     "bria": Case(pipelines.bria, 4, lambda: models.bria_call(*GRID, 16, 4), calls=1, lora=False, row=rows_packed.BRIA),
-    "fibo": Case(pipelines.fibo, 16, lambda: models.fibo_call(*GRID, 13, 4, keep=keep(1, 1, 7, 13)), calls=1),
+    "fibo": Case(
+        pipelines.fibo,
+        16,
+        lambda: models.fibo_call(*GRID, 13, 4, keep=keep(1, 1, 7, 13)),
+        calls=1,
+        row=rows_packed.FIBO,
+    ),
     "fibo edit": Case(
         functools.partial(pipelines.fibo, "BriaFiboEditPipeline"),
         16,
         lambda: models.fibo_call(*GRID, 17, 4, references=REFERENCES, keep=keep(1, 1, 17, 17)),
         lambda: {"image": references(16)},
         calls=1,
+        row=rows_packed.FIBO,
+        references=REFERENCES,
     ),
     "flux3": Case(pipelines.flux3, 4, lambda: models.flux3_call(*GRID, 80, 2)),
     "flux3 with references": Case(
@@ -92,7 +100,12 @@ CASES = {
         lambda: models.flux3_call(*GRID, 80, 2, flow_map=True),
         calls=1,
     ),
-    "krea2": Case(pipelines.krea2, 4, lambda: models.krea2_call(*GRID, 24, 2, keep=models.krea2_keep((12, 18), 24))),
+    "krea2": Case(
+        pipelines.krea2,
+        4,
+        lambda: models.krea2_call(*GRID, 24, 2, keep=models.krea2_keep((12, 18), 24)),
+        row=rows_packed.KREA2,
+    ),
 }
 
 
@@ -302,3 +315,83 @@ def test_bria_s_residuals_of_single_blocks_are_refused():
     model, call = flexclear.transform(models.tiny_bria(), r=RADIUS), models.bria_call(6, 8, 5)
     with pytest.raises(ValueError, match="got controlnet_single_block_samples: diffusers adds them to other tokens"):
         run(model, {**call, "controlnet_single_block_samples": [torch.zeros(1, 48, 32)]})
+
+
+BAD_MASKS = {
+    "hides an image token": (
+        lambda: (torch.arange(53) != 30).view(1, 1, 1, 53),
+        r"attention_mask in joint_attention_kwargs hides image tokens \(the last one .* is number 25 of 48\)",
+    ),
+    "text and image in two dimensions": (
+        lambda: torch.ones(1, 53).bool(),
+        r"\(1, 1, 1, 53\) .* got torch.bool of shape",
+    ),
+    "a row for each query": (lambda: torch.ones(1, 1, 53, 53).bool(), r"got torch.bool of shape \(1, 1, 53, 53\)"),
+    "text alone": (lambda: torch.ones(1, 1, 1, 5).bool(), r"got torch.bool of shape \(1, 1, 1, 5\)"),
+    "added to scores": (lambda: torch.zeros(1, 1, 1, 53), r"must be a bool tensor .* got torch.float32"),
+    "no tensor": (lambda: [True], r"got \[True\]"),
+}
+
+
+@pytest.mark.parametrize(("mask", "says"), BAD_MASKS.values(), ids=BAD_MASKS)
+def test_a_mask_that_is_none_of_fibo_s_padding_is_refused(mask, says):
+    model, call = flexclear.transform(models.tiny_fibo(), r=RADIUS), models.fibo_call(6, 8, 5)
+    with pytest.raises(ValueError, match=says):
+        run(model, {**call, "joint_attention_kwargs": {"attention_mask": mask()}})
+
+
+def test_fibo_s_mask_may_serve_the_whole_batch_or_hide_nothing_and_the_caller_s_arguments_stay():
+    plain, call, shape = models.tiny_fibo(), models.fibo_call(6, 8, 5, 2), Shape(6, 8, 5, 2)
+    model = flexclear.transform(models.tiny_fibo(), r=RADIUS, backend="sdpa")
+    same(run(model, {**call, "joint_attention_kwargs": None}), expected(rows_packed.FIBO, plain, shape, call))
+    for hidden in (torch.tensor([3, 4]), torch.tensor([], dtype=torch.int64)):
+        mask = torch.ones(1, 1, 1, 53, dtype=torch.bool)
+        mask[..., hidden] = False
+        masked = {**call, "joint_attention_kwargs": {"attention_mask": mask, "scale": 1.0}}
+        same(run(model, masked), expected(rows_packed.FIBO, plain, shape, masked))
+        assert masked["joint_attention_kwargs"]["attention_mask"] is mask
+
+
+KREA2_MASKS = {
+    "text and image": (lambda: torch.ones(1, 53).bool(), r"shape \(1, 5\) \(batch, text tokens\).* of shape \(1, 53\)"),
+    "another batch": (lambda: torch.ones(2, 5).bool(), r"got torch.bool of shape \(2, 5\)"),
+    "whole numbers": (lambda: torch.ones(1, 5, dtype=torch.int64), r"bool tensor .* got torch.int64"),
+    "added to scores": (lambda: torch.zeros(1, 5), r"bool tensor .* got torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("mask", "says"), KREA2_MASKS.values(), ids=KREA2_MASKS)
+def test_a_mask_that_is_none_of_krea_2_s_text_is_refused(mask, says):
+    model, call = flexclear.transform(models.tiny_krea2(), r=RADIUS), models.krea2_call(6, 8, 5)
+    with pytest.raises(ValueError, match=f"encoder_attention_mask must be a.*{says}"):
+        run(model, {**call, "encoder_attention_mask": mask()})
+
+
+def test_krea_2_takes_no_mask_and_one_that_keeps_all_alike():
+    model, call = flexclear.transform(models.tiny_krea2(), r=RADIUS, backend="sdpa"), models.krea2_call(6, 8, 5, 2)
+    same(run(model, {**call, "encoder_attention_mask": None}), run(model, call))
+
+
+def test_position_ids_of_another_text_are_refused():
+    model, call = flexclear.transform(models.tiny_krea2(), r=RADIUS), models.krea2_call(6, 8, 5)
+    for others in (models.krea2_call(6, 8, 4), models.krea2_call(6, 8, 7), models.krea2_call(1, 8, 4)):
+        with pytest.raises(ValueError, match=r"not full grids of height x width|do not hold the"):
+            run(model, {**call, "position_ids": others["position_ids"]})
+    with pytest.raises(ValueError, match=r"torch.float32 behind 5 of text"):
+        run(model, {**call, "position_ids": call["position_ids"][:5]})
+
+
+def test_krea_2_attends_with_as_many_heads_of_keys_as_it_has():
+    """diffusers repeats them; attention gets each once."""
+    from flexclear.runtime import call_plan
+
+    model, heads = flexclear.transform(models.tiny_krea2(), r=RADIUS, backend="sdpa"), []
+
+    def attend(query, key, value, mask, scale=None):
+        heads.append((query.shape[1], key.shape[1], value.shape[1]))
+        return plain(query, key, value, mask, scale)
+
+    plain = call_plan.windowed_attention
+    with mock.patch.object(call_plan, "windowed_attention", attend):
+        run(model, models.krea2_call(6, 8, 5))
+    assert heads == [(4, 2, 2)] * 2
