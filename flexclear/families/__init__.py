@@ -9,6 +9,7 @@ from flexclear.families.ernie_image import ERNIE_IMAGE
 from flexclear.families.fibo import FIBO
 from flexclear.families.flux import FLUX
 from flexclear.families.flux2 import FLUX2
+from flexclear.families.flux3 import FLUX3
 from flexclear.families.glm_image import GLM_IMAGE
 from flexclear.families.hidream import HIDREAM
 from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
@@ -45,6 +46,7 @@ FAMILIES: list[Family] = [
     BRIA,
     FIBO,
     KREA2,
+    FLUX3,
 ]
 """Those that there are; ``register`` adds to them."""
 

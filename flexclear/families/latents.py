@@ -31,7 +31,7 @@ class StretchHook(Hook):
     after = True
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        plan: CallPlan | None = getattr(here, "entering", None)
+        plan: CallPlan | None = getattr(here, "leaving", None)
         if plan is None or plan.embedder is None:
             return output
         # Its class's, not one that a hook has put on the module that it is a copy of.

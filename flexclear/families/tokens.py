@@ -93,19 +93,23 @@ class TokensFamily(Family):
 
 
 def check_tokens(
-    model: nn.Module, kwargs: dict[str, Any], grids: Grids, source: str = "the position ids describe"
+    model: nn.Module,
+    kwargs: dict[str, Any],
+    grids: Grids,
+    source: str = "the position ids describe",
+    name: str = "hidden_states",
 ) -> None:
-    """Raise unless ``hidden_states`` hold as many tokens as the grids have; ``source`` says where those come from.
+    """Raise unless the argument ``name`` holds as many tokens as the grids have; ``source`` says where those come from.
 
     Raises:
         ValueError: they do not.
     """
-    tokens = kwargs["hidden_states"]
+    tokens = kwargs[name]
     expected = sum(height * width for height, width in grids)
     if tokens.ndim != 3 or tokens.shape[1] != expected:
         sizes = " + ".join(f"{height} x {width}" for height, width in grids)
         raise ValueError(
-            f"hidden_states of shape {tuple(tokens.shape)} do not hold the {sizes} = {expected} image tokens that "
+            f"{name} of shape {tuple(tokens.shape)} do not hold the {sizes} = {expected} image tokens that "
             f"{source}; [batch, tokens, channels] is expected"
         )
 

@@ -64,6 +64,7 @@ class Call:
         text_adjoins: whether each sample's image follows its own text at once, in attention's sequence, and what pads the text
             is behind the image.
         order: token order of a call that cannot have the one that ``transform`` was given, else None.
+        own_grids: those of a scope, where they are others than ``grids``.
     """
 
     tokens: Tensor
@@ -72,6 +73,11 @@ class Call:
     keep: dict[str, Tensor] = field(default_factory=dict)
     text_adjoins: bool = False
     order: str | None = None
+    own_grids: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+    def grids_of(self, scope: str) -> tuple[tuple[int, int], ...]:
+        """Grids whose tokens a scope's layers attend over, in their order."""
+        return self.own_grids.get(scope, self.grids)
 
 
 DERIVED = {"derived": True}

@@ -149,7 +149,7 @@ class EntryHook(Hook):
 
         def plan_of(scope: str, window: Window | None) -> Plan:
             text_len = call.text_lens[scope]
-            (height, width), *references = call.grids
+            (height, width), *references = call.grids_of(scope)
             layout = Layout(height, width, text_len, self.family.text_first, order, tuple(references))
             backward = needs_grad and backend == "flex"
             text_padded = scope in call.keep

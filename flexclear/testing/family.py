@@ -220,9 +220,9 @@ def _under(family: Family, facts: Call, window: Disc) -> Iterator[None]:
     Raises:
         AssertionError: of those sequences one was not attended over.
     """
-    (height, width), *references = facts.grids
     masks: dict[int, Tensor] = {}
     for scope, text_len in facts.text_lens.items():
+        (height, width), *references = facts.grids_of(scope)
         apart = facts.text_adjoins and scope in facts.keep
         own = []
         for length in facts.keep[scope].sum(1).tolist() if apart else [text_len]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from unittest import mock
@@ -72,6 +73,9 @@ def under(
     shape = row.fitted(shape)
     image_len = sum(h * w for h, w in ((shape.height, shape.width), *shape.references))
     windows = {image_len + text: window(shape, text, row.text_first, r) for text in row.text_lens(shape)}
+    for part in row.parts(shape):
+        alone = window(part, 0, row.text_first, r)
+        windows[len(alone)] = alone
     assert not windows.keys() & set(row.other_lens(shape)), f"lengths do not tell the sequences of {shape} apart"
     plain, used = F.scaled_dot_product_attention, set()
 
@@ -113,6 +117,7 @@ def windowed(row: Row, model, shape: Shape, r: int = RADIUS) -> Iterator[None]:
     """The same for one stock model wherever it is called, in a pipeline whose other parts stay dense."""
     plain = model.forward
 
+    @functools.wraps(plain)  # modular pipelines ask for its signature
     def forward(*args, **kwargs):
         with under(row, shape, r):
             return plain(*args, **kwargs)

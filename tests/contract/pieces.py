@@ -61,3 +61,10 @@ def fuse(model) -> None:
 def mask_among(name: str) -> Callable[[Shape], dict[str, Any]]:
     """A mask of the caller's own among the attention's arguments."""
     return lambda shape: {name: {"attention_mask": torch.ones(1, shape.text_len + image_len(shape))}}
+
+
+def share(model) -> None:
+    """Ask for the image to be shared by several ranks."""
+    from flexclear import parallel
+
+    parallel.enable(model)

@@ -61,6 +61,7 @@ class Row:
         no_block: and with none.
         graphs: how many graphs those blocks compile to, one size.
         text_lens: text tokens of each sequence that is windowed.
+        parts: further sequences that are, of some of the grids and no text.
         other_lens: lengths of sequences that are not.
         image: what of a model's output is the image.
         fitted: the nearest shape that the model can have.
@@ -92,6 +93,7 @@ class Row:
     graphs: int
     stacks: Mapping[str, str]
     text_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: (shape.text_len,)
+    parts: Callable[[Shape], tuple[Shape, ...]] = lambda shape: ()
     other_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: ()
     image: Callable[[Any, Shape], Any] = lambda output, shape: output
     fitted: Callable[[Shape], Shape] = lambda shape: shape
@@ -127,4 +129,4 @@ class Row:
 
     def blocks(self, model) -> list[tuple[str, Any]]:
         """The first windowed block of each stack, by name."""
-        return [(stack, getattr(model, stack)[0]) for stack in self.stacks]
+        return [(stack, model.get_submodule(stack)[0]) for stack in self.stacks]

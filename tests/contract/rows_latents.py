@@ -9,7 +9,19 @@ from typing import Any
 
 import torch
 
-from .pieces import FLUX_BLOCK, FLUX_STACKS, FORMULAS, MASK_HELD, NO_ADAPTER, NO_FUSING, POOLED, fuse, keep, mask_among
+from .pieces import (
+    FLUX_BLOCK,
+    FLUX_STACKS,
+    FORMULAS,
+    MASK_HELD,
+    NO_ADAPTER,
+    NO_FUSING,
+    POOLED,
+    fuse,
+    keep,
+    mask_among,
+    share,
+)
 from .row import Refused, Row
 from .shapes import Shape
 from helpers import models_latents as models
@@ -35,12 +47,6 @@ def stretch(path: str) -> Callable[[Any, float], None]:
         model.get_submodule(path).theta *= factor
 
     return multiply
-
-
-def share(model) -> None:
-    from flexclear import parallel
-
-    parallel.enable(model)
 
 
 REFUSES = {

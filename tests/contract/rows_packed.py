@@ -1,4 +1,4 @@
-"""Rows of the models that are handed packed tokens and position ids: LongCat-Image, Ovis-Image, Bria, FIBO, Krea 2."""
+"""Rows of the models that are handed packed tokens and position ids: LongCat-Image, Ovis-Image, Bria, FIBO, Krea 2, FLUX.3."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .pieces import (
     image_residuals,
     keep,
     mask_among,
+    share,
     stretch_theta,
 )
 from .row import Refused, Row
@@ -155,4 +156,39 @@ KREA2 = Row(
     lacks={"references": "the model takes one image", "residuals": NO_RESIDUALS, "ip-adapter": NO_ADAPTER},
 )
 
-ROWS = (LONGCAT, OVIS, BRIA, FIBO, KREA2)
+
+def flux3_parts(shape: Shape) -> tuple[Shape, ...]:
+    """The image alone, and reference images alone."""
+    image = Shape(shape.height, shape.width)
+    if not shape.references:
+        return (image,)
+    (height, width), *others = shape.references
+    return image, Shape(height, width, references=tuple(others))
+
+
+FLUX3 = Row(
+    "flux3",
+    "FLUX.3",
+    models.tiny_flux3,
+    lambda shape: models.flux3_call(*sizes(shape), references=shape.references),
+    **{
+        **FLUX_LIKE,
+        "head_64": models.FLUX3_HEAD_64,
+        "graphs": 3,
+        "stacks": {"mode_blocks.image": "attn", "mode_blocks.image_cond": "attn", "single_transformer_blocks": "attn"},
+    },
+    parts=flux3_parts,
+    other_lens=lambda shape: (shape.text_len,),  # its blocks over text alone
+    refuses={
+        "pooled keys": POOLED,
+        "formulas": FORMULAS,
+        "ranks": Refused("cannot be shared by several ranks: its blocks attend over the image alone", afterwards=share),
+    },
+    lacks={
+        "padding": "the model takes no mask, and attends to the padding",
+        "residuals": NO_RESIDUALS,
+        "ip-adapter": NO_ADAPTER,
+    },
+)
+
+ROWS = (LONGCAT, OVIS, BRIA, FIBO, KREA2, FLUX3)

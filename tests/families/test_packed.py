@@ -36,20 +36,20 @@ class Case:
         make: makes it.
         px: pixels per token and side.
         call: what it hands to its transformer first, for two images on ``GRID``.
+        row: of its model.
         options: arguments that are only its own.
         calls: how often it calls the transformer in a step.
         lora: whether the pipeline itself loads LoRA weights; all transformers do.
-        row: of its model.
         references: tokens of the images that it is given.
     """
 
     make: Callable[[], Any]
     px: int
     call: Callable[[], dict[str, Any]]
+    row: Row
     options: Callable[[], dict[str, Any]] = field(default=dict)
     calls: int = 2
     lora: bool = True
-    row: Row | None = None
     references: tuple[tuple[int, int], ...] = ()
 
 
@@ -82,23 +82,26 @@ CASES = {
         functools.partial(pipelines.fibo, "BriaFiboEditPipeline"),
         16,
         lambda: models.fibo_call(*GRID, 17, 4, references=REFERENCES, keep=keep(1, 1, 17, 17)),
-        lambda: {"image": references(16)},
+        options=lambda: {"image": references(16)},
         calls=1,
         row=rows_packed.FIBO,
         references=REFERENCES,
     ),
-    "flux3": Case(pipelines.flux3, 4, lambda: models.flux3_call(*GRID, 80, 2)),
+    "flux3": Case(pipelines.flux3, 4, lambda: models.flux3_call(*GRID, 80, 2), row=rows_packed.FLUX3),
     "flux3 with references": Case(
         pipelines.flux3,
         4,
         lambda: models.flux3_call(*GRID, 80, 2, references=REFERENCES),
-        lambda: {"image": references(4)},
+        options=lambda: {"image": references(4)},
+        row=rows_packed.FLUX3,
+        references=REFERENCES,
     ),
     "flux3 distilled": Case(
         functools.partial(pipelines.flux3, "Flux3DistilledAutoBlocks"),
         4,
         lambda: models.flux3_call(*GRID, 80, 2, flow_map=True),
         calls=1,
+        row=rows_packed.FLUX3,
     ),
     "krea2": Case(
         pipelines.krea2,
@@ -195,19 +198,6 @@ def load_lora(case: Case, pipe: Any) -> None:
         pipe.transformer.load_lora_adapter(weights, prefix="transformer")
 
 
-def unload_lora(case: Case, pipe: Any) -> None:
-    pipe.unload_lora_weights() if case.lora else pipe.transformer.unload_lora()
-
-
-def test_a_lora_is_loaded_and_leaves_again(case):
-    pipe = case.make()
-    plain = draw(case, pipe)
-    load_lora(case, pipe)
-    assert (draw(case, pipe) - plain).abs().max() > 1e-3
-    unload_lora(case, pipe)
-    assert torch.equal(draw(case, pipe), plain)
-
-
 STEPS = 64
 """An image is made in two steps of a model that may err by ``TOLERANCE`` in each; guidance multiplies what differs by its scale,
 5 at most, and once more where it is added; the decoder passes on what it gets."""
@@ -224,12 +214,7 @@ def alike(images: torch.Tensor, others: torch.Tensor, what: str) -> None:
     assert differ(images, others) <= STEPS * TOLERANCE, (what, differ(images, others))
 
 
-WINDOWED = [name for name, each in CASES.items() if each.row is not None]
-
-
-@pytest.mark.parametrize("name", WINDOWED)
-def test_a_transformed_pipeline_draws_what_the_plain_one_draws_under_the_dense_mask(name):
-    case = CASES[name]
+def test_a_transformed_pipeline_draws_what_the_plain_one_draws_under_the_dense_mask(case):
     pipe = case.make()
     dense, expected = draw(case, pipe), drawn_under_the_mask(case, pipe)
     far(dense, expected, "the window")
@@ -244,17 +229,15 @@ def test_a_transformed_pipeline_draws_what_the_plain_one_draws_under_the_dense_m
     alike(late, adapted, "a LoRA that is loaded after the transform")
     flexclear.transform(pipe, r=RADIUS, backend="sdpa")
     alike(draw(case, pipe), adapted, "a LoRA that is loaded before it")
-    unload_lora(case, pipe)
+    pipe.unload_lora_weights() if case.lora else pipe.transformer.unload_lora()
     alike(draw(case, pipe), expected, "a LoRA that is unloaded")
     flexclear.restore(pipe)
     assert torch.equal(draw(case, pipe), dense)
 
 
-@pytest.mark.parametrize("name", WINDOWED)
-def test_pixels_of_a_token_are_read_off_pipeline_and_model(name):
+def test_pixels_of_a_token_are_read_off_pipeline_and_model(case):
     from flexclear.families.target import px_per_token
 
-    case = CASES[name]
     pipe = case.make()
     assert px_per_token(pipe) == case.px
     assert px_per_token(pipe.transformer) == 16
@@ -395,3 +378,46 @@ def test_krea_2_attends_with_as_many_heads_of_keys_as_it_has():
     with mock.patch.object(call_plan, "windowed_attention", attend):
         run(model, models.krea2_call(6, 8, 5))
     assert heads == [(4, 2, 2)] * 2
+
+
+@pytest.mark.parametrize("step", [1.0, 0.25])
+def test_ids_in_other_steps_than_halves_are_refused(step):
+    model, call = flexclear.transform(models.tiny_flux3(), r=RADIUS), models.flux3_call(6, 8, 5)
+    call["img_ids"][:, 1:3] *= 2 * step
+    with pytest.raises(ValueError, match=r"start at row 0 and column 0 in steps of 0.5: they start at row 0"):
+        run(model, call)
+
+
+def test_references_go_in_arguments_of_their_own_and_fit_their_ids():
+    model, call = flexclear.transform(models.tiny_flux3(), r=RADIUS), models.flux3_call(6, 8, 5, references=((4, 5),))
+    tokens, ids = "image_cond_hidden_states", "image_cond_ids"
+    for changes, says in (
+        ({tokens: None}, "needs image_cond_hidden_states as a tensor, got None"),
+        ({ids: None}, "needs image_cond_ids as a tensor, got None"),
+        (
+            {tokens: call[tokens][:, 1:]},
+            r"image_cond_hidden_states .* do not hold the 4 x 5 = 20 .* image_cond_ids describe",
+        ),
+        ({ids: call[ids][5:]}, r"shape \(15, 4\).* at row 0 and column 0 in steps of 0.5: they start at row 0.5"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run(model, {**call, **changes})
+    joined = {
+        name: torch.cat([call[name], call[other]], -2) for name, other in (("hidden_states", tokens), ("img_ids", ids))
+    }
+    with pytest.raises(
+        ValueError, match=r"img_ids describe 2 pictures.* takes reference images in image_cond_hidden_states"
+    ):
+        run(model, {**call, **joined, tokens: None, ids: None})
+
+
+def test_blocks_over_references_alone_have_a_window_of_their_own():
+    """Tokens of one reference see others of it and of the next, where these are near."""
+    shape = Shape(6, 8, 5, references=((12, 9), (7, 10)))
+    plain = models.tiny_flux3(num_single_layers=1)
+    call = models.flux3_call(6, 8, 5, references=shape.references)
+    reference = expected(rows_packed.FLUX3, plain, shape, call)
+    model = flexclear.transform(models.tiny_flux3(num_single_layers=1), r=RADIUS, backend="sdpa")
+    same(run(model, call), reference)
+    dense = flexclear.transform(model, r={"mode_blocks.image_cond": None, "default": RADIUS}, backend="sdpa")
+    far(run(dense, call), reference, "their window")
