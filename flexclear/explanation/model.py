@@ -9,7 +9,7 @@ from torch import nn
 
 from flexclear.masks import Cost, Full, Layout, Window, cost
 from flexclear.masks.checks import check_int
-from flexclear.runtime.facts import JOINT
+from flexclear.runtime.facts import JOINT, REFERENCES
 from flexclear.runtime.hooks import EntryHook
 from flexclear.runtime.mechanism import Formula
 
@@ -23,7 +23,7 @@ class LayerExplanation:
         scope: which tokens it attends over (``"joint"``: text and image).
         window: its window; None: dense.
         processor: class of its attention processor.
-        cost: of its window at the size that was asked for, or None without one.
+        cost: of its window at the size that was asked for; None without one, and for attention over reference images alone.
         formula: what attends in place of softmax over a mask (``flexclear.alternatives``), or None.
         flops: of its attention at that size; 0 without one.
     """
@@ -37,8 +37,8 @@ class LayerExplanation:
     flops: int = 0
 
     def _key(self) -> tuple[object, ...]:
-        stack, _, rest = self.name.partition(".")
-        return stack, rest.partition(".")[2], self.scope, self.window, self.formula, self.processor
+        stack, _, name = _parts(self.name)
+        return stack, name, self.scope, self.window, self.formula, self.processor
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,14 @@ class ModelExplanation:
 def _title(run: list[LayerExplanation]) -> str:
     if len(run) == 1:
         return run[0].name
-    stack, first, rest = run[0].name.split(".", 2)
-    last = run[-1].name.split(".", 2)[1]
-    return f"{stack}.{first}-{last}.{rest}"
+    stack, first, name = _parts(run[0].name)
+    return f"{stack}.{first}-{_parts(run[-1].name)[1]}.{name}"
+
+
+def _parts(path: str) -> tuple[str, str, str]:
+    """Stack, number of the block and name of the module, of an attention layer's path."""
+    stack, number, name = path.rsplit(".", 2)
+    return stack, number, name
 
 
 def explain_model(
@@ -133,8 +138,8 @@ def explain_model(
     layers = []
     for number, layer in enumerate(family.layers(model)):
         window, spent, flops = windows.get(layer.name), None, 0
-        channels = layer.module.inner_dim
-        if grid is not None:
+        channels = layer.heads * layer.head_dim
+        if grid is not None and layer.scope != REFERENCES:
             key = (layer.scope, window, channels)
             if key not in costs:
                 layout = Layout(*grid, text_len if layer.scope == JOINT else 0, family.text_first, order)
@@ -143,7 +148,7 @@ def explain_model(
             spent = costs[key]
             flops = spent.flops
             if formula is not None:
-                flops = formula.flops(Layout(*grid, text_len), channels, layer.module.heads, number)
+                flops = formula.flops(Layout(*grid, text_len), channels, layer.heads, number)
         processor = type(layer.module.processor).__name__
         layers.append(LayerExplanation(layer.name, layer.scope, window, processor, spent, formula, flops))
     return ModelExplanation(

@@ -13,13 +13,13 @@ from flexclear.families.latents import StretchHook
 from flexclear.families.tokens import TokensFamily, check_tokens
 from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.checks import required_tensor
-from flexclear.runtime.facts import Call
+from flexclear.runtime.facts import REFERENCES, Call
 from flexclear.runtime.family import InnerHooks
 from flexclear.runtime.grid import Axes, GridReader, Grids, exact_ids
 from flexclear.runtime.switches import Switches
 
-IMAGE, REFERENCES = "image", "references"
-"""Scopes of the blocks that attend over the image alone, and over reference images alone."""
+IMAGE = "image"
+"""Scope of the blocks that attend over the image alone."""
 
 TOKENS, IDS = "image_cond_hidden_states", "image_cond_ids"
 """Arguments with the reference images."""
@@ -49,7 +49,6 @@ class Flux3Family(TokensFamily):
             call,
             grids=(*call.grids, *references),
             text_lens={**call.text_lens, IMAGE: 0, REFERENCES: 0},
-            # Of a call without references, their blocks do not run.
             own_grids={IMAGE: call.grids, REFERENCES: references or call.grids},
         )
 

@@ -19,6 +19,9 @@ from flexclear.runtime.switches import Switches
 JOINT = "joint"
 """Scope of attention over text and image together; every family has it."""
 
+REFERENCES = "references"
+"""Scope of attention over reference images alone; in a call without any, no such layer runs."""
+
 Slot: TypeAlias = tuple[str, Window | None]
 """What one of a plan's masks is for: the scope of attention, and the window over it."""
 

@@ -282,7 +282,10 @@ def _with_plan(signature: inspect.Signature) -> inspect.Signature:
     own = inspect.Parameter(CARRIED, inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(signature.parameters.values())
     rest = parameters[-1:] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    return signature.replace(parameters=[*parameters[: len(parameters) - len(rest)], own, *rest])
+    found: Any = signature.replace(parameters=[*parameters[: len(parameters) - len(rest)], own, *rest])
+    # Dynamo reads no proxy of a dictionary once the model has changed any, as diffusers' do with the scale of a LoRA.
+    found._parameters = dict(found.parameters)
+    return found
 
 
 def why_not_windowed(stock: type) -> str | None:
