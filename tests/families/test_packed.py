@@ -421,3 +421,16 @@ def test_blocks_over_references_alone_have_a_window_of_their_own():
     same(run(model, call), reference)
     dense = flexclear.transform(model, r={"mode_blocks.image_cond": None, "default": RADIUS}, backend="sdpa")
     far(run(dense, call), reference, "their window")
+
+
+def test_krea_2_and_flux_3_are_explained_stack_by_stack():
+    explained = str(flexclear.explain(flexclear.transform(models.tiny_krea2(), r=RADIUS), height=256, width=256))
+    assert "transformer_blocks.0-1.attn    2 x disc_r3 " in explained
+    explained = flexclear.explain(flexclear.transform(models.tiny_flux3(), r=RADIUS), height=256, width=256)
+    for line in (
+        "mode_blocks.image.0-1.attn            2 x disc_r3 (image only)  ",
+        "mode_blocks.image_cond.0-1.attn       2 x disc_r3 (references only)\n",  # of which a call without any does nothing
+        "single_transformer_blocks.0-1.attn    2 x disc_r3  ",
+    ):
+        assert line in str(explained)
+    assert [layer.flops > 0 for layer in explained.layers] == [True, True, False, False, True, True]
