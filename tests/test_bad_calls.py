@@ -61,7 +61,12 @@ TRANSFORM = {
     ),
     "not a model": (lambda: "flux", {}, TypeError, "got str.*Supported models: FluxTransformer2DModel"),
     "no blocks": (without_blocks, {}, ValueError, "has no blocks"),
-    "foreign block": (with_foreign_block, {}, ValueError, r"transformer_blocks\[1\] .* has no FluxAttention"),
+    "foreign block": (
+        with_foreign_block,
+        {},
+        ValueError,
+        r"transformer_blocks\[1\] .* has no attention module named attn",
+    ),
     "plugin": (with_plugin_processor, {}, TypeError, r"transformer_blocks\[1\].attn has a PluginProcessor"),
     "compiled": (
         lambda: torch.compile(tiny_flux()),

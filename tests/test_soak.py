@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -84,7 +85,9 @@ def test_a_hook_that_is_left_behind_is_found(monkeypatch):
         return picture
 
     monkeypatch.setattr("flexclear.tools.soak.perform", leaving)
-    assert "the model had 2 hooks, now it has 3" in short(count=2).failures
+    failures = " ".join(short(count=2).failures)
+    had, has = map(int, re.search(r"the model had (\d+) hooks, now it has (\d+)", failures).groups())
+    assert has == had + 1
 
 
 class LeftBehind(Hook):

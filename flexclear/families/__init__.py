@@ -81,10 +81,8 @@ def register(family: Family, *, replace: bool = False) -> Family:
     for name in ("model_class", "processors", "stacks"):
         if not getattr(family, name):
             raise ValueError(f"a family needs {name}, got {getattr(family, name)!r}")
-    if bool(family.carriers) == (family.carrier_argument is not None):
-        raise ValueError(
-            f"a family needs carriers or a carrier_argument, got {family.carriers!r} and {family.carrier_argument!r}"
-        )
+    if not family.carriers and family.carrier_argument is None:
+        raise ValueError("a family needs carriers, or a carrier_argument")
     for name in ("processors", "carriers"):
         if isinstance(getattr(family, name), str):
             raise TypeError(f"{name} must be a tuple of names, got {getattr(family, name)!r}")

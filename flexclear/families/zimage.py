@@ -28,7 +28,7 @@ from flexclear.compile.derivatives import function_transforms
 from flexclear.families.zimage_pads import padding, pads_of, room_for
 from flexclear.masks.defaults import independent
 from flexclear.runtime.call_plan import CallPlan, Rotary
-from flexclear.runtime.carrying import Hook, carried, here, plan_here
+from flexclear.runtime.carrying import Hook, carried_by, here, plan_here
 from flexclear.runtime.checks import required_tensor
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family, InnerHooks
@@ -88,7 +88,7 @@ class OutputOfBand(Hook):
         self.positions = positions
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        plan = carried(kwargs.values())
+        plan = carried_by(kwargs.values())
         if plan is None or plan.band is None:
             return output
         height, width = room_for(len(plan.base.rows), pads_of(plan), self.positions)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -33,16 +34,28 @@ class Hook:
 
 
 here = threading.local()
-"""What this thread is in, each absent or None outside of it. Dynamo knows no subclass of it, nor a context variable.
+"""What this thread is in, each absent or None outside of it.
 
 ``entering``: plan of a call whose carriers have not all been made; ``plan``: of the block that runs, or has run last;
-``attending``: processor whose attention is about to be computed; ``before``: how many attentions come before it;
 ``leaving``: plan of the call that runs, for its exit.
 """
 
 
+class _Traced:
+    """The same inside of what Dynamo traces: once a graph holds FlexAttention, Dynamo (torch 2.13) reads attributes of a
+    ``threading.local`` as they were before. All is None where a graph begins and where it ends, so that running one writes
+    nothing that another thread could read."""
+
+    plan: CallPlan | None = None
+
+
+traced = _Traced()
+
+
 def plan_here() -> CallPlan | None:
     """The plan of the block that this thread is in, None in a block without one."""
+    if torch.compiler.is_compiling() and traced.plan is not None:
+        return traced.plan
     return getattr(here, "plan", None)
 
 
@@ -52,9 +65,9 @@ def enter(plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[
     Args:
         plan: the call's.
         kwargs: its arguments.
-        argument: name of the dictionary among them that every block gets, or None: there are carriers.
+        argument: name of a dictionary among them that blocks get, or None.
     """
-    here.leaving, here.entering = plan, plan if argument is None else None
+    here.entering = here.leaving = plan
     if argument is not None:
         kwargs = {**kwargs, argument: {**(kwargs.get(argument) or {}), CARRIED: plan}}
     for name, value in kwargs.items():
@@ -68,7 +81,7 @@ def enter(plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[
 def leave() -> CallPlan | None:
     """The plan of the call that this thread has entered, which it leaves; None if there was none yet."""
     plan: CallPlan | None = getattr(here, "leaving", None)
-    here.entering = here.plan = here.attending = here.leaving = None
+    here.entering = here.plan = here.leaving = None
     return plan
 
 
@@ -101,7 +114,7 @@ class CarrierHook(Hook):
         plan: CallPlan | None = getattr(here, "entering", None)
         if plan is None:
             return output
-        if self.last:
+        if self.last and not torch.compiler.is_compiling():
             here.entering = None
         return carrying(output, plan)
 
@@ -117,7 +130,7 @@ def carrying(value: Any, plan: CallPlan) -> Any:
     return value
 
 
-def carried(values: Any) -> CallPlan | None:
+def carried_by(values: Any) -> CallPlan | None:
     """The plan that one of these arguments carries, or None."""
     for value in values:
         if isinstance(value, Tensor):
@@ -125,7 +138,7 @@ def carried(values: Any) -> CallPlan | None:
         elif isinstance(value, dict):
             found = value.get(CARRIED)
         else:
-            found = carried(value) if isinstance(value, tuple | list) else None
+            found = carried_by(value) if isinstance(value, tuple | list) else None
         if found is not None:
             return found
     return None
@@ -134,8 +147,22 @@ def carried(values: Any) -> CallPlan | None:
 class BlockHook(Hook):
     """Forward pre-hook of a block with windowed attention: the plan that its arguments carry is the thread's, or none is.
 
-    It stays until the next block, or the call's exit: attention is always in a block.
+    It stays until the next block, or the call's exit: attention is always in a block. ``BlockEndHook`` ends it in graphs.
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        here.plan = carried((*args, *kwargs.values()))
+        plan = carried_by((*args, *kwargs.values()))
+        if torch.compiler.is_compiling():
+            traced.plan = plan
+        else:
+            here.plan = plan
+
+
+class BlockEndHook(Hook):
+    """Forward hook of such a block, for what Dynamo traces."""
+
+    after = True
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            traced.plan = None

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.carrying import BlockHook, CarrierHook
+from flexclear.runtime.carrying import BlockEndHook, BlockHook, CarrierHook
 from flexclear.runtime.checks import attention_of
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.mechanism import Formula
@@ -36,7 +36,8 @@ class Family:
         carriers: paths of the modules whose outputs, together, reach every such block as arguments of it; a call's plan rides
             on them.
         carrier_argument: name of the model's argument that is a dictionary and reaches every block and its attention, in place of
-            carriers.
+            carriers or beside them. It is the sturdier way: what puts other tensors in the place of those that a module returns
+            (DeepSpeed's ZeRO 3, reentrant checkpointing) leaves a dictionary as it is.
         text_first: whether text precedes the image in the attention's sequence.
         scopes: which tokens an attention module attends over, by its name or by its stack's, where that is not ``JOINT``.
         given: what the processors' code gets for arguments of these names, such as None for masks of padding; see
@@ -179,7 +180,8 @@ class Family:
         """The hooks that bring a call's plan to the attention layers of these names (``flexclear.runtime.carrying``), and
         its own."""
         carriers = [(model.get_submodule(path), CarrierHook(path == self.carriers[-1])) for path in self.carriers]
-        blocks = [(model.get_submodule(path), BlockHook()) for path in dict.fromkeys(map(block_of, names))]
+        paths = dict.fromkeys(map(block_of, names))
+        blocks = [(model.get_submodule(path), hook) for path in paths for hook in (BlockHook(), BlockEndHook())]
         return [*carriers, *blocks, *self.inner_hooks(model)]
 
 

@@ -1,16 +1,17 @@
 """Windowed attention processors: diffusers' own code, in which the name of the attention function stands for ours.
 
 The code of a processor's ``__call__`` looks up ``dispatch_attention_fn``, or ``scaled_dot_product_attention`` in ``F``, among
-its globals. ``windowed(stock)`` is a subclass that runs that same code with globals in which this one name is bound to what
-attends under the call's plan. Projections, norms, rotary embedding and fused or adapter's parts stay diffusers' own, and so
-do its modules: nothing of them is changed.
+its globals. ``windowed(stock)`` is a subclass that runs that same code with this one name as one more argument, given anew in
+each call: what attends under the call's plan. Projections, norms, rotary embedding and fused or adapter's parts stay diffusers'
+own, and so do its modules: nothing of them is changed, and nothing of a call is kept.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
-import types
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexclear.runtime.call_plan import CallPlan, Rotary, ordered
-from flexclear.runtime.carrying import CARRIED, here, plan_here
+from flexclear.runtime.carrying import CARRIED, carried_by, plan_here
 from flexclear.runtime.modes import known_to_hooks, scores_skipped
 
 ROTARY = ("image_rotary_emb", "freqs_cis", "rotary_emb")
@@ -232,30 +233,24 @@ def windowed(stock: type, weight_name: str | None = None) -> type[WindowProcesso
 @functools.cache
 def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
     call: Any = stock.__call__
-    own = _rebound(stock, call)
+    own, ours = _with_attention_given(stock, call)
     names = tuple(call.__code__.co_varnames[1 : call.__code__.co_argcount])
     rotary = next((name for name in ROTARY if name in names), None)
 
-    @functools.wraps(call)  # diffusers asks for its signature
-    def __call__(self: WindowProcessor, *args: Any, **kwargs: Any) -> Any:
-        plan = plan_here()
+    def run(self: WindowProcessor, given: dict[str, Any], rest: dict[str, Any], carried: CallPlan | None) -> Any:
+        plan = carried or carried_by(given.values()) or plan_here()
         if plan is None:
             if self.shared:
-                return self.replaced(*args, **kwargs)  # type: ignore[misc]
+                return self.replaced(**given, **rest)  # type: ignore[misc]
             raise ValueError(NO_PLAN)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        given.pop(CARRIED, None)
         for name, value in self.given.items():
-            if value is None or given.get(name) is None:
+            if value is None or given[name] is None:
                 given[name] = value
         if plan.rotary is not None and rotary is not None:
             given[rotary] = None
-        here.attending = self
-        here.before = len(given.get("segments") or ()) if self.in_parts else 0
-        return own(self, **given)
+        before = len(given["segments"] or ()) if self.in_parts else 0
+        return own(self, **given, **rest, **{name: make(_Attention(self, plan, before)) for name, make in ours.items()})
 
-    # Asked for in every call: looked up, not found anew.
-    __call__.__signature__ = _with_plan(inspect.signature(call))  # type: ignore[attr-defined]
     module = issubclass(stock, nn.Module)
     bases = [
         WindowProcessor,
@@ -269,23 +264,39 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
         "stock": stock,
         "names": names,
         "weight_name": weight_name,
-        "__call__": __call__,
+        "__call__": _as_called(call, run),
     }
     kind: Any = type(f"Windowed{stock.__name__}", tuple(bases), body)
     known_to_hooks(kind, stock)
     return kind
 
 
-def _with_plan(signature: inspect.Signature) -> inspect.Signature:
-    """The same with the plan among the keywords, so that attention modules, which drop arguments that their processor does not
-    know, and warn of them, know it."""
-    own = inspect.Parameter(CARRIED, inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = list(signature.parameters.values())
-    rest = parameters[-1:] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    found: Any = signature.replace(parameters=[*parameters[: len(parameters) - len(rest)], own, *rest])
-    # Dynamo reads no proxy of a dictionary once the model has changed any, as diffusers' do with the scale of a LoRA.
-    found._parameters = dict(found.parameters)
-    return found
+def _as_called(call: Any, run: Callable[..., Any]) -> Any:
+    """A function with the arguments of ``call``, and the plan among its keywords, that gives them to ``run`` by name.
+
+    diffusers' attention modules look at a processor's signature in every call, drop arguments that are not in it, and warn of
+    them. Dynamo follows them into a function that has these arguments, but not into a signature that is put on one.
+    """
+    parameters = [
+        parameter.replace(
+            annotation=parameter.empty, default=parameter.empty if parameter.default is parameter.empty else None
+        )
+        for parameter in inspect.signature(call).parameters.values()
+        if parameter.kind is not parameter.VAR_POSITIONAL
+    ]
+    rest = [each for each in parameters if each.kind is each.VAR_KEYWORD]
+    named = [each for each in parameters if each not in rest]
+    carried = inspect.Parameter(CARRIED, inspect.Parameter.KEYWORD_ONLY, default=None)
+    given = ", ".join(f"{each.name!r}: {each.name}" for each in named[1:])
+    text = (
+        f"def __call__{inspect.Signature([*named, carried, *rest])}:\n"
+        f"    return run({named[0].name}, {{{given}}}, {rest[0].name if rest else '{}'}, {CARRIED})"
+    )
+    space = {"run": run}
+    exec(text, space)
+    made: Any = space["__call__"]
+    made.__defaults__, made.__kwdefaults__ = call.__defaults__, {**(call.__kwdefaults__ or {}), CARRIED: None}
+    return made
 
 
 def why_not_windowed(stock: type) -> str | None:
@@ -299,38 +310,78 @@ def why_not_windowed(stock: type) -> str | None:
     return None
 
 
-def _rebound(stock: type, call: Any) -> Callable[..., Any]:
-    """``call`` with globals in which attention is ours.
+Maker = Callable[["_Attention"], Any]
+"""What stands for one name in a processor's code, made for one call of it."""
+
+
+def _with_attention_given(stock: type, call: Any) -> tuple[Callable[..., Any], dict[str, Maker]]:
+    """``call`` with the names by which it calls attention as further keywords, and what makes their values.
+
+    The function is compiled from diffusers' own source, whose lines tracebacks show. A name that is an argument, in place of one
+    among the globals, needs no state that a call would leave for another, and Dynamo follows it.
 
     Raises:
-        TypeError: it computes none there.
+        TypeError: it computes no attention there, or its source is not to be had.
     """
     reason = why_not_windowed(stock)
     if reason is not None:
         raise TypeError(reason)
+    try:
+        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(call)))
+    except (OSError, SyntaxError) as error:
+        raise TypeError(
+            f"the source of {stock.__name__}.__call__, which is to run under a window, is not there: {error}"
+        ) from None
     space = dict(call.__globals__)
     # Dynamo would look names up in the module of that name.
     del space["__name__"]
+    ours: dict[str, Maker] = {}
     for name in call.__code__.co_names:
         if name == "dispatch_attention_fn":
-            space[name] = _dispatching(space[name])
+            ours[name] = functools.partial(_dispatching, space[name])
         elif space.get(name) is F:
-            space[name] = _windowed_functional()
-    own = types.FunctionType(call.__code__, space, call.__name__, call.__defaults__, call.__closure__)
-    own.__kwdefaults__ = call.__kwdefaults__
-    return own
+            ours[name] = _Functional
+    function = tree.body[0]
+    function.decorator_list, function.returns = [], None
+    arguments = function.args
+    for argument in (*arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kwonlyargs += [ast.arg(name) for name in ours]
+    arguments.kw_defaults = [None for _ in arguments.kwonlyargs]
+    ast.increment_lineno(tree, call.__code__.co_firstlineno - 1)
+    exec(compile(ast.fix_missing_locations(tree), call.__code__.co_filename, "exec"), space)
+    own: Any = space[function.name]
+    own.__defaults__, own.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
+    return own, ours
 
 
-def _attending() -> tuple[WindowProcessor | None, CallPlan | None]:
-    """The processor whose attention over the sequence is asked for, and its plan; None of an attention after that."""
-    processor = getattr(here, "attending", None)
-    here.attending = None
-    return processor, plan_here()
+class _Attention:
+    """Attention of one call of a processor.
+
+    Attributes:
+        processor, plan: whose, and of which call.
+        before: of a processor that attends in parts, how many of them come before the windowed one.
+    """
+
+    def __init__(self, processor: WindowProcessor, plan: CallPlan, before: int) -> None:
+        self.processor, self.plan, self.before = processor, plan, before
+
+    def is_ours(self, query: Tensor, key: Tensor) -> bool:
+        """Whether it is over the sequence. An IP-Adapter's, of image queries over its own keys, is not.
+
+        Args:
+            query, key: ``[B, N, heads, head_dim]``.
+        """
+        if not self.processor.in_parts:
+            return query.shape[1] == key.shape[1]
+        self.before -= 1
+        return self.before < 0
 
 
-def _dispatching(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What stands for diffusers' ``dispatch_attention_fn``: ours in a processor's first attention, which is the one over the
-    sequence; theirs after it (an IP-Adapter's)."""
+def _dispatching(theirs: Callable[..., Tensor], attention: _Attention) -> Callable[..., Tensor]:
+    """What stands for diffusers' ``dispatch_attention_fn``."""
 
     def dispatch_attention_fn(
         query: Tensor,
@@ -344,13 +395,9 @@ def _dispatching(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        before = getattr(here, "before", 0)
-        if before:
-            here.before = before - 1
+        if not attention.is_ours(query, key):
             return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs)
-        processor, plan = _attending()
-        if processor is None or plan is None:
-            return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs)
+        processor, plan = attention.processor, attention.plan
         if processor.in_parts:
             # Rows of the text, which a window does not have on its own; what they would see is thrown away.
             rows = key.shape[1] - query.shape[1]
@@ -361,13 +408,17 @@ def _dispatching(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return dispatch_attention_fn
 
 
-@functools.cache
-def _windowed_functional() -> types.ModuleType:
-    """``torch.nn.functional`` with another ``scaled_dot_product_attention``."""
-    ours = types.ModuleType(F.__name__)
-    vars(ours).update(vars(F))
+class _Functional:
+    """What stands for ``torch.nn.functional``: another ``scaled_dot_product_attention``, and all else."""
+
+    def __init__(self, attention: _Attention) -> None:
+        self.attention = attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
 
     def scaled_dot_product_attention(
+        self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -377,16 +428,10 @@ def _windowed_functional() -> types.ModuleType:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        processor, plan = _attending()
-        if processor is None or plan is None:
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+        """Under the window, ``[B, heads, N, head_dim]``."""
+        processor, plan = self.attention.processor, self.attention.plan
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return _attend(processor, plan, query, key, value, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
-
-    ours.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[attr-defined]
-    return ours
 
 
 def _attend(

@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 
 import flexclear
 from flexclear.compile import compile_blocks
-from flexclear.runtime.processors import cos_and_sin, rotate
+from flexclear.runtime.processors import cos_and_sin, rotated
 
 from helpers.models import flux_call, tiny_flux
 from helpers.parallel_families import family
@@ -28,7 +28,7 @@ def test_cosines_and_sines_turn_as_complex_numbers_do(dtype):
     angles = 1000 * torch.rand(300, 64, generator=generator)
     frequencies = torch.polar(torch.ones_like(angles), angles)
     cos, sin = (table.unsqueeze(1) for table in cos_and_sin(frequencies))
-    ours, theirs = rotate(states, cos, sin), apply_rotary_emb_qwen(states, frequencies, use_real=False)
+    ours, theirs = rotated(states, (cos, sin)), apply_rotary_emb_qwen(states, frequencies, use_real=False)
     assert ours.dtype is theirs.dtype is dtype
     # Two products and a sum, each rounded once, or fused: within one rounding of each product and of the sum.
     pairs = states.float().unflatten(-1, (-1, 2)).abs().sum(-1).repeat_interleave(2, -1)
