@@ -69,6 +69,7 @@ class Row:
         paddings: kinds of padded text, and whether what is padded is hidden; a mask that is added to scores hides nothing.
         keep: which text of a padded call is no padding, bool ``[B, text_len]``; None: the first of each sample.
         ids: argument with the image's position ids.
+        optional: arguments of its calls that may be missing.
         residuals: a call's ControlNet residuals.
         adapter: install an IP-Adapter in a stock model, and give what it adds to a call.
         stretch: multiply the base of a stock model's rotary frequencies.
@@ -101,6 +102,7 @@ class Row:
     paddings: Mapping[str, bool] = field(default_factory=dict)
     keep: Callable[[Shape], Any] | None = None
     ids: str = "img_ids"
+    optional: tuple[str, ...] = ()
     residuals: Callable[[Shape], dict[str, Any]] | None = None
     adapter: Callable[[Any, Shape], dict[str, Any]] | None = None
     stretch: Callable[[Any, float], None] | None = None

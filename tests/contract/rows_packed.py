@@ -149,6 +149,7 @@ KREA2 = Row(
     paddings={"middle": True, "end": True},
     keep=krea2_keep,
     ids="position_ids",
+    optional=("encoder_attention_mask",),
     stretch=stretch_krea2,
     fuse=fuse,  # which diffusers' processor makes nothing of
     brief=True,
