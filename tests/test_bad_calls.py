@@ -130,7 +130,7 @@ def half_index(ids):
 CALL = {
     "attention mask": (
         {"joint_attention_kwargs": {"attention_mask": torch.ones(52, 52, dtype=torch.bool)}},
-        r"joint_attention_kwargs holds an attention_mask \(Tensor of shape \(52, 52\)\)",
+        r"attention_mask in joint_attention_kwargs must be a bool tensor of shape \(\d, 1, 1, \d+\).* of shape \(52, 52\)",
     ),
     "missing row": ({"img_ids": ids_with(lambda ids: ids[:-3])}, r"image ids of shape \(45, 3\).* not full grids"),
     "shuffled ids": ({"img_ids": ids_with(shuffled)}, "not full grids of height x width"),

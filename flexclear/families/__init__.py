@@ -6,7 +6,6 @@ from torch import nn
 
 from flexclear.families.chroma import CHROMA
 from flexclear.families.ernie_image import ERNIE_IMAGE
-from flexclear.families.fibo import FIBO
 from flexclear.families.flux import FLUX
 from flexclear.families.flux2 import FLUX2
 from flexclear.families.flux3 import FLUX3
@@ -16,7 +15,7 @@ from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
 from flexclear.families.krea2 import KREA2
 from flexclear.families.latents import AURAFLOW, COGVIEW4, LatentsFamily
 from flexclear.families.lumina2 import LUMINA2
-from flexclear.families.packed import BRIA, LONGCAT, OVIS
+from flexclear.families.packed import BRIA, FIBO, LONGCAT, OVIS
 from flexclear.families.qwen import QWEN
 from flexclear.families.qwen21 import QWEN_IMAGE21
 from flexclear.families.sd3 import SD3

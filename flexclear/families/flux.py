@@ -66,6 +66,7 @@ FLUX = FluxFamily(
     processors=PROCESSORS,
     stacks=STACKS,
     carrier_argument="joint_attention_kwargs",
+    text_mask=True,
     given=WITHOUT_IMAGES,
     residuals=RESIDUALS,
     pools=True,

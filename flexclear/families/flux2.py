@@ -54,6 +54,7 @@ FLUX2 = Flux2Family(
     ),
     stacks=STACKS,
     carrier_argument="joint_attention_kwargs",
+    text_mask=True,
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
     notes=(
         "dev and klein; reference images are further grids. Key-value caching of reference images (Flux2KleinKVPipeline) "

@@ -1,4 +1,5 @@
-"""Models that are handed packed tokens and position ids, and need no more than saying so: LongCat-Image, Ovis-Image, Bria."""
+"""Models that are handed packed tokens and position ids, and need no more than saying so: LongCat-Image, Ovis-Image, Bria
+3.2 and FIBO."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ OVIS = TokensFamily(
     processors=("OvisImageAttnProcessor",),
     stacks=STACKS,
     carriers=("pos_embed",),
+    text_mask=True,
     pipelines=("OvisImagePipeline",),
     notes="padding of the text is attended to, as ever",
 )
@@ -36,4 +38,15 @@ BRIA = TokensFamily(
     latents_per_token=1,  # its pipelines count in pixels of a token
     pipelines=("BriaPipeline",),
     notes="Bria 3.2; padding of the text is attended to, as ever",
+)
+
+FIBO = TokensFamily(
+    model_class="BriaFiboTransformer2DModel",
+    processors=("BriaFiboAttnProcessor", "BriaAttnProcessor"),
+    stacks=STACKS,
+    carriers=("pos_embed",),
+    text_mask=True,
+    latents_per_token=1,  # its pipelines count in pixels of a token
+    pipelines=("BriaFiboPipeline", "BriaFiboEditPipeline"),
+    notes="FIBO and FIBO Edit, whose reference images are further grids; padded text is masked",
 )

@@ -30,6 +30,8 @@ class TokensFamily(Family):
         embed: path of the module that makes the rotary embedding of them.
         residuals: arguments with a ControlNet's residuals, one row per image token.
         attention_kwargs: argument that goes to the processors.
+        text_mask: whether an ``attention_mask`` may be in there, bool ``[B or 1, 1, 1, text + image]``, True for what is no
+            padding. Without, it is refused.
         refused: arguments that there is no window for, and why.
     """
 
@@ -41,18 +43,44 @@ class TokensFamily(Family):
     embed: str = "pos_embed"
     residuals: tuple[str, ...] = ()
     attention_kwargs: str = "joint_attention_kwargs"
+    text_mask: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         tokens, text, ids = (required_tensor(kwargs, name, model) for name in ("hidden_states", self.text, self.ids))
-        refuse_mask(kwargs.get(self.attention_kwargs) or {}, self.attention_kwargs)
+        given = kwargs.get(self.attention_kwargs) or {}
+        if not self.text_mask:
+            refuse_mask(given, self.attention_kwargs)
         for name, reason in self.refused.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"a transformed {type(model).__name__} got {name}: {reason}")
         found = grids(ids, self.axes, text.shape[1] if self.joint_ids else 0)
         check_tokens(model, kwargs, found)
         check_residuals(kwargs, self.residuals)
-        return Call(tokens, found, {JOINT: text.shape[1]})
+        call = Call(tokens, found, {JOINT: text.shape[1]})
+        mask = given.get("attention_mask")
+        keep = None if mask is None else self._kept(mask, text, tokens, grids)
+        return call if keep is None else replace(call, keep={JOINT: keep})
+
+    def _kept(self, mask: Any, text: Tensor, tokens: Tensor, reader: GridReader) -> Tensor | None:
+        """Which text the mask among the processors' arguments keeps, bool ``[B, text_len]``; None: all.
+
+        Raises:
+            ValueError: it is none of padded text.
+        """
+        batch, count, where = (
+            len(tokens),
+            text.shape[1] + tokens.shape[1],
+            f"the attention_mask in {self.attention_kwargs}",
+        )
+        shapes = ((batch, 1, 1, count), (1, 1, 1, count))
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in shapes:
+            given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(
+                f"{where} must be a bool tensor of shape {shapes[0]} (batch, 1, 1, text and image), True for what is no "
+                f"padding, got {given}"
+            )
+        return kept_text(mask, where, text, tokens, reader)
 
     def enter(
         self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
@@ -65,6 +93,9 @@ class TokensFamily(Family):
     def permuted(self, kwargs: dict[str, Any], plan: CallPlan, exact: bool) -> dict[str, Any]:
         """Arguments in the plan's order: image tokens, their ids, ControlNet residuals."""
         changed = {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
+        others = kwargs.get(self.attention_kwargs)
+        if others and "attention_mask" in others:  # The plan has it.
+            changed[self.attention_kwargs] = {name: each for name, each in others.items() if name != "attention_mask"}
         given = kwargs[self.ids]
         text, image = given.tensor_split((kwargs[self.text].shape[1] if self.joint_ids else 0,), dim=-2)
         ids = plan.to_image_order(image, dim=-2)

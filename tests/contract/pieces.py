@@ -58,6 +58,14 @@ def fuse(model) -> None:
             module.fuse_projections()
 
 
+def with_mask(call: dict[str, Any], shape: Shape, name: str = "joint_attention_kwargs") -> dict[str, Any]:
+    """A call with the mask of its padded text among the processors' arguments."""
+    if shape.padding:
+        mask = torch.cat([keep(shape), torch.ones(shape.batch, image_len(shape), dtype=torch.bool)], 1)
+        call[name] = {"attention_mask": mask[:, None, None]}
+    return call
+
+
 def mask_among(name: str) -> Callable[[Shape], dict[str, Any]]:
     """A mask of the caller's own among the attention's arguments."""
     return lambda shape: {name: {"attention_mask": torch.ones(1, shape.text_len + image_len(shape))}}

@@ -19,6 +19,7 @@ from .pieces import (
     mask_among,
     share,
     stretch_theta,
+    with_mask,
 )
 from .row import Refused, Row
 from .shapes import Shape
@@ -77,13 +78,10 @@ OVIS = Row(
     "ovis",
     "Ovis-Image",
     models.tiny_ovis,
-    lambda shape: models.ovis_call(*sizes(shape)),
+    lambda shape: with_mask(models.ovis_call(*sizes(shape)), shape),
     **FLUX_LIKE,
-    refuses={
-        "padding": Refused(MASK_HELD, call=mask_among("joint_attention_kwargs")),
-        "pooled keys": POOLED,
-        "formulas": FORMULAS,
-    },
+    paddings={"bool": True},
+    refuses={"pooled keys": POOLED, "formulas": FORMULAS},
     lacks={"references": NO_REFERENCES, "residuals": NO_RESIDUALS, "ip-adapter": NO_ADAPTER},
 )
 

@@ -28,6 +28,7 @@ from .pieces import (
     mask_among,
     noise,
     stretch_theta,
+    with_mask,
 )
 from .row import Refused, Row
 from .rows_latents import ROWS as LATENTS
@@ -48,11 +49,12 @@ def with_references(call: dict[str, Any], shape: Shape) -> dict[str, Any]:
 
 def flux_call(shape: Shape) -> dict[str, Any]:
     call = models.flux_call(shape.height, shape.width, shape.text_len, shape.batch, shape.seed)
-    return with_references(call, shape)
+    return with_mask(with_references(call, shape), shape)
 
 
 def flux2_call(shape: Shape) -> dict[str, Any]:
-    return models.flux2_call((shape.height, shape.width), shape.references, shape.text_len, shape.batch, shape.seed)
+    grid = (shape.height, shape.width)
+    return with_mask(models.flux2_call(grid, shape.references, shape.text_len, shape.batch, shape.seed), shape)
 
 
 def qwen_call(shape: Shape) -> dict[str, Any]:
@@ -139,7 +141,7 @@ FLUX = Row(
     adapter=flux_adapter,
     stretch=stretch_theta,
     fuse=fuse,
-    refuses={"padding": Refused(MASK_HELD, call=mask_among("joint_attention_kwargs"))},
+    paddings={"bool": True},
 )
 
 FLUX2 = Row(
@@ -156,11 +158,8 @@ FLUX2 = Row(
     stacks=FLUX_STACKS,
     stretch=stretch_theta,
     fuse=fuse,
-    refuses={
-        "padding": Refused(MASK_HELD, call=mask_among("joint_attention_kwargs")),
-        "pooled keys": POOLED,
-        "formulas": FORMULAS,
-    },
+    paddings={"bool": True},
+    refuses={"pooled keys": POOLED, "formulas": FORMULAS},
     lacks={"residuals": "the model takes none", "ip-adapter": NO_ADAPTER},
 )
 
