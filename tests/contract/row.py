@@ -60,6 +60,7 @@ class Row:
         joint_block: and with one alone, which attends over text and image; None where another row has the same.
         no_block: and with none.
         graphs: how many graphs those blocks compile to, one size.
+        one_graph: whether diffusers' own model compiles to one as a whole.
         text_lens: text tokens of each sequence that is windowed.
         parts: further sequences that are, of some of the grids and no text.
         other_lens: lengths of sequences that are not.
@@ -111,6 +112,7 @@ class Row:
     refuses: Mapping[str, Refused] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
     brief: bool = False
+    one_graph: bool = True
 
     @property
     def abilities(self) -> frozenset[str]:

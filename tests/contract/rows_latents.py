@@ -230,6 +230,7 @@ HIDREAM = Row(
         ),
     },
     lacks={name: why for name, why in LACKS.items() if name != "references"},
+    one_graph=False,
     brief=True,
 )
 
@@ -263,6 +264,7 @@ LUMINA2 = Row(
     stretch=stretch_lumina2,
     refuses=REFUSES,
     lacks=LACKS,
+    one_graph=False,
     brief=True,
 )
 
@@ -303,6 +305,7 @@ QWEN_IMAGE21 = Row(
     stretch=stretch_qwen21,
     refuses=REFUSES,
     lacks={**LACKS, "references": "its condition images are part of the text"},
+    one_graph=False,
     brief=True,
 )
 

@@ -252,6 +252,7 @@ ZIMAGE = Row(
     joint_block={"n_layers": 1},
     no_block={"n_layers": 0, "n_refiner_layers": 0},
     graphs=3,
+    one_graph=False,
     stacks={"noise_refiner": "attention", "layers": "attention"},
     text_lens=zimage_text,
     other_lens=lambda shape: (models.padded(max(shape.kept)),),  # its refiner of captions

@@ -65,9 +65,8 @@ def test_checkpointed_blocks_compile_to_whole_graphs_with_the_gradients_of_the_d
         assert mine is None or (mine - right).abs().max() <= TOLERANCE * largest
 
 
-# Not Z-Image, which casts the embedding that the plan rides on: Dynamo makes a new tensor of it, and the blocks raise.
 @pytest.mark.costly("flux")
-@pytest.mark.parametrize("row", [row for row in ROWS if row.name != "zimage"], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.one_graph], ids=lambda row: row.name)
 @pytest.mark.usefixtures("graphs")
 def test_the_whole_model_compiles_to_one_graph(row):
     """With an empty dictionary of attention arguments too, as pipelines hand over."""
