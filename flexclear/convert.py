@@ -64,7 +64,7 @@ def transform(
 
     Image queries then see image keys closer than ``r`` tokens, and all text; text sees everything. Weights, softmax,
     scaling and projections stay. The grid is read from each call, so one transformed model serves every resolution
-    and aspect ratio. Callers only ever see raster token order. Reference pictures (FLUX.1 Kontext and the like) are
+    and aspect ratio. Callers only ever see raster token order. Reference images (FLUX.1 Kontext and the like) are
     further grids: their tokens see and are seen by the disc around the same row and column in every grid.
 
     >>> pipe = flexclear.transform(pipe, r=16)                              # doctest: +SKIP

@@ -83,14 +83,14 @@ def optimize(
             graph, minutes instead of seconds to compile. False: not at all.
         mode: ``torch.compile``'s mode, one of ``flexclear.compile.MODES``.
         dynamic: one set of graphs for all sizes instead of one per size.
-        max_sizes: sizes that graphs are made for, each number of pictures in a batch counted by itself, prompts not at
+        max_sizes: sizes that graphs are made for, each number of images in a batch counted by itself, prompts not at
             all; a call of one more raises RuntimeError.
         fuse_qkv: fuse the query, key and value projections first (``fuse_qkv_projections``); diffusers keeps the
             originals in memory beside them. LoRA must be fused and unloaded before; one that is loaded on these
             projections later makes calls raise, since it would have no effect.
         vae: compile the pipeline's VAE decoder as well.
         sizes: (height, width) in pixels that are compiled now, with a progress bar.
-        warm_up: makes one picture of a (height, width); by default the pipeline is called with a short prompt and one step,
+        warm_up: makes one image of a (height, width); by default the pipeline is called with a short prompt and one step,
             or one more than ``dense_steps`` has. The graphs hold for prompts of every length. Give one for pipelines that
             need more than a prompt.
         warm_start: a file of ``flexclear.compile.save_artifacts`` to load first; a stale or damaged one is logged and

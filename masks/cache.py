@@ -35,7 +35,7 @@ class CacheStats:
 class ByteBoundedCache(Generic[Value]):
     """Values by hashable key; the least recently used go first when ``max_bytes`` is passed.
 
-    A single value larger than the bound is kept until the next one arrives: otherwise a huge picture would rebuild
+    A single value larger than the bound is kept until the next one arrives: otherwise a huge image would rebuild
     its mask in every step.
 
     Args:

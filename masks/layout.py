@@ -57,7 +57,7 @@ def _tiled(height: int, width: int, start: int) -> Tensor:
 
     Where 8 divides the sides, each run of 64 tokens is an 8 x 8 tile and each aligned run of 128 an 8 x 16 tile (or
     two tiles at a turn). Elsewhere a run is a parallelogram of about the same area: no run is ever a long strip, and
-    because the walk turns round at the border, none reaches across the picture. That is why ragged sizes need no
+    because the walk turns round at the border, none reaches across the image. That is why ragged sizes need no
     padding. Two rules keep runs on tiles where they can be:
 
     - bands lie along the side that 8 divides, so that a band is a whole number of tiles;
@@ -93,7 +93,7 @@ class Layout:
         text_len: text tokens, 0 or more.
         text_first: whether the text precedes the image (FLUX.1) or follows it (SD3).
         order: ``"tiled"`` (compact runs, see the essay in ``_tiled``) or ``"raster"`` (row by row).
-        references: (height, width) of further grids whose tokens follow the image's, such as the pictures that an
+        references: (height, width) of further grids whose tokens follow the image's, such as the images that an
             editing model is given. Tokens of all grids lie in one plane by their own row and column, so a window
             around a place is the same window in each grid.
 

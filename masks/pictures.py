@@ -1,4 +1,4 @@
-"""Masks as pictures: uint8 RGB tensors ``[height, width, 3]``, which any image library takes."""
+"""Masks as images: uint8 RGB tensors ``[height, width, 3]``, which any image library takes."""
 
 from __future__ import annotations
 

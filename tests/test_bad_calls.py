@@ -136,7 +136,7 @@ CALL = {
     "shuffled ids": ({"img_ids": ids_with(shuffled)}, "not full grids of height x width"),
     "other index": (
         {"img_ids": ids_with(second_picture)},
-        "begin with a picture of index 1; the image itself has index 0",
+        "begin with an image of index 1; the image itself has index 0",
     ),
     "shifted ids": (
         {"img_ids": ids_with(shifted)},
@@ -148,7 +148,7 @@ CALL = {
     ),
     "index between pictures": (
         {"img_ids": ids_with(half_index)},
-        "begin with a picture of index 0.5; the image itself has index 0",
+        "begin with an image of index 0.5; the image itself has index 0",
     ),
     "two columns": (
         {"img_ids": ids_with(lambda ids: ids[:, :2])},
@@ -156,11 +156,11 @@ CALL = {
     ),
     "axes (y, x, index)": (
         {"img_ids": ids_with(lambda ids: ids[:, [1, 2, 0]])},
-        r"are 6 pictures of 8 x 1 tokens.*rows of one image of 6 x 8 .* columns must be \(index, y, x\)",
+        r"are 6 images of 8 x 1 tokens.*rows of one image of 6 x 8 .* columns must be \(index, y, x\)",
     ),
     "axes (y, index, x)": (
         {"img_ids": ids_with(lambda ids: ids[:, [1, 0, 2]])},
-        r"are 6 pictures of 1 x 8 tokens.*rows of one image of 6 x 8 .* columns must be \(index, y, x\)",
+        r"are 6 images of 1 x 8 tokens.*rows of one image of 6 x 8 .* columns must be \(index, y, x\)",
     ),
     "axes (index, x, y)": ({"img_ids": ids_with(lambda ids: ids[:, [0, 2, 1]])}, "not full grids of height x width"),
     "axes (x, y, index)": ({"img_ids": ids_with(lambda ids: ids[:, [2, 1, 0]])}, "not full grids of height x width"),

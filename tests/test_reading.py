@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_a_value_error(parse, text, message):
 def test_prompts_by_name_must_be_clear(tmp_path, name, text, message):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"{name} must hold names of pictures and their prompts.*{message}"):
+    with pytest.raises(ValueError, match=rf"{name} must hold names of images and their prompts.*{message}"):
         read_captions(tmp_path / name, read_folder(tmp_path))
 
 

@@ -211,7 +211,7 @@ def test_out_of_memory_in_attention_says_how_large_the_call_was_and_what_takes_l
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as caught:
             picture(pipe)
     said = said_of(caught.value)
-    for part in ("8 x 8 image tokens and 16 of text", "a smaller picture", "enable_model_cpu_offload", "enable_tiling"):
+    for part in ("8 x 8 image tokens and 16 of text", "a smaller image", "enable_model_cpu_offload", "enable_tiling"):
         assert part in said
     assert "backend='flex'" in said  # masked SDPA was running
     del caught
@@ -261,8 +261,8 @@ def test_a_note_becomes_part_of_the_message_where_exceptions_take_none():
         add_note = property(lambda self: (_ for _ in ()).throw(AttributeError))
 
     error = Old("no memory")
-    note(error, "a smaller picture")
-    assert str(error) == "no memory\na smaller picture"
+    note(error, "a smaller image")
+    assert str(error) == "no memory\na smaller image"
 
 
 def test_a_dense_mask_beyond_the_limit_says_what_fits(monkeypatch):

@@ -1,4 +1,4 @@
-"""Contact sheets: labels are whole and pictures lie where they should."""
+"""Contact sheets: labels are whole and images lie where they should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak test passes on the library as it is, and finds leaks and wrong pictures that are planted into it."""
+"""The soak test passes on the library as it is, and finds leaks and wrong images that are planted into it."""
 
 from __future__ import annotations
 

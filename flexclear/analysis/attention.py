@@ -83,7 +83,7 @@ def observe(
 
     Raises:
         ValueError: it is not transformed, attends by a formula or over pooled keys, has no such layer, is observed already,
-            or, when it is called, a query is outside of the picture.
+            or, when it is called, a query is outside of the image.
     """
     model = model_of(model_or_pipe)
     entry = entry_hook_of(model)
@@ -135,7 +135,7 @@ def _look(
     gain = plan.slots[slot].gain
     if gain is not None:
         query = query * gain.to(query.device)
-    own = layout.height * layout.width  # Reference pictures follow the image's own tokens.
+    own = layout.height * layout.width  # Reference images follow the image's own tokens.
     start, heads = layout.image_start, len(query)
     rows, columns = (axis[:own].double() for axis in (plan.base.rows, plan.base.columns))
     text = slice(0, start) if layout.text_first else slice(layout.image_len, layout.seq_len)
@@ -193,7 +193,7 @@ def _rows_of(mask: BlockMask | Tensor | None, queries: Tensor, keys: int) -> Ten
 def attention_pictures(
     picture: Image.Image, observed: Observed, heads: Sequence[int] | None = None, cell: int = 224
 ) -> Image.Image:
-    """Maps over the generated picture: one row per query, one column per head and one for their mean.
+    """Maps over the generated image: one row per query, one column per head and one for their mean.
 
     Each map is scaled to its own largest weight; a ring marks the query.
 
@@ -219,7 +219,7 @@ def attention_pictures(
 
 
 def _over(picture: Image.Image, weights: Tensor, query: Place, cell: int) -> Image.Image:
-    """The picture in grey, weights in colour over it."""
+    """The image in grey, weights in colour over it."""
     scale = cell / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     base = np.asarray(picture.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)

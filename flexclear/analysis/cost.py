@@ -32,7 +32,7 @@ class CostRow:
     """One size under one window.
 
     Attributes:
-        side: of a square picture, in pixels.
+        side: of a square image, in pixels.
         radius: of the window in tokens; None: dense.
         flops: of attention, one layer, one sample.
         density: share of all pairs that is allowed.
@@ -54,7 +54,7 @@ def cost_table(
     """A row for dense attention and for every radius, at every size.
 
     Args:
-        sides: of square pictures, in pixels.
+        sides: of square images, in pixels.
         radii: of windows, in tokens.
         channels: heads times head dimension; the published figures are FLUX.1's 3072.
         text_len: text tokens.

@@ -11,7 +11,7 @@ No assignment of positions to tokens gives such differences, so rotating queries
 ``exp(1j w d') = exp(1j w d) exp(1j w (d' - d))``, and on one axis d' - d depends on two rows (or two columns) only. So the
 queries of one row, already rotated as usual, are turned by the correction for each row of keys, and those of each column
 for each column of keys: exact for every pair, and about the arithmetic of attention as it is. Content is untouched, and so
-are all pairs with text, whose positions are no places in the picture.
+are all pairs with text, whose positions are no places in the image.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def clipped_attention(
         ``[B, heads, N, head_dim]``. Scores of one row of queries at a time are held, never N x N.
 
     Raises:
-        ValueError: the layout is tiled or has reference pictures.
+        ValueError: the layout is tiled or has reference images.
     """
     if layout.order != "raster" or layout.references:
         raise ValueError(f"clipped distances need one grid in raster order, got {layout}")

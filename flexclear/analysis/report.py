@@ -20,7 +20,7 @@ from flexclear.images.reading import read_image
 
 NAME = "report.html"
 LARGEST = 1024
-"""Longer side in pixels of a picture in the page."""
+"""Longer side in pixels of an image in the page."""
 
 SECTIONS = (
     ("results.md", "Variants", ("sheet.png",)),
@@ -29,7 +29,7 @@ SECTIONS = (
     ("perturb.md", "Clipped relative distances", ("perturb.png",)),
     ("cost.md", "Cost", ("cost.png",)),
 )
-"""A section for each of these files: its title, and the pictures that lie beside it."""
+"""A section for each of these files: its title, and the images that lie beside it."""
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; color: #1a1a1a }
@@ -53,11 +53,11 @@ for (const slider of document.querySelectorAll('input[type=range]')) {
 
 
 def write_report(folder: str | Path, most_pairs: int = 12) -> Path:
-    """Write ``report.html`` into ``folder``: tables, curves, pictures side by side under a slider. Returns its path.
+    """Write ``report.html`` into ``folder``: tables, curves, images side by side under a slider. Returns its path.
 
     Args:
         folder: of results; those in folders below it count, too.
-        most_pairs: pairs of pictures per section.
+        most_pairs: pairs of images per section.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -98,7 +98,7 @@ def write_report(folder: str | Path, most_pairs: int = 12) -> Path:
 
 
 def _pairs(file: Path) -> Iterator[tuple[Path, Path, str, str, str]]:
-    """(left, right, left's name, right's name, caption) of the pictures behind a table."""
+    """(left, right, left's name, right's name, caption) of the images behind a table."""
     if file.name == "perturb.md":
         rows = _json(file.with_name("perturb.json"))
         (first, base), *others = rows.items() if rows else [("", {})]
@@ -159,7 +159,7 @@ def _slider(left: Path, right: Path, left_name: str, right_name: str, caption: s
 
 
 def _image(path: Path, alternative: str, largest: int = LARGEST, kind: str = "") -> str:
-    """A picture inside the page; larger ones are scaled down."""
+    """An image inside the page; larger ones are scaled down."""
     picture = read_image(path).convert("RGB")
     if max(picture.size) > largest:
         picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)

@@ -107,9 +107,9 @@ def attention(
     text_len: TextLen = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for pictures, curves and numbers.")] = Path("analysis"),
+    out: Annotated[Path, typer.Option(help="Folder for images, curves and numbers.")] = Path("analysis"),
 ) -> None:
-    """Draw one picture and look at its attention: maps of queries over it, mass against distance for every layer.
+    """Draw one image and look at its attention: maps of queries over it, mass against distance for every layer.
 
     Writes picture.png, maps_*.png, mass.png, mass.md and mass.json. Scores of some queries are held at a time.
     """
@@ -185,12 +185,12 @@ def perturb(
     text_len: TextLen = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for pictures and numbers.")] = Path("analysis"),
+    out: Annotated[Path, typer.Option(help="Folder for images and numbers.")] = Path("analysis"),
 ) -> None:
-    """Draw one picture as it is and with clipped relative distances in the rotary embedding, and compare.
+    """Draw one image as it is and with clipped relative distances in the rotary embedding, and compare.
 
     Each axis by itself: --remote 8 makes no row or column difference larger than 8, --local 8 none smaller (0 becomes 8).
-    Pairs with text stay. Writes perturb.png, the pictures, perturb.md and perturb.json.
+    Pairs with text stay. Writes perturb.png, the images, perturb.md and perturb.json.
     """
     import json
 
@@ -240,7 +240,7 @@ def perturb(
 
 @analyze.command("cost")
 def cost(
-    side: Annotated[list[int] | None, typer.Option(min=16, help="Side of a square picture in pixels; repeat.")] = None,
+    side: Annotated[list[int] | None, typer.Option(min=16, help="Side of a square image in pixels; repeat.")] = None,
     r: Annotated[list[int] | None, typer.Option("--r", min=1, help="Window radius in tokens; repeat.")] = None,
     channels: Annotated[int, typer.Option(min=1, help="Heads times head dimension.")] = 3072,
     text_len: Annotated[int, typer.Option(min=0, help="Text tokens.")] = 512,

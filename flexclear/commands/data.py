@@ -11,18 +11,18 @@ from flexclear.commands.common import Commands, finite, must_exist, out_folder
 from flexclear.commands.terminal import console, progress_bars
 from flexclear.common.choices import DTYPES, LARGEST_SEED, check_choice, check_seeds
 
-data = Commands("Pictures to train on: drawn by the teacher, encoded once.")
+data = Commands("Images to train on: drawn by the teacher, encoded once.")
 
 
 @data.command("generate")
 def generate(
     model: Annotated[str, typer.Argument(help="Pipeline folder, hub id, or 'embedded'.")],
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
-    count: Annotated[int, typer.Option(min=1, help="Pictures in all; prompts are gone through again and again.")],
-    out: Annotated[Path, typer.Option(help="Folder for pictures and captions.")],
-    shard: Annotated[str, typer.Option(help="I/N: only every N-th picture from I on, for N processes.")] = "0/1",
+    count: Annotated[int, typer.Option(min=1, help="Images in all; prompts are gone through again and again.")],
+    out: Annotated[Path, typer.Option(help="Folder for images and captions.")],
+    shard: Annotated[str, typer.Option(help="I/N: only every N-th image from I on, for N processes.")] = "0/1",
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first picture; each next one has the next.")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first image; each next one has the next.")
     ] = 0,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels. Default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
@@ -33,9 +33,9 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
 ) -> None:
-    """Draw COUNT pictures with the plain model, each with its caption in a .txt file beside it.
+    """Draw COUNT images with the plain model, each with its caption in a .txt file beside it.
 
-    Pictures that are there are kept: the same command goes on where it was stopped, on any number of processes. Other
+    Images that are there are kept: the same command resumes where it was stopped, on any number of processes. Other
     settings than theirs (settings.json) are an error; a deleted caption is written again.
     """
     from flexclear.common.choices import parse_size
@@ -72,18 +72,18 @@ def generate(
                 drawn += 1
                 progress.update(task, advance=1)
         except KeyboardInterrupt:
-            lines.print(f"interrupted: {total - left + drawn} of {total} pictures are finished and kept in {out}")
+            lines.print(f"interrupted: {total - left + drawn} of {total} images are finished and kept in {out}")
             raise typer.Exit(130) from None
-    print(f"{out}: {drawn} pictures drawn, {total - left} were there already")
+    print(f"{out}: {drawn} images drawn, {total - left} were there already")
 
 
 @data.command("cache")
 def cache(
-    source: Annotated[Path, typer.Argument(help="Folder of pictures with captions, of .tar files, or one .tar file.")],
+    source: Annotated[Path, typer.Argument(help="Folder of images with captions, of .tar files, or one .tar file.")],
     model: Annotated[str, typer.Option(help="Pipeline folder, hub id, or 'embedded', whose encoders are used.")],
     out: Annotated[Path, typer.Option(help="Folder for the cache.")],
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH that every picture is scaled and cut to. Default: its own size.")
+        str | None, typer.Option(help="HEIGHTxWIDTH that every image is scaled and cut to. Default: its own size.")
     ] = None,
     text_len: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: 512; embedded: 64.")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples per file.")] = 256,
@@ -92,11 +92,11 @@ def cache(
     ] = "auto",
     device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
 ) -> None:
-    """Encode pictures and captions once, so that training loads neither text encoders nor VAE.
+    """Encode images and captions once, so that training loads neither text encoders nor VAE.
 
-    Captions: NAME.txt or NAME.json (with "prompt") beside each picture, in .tar files too; or metadata.jsonl with
-    file_name and text. A damaged picture or .tar file is named and skipped. The same command goes on where it was stopped;
-    a cache of pictures that were replaced since is an error.
+    Captions: NAME.txt or NAME.json (with "prompt") beside each image, in .tar files too; or metadata.jsonl with
+    file_name and text. A damaged image or .tar file is named and skipped. The same command resumes where it was stopped;
+    a cache of images that were replaced since is an error.
     """
     from flexclear.common.choices import parse_size
     from flexclear.generation.settings import model_folder
@@ -104,7 +104,7 @@ def cache(
     check_choice("--dtype", dtype, ("auto", *DTYPES))
     sides = None if size is None else parse_size(size)
     model_folder(model)
-    must_exist(source, "no folder of pictures and no .tar file at")
+    must_exist(source, "no folder of images and no .tar file at")
 
     from flexclear.distill.caching import cache as job
     from flexclear.distill.models import text_len_of

@@ -23,7 +23,7 @@ def distill(
 ) -> None:
     """Train a model's attention to stay with its dense self under a window.
 
-    The same command goes on where it was stopped. For several GPUs: accelerate launch -m flexclear distill CONFIG.
+    The same command resumes where it was stopped. For several GPUs: accelerate launch -m flexclear distill CONFIG.
     """
     from flexclear.common.choices import parse_size
 

@@ -13,29 +13,32 @@ from flexclear.commands.terminal import console, progress_bars
 from flexclear.common.choices import parse_metrics
 from flexclear.common.extras import require, require_for_metrics
 
-PICTURES = "pictures"
+IMAGES, PICTURES = "images", "pictures"
+"""The command's name, and what it was called before, which still does."""
 
 
-class _PicturesByDefault(TyperGroup):
-    """``flexclear eval A B`` is ``flexclear eval pictures A B``."""
+class _ImagesByDefault(TyperGroup):
+    """``flexclear eval A B`` is ``flexclear eval images A B``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
         first = next((number for number, text in enumerate(args) if text not in own), None)
+        if first is not None and args[first] == PICTURES:
+            args = [*args[:first], IMAGES, *args[first + 1 :]]
         if first is not None and args[first] not in self.commands:
-            args = [*args[:first], PICTURES, *args[first:]]
+            args = [*args[:first], IMAGES, *args[first:]]
         return super().parse_args(ctx, args)
 
 
 evaluation = Commands(
-    "Quality of pictures in numbers: of two folders (flexclear eval A_DIR B_DIR), or of variants of a model (run).",
-    cls=_PicturesByDefault,
+    "Quality of images in numbers: of two folders (flexclear eval A_DIR B_DIR), or of variants of a model (run).",
+    cls=_ImagesByDefault,
 )
 
 
-@evaluation.command(PICTURES)
-def pictures(
-    a_dir: Annotated[Path, typer.Argument(help="Folder of the pictures that are judged.")],
+@evaluation.command(IMAGES)
+def images(
+    a_dir: Annotated[Path, typer.Argument(help="Folder of the images that are judged.")],
     b_dir: Annotated[Path, typer.Argument(help="Folder of what they are compared with; pairs are made by file name.")],
     metrics: Annotated[
         str, typer.Option(help="Of fid, is, lpips, clip-i, clip-t, dino, psnr, ssim, rmse; or all.")
@@ -43,28 +46,28 @@ def pictures(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts of A's pictures, for clip-t: one per line in the order of names, or .json / .jsonl with names. "
+            help="Prompts of A's images, for clip-t: one per line in the order of names, or .json / .jsonl with names. "
             "Default: those that PNGs of flexclear carry."
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH that every picture is scaled to first. Default: as they are.")
+        str | None, typer.Option(help="HEIGHTxWIDTH that every image is scaled to first. Default: as they are.")
     ] = None,
     network: Annotated[
         list[str] | None,
         typer.Option(help="NAME=PATH of inception, lpips, clip or dino; repeat. Default: the user's caches."),
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch CLIP and DINO from the hub if missing.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
     device: Annotated[str, typer.Option(help="Where networks run; auto: CUDA where there is one.")] = "auto",
     common: Annotated[
-        bool, typer.Option("--common", help="Measure the pairs that there are, where a picture has no partner.")
+        bool, typer.Option("--common", help="Measure the pairs that there are, where an image has no partner.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for scores.json, scores.md and what is known so far.")] = Path(
         "evaluation"
     ),
 ) -> None:
-    """Score the pictures of A against those of B. The same command goes on where it was stopped.
+    """Score the images of A against those of B. The same command resumes where it was stopped.
 
     A metric whose network cannot be had is reported as not computed, with the reason; the others go on.
     """
@@ -94,7 +97,7 @@ def pictures(
                 on_progress=bars,
             )
         except KeyboardInterrupt:
-            bars.console.print(f"interrupted: what is computed is kept in {out}; the same command goes on")
+            bars.console.print(f"interrupted: what is computed is kept in {out}; the same command resumes it")
             raise typer.Exit(130) from None
     print(f"{found.markdown()}\n{out / 'scores.json'}\n{out / 'scores.md'}")
 
@@ -105,7 +108,7 @@ def run(
 ) -> None:
     """Draw a prompt set with several variants of a model, score them, and fill the paper's tables.
 
-    Writes results.json, results.md, sheet.png and the pictures. The same command goes on where it was stopped.
+    Writes results.json, results.md, sheet.png and the images. The same command resumes where it was stopped.
     """
     require("yaml", "flexclear eval run")
     must_exist(config, "no file")
@@ -118,7 +121,9 @@ def run(
         try:
             found = job(settings, say=bars.console.print, on_progress=bars)
         except KeyboardInterrupt:
-            bars.console.print(f"interrupted: what is finished is kept in {settings.output}; the same command goes on")
+            bars.console.print(
+                f"interrupted: what is finished is kept in {settings.output}; the same command resumes it"
+            )
             raise typer.Exit(130) from None
     print(f"{found.markdown()}\n{settings.output / 'results.json'}\n{settings.output / 'sheet.png'}")
 

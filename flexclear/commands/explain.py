@@ -9,14 +9,14 @@ import typer
 
 
 def explain(
-    height: Annotated[int, typer.Option(min=1, help="Picture height in pixels.")],
-    width: Annotated[int, typer.Option(min=1, help="Picture width in pixels.")],
+    height: Annotated[int, typer.Option(min=1, help="Image height in pixels.")],
+    width: Annotated[int, typer.Option(min=1, help="Image width in pixels.")],
     r: Annotated[int, typer.Option("--r", min=1, help="Window radius in tokens.")] = 16,
     text_len: Annotated[int, typer.Option(min=0, help="Text tokens: 512 for FLUX.1, 333 for SD3.")] = 512,
     px_per_token: Annotated[int, typer.Option(min=1, help="Pixels per token and side; 1: sizes are in tokens.")] = 16,
     png: Annotated[Path | None, typer.Option(help="Draw one query's window and the block map into this file.")] = None,
     table: Annotated[
-        bool, typer.Option(help="Add a table over picture sizes, and where dense attention is faster.")
+        bool, typer.Option(help="Add a table over image sizes, and where dense attention is faster.")
     ] = False,
 ) -> None:
     """Print density, full, partial and skipped blocks and the predicted work of one attention layer."""

@@ -37,7 +37,7 @@ def generate(
     ] = None,
     stages: Annotated[
         Path | None,
-        typer.Option(help="Keep each stage's picture in this folder, and go on from it after an interruption."),
+        typer.Option(help="Keep each stage's image in this folder, and resume from it after an interruption."),
     ] = None,
     r: Annotated[
         str | None,
@@ -79,16 +79,16 @@ def generate(
     parallel: Annotated[
         bool,
         typer.Option(
-            "--parallel", help="One picture on several GPUs: torchrun --nproc-per-node N -m flexclear generate."
+            "--parallel", help="One image on several GPUs: torchrun --nproc-per-node N -m flexclear generate."
         ),
     ] = False,
     parallel_text: Annotated[
-        str, typer.Option(help="Of --parallel: text sees the whole picture (exact), or averages (average).")
+        str, typer.Option(help="Of --parallel: text sees the whole image (exact), or averages (average).")
     ] = "exact",
     exchange: Annotated[
         str, typer.Option(help="Of --parallel: sync, or stale: borders of the step before while new ones travel.")
     ] = "sync",
-    out: Annotated[Path, typer.Option(help="Folder, or a .png file for one picture.")] = Path("pictures"),
+    out: Annotated[Path, typer.Option(help="Folder, or a .png file for one image.")] = Path("pictures"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Number from 1 and replace. Else a folder's numbers go on.")
     ] = False,
@@ -96,9 +96,9 @@ def generate(
         bool,
         typer.Option("--resume", help="Keep the finished images of this set in the folder, draw the missing ones."),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One line of JSON per picture on standard output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One line of JSON per image on standard output.")] = False,
 ) -> None:
-    """Draw every prompt at every size with every seed. Each PNG carries its settings; same seed, same picture.
+    """Draw every prompt at every size with every seed. Each PNG carries its settings; same seed, same image.
 
     A file that exists is never replaced unless --overwrite says so: in a folder numbers go on after the highest one,
     a single file is an error. Ctrl-C keeps what is finished; the same command with --resume completes the set.
@@ -182,7 +182,7 @@ def generate(
                     lines.print(line)
                 print(drawn.as_json() if json else line, flush=True)
     except KeyboardInterrupt:
-        lines.print(f"interrupted: {done} of {settings.pictures} pictures are finished and kept in {out}")
+        lines.print(f"interrupted: {done} of {settings.pictures} images are finished and kept in {out}")
         raise typer.Exit(130) from None
     except ParallelError as error:
         output.say(str(error))

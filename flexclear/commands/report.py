@@ -12,9 +12,9 @@ from flexclear.commands.common import must_exist
 
 def report(
     out_dir: Annotated[Path, typer.Argument(help="Folder that flexclear eval and flexclear analyze have written to.")],
-    pairs: Annotated[int, typer.Option(min=0, help="Most pairs of pictures in a section.")] = 12,
+    pairs: Annotated[int, typer.Option(min=0, help="Most pairs of images in a section.")] = 12,
 ) -> None:
-    """One HTML page of all results in a folder: settings, tables, curves, pictures side by side under a slider.
+    """One HTML page of all results in a folder: settings, tables, curves, images side by side under a slider.
 
     The page needs no other file and no network.
     """

@@ -15,7 +15,7 @@ def soak(
     model: Annotated[
         str, typer.Option(help="embedded, a pipeline's folder, or MODULE:NAME that makes one.")
     ] = "embedded",
-    seconds: Annotated[float, typer.Option(min=0, callback=finite, help="How long to go on.")] = 60,
+    seconds: Annotated[float, typer.Option(min=0, callback=finite, help="How long to run.")] = 60,
     calls: Annotated[int | None, typer.Option(min=1, help="Stop after that many calls.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, flex or sdpa.")] = "auto",
@@ -24,9 +24,9 @@ def soak(
     largest: Annotated[int, typer.Option(min=1, help="Largest side in pixels.")] = 192,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     growth: Annotated[float, typer.Option(callback=finite, help="MiB that memory may grow after warm-up.")] = 16,
-    samples: Annotated[int, typer.Option(min=0, help="Pictures to compare with a fresh process.")] = 6,
+    samples: Annotated[int, typer.Option(min=0, help="Images to compare with a fresh process.")] = 6,
 ) -> None:
-    """Ask one pipeline for hundreds of random pictures; exit status 1 if memory, graphs or caches grow or a picture is
+    """Ask one pipeline for hundreds of random images; exit status 1 if memory, graphs or caches grow or an image is
     not what a fresh process draws."""
     check_choice("--backend", backend, BACKENDS)
 

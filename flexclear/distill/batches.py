@@ -1,4 +1,4 @@
-"""Decide what each training step sees. Everything follows from the seed and the batch's number, so a run goes on exactly."""
+"""Decide what each training step sees. Everything follows from the seed and the batch's number, so a run resumes exactly."""
 
 from __future__ import annotations
 

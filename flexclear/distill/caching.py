@@ -23,7 +23,7 @@ from flexclear.distill.sources import Item, Skipped, find_items
 from flexclear.generation.check import check_text_len, skeleton_of
 
 LARGEST_SCALED = 1 << 26
-"""Pixels that a picture may have before it is cut, unless the cut is as large: a narrow one is enlarged without bounds."""
+"""Pixels that an image may have before it is cut, unless the cut is as large: a narrow one is enlarged without bounds."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def cache(
     on_item: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Cached:
-    """Encode pictures and captions. A run that was stopped goes on with the first shard that is missing.
+    """Encode images and captions. A run that was stopped resumes with the first shard that is missing.
 
     What is in the pictures' files decides whether a cache is of them, not their names or times.
 
@@ -63,7 +63,7 @@ def cache(
         source: see ``find_items``.
         model: pipeline folder, hub id or ``"embedded"``.
         out: folder for shards and index.
-        size: (height, width) in pixels that every picture is scaled to cover and cut to, around its middle. None: its own
+        size: (height, width) in pixels that every image is scaled to cover and cut to, around its middle. None: its own
             size, cut to what the VAE takes.
         text_len: text tokens.
         shard_size: samples per file.
@@ -74,7 +74,7 @@ def cache(
 
     Raises:
         FileNotFoundError: no such source or model.
-        OSError: a picture was replaced meanwhile, or the disk is full; what is finished is kept.
+        OSError: an image was replaced meanwhile, or the disk is full; what is finished is kept.
         TypeError: a model that training does not know.
         ValueError: there are more text tokens than the pipeline takes, nothing usable is there, or ``out`` holds a cache of
             something else.
@@ -89,7 +89,7 @@ def cache(
     for out_of_use in skipped:
         say(f"skipped {out_of_use.name}: {out_of_use.reason}")
     if not items:
-        raise ValueError(f"{source} holds no picture with a caption ({len(skipped)} skipped)")
+        raise ValueError(f"{source} holds no image with a caption ({len(skipped)} skipped)")
     made = fingerprint(folder)
     facts = {"size": size, "text_len": text_len, "shard_size": shard_size, "dtype": str(dtype), "encoders": made}
     digests = [item.digest() for item in items]
@@ -97,7 +97,7 @@ def cache(
     work = hashlib.sha256(json.dumps([facts, contents]).encode()).hexdigest()[:24]
     if (out / INDEX).is_file() and _work(out / INDEX) != work:
         raise ValueError(
-            f"{out} holds a cache of other pictures, captions, settings or encoders; name another folder, or delete that one"
+            f"{out} holds a cache of other images, captions, settings or encoders; name another folder, or delete that one"
         )
     out.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
@@ -121,7 +121,7 @@ def cache(
         factors = found["factors"]
         on_item(start + len(part), len(items))
     if not entries:
-        raise ValueError(f"no picture of {source} could be encoded; {len(skipped)} were skipped")
+        raise ValueError(f"no image of {source} could be encoded; {len(skipped)} were skipped")
     index = {
         "format": CACHE_FORMAT,
         "model": model,
@@ -212,7 +212,7 @@ def _write(
 
 
 class _Encoder:
-    """Pictures and captions into samples, by a FLUX pipeline's encoders."""
+    """Images and captions into samples, by a FLUX pipeline's encoders."""
 
     def __init__(self, pipe: Any, size: tuple[int, int] | None, text_len: int) -> None:
         self._pipe, self._text_len = pipe, text_len
@@ -236,7 +236,7 @@ def _fitted(picture: Image.Image, size: tuple[int, int] | None, multiple: int) -
     """Scaled to cover ``size`` and cut around the middle; None: cut to multiples of ``multiple``.
 
     Raises:
-        ValueError: the picture is smaller than ``multiple``, or so narrow that scaled it would be huge.
+        ValueError: the image is smaller than ``multiple``, or so narrow that scaled it would be huge.
     """
     if size is None:
         height, width = (side // multiple * multiple for side in (picture.height, picture.width))

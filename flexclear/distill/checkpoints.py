@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and what a run must have in common with the one it goes on with."""
+"""Checkpoints that are there whole or not at all, and what a run must have in common with the one it resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FREE = (
     "sheets",
     "gradient_checkpointing",
 )
-"""Settings that may differ when a run goes on; steps only where the learning rate does not depend on them."""
+"""Settings that may differ when a run is resumed; steps only where the learning rate does not depend on them."""
 
 
 def name_of(step: int) -> str:
@@ -48,7 +48,7 @@ def latest(output: Path) -> tuple[int, Path] | None:
 
 
 def identity(config: DistillConfig, global_batch: int, samples: Samples, fingerprint: str | None) -> dict[str, Any]:
-    """What has to be equal for a run to go on as if it had not stopped; of a cache its contents, wherever it lies."""
+    """What has to be equal for a run to resume as if it had not stopped; of a cache its contents, wherever it lies."""
     kept = {name: value for name, value in as_mapping(config).items() if name not in FREE}
     for part in ("batch_size", "gradient_accumulation"):
         del kept[part]  # The global batch counts; so does the batch per device, which says which samples go together.
@@ -168,7 +168,7 @@ class Checkpoints:
             partial.rename(place)
 
     def load(self, place: Path) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
             ValueError: it is of a run with other settings.

@@ -158,7 +158,7 @@ class HeldOutConfig:
 
 @dataclass(frozen=True)
 class SheetConfig:
-    """Pictures of ``prompts`` by the student after every ``every`` steps (0: none), drawn by the whole pipeline."""
+    """Images of ``prompts`` by the student after every ``every`` steps (0: none), drawn by the whole pipeline."""
 
     every: int = 0
     prompts: tuple[str, ...] = ()
@@ -181,14 +181,14 @@ class SheetConfig:
 class DistillConfig:
     """A distillation (method, section 5). The defaults are the published settings.
 
-    Left to the machine are ``gradient_accumulation`` (published: 4 on each of 4 GPUs, 32 pictures in all),
+    Left to the machine are ``gradient_accumulation`` (published: 4 on each of 4 GPUs, 32 images in all),
     ``mixed_precision`` (bf16), ``gradient_checkpointing`` (on) and what accelerate's own configuration says (DeepSpeed's ZeRO
     stage 2).
 
     Attributes:
         output: folder for checkpoints, losses and the weights file.
         model: pipeline folder, hub id, or ``"embedded"``; not needed where a pipeline is handed over.
-        data: folder of ``flexclear data cache``, or pictures with captions as that command takes them, which one process
+        data: folder of ``flexclear data cache``, or images with captions as that command takes them, which one process
             encodes into ``output/cache`` first; not needed where samples are handed over.
         r, down_factor, backend, attention: of ``flexclear.transform``, for a model that is not transformed; ``sizes`` are
             those of ``attention``. r None: 16.
@@ -197,7 +197,7 @@ class DistillConfig:
         teacher: ``"shared"``: its frozen weights are the student's own; ``"copy"``: a model of its own, for sharding
             (FSDP).
         steps: optimizer steps.
-        batch_size: pictures per device and forward pass.
+        batch_size: images per device and forward pass.
         gradient_accumulation: forward passes per step and device; None: what accelerate's own configuration says.
         max_grad_norm: gradients are clipped to it; 0: not at all.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None: what accelerate's own configuration says. Frozen

@@ -1,4 +1,4 @@
-"""``flexclear data generate``: the teacher's own pictures to learn from, captions beside them."""
+"""``flexclear data generate``: the teacher's own images to learn from, captions beside them."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from flexclear.images.folder_settings import keep_settings
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one picture goes; stands in for ``flexclear.images.files.Target``."""
+    """Where one image goes; stands in for ``flexclear.images.files.Target``."""
 
     path: Path
 
     def write(self, number: int, prompt: str, content: bytes) -> Path:
-        # The caption first: a picture that is there is finished.
+        # The caption first: an image that is there is finished.
         write_caption(self.path, prompt)
         return write_whole(self.path, content, overwrite=True)
 
 
 def write_caption(picture: Path, prompt: str) -> None:
-    """Write the caption of a picture, in a ``.txt`` file beside it."""
+    """Write the caption of an image, in a ``.txt`` file beside it."""
     write_whole(picture.with_suffix(".txt"), f"{prompt}\n".encode(), overwrite=True)
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Which pictures there are to be.
+    """Which images there are to be.
 
-    Picture i shows prompt i modulo their number, drawn with seed + i: whatever the number of processes, the pictures are
+    Image i shows prompt i modulo their number, drawn with seed + i: whatever the number of processes, the images are
     the same.
 
     Attributes:
         settings: model, prompts, folder and how to draw; seeds has the first one, sizes at most one.
-        count: pictures in all.
-        shard: (i, n): only pictures i, i + n, ...
+        count: images in all.
+        shard: (i, n): only images i, i + n, ...
     """
 
     settings: GenerateSettings
@@ -54,7 +54,7 @@ class DataPlan:
             raise ValueError(f"--count must be 1 or more, got {self.count}")
 
     def single(self, number: int) -> GenerateSettings:
-        """The settings of picture ``number``."""
+        """The settings of image ``number``."""
         prompts = self.settings.prompts
         return replace(
             self.settings, prompts=(prompts[number % len(prompts)],), seeds=(self.settings.seeds[0] + number,)
@@ -67,10 +67,10 @@ class DataPlan:
         return range(self.shard[0], self.count, self.shard[1])
 
     def missing(self) -> list[int]:
-        """Numbers of this shard's pictures that are not there yet. ``draw_data`` compares their other settings.
+        """Numbers of this shard's images that are not there yet. ``draw_data`` compares their other settings.
 
         Raises:
-            ValueError: a picture that is there shows another prompt or has another seed.
+            ValueError: an image that is there shows another prompt or has another seed.
         """
         left = []
         for number in self.numbers():
@@ -83,7 +83,7 @@ class DataPlan:
                 known = read_settings(path)["settings"]
                 told = (known["prompt"], known["seed"], known["model"])
             except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{path} is there, and is no picture of this command: {error}") from error
+                raise ValueError(f"{path} is there, and is no image of this command: {error}") from error
             if told != (wanted.prompts[0], wanted.seeds[0], wanted.model):
                 raise ValueError(
                     f"{path} shows {told[0]!r} by {told[2]} with seed {told[1]}; it would be "
@@ -92,12 +92,12 @@ class DataPlan:
         return left
 
     def check_folder(self, setup: Setup) -> None:
-        """Write the settings that all pictures share into ``settings.json`` in the folder, or compare them with it.
+        """Write the settings that all images share into ``settings.json`` in the folder, or compare them with it.
 
-        Of a picture's own, prompt and seed, see ``missing``: more pictures or prompts may be asked for later.
+        Of an image's own, prompt and seed, see ``missing``: more images or prompts may be asked for later.
 
         Raises:
-            ValueError: the folder holds pictures of other settings, or of nobody knows which.
+            ValueError: the folder holds images of other settings, or of nobody knows which.
         """
         settings = self.settings
         told = {
@@ -118,13 +118,13 @@ def draw_data(
     say: Callable[[str], None] = lambda text: None,
     on_step: Callable[[int, int, int], None] = lambda picture, step, steps: None,
 ) -> Iterator[Any]:
-    """Draw the missing pictures, one after the other; each that is yielded (``flexclear.generation.generate.Drawn``) is on disk.
+    """Draw the missing images, one after the other; each that is yielded (``flexclear.generation.generate.Drawn``) is on disk.
 
-    Captions of pictures that are there are written again where they were deleted.
+    Captions of images that are there are written again where they were deleted.
 
     Raises:
         See ``flexclear.generation.generate.check``, ``DataPlan.missing`` and ``DataPlan.check_folder``. Nothing happens before
-        the first picture is asked for.
+        the first image is asked for.
     """
     out = plan.settings.out.expanduser()
     if out.exists() and not out.is_dir():

@@ -1,4 +1,4 @@
-"""What a run trains on: the cache that its settings name, or their pictures, encoded into one first."""
+"""What a run trains on: the cache that its settings name, or their images, encoded into one first."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from flexclear.distill.samples import INDEX, CachedSamples
 from flexclear.distill.sources import PICTURES
 
 CACHE = "cache"
-"""Folder in a run's output that its pictures are encoded into."""
+"""Folder in a run's output that its images are encoded into."""
 
 
 def samples_of(config: DistillConfig, say: Callable[[str], None]) -> CachedSamples:
-    """The samples of ``config.data``: a cache, or pictures with captions, which are encoded into ``output/cache`` first.
+    """The samples of ``config.data``: a cache, or images with captions, which are encoded into ``output/cache`` first.
 
     Raises:
         FileNotFoundError: there is neither.
-        ValueError: pictures cannot be encoded here: no model is named, or several processes would all do it; or see
+        ValueError: images cannot be encoded here: no model is named, or several processes would all do it; or see
             ``cache``.
     """
     assert config.data is not None
@@ -32,15 +32,15 @@ def samples_of(config: DistillConfig, say: Callable[[str], None]) -> CachedSampl
     first = f"flexclear data cache {config.data} --model {config.model or 'MODEL'} --out CACHE"
     if config.model is None:
         raise ValueError(
-            f"data: {config.data} holds pictures, and no model is named to encode them. {first}; then data: CACHE"
+            f"data: {config.data} holds images, and no model is named to encode them. {first}; then data: CACHE"
         )
     if started() > 1:
         raise ValueError(
-            f"data: {config.data} holds pictures, which each of {started()} processes would encode. {first}; then data: CACHE"
+            f"data: {config.data} holds images, which each of {started()} processes would encode. {first}; then data: CACHE"
         )
     out = config.output / CACHE
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
-    say(f"encoding the pictures of {config.data} into {out}")
+    say(f"encoding the images of {config.data} into {out}")
     cache(
         config.data,
         config.model,

@@ -59,7 +59,7 @@ def estimate(config: DistillConfig, size: tuple[int, int] = (1024, 1024), text_l
 
     Args:
         config: with ``model``; only that model's configuration is read.
-        size: (height, width) of the pictures in pixels.
+        size: (height, width) of the images in pixels.
         text_len: text tokens.
 
     Raises:

@@ -36,7 +36,7 @@ def prepare(
     data: Samples | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Everything that can be wrong with a run, looked for before weights are read; pictures are encoded at its end.
+    """Everything that can be wrong with a run, looked for before weights are read; images are encoded at its end.
 
     Raises:
         FileNotFoundError: there is no such model, cache or file.

@@ -23,7 +23,7 @@ TENSORS = ("mean", "logvar", "prompt_embeds", "pooled")
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its caption, encoded.
+    """One image with its caption, encoded.
 
     Attributes:
         mean, logvar: moments of the VAE's posterior, ``[C, h, w]``.

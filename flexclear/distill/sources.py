@@ -1,4 +1,4 @@
-"""Pictures with captions: a folder, or WebDataset tar files. What is damaged is named, never left out silently."""
+"""Images with captions: a folder, or WebDataset tar files. What is damaged is named, never left out silently."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Item:
-    """One picture, not read yet.
+    """One image, not read yet.
 
     Attributes:
         name: for people; unique in its source.
@@ -51,7 +51,7 @@ class Item:
             return "unreadable"
 
     def picture(self, digest: str | None = None) -> Image.Image:
-        """The picture in RGB.
+        """The image in RGB.
 
         Args:
             digest: what the file had before, or None: not known.
@@ -70,30 +70,30 @@ class Item:
         try:
             return read_image(content, self.name).convert("RGB")
         except (OSError, ValueError) as error:
-            raise ValueError(f"damaged picture: {error}") from error
+            raise ValueError(f"damaged image: {error}") from error
 
 
 def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
-    """The pictures of a folder, of the tar files in it, or of one tar file.
+    """The images of a folder, of the tar files in it, or of one tar file.
 
-    Captions in a folder: ``NAME.txt`` beside a picture, a line of ``metadata.jsonl``, or ``NAME.json`` with ``"prompt"``,
+    Captions in a folder: ``NAME.txt`` beside an image, a line of ``metadata.jsonl``, or ``NAME.json`` with ``"prompt"``,
     ``"caption"`` or ``"text"``, as the published set has it.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it holds neither pictures nor tar files, or ``metadata.jsonl`` cannot be read.
+        ValueError: it holds neither images nor tar files, or ``metadata.jsonl`` cannot be read.
     """
     source = Path(source).expanduser()
     if source.is_file() and source.suffix == ".tar":
         return _in_shards([source])
     if not source.is_dir():
-        raise FileNotFoundError(f"no folder of pictures and no .tar file at {source}")
+        raise FileNotFoundError(f"no folder of images and no .tar file at {source}")
     shards = sorted(source.glob("*.tar"))
     if shards:
         return _in_shards(shards)
     files = sorted(file for file in source.rglob("*") if file.suffix.lower() in PICTURES and not _hidden(file, source))
     if not files:
-        raise ValueError(f"{source} holds neither pictures ({', '.join(PICTURES)}) nor .tar files")
+        raise ValueError(f"{source} holds neither images ({', '.join(PICTURES)}) nor .tar files")
     listed = _listed(source / METADATA)
     items, skipped = [], []
     for file in files:
@@ -115,7 +115,7 @@ def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
 
 
 def _caption_of(picture: Path, listed: str | None) -> str | None:
-    """What ``NAME.txt`` beside a picture says, else ``listed``, else what ``NAME.json`` says, or None where there is none.
+    """What ``NAME.txt`` beside an image says, else ``listed``, else what ``NAME.json`` says, or None where there is none.
 
     Raises:
         OSError, ValueError: a file cannot be read, is no JSON, or holds no caption; the message names it.
@@ -132,11 +132,11 @@ def _caption_of(picture: Path, listed: str | None) -> str | None:
 
 
 def _without_pictures(folder: Path, pictures: list[Path]) -> list[Skipped]:
-    """JSON files with a caption, and damaged ones, that no picture is beside; those that hold something else are not meant."""
+    """JSON files with a caption, and damaged ones, that no image is beside; those that hold something else are not meant."""
     captioned = {picture.with_suffix(".json") for picture in pictures}
     lost = []
     for file in sorted(file for file in folder.rglob("*.json") if file not in captioned and not _hidden(file, folder)):
-        reason = f"no picture beside it: {file.stem} with {', '.join(PICTURES)}"
+        reason = f"no image beside it: {file.stem} with {', '.join(PICTURES)}"
         try:
             found = parse_json(read_text(file))
         except (OSError, ValueError) as error:
@@ -197,7 +197,7 @@ def _in_shards(shards: list[Path]) -> tuple[list[Item], list[Skipped]]:
             name = f"{shard.name}/{key}"
             picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
             if picture is None:
-                skipped.append(Skipped(name, f"no picture among {sorted(parts)}"))
+                skipped.append(Skipped(name, f"no image among {sorted(parts)}"))
                 continue
             try:
                 if ".txt" in parts:

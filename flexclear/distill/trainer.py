@@ -51,7 +51,7 @@ class Distilled:
     """What a run has come to.
 
     Attributes:
-        steps: optimizer steps done, those of earlier runs that it went on from among them.
+        steps: optimizer steps done, those of earlier runs that it resumed among them.
         weights: the file for ``flexclear.load_weights``; None: the run was interrupted, a checkpoint is kept.
         losses: what ``losses.jsonl`` holds, one record per step of this run.
         held_out: what ``held_out.jsonl`` holds, of this run.
@@ -76,7 +76,7 @@ def distill(
     on_step: OnStep = lambda record: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Distilled:
-    """Train a model's attention to stay with its dense self under a window; a run that was stopped goes on.
+    """Train a model's attention to stay with its dense self under a window; a run that was stopped resumes.
 
     >>> distill(pipe, DistillConfig(output=Path("runs/r16"), data=Path("cache"), r=16))     # doctest: +SKIP
 
@@ -230,7 +230,7 @@ class _Run:
                     if saved < step:
                         self._check_weights(step)
                         self.checkpoints.save(step)
-                    self.say(f"interrupted after {step} of {config.steps} steps; the same command goes on from there")
+                    self.say(f"interrupted after {step} of {config.steps} steps; the same command resumes there")
                     return Distilled(step, None, tuple(losses), tuple(held_out))
             return Distilled(step, self._output(), tuple(losses), tuple(held_out))
         finally:
@@ -404,7 +404,7 @@ class _Run:
             if step > self.config.steps:
                 raise ValueError(f"{place} has {step} steps already, steps is {self.config.steps}")
             self.checkpoints.load(place)
-            self.say(f"going on from step {step} ({place})")
+            self.say(f"resuming from step {step} ({place})")
         if self.accelerator.is_main_process:
             self.config.output.mkdir(parents=True, exist_ok=True)
             for name in (LOSSES, HELD_OUT):

@@ -21,7 +21,7 @@ FACTS_NAME = "training.json"
 def controlnet(
     torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None, folder: Path | None = None
 ) -> FluxControlNetModel:
-    """Return the embedded model's ControlNet: one net for grey, blurred and tiled pictures, told apart by ``MODES``.
+    """Return the embedded model's ControlNet: one net for grey, blurred and tiled images, told apart by ``MODES``.
 
     >>> from diffusers import FluxControlNetPipeline                             # doctest: +SKIP
     >>> pipe = embedded.pipeline()                                               # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Draw with the embedded model's ControlNet: held-out scenes, their conditions, and the pictures drawn from them."""
+"""Draw with the embedded model's ControlNet: held-out scenes, their conditions, and the images drawn from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def originals(
 
     Args:
         requests: what to draw.
-        bitmaps: one RGBA picture per emoji index.
+        bitmaps: one RGBA image per emoji index.
         vocabulary: has the backgrounds' colours.
         pixels: side, a multiple of 128.
     """
@@ -58,19 +58,19 @@ def generate_controlled(
     max_sequence_length: int = 32,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
-    """Return the pictures that the pipeline draws for the requests from their conditions, in the conditions' size.
+    """Return the images that the pipeline draws for the requests from their conditions, in the conditions' size.
 
     Args:
         pipe: see :func:`controlled_pipeline`.
         vocabulary: the names that the requests' indices stand for.
         requests: what to draw; each has its own noise, whatever the batch.
-        conditions: one RGB picture per request, all of one size.
+        conditions: one RGB image per request, all of one size.
         kind: which condition they are, of ``MODES``.
         steps: denoising steps.
         scale: of the ControlNet's residuals; 0 draws without it.
-        batch: pictures drawn at once.
+        batch: images drawn at once.
         max_sequence_length: T5 tokens, padding included.
-        on_done: called with the number of pictures after each batch.
+        on_done: called with the number of images after each batch.
 
     Raises:
         ValueError: the kind is unknown, or there is not one condition per request.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to draw: which emoji on which background, by index, and the seed of its noise."""
+    """One image to draw: which emoji on which background, by index, and the seed of its noise."""
 
     emoji: int
     background: int
@@ -28,14 +28,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """Top-1 retrieval over a set of pictures.
+    """Top-1 retrieval over a set of images.
 
     Attributes:
-        pictures: how many pictures there were.
+        pictures: how many images there were.
         emoji: share, 0 to 1, whose nearest clean drawing shows the emoji that was asked for.
         background: share whose nearest background colour is the one that was asked for.
         both: share with both right.
-        error: mean squared difference to the nearest clean drawing, averaged over the pictures.
+        error: mean squared difference to the nearest clean drawing, averaged over the images.
     """
 
     pictures: int
@@ -79,17 +79,17 @@ def generate(
     max_sequence_length: int = 32,
     on_done: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Return the pictures that the pipeline draws for the requests.
+    """Return the images that the pipeline draws for the requests.
 
     Args:
         pipeline: the pipeline to call.
         vocabulary: the names that the requests' indices stand for.
         requests: what to draw; each has its own noise, whatever the batch.
         steps: denoising steps.
-        pixels: side of the pictures.
-        batch: pictures drawn at once.
+        pixels: side of the images.
+        batch: images drawn at once.
         max_sequence_length: T5 tokens, padding included.
-        on_done: called with the number of pictures after each batch.
+        on_done: called with the number of images after each batch.
 
     Returns:
         Shape (requests, 3, pixels, pixels), values 0 to 1, float32, on the CPU.
@@ -136,13 +136,13 @@ def score(requests: Sequence[Request], matches: Sequence[Match]) -> Score:
 
 
 def evaluate(retriever: Retriever, requests: Sequence[Request], pictures: torch.Tensor) -> Score:
-    """Return the top-1 shares of pictures, shape (requests, 3, side, side), values 0 to 1."""
+    """Return the top-1 shares of images, shape (requests, 3, side, side), values 0 to 1."""
     return score(requests, retriever.match(pictures))
 
 
 def picture_psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the PSNR in dB of each picture pair, shape (pictures,), of values 0 to 1; at most 120 dB."""
+    """Return the PSNR in dB of each image pair, shape (images,), of values 0 to 1; at most 120 dB."""
     if first.shape != second.shape:
-        raise ValueError(f"pictures must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
+        raise ValueError(f"images must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
     error = (first - second).square().flatten(1).mean(1).clamp_min(1e-12)
     return -10 * error.log10()

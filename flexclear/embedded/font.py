@@ -18,7 +18,7 @@ class EmojiFontError(RuntimeError):
 
 
 def extract_bitmaps(code_points: Sequence[int], font_path: Path | None = None) -> list[Image.Image]:
-    """Return one RGBA picture per code point, each 136 x 128 pixels.
+    """Return one RGBA image per code point, each 136 x 128 pixels.
 
     Args:
         code_points: Unicode code points, such as ``0x1F34E`` (red apple).

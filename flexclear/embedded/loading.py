@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 SAMPLE_SIZE = 32
-"""Side of the default picture in latents: 32 latents of 4 pixels make 128 pixels."""
+"""Side of the default image in latents: 32 latents of 4 pixels make 128 pixels."""
 
 
 def pipeline(torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> FluxPipeline:

@@ -1,7 +1,7 @@
-"""Recognise which emoji and which background a generated picture shows, by comparing with clean drawings.
+"""Recognise which emoji and which background a generated image shows, by comparing with clean drawings.
 
 A clean drawing is ``T = a E + (1 - a) b``: emoji colours E and coverage a, moved, scaled and maybe mirrored,
-over a flat background b. The squared distance to a picture is found for every place at once by correlation.
+over a flat background b. The squared distance to an image is found for every place at once by correlation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from flexclear.embedded.scenes import LARGEST_EMOJI, SCENE_PIXELS, SMALLEST_EMOJI, Colour, scale_bitmap
 
 WORKING_PIXELS = 64
-"""Pictures are compared at this size."""
+"""Images are compared at this size."""
 TEMPLATE_SIZES = tuple(range(SMALLEST_EMOJI, LARGEST_EMOJI + 1, 4))
 """Emoji sizes searched, in pixels of the 128-pixel canvas."""
 BORDER = 3
@@ -26,7 +26,7 @@ BORDER = 3
 
 @dataclass(frozen=True)
 class Match:
-    """What a picture shows.
+    """What an image shows.
 
     Attributes:
         emoji: index of the emoji whose nearest clean drawing is nearest.
@@ -50,7 +50,7 @@ class Retriever:
         """Prepare the templates.
 
         Args:
-            bitmaps: one RGBA picture per emoji index; at least two.
+            bitmaps: one RGBA image per emoji index; at least two.
             colours: RGB values, 0 to 255, per background index.
         """
         if len(bitmaps) < 2 or not colours:
@@ -68,10 +68,10 @@ class Retriever:
         self._allowed = torch.stack([_allowed_places(size) for _ in bitmaps for size, _ in variants])
 
     def match(self, pictures: torch.Tensor) -> list[Match]:
-        """Return what each picture shows.
+        """Return what each image shows.
 
         Args:
-            pictures: shape (pictures, 3, side, side), values 0 to 1, side a multiple of 64.
+            pictures: shape (images, 3, side, side), values 0 to 1, side a multiple of 64.
 
         Raises:
             ValueError: the shape is another one.
@@ -79,7 +79,7 @@ class Retriever:
         _, channels, height, width = pictures.shape
         if channels != 3 or height != width or height % WORKING_PIXELS:
             raise ValueError(
-                f"pictures must have shape (count, 3, side, side) with side a multiple of {WORKING_PIXELS}, "
+                f"images must have shape (count, 3, side, side) with side a multiple of {WORKING_PIXELS}, "
                 f"got {tuple(pictures.shape)}"
             )
         small = F.adaptive_avg_pool2d(pictures.float().clamp(0, 1).cpu(), WORKING_PIXELS)
@@ -118,7 +118,7 @@ def _template(bitmap: Image.Image, size: int, flipped: bool) -> torch.Tensor:
 
 
 def _allowed_places(size: int) -> torch.Tensor:
-    """Return which top left corners, shape (64, 64), keep an emoji of this size inside the picture."""
+    """Return which top left corners, shape (64, 64), keep an emoji of this size inside the image."""
     room = (SCENE_PIXELS - size) * WORKING_PIXELS // SCENE_PIXELS
     allowed = torch.zeros(WORKING_PIXELS, WORKING_PIXELS, dtype=torch.bool)
     allowed[: room + 1, : room + 1] = True

@@ -18,7 +18,7 @@ SMALLEST_EMOJI, LARGEST_EMOJI = min(EMOJI_SIZES), max(EMOJI_SIZES)
 SHIFTS = {-8: 0.25, 0: 0.5, 8: 0.25}
 """Distances of an emoji to the right of the middle of the canvas, whole tokens, and how often each is drawn."""
 FLIPPED_SHARE = 0.3
-"""Share of mirrored pictures."""
+"""Share of mirrored images."""
 
 Colour: TypeAlias = tuple[int, int, int]
 Pair: TypeAlias = tuple[int, int]
@@ -37,7 +37,7 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides a picture; lengths in pixels of the 128-pixel base canvas.
+    """Everything that decides an image; lengths in pixels of the 128-pixel base canvas.
 
     Attributes:
         emoji: index of the emoji.
@@ -103,9 +103,9 @@ def draw(
 
     Args:
         scene: what to draw; its lengths are scaled by ``pixels / 128``.
-        bitmaps: one RGBA picture per emoji index.
+        bitmaps: one RGBA image per emoji index.
         colours: one RGB triple (0 to 255) per background index.
-        pixels: side of the drawn picture, a multiple of 128.
+        pixels: side of the drawn image, a multiple of 128.
 
     Raises:
         ValueError: ``pixels`` is not a positive multiple of 128.

@@ -1,4 +1,4 @@
-"""Pictures whose right answer is certain, to check the retriever itself before it judges a model."""
+"""Images whose right answer is certain, to check the retriever itself before it judges a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def clean_pictures(
 
 @torch.no_grad()
 def vae_round_trip(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 16) -> torch.Tensor:
-    """Return pictures, values 0 to 1, after encoding and decoding them with the autoencoder."""
+    """Return images, values 0 to 1, after encoding and decoding them with the autoencoder."""
     decoded = []
     for part in pictures.split(batch):
         latents = vae.encode((part * 2 - 1).to(vae.dtype)).latent_dist.mode()

@@ -22,7 +22,7 @@ class Vocabulary:
         emoji: the emoji in training order.
         backgrounds: background names with their RGB colours, 0 to 255, in training order.
         words: every lower-case word that occurred in a training caption.
-        held_out_pairs: (emoji name, background name) pairs that no training picture showed.
+        held_out_pairs: (emoji name, background name) pairs that no training image showed.
     """
 
     emoji: tuple[Emoji, ...]
@@ -71,7 +71,7 @@ def background_names() -> list[str]:
 
 
 def held_out_pairs() -> list[tuple[str, str]]:
-    """Return the (emoji name, background name) pairs that no training picture showed."""
+    """Return the (emoji name, background name) pairs that no training image showed."""
     return list(read_vocabulary(model_directory()).held_out_pairs)
 
 

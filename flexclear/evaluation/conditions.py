@@ -1,4 +1,4 @@
-"""The conditions of the paper's ControlNets, computed from a picture: what a controlled picture must agree with."""
+"""The conditions of the paper's ControlNets, computed from an image: what a controlled image must agree with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLUR = 64
 """The blur's standard deviation is the longer side over this."""
 
 TILE = 8
-"""A tile condition has 1 / this of the picture's sides."""
+"""A tile condition has 1 / this of the image's sides."""
 
 
 def _grey(picture: Image.Image) -> Image.Image:
@@ -32,11 +32,11 @@ CONDITIONS: Mapping[str, Callable[[Image.Image], Image.Image]] = {"grey": _grey,
 
 
 def distance_to_condition(picture: Image.Image, condition: Image.Image, kind: str) -> float:
-    """RMSE, of values from 0 to 1, of the picture's condition to the one that it was drawn from.
+    """RMSE, of values from 0 to 1, of the image's condition to the one that it was drawn from.
 
     Args:
         picture: RGB.
-        condition: RGB; scaled to the picture's size.
+        condition: RGB; scaled to the image's size.
         kind: of ``CONDITIONS``.
     """
     own = CONDITIONS[kind](picture.convert("RGB"))

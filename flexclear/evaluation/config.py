@@ -25,13 +25,13 @@ class VariantConfig:
     """One row of the tables.
 
     Attributes:
-        name: of the row and its folder of pictures: letters, digits, ``.``, ``_``, ``-``.
+        name: of the row and its folder of images: letters, digits, ``.``, ``_``, ``-``.
         r: window radius in tokens, or ``"dense"``: the plain model. None: the weights' own, or 16.
         down_factor: side of the pooled cells in tokens, or None.
         weights: file of distilled weights, or None.
         attention: ``"clear"``, or a name of ``flexclear.alternatives`` in place of CLEAR.
         sizes: its sizes, such as ``size: 8``.
-        pictures: a folder of pictures that were drawn elsewhere, named as those of the reference; nothing is drawn then.
+        pictures: a folder of images that were drawn elsewhere, named as those of the reference; nothing is drawn then.
     """
 
     name: str
@@ -69,7 +69,7 @@ class VariantConfig:
         if self.down_factor is not None:
             Downsampled(Disc(1), self.down_factor)
         if self.pictures is not None and given:
-            raise ValueError(f"{where}pictures are drawn already; leave {', '.join(given)} out")
+            raise ValueError(f"{where}images are drawn already; leave {', '.join(given)} out")
         if self.weights is not None and not self.weights.is_file():
             raise FileNotFoundError(f"{where}no file {self.weights}")
 
@@ -79,10 +79,10 @@ class EvalConfig:
     """What is drawn, what it is compared with, and which tables are filled.
 
     Attributes:
-        output: folder for pictures and results.
+        output: folder for images and results.
         variants: the rows.
-        model: pipeline folder, hub id or ``"embedded"``; None where all pictures are drawn already.
-        prompts: text file with one prompt per line; None where all pictures are drawn already and carry theirs.
+        model: pipeline folder, hub id or ``"embedded"``; None where all images are drawn already.
+        prompts: text file with one prompt per line; None where all images are drawn already and carry theirs.
         reference: name of the variant that the others are compared with; the first by default.
         tables: the paper's numbers.
         columns: further columns for every table.
@@ -90,10 +90,10 @@ class EvalConfig:
         steps, guidance, text_len: None: the pipeline's own.
         dtype, device, backend: as ``flexclear generate`` has them.
         networks: places of networks by name. download: whether CLIP and DINO may be fetched.
-        real: folder of real pictures, or None. For LPIPS one for each picture, in the order of names.
-        conditions: folder of the conditions that a ControlNet was given, named as the pictures, or None.
+        real: folder of real images, or None. For LPIPS one for each image, in the order of names.
+        conditions: folder of the conditions that a ControlNet was given, named as the images, or None.
         condition: which condition they are.
-        batch: pictures at once in the networks.
+        batch: images at once in the networks.
     """
 
     output: Path
@@ -124,7 +124,7 @@ class EvalConfig:
 
     @property
     def drawn(self) -> tuple[VariantConfig, ...]:
-        """The variants whose pictures are drawn here."""
+        """The variants whose images are drawn here."""
         return tuple(variant for variant in self.variants if variant.pictures is None)
 
     def asked_columns(self) -> tuple[str, ...]:

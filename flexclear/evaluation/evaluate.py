@@ -1,4 +1,4 @@
-"""``flexclear eval``: every metric of one folder of pictures against another."""
+"""``flexclear eval``: every metric of one folder of images against another."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ STORE = "known.sqlite"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the pictures of ``a`` against those of ``b``.
+    """Scores of the images of ``a`` against those of ``b``.
 
     Attributes:
         a, b: the folders.
-        size: what all pictures were scaled to first, or None.
+        size: what all images were scaled to first, or None.
         scores: in the order asked for.
     """
 
@@ -72,7 +72,7 @@ class Evaluation:
                 told.append(f"not computed: {score.reason}")
             lines.append(f"- {metric.title}: {'. '.join(told)}.")
         if self.size is not None:
-            lines.append(f"- All pictures were scaled to {self.size[0]} x {self.size[1]} px first.")
+            lines.append(f"- All images were scaled to {self.size[0]} x {self.size[1]} px first.")
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> tuple[Path, Path]:
@@ -98,21 +98,21 @@ def evaluate(
     common: bool = False,
     on_progress: OnProgress = lambda metric, done, total: None,
 ) -> Evaluation:
-    """Score the pictures of ``a`` against those of ``b``, paired by file name.
+    """Score the images of ``a`` against those of ``b``, paired by file name.
 
     >>> flexclear.evaluation.evaluate("clear", "dense", "psnr,ssim,lpips", out="scores")     # doctest: +SKIP
 
     Args:
-        a: folder of the pictures that are judged.
+        a: folder of the images that are judged.
         b: folder of what they are compared with.
         metrics: names, of ``flexclear.evaluation.METRICS``.
-        prompts: of the pictures of ``a``, for CLIP-T; see ``read_captions``.
-        size: (height, width) in pixels that every picture is scaled to first.
+        prompts: of the images of ``a``, for CLIP-T; see ``read_captions``.
+        size: (height, width) in pixels that every image is scaled to first.
         networks: where networks come from; the user's caches by default.
-        batch: pictures at once.
-        out: folder for ``scores.json``, ``scores.md``, and what was computed of each picture: the same call then goes on
-            where it was stopped, and a call with more pictures computes the new ones only.
-        common: measure the pairs that there are, where a picture lacks its partner.
+        batch: images at once.
+        out: folder for ``scores.json``, ``scores.md``, and what was computed of each image: the same call then resumes
+            where it was stopped, and a call with more images computes the new ones only.
+        common: measure the pairs that there are, where an image lacks its partner.
         on_progress: see ``OnProgress``.
 
     Returns:
@@ -121,7 +121,7 @@ def evaluate(
     Raises:
         FileNotFoundError: a folder or file is missing.
         ImportError: a metric needs a package that is not installed.
-        ValueError: pictures do not pair, a prompt is missing, or pictures of a pair differ in size.
+        ValueError: images do not pair, a prompt is missing, or images of a pair differ in size.
     """
     asked = parse_metrics(metrics)
     require_for_metrics(asked)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from flexclear.common.extras import require
 
 SPLITS = 10
-"""Parts of the pictures that the Inception score is the mean of."""
+"""Parts of the images that the Inception score is the mean of."""
 
 LARGEST_PSNR = 120.0
-"""PSNR in dB that equal pictures count as."""
+"""PSNR in dB that equal images count as."""
 
 Pictures = Tensor
 
@@ -34,10 +34,10 @@ def frechet_distance(judged: Tensor, reference: Tensor) -> float:
     """FID of two sets of features ``[n, features]``, in float64: |mean difference|^2 + tr(S + T - 2 (S T)^(1/2)).
 
     Raises:
-        ValueError: a set has fewer than two pictures, which have no covariance.
+        ValueError: a set has fewer than two images, which have no covariance.
     """
     if len(judged) < 2 or len(reference) < 2:
-        raise ValueError(f"FID needs two pictures a side or more, got {len(judged)} and {len(reference)}")
+        raise ValueError(f"FID needs two images a side or more, got {len(judged)} and {len(reference)}")
     require("torchmetrics", "FID")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -73,7 +73,7 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
 
 
 def psnr(first: Pictures, second: Pictures) -> Tensor:
-    """In dB, of uint8 pictures ``[B, 3, height, width]``, over all pixels and channels: ``[B]``."""
+    """In dB, of uint8 images ``[B, 3, height, width]``, over all pixels and channels: ``[B]``."""
     require("torchmetrics", "PSNR")
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -84,14 +84,14 @@ def psnr(first: Pictures, second: Pictures) -> Tensor:
 
 
 def ssim(first: Pictures, second: Pictures) -> Tensor:
-    """Structural similarity of uint8 pictures ``[B, 3, height, width]``, Gaussian window of 11 px, sigma 1.5: ``[B]``.
+    """Structural similarity of uint8 images ``[B, 3, height, width]``, Gaussian window of 11 px, sigma 1.5: ``[B]``.
 
     Raises:
         ValueError: a side is shorter than the window.
     """
     if min(first.shape[-2:]) < 11:
         raise ValueError(
-            f"SSIM looks through a window of 11 x 11 px, got pictures of {first.shape[-2]} x {first.shape[-1]}"
+            f"SSIM looks through a window of 11 x 11 px, got images of {first.shape[-2]} x {first.shape[-1]}"
         )
     require("torchmetrics", "SSIM")
     from torchmetrics.functional.image import structural_similarity_index_measure
@@ -103,5 +103,5 @@ def ssim(first: Pictures, second: Pictures) -> Tensor:
 
 
 def rmse(first: Pictures, second: Pictures) -> Tensor:
-    """Root of the mean squared difference of uint8 pictures ``[B, 3, height, width]``, in values from 0 to 1: ``[B]``."""
+    """Root of the mean squared difference of uint8 images ``[B, 3, height, width]``, in values from 0 to 1: ``[B]``."""
     return ((first.double() - second.double()) / 255).square().mean((1, 2, 3)).sqrt()

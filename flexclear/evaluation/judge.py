@@ -1,4 +1,4 @@
-"""Scores of pictures: what is known is taken from the store, what is not is computed in batches and stored."""
+"""Scores of images: what is known is taken from the store, what is not is computed in batches and stored."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from flexclear.evaluation.pictures import Size, batches, content_key, read_pictu
 from flexclear.evaluation.store import Store, fingerprint
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with a metric's name, how many pictures or pairs it has done, and of how many."""
+"""Called with a metric's name, how many images or pairs it has done, and of how many."""
 
 STABLE_FID = 2048
-"""Pictures below which FID says more about their number than about them: there are as many features."""
+"""Images below which FID says more about their number than about them: there are as many features."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Score:
     Attributes:
         metric: its name.
         value: the score; None: not computed.
-        deviation: standard deviation over pictures or pairs (of the Inception score: over its parts), or None.
-        pictures: of how many pictures or pairs; for FID how many were judged.
+        deviation: standard deviation over images or pairs (of the Inception score: over its parts), or None.
+        pictures: of how many images or pairs; for FID how many were judged.
         network: what it looked through, or None.
         reason: why it was not computed, or None.
         note: what to bear in mind, or None.
-        each: the score of each picture or pair by name, where there is one.
+        each: the score of each image or pair by name, where there is one.
     """
 
     metric: str
@@ -56,8 +56,8 @@ class Judge:
     Args:
         networks: where networks come from; the user's caches by default.
         store: where results are kept; in memory by default.
-        size: (height, width) in pixels that all pictures are scaled to first, or None.
-        batch: pictures at once.
+        size: (height, width) in pixels that all images are scaled to first, or None.
+        batch: images at once.
         on_progress: see ``OnProgress``.
 
     A network that is missing makes a score without a value and with a reason, not an exception.
@@ -80,11 +80,11 @@ class Judge:
         self.size, self.batch, self.on_progress = size, batch, on_progress
 
     def sets(self, metric: str, judged: Mapping[str, Path], reference: Mapping[str, Path] | None = None) -> Score:
-        """FID of the judged pictures to the reference, or the Inception score of the judged.
+        """FID of the judged images to the reference, or the Inception score of the judged.
 
         Args:
             metric: ``"fid"`` or ``"is"``.
-            judged, reference: pictures by name; FID needs both.
+            judged, reference: images by name; FID needs both.
         """
 
         def found() -> Score:
@@ -94,27 +94,27 @@ class Judge:
                 values = self._embed(metric, list(judged.values()), network.log_probabilities, network.identity)
                 value, deviation, parts = formulas.inception_score(values)
                 if parts < formulas.SPLITS:
-                    note = f"{parts} parts of one picture each; {formulas.SPLITS} pictures or more make sense"
+                    note = f"{parts} parts of one image each; {formulas.SPLITS} images or more make sense"
                 return Score(metric, value, deviation, len(judged), network.title, note=note)
             paths = [*judged.values(), *(reference or {}).values()]
             features = self._embed(metric, paths, network.features, network.identity)
             few = min(len(judged), len(paths) - len(judged))
             if few < STABLE_FID:
-                note = f"{few} pictures on the smaller side: FID is biased upwards below some thousands"
+                note = f"{few} images on the smaller side: FID is biased upwards below some thousands"
             value = formulas.frechet_distance(features[: len(judged)], features[len(judged) :])
             return Score(metric, value, None, len(judged), network.title, note=note)
 
         return _or_reason(metric, found)
 
     def pairs(self, metric: str, pairs: Mapping[str, tuple[Path, Path]]) -> Score:
-        """The mean of a metric over pairs of pictures.
+        """The mean of a metric over pairs of images.
 
         Args:
             metric: one of the kind ``PAIRS``.
             pairs: (judged, reference) by name.
 
         Raises:
-            ValueError: the pictures of a pair differ in size, and the metric compares pixels.
+            ValueError: the images of a pair differ in size, and the metric compares pixels.
         """
 
         def found() -> Score:
@@ -138,11 +138,11 @@ class Judge:
         return _or_reason(metric, found)
 
     def texts(self, metric: str, captioned: Mapping[str, tuple[Path, str]]) -> Score:
-        """CLIP's agreement of pictures with their prompts.
+        """CLIP's agreement of images with their prompts.
 
         Args:
             metric: ``"clip-t"``.
-            captioned: (picture, prompt) by name.
+            captioned: (image, prompt) by name.
         """
 
         def found() -> Score:
@@ -161,7 +161,7 @@ class Judge:
         return _or_reason(metric, found)
 
     def _embed(self, metric: str, paths: Sequence[Path], network: Callable[[Tensor], Tensor], identity: str) -> Tensor:
-        """What a network makes of each picture, ``[n, features]``."""
+        """What a network makes of each image, ``[n, features]``."""
         what = "probabilities" if metric == "is" else "features"
         keys = [fingerprint(what, identity, str(self.size), content_key(path)) for path in paths]
 

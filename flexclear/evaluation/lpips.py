@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flexclear.common.extras import require
 
 MEAN, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""Of the channels of pictures from -1 to 1."""
+"""Of the channels of images from -1 to 1."""
 
 
 def _alexnet() -> tuple[nn.Sequential, tuple[int, ...]]:
@@ -48,7 +48,7 @@ NETWORKS = {"alex": _alexnet, "vgg": _vgg}
 
 
 class LearnedDistance(nn.Module):
-    """LPIPS, version 0.1, of pictures with values from -1 to 1.
+    """LPIPS, version 0.1, of images with values from -1 to 1.
 
     Args:
         state: ``features.*`` of AlexNet or VGG-16; the first layer's shape tells which.

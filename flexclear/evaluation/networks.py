@@ -142,7 +142,7 @@ class Inception:
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """``[B, features]`` of uint8 pictures ``[B, 3, height, width]``."""
+        """``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
         pictures = pictures.to(self._device)
         found = self._model(pictures, return_features=True) if self._scripted else self._model(pictures)[0]
         return found.float().cpu()
@@ -173,7 +173,7 @@ class Perceptual:
 
     @torch.no_grad()
     def distances(self, first: Tensor, second: Tensor) -> Tensor:
-        """LPIPS of uint8 pictures ``[B, 3, height, width]``: ``[B]``."""
+        """LPIPS of uint8 images ``[B, 3, height, width]``: ``[B]``."""
         return self._distance(*(t.to(self._device).float() / 127.5 - 1 for t in (first, second))).cpu()
 
 
@@ -217,7 +217,7 @@ class _Pretrained:
 
 
 class Clip(_Pretrained):
-    """CLIP's picture and text embeddings."""
+    """CLIP's image and text embeddings."""
 
     def __init__(self, place: str, device: torch.device, download: bool = False) -> None:
         from transformers import AutoTokenizer, CLIPModel
@@ -228,7 +228,7 @@ class Clip(_Pretrained):
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """``[B, features]`` of uint8 pictures ``[B, 3, height, width]``."""
+        """``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
         return _pooled(self._model.get_image_features(pixel_values=self._pixels(pictures)))
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ class Dino(_Pretrained):
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """``[B, features]`` of uint8 pictures ``[B, 3, height, width]``."""
+        """``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
         return self._model(pixel_values=self._pixels(pictures)).last_hidden_state[:, 0].float().cpu()
 
 

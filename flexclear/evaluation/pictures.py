@@ -1,4 +1,4 @@
-"""Folders of pictures: which there are, which belong together, and their pixels."""
+"""Folders of images: which there are, which belong together, and their pixels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures of a folder and those below it.
+    """The images of a folder and those below it.
 
     Attributes:
         path: the folder.
@@ -40,17 +40,17 @@ class Folder:
 
 
 def read_folder(path: str | Path) -> Folder:
-    """Find the pictures of a folder; files and folders whose names begin with a dot are left out.
+    """Find the images of a folder; files and folders whose names begin with a dot are left out.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is a file, holds no picture, or two that differ in the ending only.
+        ValueError: it is a file, holds no image, or two that differ in the ending only.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no folder {path}")
     if not path.is_dir():
-        raise ValueError(f"{path} must be a folder of pictures, it is a file")
+        raise ValueError(f"{path} must be a folder of images, it is a file")
     files: dict[str, Path] = {}
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
@@ -63,31 +63,31 @@ def read_folder(path: str | Path) -> Folder:
             )
         files[name] = file
     if not files:
-        raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)})")
     return Folder(path, files)
 
 
 def pair_names(a: Folder, b: Folder, common: bool = False) -> list[str]:
-    """Names of the pictures that both folders have.
+    """Names of the images that both folders have.
 
     Args:
         a, b: the folders.
-        common: whether pictures without a partner may be left out.
+        common: whether images without a partner may be left out.
 
     Raises:
-        ValueError: there is no pair, or a picture lacks its partner.
+        ValueError: there is no pair, or an image lacks its partner.
     """
     both = [name for name in a.files if name in b.files]
     alone = [(a, b, [n for n in a.files if n not in b.files]), (b, a, [n for n in b.files if n not in a.files])]
     if not both:
         raise ValueError(
-            f"no picture of {a.path} (such as {next(iter(a.files))!r}) has the name of one in {b.path} (such as "
+            f"no image of {a.path} (such as {next(iter(a.files))!r}) has the name of one in {b.path} (such as "
             f"{next(iter(b.files))!r}). Pairs are made by file name"
         )
     for one, other, names in alone:
         if names and not common:
             raise ValueError(
-                f"{len(names)} pictures of {one.path} have no partner in {other.path}, such as {names[0]!r}. Pairs are "
+                f"{len(names)} images of {one.path} have no partner in {other.path}, such as {names[0]!r}. Pairs are "
                 "made by file name; common=True (--common) measures the "
                 f"{len(both)} pairs that there are"
             )
@@ -95,19 +95,19 @@ def pair_names(a: Folder, b: Folder, common: bool = False) -> list[str]:
 
 
 def content_key(path: Path) -> str:
-    """Names a picture by what is in its file."""
+    """Names an image by what is in its file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
 
 
 def read_picture(path: Path, size: Size | None = None) -> Tensor:
-    """A picture as uint8 ``[3, height, width]``; what is transparent lies on white.
+    """An image as uint8 ``[3, height, width]``; what is transparent lies on white.
 
     Args:
         path: the file.
         size: scale to it by PIL's Lanczos filter, which averages where it shrinks; None: as it is.
 
     Raises:
-        ValueError: the file is no picture, or has more pixels than Pillow takes.
+        ValueError: the file is no image, or has more pixels than Pillow takes.
     """
     picture = read_image(path)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -120,17 +120,17 @@ def read_picture(path: Path, size: Size | None = None) -> Tensor:
 
 
 def read_captions(file: str | Path | None, folder: Folder) -> dict[str, str]:
-    """The prompt of every picture, by its name.
+    """The prompt of every image, by its name.
 
     Args:
         file: ``.json``: an object of names (with or without ending) and prompts; ``.jsonl``: lines with ``file_name``
             and ``text``; any other: a text file with one prompt per line, in the order of the pictures' names. None: the
-            pictures carry their prompts, as those of ``flexclear generate`` do.
-        folder: the pictures.
+            images carry their prompts, as those of ``flexclear generate`` do.
+        folder: the images.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it does not say what every picture shows.
+        ValueError: it does not say what every image shows.
     """
     if file is None:
         found = {}
@@ -145,8 +145,8 @@ def read_captions(file: str | Path | None, folder: Folder) -> dict[str, str]:
         prompts = read_prompts(file)
         if len(prompts) != len(folder):
             raise ValueError(
-                f"{file} has {len(prompts)} prompts for the {len(folder)} pictures of {folder.path}. Name them in a .json "
-                "file, an object of picture names and prompts, where they are not one each"
+                f"{file} has {len(prompts)} prompts for the {len(folder)} images of {folder.path}. Name them in a .json "
+                "file, an object of image names and prompts, where they are not one each"
             )
         return dict(zip(folder.files, prompts, strict=True))
     if not file.is_file():
@@ -154,7 +154,7 @@ def read_captions(file: str | Path | None, folder: Folder) -> dict[str, str]:
     named = _named_prompts(file)
     missing = [name for name in folder.files if name not in named]
     if missing:
-        raise ValueError(f"{file} says nothing of {len(missing)} pictures of {folder.path}, such as {missing[0]!r}")
+        raise ValueError(f"{file} says nothing of {len(missing)} images of {folder.path}, such as {missing[0]!r}")
     return {name: named[name] for name in folder.files}
 
 
@@ -174,7 +174,7 @@ def _named_prompts(file: Path) -> dict[str, str]:
                 raise ValueError(f"{_bare(name)!r} is named twice")
             whole[_bare(name)] = check_unicode(prompt, f"the prompt of {name!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} must hold names of pictures and their prompts: {error!r}") from error
+        raise ValueError(f"{file} must hold names of images and their prompts: {error!r}") from error
     return whole
 
 
@@ -184,7 +184,7 @@ def _bare(name: str) -> str:
 
 
 def batches(paths: Sequence[tuple[Path, ...]], size: Size | None, most: int) -> list[list[tuple[Path, ...]]]:
-    """Groups of at most ``most`` rows of pictures whose sizes agree, in the order given."""
+    """Groups of at most ``most`` rows of images whose sizes agree, in the order given."""
     groups: list[list[tuple[Path, ...]]] = []
     last: object = None
     for row in paths:

@@ -1,4 +1,4 @@
-"""``flexclear eval run``: draw every variant's pictures, score them, fill the paper's tables."""
+"""``flexclear eval run``: draw every variant's images, score them, fill the paper's tables."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Run:
         values = {title: {column: score.value for column, score in row.items()} for title, row in self.scores.items()}
         parts = [
             f"Model: {config.model or 'pictures drawn elsewhere'}. Original: {config.reference_name}. "
-            f"{max((s.pictures for row in self.scores.values() for s in row.values()), default=0)} pictures a row.\n"
+            f"{max((s.pictures for row in self.scores.values() for s in row.values()), default=0)} images a row.\n"
         ]
         for number in config.tables:
             parts.append(f"## In the layout of Table {number} ({TABLES[number].title})\n")
@@ -108,12 +108,12 @@ def run(
 ) -> Run:
     """Draw what is missing, score all, write ``results.json``, ``results.md`` and ``sheet.png``.
 
-    The same call goes on where it was stopped.
+    The same call resumes where it was stopped.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
         ImportError: a column needs a package that is not installed.
-        TypeError, ValueError: a setting makes no sense, or the output holds pictures of other settings.
+        TypeError, ValueError: a setting makes no sense, or the output holds images of other settings.
     """
     config.check()
     require_for_metrics([COLUMNS[column].metric for column in config.asked_columns()])
@@ -167,12 +167,12 @@ def run(
 
 
 def picture_folder(config: EvalConfig, variant: VariantConfig) -> Path:
-    """Where the pictures of a variant are drawn to."""
+    """Where the images of a variant are drawn to."""
     return config.output / "pictures" / variant.name
 
 
 def _of_model(column: str, gflops: float | None, pictures: int) -> Score:
-    reason = None if gflops is not None else "pictures drawn elsewhere do not say what they cost"
+    reason = None if gflops is not None else "images drawn elsewhere do not say what they cost"
     return Score(column, gflops, pictures=pictures, reason=reason)
 
 
@@ -186,12 +186,12 @@ def _to_prompts(metric: str, folder: Any, prompts: Path | None, judge: Judge) ->
 
 def _against_real(metric: str, folder: Any, config: EvalConfig, judge_of: Callable[..., Judge]) -> Score:
     if config.real is None:
-        return Score(metric, None, reason="no real pictures are named (real: FOLDER)")
+        return Score(metric, None, reason="no real images are named (real: FOLDER)")
     real = read_folder(config.real)
     if metric == "fid":
         return judge_of("real").sets(metric, folder.files, real.files)
     if len(real) != len(folder):
-        return Score(metric, None, reason=f"{len(real)} real pictures for {len(folder)} drawn ones; one each is needed")
+        return Score(metric, None, reason=f"{len(real)} real images for {len(folder)} drawn ones; one each is needed")
     pairs = dict(zip(folder.files, zip(folder.files.values(), real.files.values(), strict=True), strict=True))
     first = read_picture(next(iter(folder.files.values())))
     # Photographs have sizes of their own.
@@ -214,7 +214,7 @@ def _to_condition(metric: str, folder: Any, config: EvalConfig) -> Score:
 def draw_variants(
     config: EvalConfig, say: Callable[[str], None], on_progress: OnProgress = lambda metric, done, total: None
 ) -> dict[str, float]:
-    """Draw the pictures that are missing; returns the GFLOPs per layer of attention of each variant, their mean.
+    """Draw the images that are missing; returns the GFLOPs per layer of attention of each variant, their mean.
 
     Raises:
         See ``run``.
@@ -270,7 +270,7 @@ def _model_identity(model: str, setup: Setup) -> str:
 
 
 def _check_folder(config: EvalConfig, variant: VariantConfig, base: GenerateSettings, identity: str) -> None:
-    """Pictures of other settings in the variant's folder are an error; its own settings are written beside them."""
+    """Images of other settings in the variant's folder are an error; its own settings are written beside them."""
     left_out = ("out", "overwrite", "resume", "r", "weights")
     drawn = {name: value for name, value in asdict(base).items() if name not in left_out}
     weights = None
@@ -281,7 +281,7 @@ def _check_folder(config: EvalConfig, variant: VariantConfig, base: GenerateSett
 
 
 def _gflops(pipe: Any, settings: Mapping[str, Any]) -> float:
-    """GFLOPs of attention per layer, their mean over layers, in the size that a picture says."""
+    """GFLOPs of attention per layer, their mean over layers, in the size that an image says."""
     model = model_of(pipe)
     text_len = 512 if settings["text_len"] is None else settings["text_len"]
     explained = explain_model(
@@ -330,7 +330,7 @@ def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iter
 
 
 def _sheet(config: EvalConfig, folders: Mapping[str, Any]) -> None:
-    """A contact sheet of the first pictures that all variants have."""
+    """A contact sheet of the first images that all variants have."""
     from flexclear.images.sheet import contact_sheet
 
     names = [n for n in folders[config.reference_name].files if all(n in f.files for f in folders.values())][

@@ -1,4 +1,4 @@
-"""What was computed of pictures, kept on disk with checksums, so that an evaluation goes on where it was stopped."""
+"""What was computed of images, kept on disk with checksums, so that an evaluation resumes where it was stopped."""
 
 from __future__ import annotations
 

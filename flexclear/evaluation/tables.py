@@ -14,8 +14,8 @@ class Column:
 
     Attributes:
         title: as the tables have it.
-        metric: of ``METRICS``; None: not of pictures.
-        against: what the pictures are compared with: those of the reference variant (``REFERENCE``), real ones
+        metric: of ``METRICS``; None: not of images.
+        against: what the images are compared with: those of the reference variant (``REFERENCE``), real ones
             (``REAL``), their prompts, their conditions, or nothing (``ITSELF``); ``MODEL``: of the cost model.
         digits: after the point.
     """
@@ -60,7 +60,7 @@ TABLES: Mapping[int, Table] = {
     3: Table("image-guided, FLUX.1-dev at 2048 and 4096 px", GUIDED),
     4: Table("the same weights on FLUX.1-schnell", QUALITY),
     5: Table("ControlNet, FLUX.1-dev", CONTROLLED),
-    6: Table("one picture on several devices", PATCHES),
+    6: Table("one image on several devices", PATCHES),
     8: Table("text to image, SD3.5", QUALITY),
     9: Table("ControlNet, SD3.5", CONTROLLED),
 }

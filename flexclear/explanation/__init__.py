@@ -1,4 +1,4 @@
-"""``explain``: of a picture size, what a window costs; of a model, what every layer does."""
+"""``explain``: of an image size, what a window costs; of a model, what every layer does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def explain(
 def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
     """Say what will happen, before anything runs. ``print`` the result.
 
-    ``explain(height, width, r)``: what a window of radius r costs for a picture of that many pixels; arguments as in
+    ``explain(height, width, r)``: what a window of radius r costs for an image of that many pixels; arguments as in
     ``flexclear.explanation.window.explain_window``.
 
     ``explain(model_or_pipe)``: what each attention layer of a model does, transformed or not; with ``height=`` and

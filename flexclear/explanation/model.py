@@ -49,7 +49,7 @@ class ModelExplanation:
         model: class of the model.
         settings: lines on what holds for all layers; empty for a model that is not transformed.
         layers: in the order of the forward pass.
-        size: the picture that costs are for, as text; empty without one.
+        size: the image that costs are for, as text; empty without one.
     """
 
     model: str

@@ -60,7 +60,7 @@ class Explanation:
         if gain < BREAK_EVEN:
             lines.append(
                 f"No gain in time to expect below {BREAK_EVEN:.0f} times less work, because FlexAttention runs at about half "
-                "the rate of a fused dense kernel. Use a smaller radius or larger pictures, or keep the model dense."
+                "the rate of a fused dense kernel. Use a smaller radius or larger images, or keep the model dense."
             )
         return "\n".join(lines)
 
@@ -86,21 +86,21 @@ def resolution_table(
     channels: int = 3072,
     sides: Sequence[int] = (512, 1024, 2048, 4096, 8192),
 ) -> str:
-    """Density, work and predicted gain over square pictures as a Markdown table, and from what size on there is a gain.
+    """Density, work and predicted gain over square images as a Markdown table, and from what size on there is a gain.
 
     Args:
         r: window radius in tokens.
         text_len: text tokens.
         px_per_token: pixels per token and side.
         channels: heads times head dimension.
-        sides: picture sides in pixels.
+        sides: image sides in pixels.
     """
 
     def square(tokens: int) -> Cost:
         return cost(Layout(tokens, tokens, text_len), Disc(r), channels=channels)
 
     lines = [
-        "| picture, px | density | GFLOPs per layer | executed / useful | work of dense | attention, predicted |",
+        "| image, px | density | GFLOPs per layer | executed / useful | work of dense | attention, predicted |",
         "|---|---|---|---|---|---|",
     ]
     for side in sides:
@@ -132,7 +132,7 @@ def explain_window(
     channels: int = 3072,
     block_size: int | tuple[int, int] | None = None,
 ) -> Explanation:
-    """What CLEAR's window of radius ``r`` costs for a picture of ``height`` x ``width`` pixels.
+    """What CLEAR's window of radius ``r`` costs for an image of ``height`` x ``width`` pixels.
 
     >>> print(explain_window(1024, 1024, r=8))                            # doctest: +ELLIPSIS
     64 x 64 image tokens and 512 of text (text first), window radius 8, tiled order, blocks 128 x 64
@@ -140,7 +140,7 @@ def explain_window(
     ...
 
     Args:
-        height, width: picture size in pixels; a remainder below ``px_per_token`` is cut off, as pipelines do.
+        height, width: image size in pixels; a remainder below ``px_per_token`` is cut off, as pipelines do.
         r: window radius in tokens.
         text_len: text tokens: 512 for FLUX.1, 333 for SD3.
         text_first: whether text precedes the image.

@@ -37,7 +37,7 @@ class Flux3Family(TokensFamily):
         call = super().read(model, kwargs, grids)
         if len(call.grids) != 1:
             raise ValueError(
-                f"{self.ids} describe {len(call.grids)} pictures, and a {type(model).__name__} takes reference images in "
+                f"{self.ids} describe {len(call.grids)} images, and a {type(model).__name__} takes reference images in "
                 f"{TOKENS}, with their ids in {IDS}"
             )
         references: Grids = ()

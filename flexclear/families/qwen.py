@@ -69,7 +69,7 @@ def grids_of(img_shapes: Any) -> Grids:
     one grid per sample, ``[(1, h, w), ...]``.
 
     Raises:
-        ValueError: another form, pictures of several frames, or samples of different sizes.
+        ValueError: another form, images of several frames, or samples of different sizes.
     """
     samples = [sample if isinstance(sample, list) else [sample] for sample in _listed(img_shapes)]
     first = samples[0] if samples else []
@@ -85,7 +85,7 @@ def grids_of(img_shapes: Any) -> Grids:
         )
     if any(frames != 1 for frames, _, _ in first):
         raise ValueError(
-            f"img_shapes {img_shapes!r} has several frames; windows are defined on single pictures, frames = 1"
+            f"img_shapes {img_shapes!r} has several frames; windows are defined on single images, frames = 1"
         )
     return tuple((height, width) for _, height, width in first)
 

@@ -1,7 +1,7 @@
 """Z-Image: the image first, behind it the image's padding, the caption and the caption's padding, all text to the window.
 
-Each picture's tokens are padded to a multiple of 32, each caption's likewise, and these pads are tokens that are seen
-like any others. Two refiner blocks attend over the picture and its pads only (scope ``IMAGE``); two more over captions
+Each image's tokens are padded to a multiple of 32, each caption's likewise, and these pads are tokens that are seen
+like any others. Two refiner blocks attend over the image and its pads only (scope ``IMAGE``); two more over captions
 only, which no window concerns; the rest over everything (``JOINT``). Captions of different lengths in a batch leave
 places at the end of the shorter ones that nobody sees (``Call.keep``).
 
@@ -9,8 +9,8 @@ The model takes images apart itself, so the entry exchanges whole patches of the
 the result back. The model's own rotary embedding, in raster order, is not used where there are image tokens: the plan holds
 one in its order, with the NTK factor on its base. The refiner of captions keeps the model's own.
 
-On one of several ranks the model gets a picture of the rank's own patches, and pads that. A hook before the first block puts
-as many pads there as the whole picture has, since they are text to the window and every rank has all of it; and one behind
+On one of several ranks the model gets an image of the rank's own patches, and pads that. A hook before the first block puts
+as many pads there as the whole image has, since they are text to the window and every rank has all of it; and one behind
 the last layer makes its output as long as the model takes it to be.
 """
 
@@ -38,7 +38,7 @@ from flexclear.runtime.processors import cos_and_sin
 from flexclear.runtime.switches import Switches
 
 IMAGE = "image"
-"""Scope of the refiner blocks, which see the picture and its padding."""
+"""Scope of the refiner blocks, which see the image and its padding."""
 
 
 class CastHook(Hook):
@@ -52,7 +52,7 @@ class CastHook(Hook):
 
 
 class PadsOfBand(Hook):
-    """Forward pre-hook on the first windowed block: behind a rank's tokens the pads of the whole picture, in place of those
+    """Forward pre-hook on the first windowed block: behind a rank's tokens the pads of the whole image, in place of those
     that the model has given the rank's own. All pads are one parameter at one position.
 
     Attributes:
@@ -75,7 +75,7 @@ class PadsOfBand(Hook):
 
 
 class OutputOfBand(Hook):
-    """Forward hook on the last layer: as many tokens as the model takes a rank's picture to have, of which those behind the
+    """Forward hook on the last layer: as many tokens as the model takes a rank's image to have, of which those behind the
     rank's own are cut off again at the exit.
 
     Attributes:
@@ -112,9 +112,7 @@ class ZImageFamily(Family):
             )
         pictures, captions = _pictures(model, kwargs), _captions(model, kwargs)
         if len(captions) != len(pictures):
-            raise ValueError(
-                f"x holds {len(pictures)} pictures, cap_feats {len(captions)} captions; one each is needed"
-            )
+            raise ValueError(f"x holds {len(pictures)} images, cap_feats {len(captions)} captions; one each is needed")
         height, width = _grid(model, pictures[0], _patch_size(model, kwargs))
         lengths = [len(caption) + padding(len(caption)) for caption in captions]
         _check_positions(model, height, width, max(lengths))
@@ -217,7 +215,7 @@ def _captions(model: nn.Module, kwargs: dict[str, Any]) -> list[Tensor]:
     if not captions or not all(isinstance(caption, Tensor) and caption.ndim == 2 for caption in captions):
         raise ValueError(
             f"a transformed {type(model).__name__} needs cap_feats as a list of tensors [tokens, channels], one for each "
-            f"picture, got {type(given).__name__}"
+            f"image, got {type(given).__name__}"
         )
     return captions
 
@@ -248,13 +246,13 @@ def _check_positions(model: nn.Module, height: int, width: int, text_len: int) -
     """Raise where the model's rotary tables end.
 
     Raises:
-        ValueError: the picture or a caption is too large for them.
+        ValueError: the image or a caption is too large for them.
     """
     embed: Any = model.rope_embedder
     first, rows, columns = embed.axes_lens
     if height > rows or width > columns or text_len + 2 > first:
         raise ValueError(
-            f"a picture of {height} x {width} tokens behind a caption of {text_len} is too large for the positions of this "
+            f"an image of {height} x {width} tokens behind a caption of {text_len} is too large for the positions of this "
             f"{type(model).__name__}: they end at {rows} x {columns} tokens and a caption of {max(first - 2, 0)} (axes_lens="
             f"{list(embed.axes_lens)}). Choose a smaller one; a window does not extend positions"
         )
@@ -270,12 +268,12 @@ def _check_residuals(residuals: Any, length: int) -> None:
 
 
 def _whole(plan: CallPlan) -> tuple[int, int]:
-    """The grid of the picture."""
+    """The grid of the image."""
     return plan.base.layout.height, plan.base.layout.width
 
 
 def _inside(model: nn.Module, plan: CallPlan) -> tuple[int, int]:
-    """The grid that the model gets: the picture's own, or on one of several ranks one that the rank's tokens fit into."""
+    """The grid that the model gets: the image's own, or on one of several ranks one that the rank's tokens fit into."""
     if plan.band is None:
         return _whole(plan)
     embed: Any = model.rope_embedder
@@ -299,8 +297,8 @@ def _picture(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 def _rotary(embed: Any, base: Plan, lengths: list[int], ntk_factor: float) -> Rotary:
     """Rotary embedding of the joint sequence: the image in the plan's order, its pads, the caption.
 
-    On the first axis a caption's tokens are numbered from 1 to its length, and all tokens of the picture bear the next
-    number; on the others the picture's tokens have row and column. Pads of the picture lie at 0.
+    On the first axis a caption's tokens are numbered from 1 to its length, and all tokens of the image bear the next
+    number; on the others the image's tokens have row and column. Pads of the image lie at 0.
 
     Args:
         embed: the model's ``RopeEmbedder``.

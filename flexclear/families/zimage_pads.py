@@ -7,16 +7,16 @@ import functools
 from flexclear.runtime.call_plan import CallPlan
 
 MULTIPLE = 32
-"""Pictures and captions are padded to a multiple of as many tokens."""
+"""Images and captions are padded to a multiple of as many tokens."""
 
 
 def padding(length: int) -> int:
-    """Number of tokens that a picture or a caption of ``length`` is padded with."""
+    """Number of tokens that an image or a caption of ``length`` is padded with."""
     return -length % MULTIPLE
 
 
 def pads_of(plan: CallPlan) -> int:
-    """Number of the picture's pads, those of the whole picture on every rank."""
+    """Number of the image's pads, those of the whole image on every rank."""
     return padding(plan.base.layout.image_len)
 
 
@@ -26,7 +26,7 @@ def room_for(own: int, pads: int, positions: tuple[int, ...]) -> tuple[int, int]
 
     Args:
         own: image tokens of a rank.
-        pads: of the whole picture.
+        pads: of the whole image.
         positions: how many the model has for captions, rows and columns. Those of this grid are not used, but looked up.
     """
     _, rows, columns = positions

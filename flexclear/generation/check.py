@@ -38,7 +38,7 @@ class Setup:
 
 
 def check(settings: GenerateSettings) -> Setup:
-    """Everything that can be known before weights are read; makes the folder for the pictures.
+    """Everything that can be known before weights are read; makes the folder for the images.
 
     Raises:
         FileNotFoundError: there is no such model or weights file.

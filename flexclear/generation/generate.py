@@ -1,4 +1,4 @@
-"""``flexclear generate``: pictures from a pipeline, windowed and quantised as asked, each with its settings and times.
+"""``flexclear generate``: images from a pipeline, windowed and quantised as asked, each with its settings and times.
 
 Everything that can be wrong is looked for before a weight is read: ``check``. Then ``load``, then ``draw``;
 ``generate`` is all three.
@@ -50,14 +50,14 @@ OnStep = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture on disk.
+    """One image on disk.
 
     Attributes:
         path: the file.
         prompt, height, width, seed, steps: what it is.
-        seconds: of the pipeline's call, from prompt to picture; a first one holds what is compiled in it.
+        seconds: of the pipeline's call, from prompt to image; a first one holds what is compiled in it.
         step_seconds: of each denoising step but the first.
-        peak_memory_bytes: of the CUDA device's allocator while this picture was drawn; None on other devices.
+        peak_memory_bytes: of the CUDA device's allocator while this image was drawn; None on other devices.
     """
 
     path: Path
@@ -181,15 +181,15 @@ def draw(
     on_step: OnStep = lambda picture, step, steps: None,
     on_kept: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[Drawn]:
-    """Draw and write one picture after the other; what was yielded is on disk. Of several processes that share pictures
+    """Draw and write one image after the other; what was yielded is on disk. Of several processes that share images
     (``parallel``), the first one writes and yields.
 
     Args:
         pipe: of ``load``.
         settings: what to draw.
         setup: of ``check``.
-        on_step: called after each denoising step with the picture's number from 1, the step's number from 1, and all
-            steps of the picture.
+        on_step: called after each denoising step with the image's number from 1, the step's number from 1, and all
+            steps of the image.
         on_kept: called with the path of each image of the set that is finished already (``resume``), before the first
             one is drawn.
 
@@ -277,7 +277,7 @@ def _cascade(
     text_len: int | None,
     ended: Callable[[int, int], None],
 ) -> tuple[Any, dict[str, Any]]:
-    """A picture of ``--highres`` and what its file tells of its stages."""
+    """An image of ``--highres`` and what its file tells of its stages."""
     from flexclear.highres import upscale_cascade
 
     done = upscale_cascade(
@@ -299,7 +299,7 @@ def _cascade(
 
 
 def _call_arguments(kind: str, settings: GenerateSettings, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the pipeline's call that all pictures share.
+    """Arguments of the pipeline's call that all images share.
 
     Raises:
         ValueError: the pipeline has no such argument.
@@ -319,7 +319,7 @@ def _call_arguments(kind: str, settings: GenerateSettings, defaults: dict[str, A
 
 
 def _metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The settings that all pictures share, as they are kept in each file."""
+    """The settings that all images share, as they are kept in each file."""
     distinct = set(_windows(pipe).values())
     window = distinct.pop() if len(distinct) == 1 else None
     inner = window.window if isinstance(window, Downsampled) else window
@@ -367,7 +367,7 @@ def generate(
     say: Say = lambda text: None,
     on_step: OnStep = lambda picture, step, steps: None,
 ) -> Iterator[Drawn]:
-    """Check, load, draw; see there. Nothing happens before the first picture is asked for.
+    """Check, load, draw; see there. Nothing happens before the first image is asked for.
 
     Args:
         settings: what to draw.

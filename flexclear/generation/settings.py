@@ -29,12 +29,12 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What to draw and how. Pictures are all combinations of prompts, sizes and seeds, in this order.
+    """What to draw and how. Images are all combinations of prompts, sizes and seeds, in this order.
 
     Attributes:
         model: a local pipeline folder, a hub id, or ``"embedded"``.
         prompts: one or more.
-        out: a folder, or a ``.png`` file for one picture.
+        out: a folder, or a ``.png`` file for one image.
         sizes: (height, width) in pixels; empty: the pipeline's own size.
         seeds: of the noise, which is made on the CPU: the same on every device.
         r: window radius in tokens; ``"dense"``: the plain model; None: what the weights say, or else 16.
@@ -47,13 +47,13 @@ class GenerateSettings:
         dtype: a name of ``flexclear.common.choices.DTYPES``, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
         device: as torch names it, or ``"auto"``: CUDA where there is one.
         backend: of ``flexclear.transform``.
-        compile: compile the blocks (``flexclear.optimize``); the first picture of each size takes longer.
+        compile: compile the blocks (``flexclear.optimize``); the first image of each size takes longer.
         overwrite: see ``flexclear.images.files.Target``.
         resume: keep the finished images of this set in ``out`` and draw the missing ones under their own numbers.
         highres: sizes of the stages of ``flexclear.highres.upscale_cascade``, in place of ``sizes``; empty: none.
         highres_method, strength, shift: of it.
-        stages: folder in which the stages of each picture are kept, and from which they go on; or None.
-        parallel: share each picture among the processes that torchrun has started (``flexclear.parallel``); the first one
+        stages: folder in which the stages of each image are kept, and from which they resume; or None.
+        parallel: share each image among the processes that torchrun has started (``flexclear.parallel``); the first one
             writes it.
         text, exchange: of ``flexclear.parallel.enable``.
     """
@@ -98,7 +98,7 @@ class GenerateSettings:
             ValueError: a setting makes no sense, or does not go with another.
         """
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise ValueError(f"a prompt is needed for every picture, got {list(self.prompts)}")
+            raise ValueError(f"a prompt is needed for every image, got {list(self.prompts)}")
         for prompt in self.prompts:
             check_unicode(prompt, "a prompt")
         for seed in self.seeds:
@@ -146,7 +146,7 @@ class GenerateSettings:
             return
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                "--parallel shares each picture among several processes: start them with torchrun --nproc-per-node N "
+                "--parallel shares each image among several processes: start them with torchrun --nproc-per-node N "
                 "-m flexclear generate ... --parallel"
             )
         if self.stages is not None:

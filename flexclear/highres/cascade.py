@@ -1,4 +1,4 @@
-"""``upscale_cascade``: one picture, stage by stage, each larger than the one before."""
+"""``upscale_cascade``: one image, stage by stage, each larger than the one before."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Cascade:
     """What a cascade has drawn.
 
     Attributes:
-        images: the picture of every stage.
+        images: the image of every stage.
         stages: what each stage ran with.
-        files: where the pictures are, with a folder; else empty.
+        files: where the images are, with a folder; else empty.
         resumed: how many stages were finished before.
     """
 
@@ -80,9 +80,9 @@ def upscale_cascade(
     progress: bool | None = None,
     on_step: OnStep | None = None,
 ) -> Cascade:
-    """Draw a picture at the first size, then enlarge it to every further one (method, section 7).
+    """Draw an image at the first size, then enlarge it to every further one (method, section 7).
 
-    Each stage enlarges the picture of the one before, by PIL's bicubic filter, and runs the pipeline again:
+    Each stage enlarges the image of the one before, by PIL's bicubic filter, and runs the pipeline again:
 
     - ``"sdedit"`` (SDEdit, arXiv 2108.01073, section 3; the cascade is CLEAR's): noises it and denoises it, through
       diffusers' image-to-image pipeline. Released settings: 20 steps, strength 0.7, guidance 7.5, shift 3, NTK factor 10,
@@ -90,15 +90,15 @@ def upscale_cascade(
       As in diffusers, ``strength`` is the share of the *steps* that are run: the noise level that it begins at follows
       from the shift (0.7 and shift 3: level 0.875).
     - ``"imax"`` (I-Max, arXiv 2410.07536, sections 3.2 and 4): starts from noise; the velocity's low frequencies are those
-      of the straight flow towards the picture, with a weight that falls as a half cosine. Released settings: 30 steps,
+      of the straight flow towards the image, with a weight that falls as a half cosine. Released settings: 30 steps,
       guidance 7, shift 6, NTK factor 10 that is clipped at linear interpolation, proportional attention; first stage 30
       steps, guidance 3.5, shift 3. Left out of the released code: its text duplication (the prompt again for every 64 x 64
       tokens, each copy with position ids of its own) and its shifted latents (a border of one latent, added before every
       other step and cut off before the next, so that tokens fall half a token apart); both are for dense models.
 
     The windows are those of ``flexclear.transform``, before or through ``r``; a plain pipeline runs dense. Text is encoded
-    once, with the VAE in tiles. Stages hand over 8-bit pictures and have noise of their own: same arguments, same
-    picture, resumed or not. Whatever is changed on the pipeline for a stage (windows, scheduler, VAE tiling) comes back,
+    once, with the VAE in tiles. Stages hand over 8-bit images and have noise of their own: same arguments, same
+    image, resumed or not. Whatever is changed on the pipeline for a stage (windows, scheduler, VAE tiling) comes back,
     after an error too; nothing else may use the pipeline meanwhile.
 
     >>> done = upscale_cascade(pipe, "a small blue plane", sizes=[1024, 2048, 4096], r=[16, 16, 8])  # doctest: +SKIP
@@ -108,8 +108,8 @@ def upscale_cascade(
         pipe: a FLUX.1 or SD3 / SD3.5 pipeline, text to image or image to image.
         prompt: one prompt.
         sizes: the longer side in pixels, or (height, width), one per stage.
-        method: how pictures are enlarged.
-        image: a picture to begin with; every stage then enlarges. Without it the first size is drawn from the prompt.
+        method: how images are enlarged.
+        image: an image to begin with; every stage then enlarges. Without it the first size is drawn from the prompt.
         r: radius as ``transform`` takes it, ``"keep"`` for the windows there are, or a sequence with one per stage (radii
             per layer: as a mapping).
         steps, strength, guidance, shift, ntk_factor, proportional_attention: one value for every stage, or a sequence with
@@ -120,11 +120,11 @@ def upscale_cascade(
         negative_prompt: of classifier-free guidance: SD3, and FLUX.1 models without a guidance input.
         seed: of the noise, made on the CPU; stage n has ``seed + n - 1``.
         max_sequence_length: text tokens (T5), the pipeline's default otherwise.
-        native: side in pixels of the pictures that the model was trained on, from which NTK's clipping and proportional
+        native: side in pixels of the images that the model was trained on, from which NTK's clipping and proportional
             attention count; the pipeline's default size otherwise.
         tile: side of the VAE's tiles in pixels; see ``flexclear.highres.tiled``.
         wavelet_level: of the Haar transform whose approximation is I-Max's low band.
-        folder: keep every stage's picture there, and go on after the last finished one. Same settings needed so far.
+        folder: keep every stage's image there, and resume after the last finished one. Same settings needed so far.
         progress: a progress bar per stage; None: as the pipeline is configured.
         on_step: called with the stage, the number of the step from 1, and all steps of the stage.
 
@@ -171,7 +171,7 @@ def upscale_cascade(
     }
     if folder is not None and plan.entry is not None and plan.entry.parallel is not None:
         raise ValueError(
-            f"folder={str(folder)!r}: this model shares each picture among several ranks, and all of them would write there. "
+            f"folder={str(folder)!r}: this model shares each image among several ranks, and all of them would write there. "
             "Leave folder out, and save Cascade.image on one rank"
         )
     kept = None if folder is None else Folder(folder, common, stages)
@@ -203,7 +203,7 @@ def _check(pipe: Any, prompt: Any, method: Any, image: Any, negative_prompt: Any
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
     if image is not None and not isinstance(image, Image.Image):
-        raise TypeError(f"image must be a PIL picture, got a {type(image).__name__}")
+        raise TypeError(f"image must be a PIL image, got a {type(image).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
     if type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler:
@@ -346,7 +346,7 @@ class _Run:
     def draw(
         self, stage: Stage, stages: list[Stage], windows: dict[str, Window | None], before: Image.Image | None
     ) -> Image.Image:
-        """One stage's picture."""
+        """One stage's image."""
         from flexclear.runtime.hooks import entry_hook_of
 
         text = self.text(stages)

@@ -1,4 +1,4 @@
-"""A cascade's folder: the picture of every finished stage and a manifest, from which an interrupted cascade goes on."""
+"""A cascade's folder: the image of every finished stage and a manifest, from which an interrupted cascade resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 class Folder:
-    """What is finished of one cascade. Files appear whole or not at all; the manifest names a picture after it is there."""
+    """What is finished of one cascade. Files appear whole or not at all; the manifest names an image after it is there."""
 
     def __init__(self, path: str | Path, common: dict[str, Any], stages: list[Stage]) -> None:
         """Open a folder, made if missing, for a cascade.
@@ -32,7 +32,7 @@ class Folder:
             stages: of the cascade. Those that are finished in the folder must be the same; later ones may differ.
 
         Raises:
-            ValueError: the folder holds another cascade, or pictures that would be replaced.
+            ValueError: the folder holds another cascade, or images that would be replaced.
         """
         self.path = Path(path).expanduser()
         self.common: dict[str, Any] = json.loads(json.dumps(common))
@@ -52,11 +52,11 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def file(self, stage: Stage) -> Path:
-        """Where a stage's picture goes."""
+        """Where a stage's image goes."""
         return self.path / f"stage_{stage.number}_{stage.height}x{stage.width}.png"
 
     def load(self, stage: Stage) -> Image.Image | None:
-        """The picture of a finished stage; None if there is none, or its file was removed: it is drawn again then.
+        """The image of a finished stage; None if there is none, or its file was removed: it is drawn again then.
 
         Raises:
             ValueError: the file is not the one that the manifest was written for.
@@ -73,7 +73,7 @@ class Folder:
         return read_own_png(content, file).convert("RGB")
 
     def save(self, stage: Stage, picture: Image.Image) -> None:
-        """Write a stage's picture, then the manifest."""
+        """Write a stage's image, then the manifest."""
         told = {"prompt": self.common["prompt"] or "", **stage.as_json(), "cascade": self.common["method"]}
         content = png_bytes(picture, told, versions())
         write_whole(self.file(stage), content, overwrite=True)
@@ -96,14 +96,14 @@ class Folder:
             differing += [f"stage {stage.number}: {text}" for text in differences(entry["settings"], _plain(stage))]
         if differing:
             raise ValueError(
-                f"{self.path} holds a cascade with other settings, which cannot go on as this one: {'; '.join(differing)}. "
+                f"{self.path} holds a cascade with other settings, which cannot be resumed as this one: {'; '.join(differing)}. "
                 "Choose another folder, or remove that one"
             )
         self.done = done
 
 
 def picture_digest(picture: Image.Image) -> str:
-    """Hash of a picture's size and pixels."""
+    """Hash of an image's size and pixels."""
     return _digest(repr(picture.size).encode() + picture.tobytes())
 
 

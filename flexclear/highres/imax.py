@@ -1,4 +1,4 @@
-"""I-Max's projected flow (arXiv 2410.07536, section 3.2): a scheduler whose steps follow a picture in the low frequencies."""
+"""I-Max's projected flow (arXiv 2410.07536, section 3.2): a scheduler whose steps follow an image in the low frequencies."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def projected_velocity(
     """v + c (low(p) - low(v)), where p = (x - g) / t is the velocity that leads straight to the guide.
 
     Args:
-        velocity: v, the model's prediction (noise minus picture).
+        velocity: v, the model's prediction (noise minus image).
         sample: x, the noisy latents at level t.
-        guide: g, the latents of the enlarged picture.
+        guide: g, the latents of the enlarged image.
         sigma: t, above 0.
         weight: c.
         band: low; linear, so that it is taken once, of p - v.

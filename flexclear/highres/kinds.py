@@ -42,7 +42,7 @@ class Kind(ABC):
 
     @abstractmethod
     def px_per_token(self, pipe: Any) -> int:
-        """Pixels per token and side: what sides of pictures must be divisible by."""
+        """Pixels per token and side: what sides of images must be divisible by."""
 
     @abstractmethod
     def largest(self, pipe: Any) -> int | None:
@@ -72,7 +72,7 @@ class Kind(ABC):
 
     @abstractmethod
     def to_picture(self, latents: Tensor, height: int, width: int, pipe: Any) -> Tensor:
-        """Latents as the scheduler gets them to ``[B, channels, height, width]``; sizes are of the picture in pixels."""
+        """Latents as the scheduler gets them to ``[B, channels, height, width]``; sizes are of the image in pixels."""
 
     @abstractmethod
     def to_tokens(self, latents: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Kind(ABC):
 
     @torch.no_grad()
     def encode_picture(self, pipe: Any, picture: Image.Image, generator: torch.Generator) -> Tensor:
-        """Latents ``[1, channels, height, width]`` of a picture, scaled as the model knows them."""
+        """Latents ``[1, channels, height, width]`` of an image, scaled as the model knows them."""
         vae = pipe.vae
         pixels = pipe.image_processor.preprocess(picture, height=picture.height, width=picture.width)
         latents = vae.encode(pixels.to(pipe._execution_device, vae.dtype)).latent_dist.sample(generator)

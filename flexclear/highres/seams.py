@@ -1,4 +1,4 @@
-"""How visible the borders of tiles are in a picture."""
+"""How visible the borders of tiles are in an image."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def seam_ratio(picture: Tensor, period: int) -> float:
         period: distance of the borders in pixels, 2 or more, smaller than a side.
 
     Raises:
-        ValueError: the picture has no border or no shape of a picture.
+        ValueError: the image has no border or no shape of an image.
     """
     if picture.ndim != 3 or period < 2 or period >= min(picture.shape[1:]):
         raise ValueError(
-            f"a picture [channels, height, width] whose sides are longer than a period of 2 or more is needed, got shape "
+            f"an image [channels, height, width] whose sides are longer than a period of 2 or more is needed, got shape "
             f"{tuple(picture.shape)} and period {period}"
         )
     across, elsewhere, borders, others = 0.0, 0.0, 0, 0
@@ -28,5 +28,5 @@ def seam_ratio(picture: Tensor, period: int) -> float:
         at = steps[period - 1 :: period]
         across, borders = across + at.sum().item(), borders + len(at)
         elsewhere, others = elsewhere + (steps.sum() - at.sum()).item(), others + len(steps) - len(at)
-    least = 1e-6  # a flat picture has no seams
+    least = 1e-6  # a flat image has no seams
     return (across / borders + least) / (elsewhere / others + least)

@@ -14,9 +14,9 @@ def stage_sizes(sizes: Sequence[Size], multiple: int, start: tuple[int, int] | N
 
     Args:
         sizes: what was asked for. One number is the longer side; the other follows from the aspect ratio of ``start``, or
-            of the first size that is a pair, else the picture is square.
+            of the first size that is a pair, else the image is square.
         multiple: that every side must be divisible by.
-        start: (height, width) of the picture to begin with, if there is one.
+        start: (height, width) of the image to begin with, if there is one.
 
     Raises:
         TypeError: a size is neither a number nor a pair.
@@ -58,7 +58,7 @@ def _check_growth(size: tuple[int, int], before: tuple[int, int], multiple: int,
     if abs(width - height * old_width / old_height) > slack and abs(height - width * old_height / old_width) > slack:
         raise ValueError(
             f"{height} x {width} has another aspect ratio than {old_height} x {old_width}, from which it is enlarged: the "
-            "picture would be distorted. Crop it first, or give one number, the longer side"
+            "image would be distorted. Crop it first, or give one number, the longer side"
         )
     larger = height * width > old_height * old_width or (first and max(size) >= max(before))
     if not larger:

@@ -102,7 +102,7 @@ def per_stage(name: str, value: Any, stages: int, has_base: bool) -> list[Any]:
         raise ValueError(f"{name} as a sequence needs one entry per size: {stages}, got {len(value)}")
     if has_base and name in _ENLARGING_ONLY and value[0] is not None:
         raise ValueError(
-            f"{name} is of stages that enlarge a picture; the first one draws from the prompt, so its entry must be None, "
+            f"{name} is of stages that enlarge an image; the first one draws from the prompt, so its entry must be None, "
             f"got {value[0]!r}"
         )
     return list(value)

@@ -1,4 +1,4 @@
-"""The VAE in tiles, for some calls: its memory then grows with the picture itself, not with its feature maps."""
+"""The VAE in tiles, for some calls: its memory then grows with the image itself, not with its feature maps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[int]:
     """Encode and decode in overlapping, blended tiles inside a ``with`` block; the VAE's own settings come back after it.
     Several blocks on one VAE may end in any order.
 
-    Pictures up to one tile are not cut. Larger ones differ slightly from what the whole VAE makes of them, because
+    Images up to one tile are not cut. Larger ones differ slightly from what the whole VAE makes of them, because
     group norms see one tile at a time.
 
     Args:

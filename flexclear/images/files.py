@@ -1,4 +1,4 @@
-"""Pictures on disk that carry their settings: PNG text chunks, file names, and no file overwritten by accident."""
+"""Images on disk that carry their settings: PNG text chunks, file names, and no file overwritten by accident."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def slug(prompt: str) -> str:
 
 
 def png_bytes(picture: Image.Image, settings: Mapping[str, Any], versions: Mapping[str, str]) -> bytes:
-    """A picture as PNG with its settings, among them ``prompt``, in text chunks. Equal arguments give equal bytes."""
+    """An image as PNG with its settings, among them ``prompt``, in text chunks. Equal arguments give equal bytes."""
     info = PngInfo()
     info.add_text(CHUNK, json.dumps({"settings": dict(settings), "versions": dict(versions)}))
     rest = {name: value for name, value in settings.items() if name != "prompt" and value is not None}
@@ -78,12 +78,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Target:
-    """Where pictures go.
+    """Where images go.
 
     Attributes:
-        path: a folder, or a file for one picture.
+        path: a folder, or a file for one image.
         is_file: which of the two.
-        overwrite: replace files that are there. Without it a folder's pictures are numbered on from the highest number
+        overwrite: replace files that are there. Without it a folder's images are numbered on from the highest number
             in it, and a file that exists is an error.
         first: number of a resumed set's first image in its folder; None: of no resumed set.
     """
@@ -100,7 +100,7 @@ class Target:
         ``resume`` permits a file that exists; ``flexclear.generation.resuming`` compares it with what was asked for.
 
         Raises:
-            ValueError: ``out`` cannot be written, is a file of another kind, exists, or is a file for several pictures.
+            ValueError: ``out`` cannot be written, is a file of another kind, exists, or is a file for several images.
         """
         out = out.expanduser()
         kind = out.suffix.lower()
@@ -108,7 +108,7 @@ class Target:
         if not out.is_dir() and kind in OTHER_FORMATS:
             raise ValueError(f"--out must end in .png, the format that carries the settings, or be a folder; got {out}")
         if is_file and pictures > 1:
-            raise ValueError(f"--out names one file, {out}, for {pictures} pictures; name a folder")
+            raise ValueError(f"--out names one file, {out}, for {pictures} images; name a folder")
         if is_file and out.exists() and not overwrite and not resume:
             raise ValueError(f"--out {out} exists already; --overwrite replaces it")
         folder = out.parent if is_file else out
@@ -121,7 +121,7 @@ class Target:
         return cls(out, is_file, overwrite)
 
     def write(self, number: int, prompt: str, content: bytes) -> Path:
-        """Write picture ``number`` of a run, from 1; the file appears whole or not at all. Returns its path.
+        """Write image ``number`` of a run, from 1; the file appears whole or not at all. Returns its path.
 
         Raises:
             FileExistsError: someone else has written the file ``path`` since.

@@ -1,4 +1,4 @@
-"""Labelled pictures: contact sheets with one row per prompt and one column per variant, and panels side by side."""
+"""Labelled images: contact sheets with one row per prompt and one column per variant, and panels side by side."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def contact_sheet(
     column_labels: Sequence[str],
     cell: int = 176,
 ) -> Image.Image:
-    """Pictures in a labelled grid on white, each scaled into ``cell`` x ``cell`` pixels, aspect ratio kept.
+    """Images in a labelled grid on white, each scaled into ``cell`` x ``cell`` pixels, aspect ratio kept.
 
     Args:
-        rows: pictures by row and column.
+        rows: images by row and column.
         row_labels: one per row, wrapped to the label column at the left.
         column_labels: one per column, with line breaks as given.
         cell: side of a cell in pixels.

@@ -1,10 +1,10 @@
-"""One picture on several GPUs: each rank has a band of the token grid and exchanges borders with its neighbours.
+"""One image on several GPUs: each rank has a band of the token grid and exchanges borders with its neighbours.
 
 >>> flexclear.transform(pipe, r=16)                     # doctest: +SKIP
 >>> flexclear.parallel.enable(pipe)                     # doctest: +SKIP
 >>> pipe("a small blue plane", height=8192, width=8192)     # on every rank: torchrun --nproc-per-node 8 script.py
 
-All ranks run the same script with the same prompt and seed; every rank gets the whole picture. Paper section 3.4.
+All ranks run the same script with the same prompt and seed; every rank gets the whole image. Paper section 3.4.
 """
 
 from __future__ import annotations

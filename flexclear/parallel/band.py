@@ -25,7 +25,7 @@ class BandCall:
 
     Attributes:
         session: whose.
-        bands: where the picture is cut.
+        bands: where the image is cut.
         layout: of the image tokens.
         step: denoising step from 0, None where nobody knows it.
         branch: number of the call within the step: guidance may call the model several times.
@@ -150,7 +150,7 @@ class BandCall:
         return finish
 
     def _pooled(self, plan: BandPlan, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-        """Pooled keys and values of the whole picture, ``[2, B, heads, cells, head_dim]``."""
+        """Pooled keys and values of the whole image, ``[2, B, heads, cells, head_dim]``."""
         assert plan.pooling is not None
         mine = torch.stack([plan.pooling.pool(key, weight), plan.pooling.pool(value, weight)])
         counts = [len(numbers) for numbers in plan.cell_numbers]
@@ -162,7 +162,7 @@ class BandCall:
         return whole
 
     def gather(self, tokens: Tensor, dim: int = 1) -> Tensor:
-        """This rank's image tokens into those of the whole picture, in raster order."""
+        """This rank's image tokens into those of the whole image, in raster order."""
         plan = self.plans[0]
         parts = self.session.links.gather(tokens, plan.sizes, dim, "output")
         return torch.cat(parts, dim).index_select(dim, plan.gathered)

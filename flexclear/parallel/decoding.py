@@ -23,7 +23,7 @@ def split_decoding(pipe: Any, session: Session) -> None:
     """Let a pipeline's VAE share the tiles of ``tiled_decode`` until the session is closed; nothing where there is none.
 
     The VAE's own method cuts and blends: it runs once to see which tiles it asks its decoder for, the ranks decode them in
-    turn and pass them on, and it runs again with their results. So every rank has the picture that one would have made.
+    turn and pass them on, and it runs again with their results. So every rank has the image that one would have made.
     """
     vae: Any = getattr(pipe, "vae", None)
     if type(vae).__name__ not in KNOWN:

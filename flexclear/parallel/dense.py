@@ -21,7 +21,7 @@ MARK = "flexclear.parallel.enable_dense"
 
 
 def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
-    """Share the dense model's pictures among all ranks by diffusers' own context parallelism, for comparison.
+    """Share the dense model's images among all ranks by diffusers' own context parallelism, for comparison.
 
     Call it on every rank; ``disable`` undoes it. Ranks that stop or differ are not told of here: the others wait for
     torch's own time-out, that of the default process group. Image and text tokens must each be a multiple of the number of ranks.
@@ -32,7 +32,7 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
             attention backend that returns it: ``model.set_attention_backend("_native_cudnn")`` in bfloat16 on CUDA,
             ``"_native_flash"`` on CPUs; neither takes attention masks, and diffusers makes it the default of every
             model in the process: ``with diffusers.attention_backend("native"):`` around all of it puts that back.
-            ``"ulysses"``: each rank attends over the whole picture with its share of the heads, with any backend.
+            ``"ulysses"``: each rank attends over the whole image with its share of the heads, with any backend.
 
     Returns:
         What was given.
@@ -105,7 +105,7 @@ def refuse_other_parallelism(model: nn.Module) -> None:
             f"this {type(model).__name__} has diffusers' context parallelism (ring_degree={inner.ring_degree}, "
             f"ulysses_degree={inner.ulysses_degree}), which shares out the dense attention. Either that, dense; or windows: "
             "load the model without enable_parallelism, flexclear.transform, flexclear.parallel.enable. Both at once would "
-            "cut the picture twice"
+            "cut the image twice"
         )
 
 

@@ -39,25 +39,25 @@ def enable(
     timeout: float = 300.0,
     split_vae: bool = True,
 ) -> Target:
-    """Share each picture among the ranks of a group; call it on every rank, after ``flexclear.transform``.
+    """Share each image among the ranks of a group; call it on every rank, after ``flexclear.transform``.
 
     The token grid is cut along its longer side into bands, in multiples of 8 lines. In each attention layer a rank's image
     queries see its own keys, all text, and border keys that its neighbours send: as far as the layer's window reaches,
     from several neighbours where bands are thinner than that. Text is computed on every rank. Outside of the transformer
-    every rank does the same; the result is the same picture everywhere.
+    every rank does the same; the result is the same image everywhere.
 
     Args:
         model_or_pipe: a transformed model, or a pipeline with one.
         mesh: a one-dimensional ``DeviceMesh``, or None: all ranks. Under torchrun the default process group is made if
             there is none yet (NCCL on CUDA, gloo elsewhere).
-        text: how text queries, which see all of the picture, are computed. ``"exact"``: each rank attends to its band, and
+        text: how text queries, which see all of the image, are computed. ``"exact"``: each rank attends to its band, and
             partial results are merged by their log-sum-exp, two small sums per layer: one process's result up to rounding.
             ``"average"``: the average of what the ranks' own bands give (paper Eq. 7), one sum per layer.
         exchange: ``"sync"``: a layer waits for its borders. ``"stale"``: after ``warmup_steps``, it uses the borders of the
             denoising step before while the current ones travel (DistriFusion, arXiv 2402.19481). Needs a pipeline.
         warmup_steps: first steps of a run that are synchronous with ``"stale"``.
-        shares: each rank's share of the picture, as proportions, for ranks of unequal speed; equal by default.
-        too_small: for pictures with fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last ranks are idle.
+        shares: each rank's share of the image, as proportions, for ranks of unequal speed; equal by default.
+        too_small: for images with fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last ranks are idle.
         timeout: seconds without an answer after which a rank counts as gone. A rank that stops, by an interrupt or an error
             in a callback, too, is heard of at once.
         split_vae: of a pipeline whose VAE decodes in tiles (``pipe.vae.enable_tiling()``): share the tiles, too.

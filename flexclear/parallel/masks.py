@@ -102,7 +102,7 @@ def build_band_plan(
     device: torch.device,
     text_padded: bool = False,
 ) -> BandPlan:
-    """Build a rank's plan; arguments as in ``flexclear.runtime.plan.build_plan``, and where the picture is cut.
+    """Build a rank's plan; arguments as in ``flexclear.runtime.plan.build_plan``, and where the image is cut.
 
     Raises:
         ValueError: the dense mask of masked SDPA would be too large.

@@ -1,4 +1,4 @@
-"""Who has which part of a picture, and who needs what of it from whom. Pure functions: no process, no device.
+"""Who has which part of an image, and who needs what of it from whom. Pure functions: no process, no device.
 
 The token grid is cut into bands of lines, rows or columns, whichever are more, at multiples of 8 lines, so that every
 band begins with whole tiles of the token order. Lines go by their number in each grid: a band of lines is a band of every
@@ -62,7 +62,7 @@ def long_axis(layout: Layout) -> int:
 
 
 def check_shares(shares: Sequence[float] | None, ranks: int) -> tuple[float, ...]:
-    """Each rank's share of the picture, equal ones for None.
+    """Each rank's share of the image, equal ones for None.
 
     Raises:
         ValueError: not one positive number per rank.
@@ -78,7 +78,7 @@ def check_shares(shares: Sequence[float] | None, ranks: int) -> tuple[float, ...
 
 
 def cut(layout: Layout, ranks: int, shares: Sequence[float] | None = None, too_small: str = "raise") -> Bands:
-    """Cut a picture into one band per rank.
+    """Cut an image into one band per rank.
 
     >>> cut(Layout(64, 48), 3)
     Bands(axis=0, edges=(0, 24, 40, 64))
@@ -103,8 +103,8 @@ def cut(layout: Layout, ranks: int, shares: Sequence[float] | None = None, too_s
     if count < ranks:
         if too_small == "raise":
             raise ValueError(
-                f"a picture of {layout.height} x {layout.width} tokens has {count} bands of {BAND} lines along its longer "
-                f"side, too few for {ranks} ranks. Use at most {count} ranks, a larger picture, or "
+                f"an image of {layout.height} x {layout.width} tokens has {count} bands of {BAND} lines along its longer "
+                f"side, too few for {ranks} ranks. Use at most {count} ranks, a larger image, or "
                 "flexclear.parallel.enable(..., too_small='fewer'), which leaves the others idle"
             )
         busy = cut(layout, count, wanted[:count])
@@ -212,7 +212,7 @@ class Cells:
     Attributes:
         numbers: cells, in the numbering of ``Downsampled``, int64 ``[n]``.
         members: place in the rank's own order of each cell's tokens, int64 ``[n, d * d]``; any where it lacks one.
-        share: factor on each of them, float32 ``[n, d * d]``: 0 for tokens beyond the picture or of another rank, and as
+        share: factor on each of them, float32 ``[n, d * d]``: 0 for tokens beyond the image or of another rank, and as
             in ``flexclear.runtime.pooling.Pooling`` for the rest.
     """
 
@@ -244,7 +244,7 @@ def cells_of(layout: Layout, window: Downsampled, own: Tensor) -> Cells:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one rank has of a picture under one window.
+    """What one rank has of an image under one window.
 
     Attributes:
         layout, window, bands, rank: what it is part of.
@@ -273,7 +273,7 @@ def own_tokens(layout: Layout, bands: Bands, rank: int) -> Tensor:
 
 @independent
 def part_of(layout: Layout, window: Window | None, bands: Bands, rank: int) -> Part:
-    """Everything a rank must know of a picture under a window; see ``Part``."""
+    """Everything a rank must know of an image under a window; see ``Part``."""
     own = own_tokens(layout, bands, rank)
     place = torch.empty(layout.image_len, dtype=torch.int64)
     place[own] = torch.arange(len(own))

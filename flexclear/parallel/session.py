@@ -78,7 +78,7 @@ class Session:
         return _no_session, ()
 
     def bands(self, call: Call, text_first: bool) -> Bands:
-        """Where the picture of a call is cut.
+        """Where the image of a call is cut.
 
         Raises:
             ValueError: it is too small for the ranks.
@@ -168,7 +168,7 @@ class Session:
             raise AgreedError(str(error)) from None
         if bands.busy < bands.ranks and not family.idles:
             raise AgreedError(
-                f"a picture of {call.grids[0][0]} x {call.grids[0][1]} tokens leaves {bands.ranks - bands.busy} of "
+                f"an image of {call.grids[0][0]} x {call.grids[0][1]} tokens leaves {bands.ranks - bands.busy} of "
                 f"{bands.ranks} ranks idle (too_small='fewer'), and {type(model).__name__} cannot run without image tokens. "
                 f"Use {bands.busy} ranks, or a larger picture"
             )

@@ -61,7 +61,7 @@ class Call:
 
     Attributes:
         tokens: a floating-point input, for its device and type.
-        grids: (height, width) in tokens of the image, then of each reference picture.
+        grids: (height, width) in tokens of the image, then of each reference image.
         text_lens: number of text tokens by scope.
         keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent where nothing is.
         text_adjoins: whether each sample's image follows its own text at once, in attention's sequence, and what pads the text

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Grids = tuple[tuple[int, int], ...]
-"""(height, width) in tokens of the image, then of each reference picture."""
+"""(height, width) in tokens of the image, then of each reference image."""
 
 Fact = TypeVar("Fact")
 
@@ -94,7 +94,7 @@ def read_grids(ids: Tensor, axes: Axes = AXES, start: int = 0) -> Grids:
     index = ids[:, axes.picture]
     if axes.image is not None and float(index[0]) != axes.image:
         raise ValueError(
-            f"{given} begin with a picture of index {index[0].item():g}; the image itself has index {axes.image}"
+            f"{given} begin with an image of index {index[0].item():g}; the image itself has index {axes.image}"
         )
     _check_precision(ids, axes, given)
     changes = torch.nonzero(index[1:] != index[:-1])[:, 0] + 1
@@ -139,7 +139,7 @@ def _check_axes(index: Tensor, starts: Sequence[int], grids: Grids, axes: Axes, 
     lines = len(grids) > 1 and len(set(grids)) == 1 and 1 in grids[0]
     if lines and axes.image is not None and index[list(starts)].tolist() == [axes.image + n for n in range(len(grids))]:
         raise ValueError(
-            f"{given} read as {axes} are {len(grids)} pictures of {grids[0][0]} x {grids[0][1]} tokens, numbered one "
+            f"{given} read as {axes} are {len(grids)} images of {grids[0][0]} x {grids[0][1]} tokens, numbered one "
             f"after the other: rows of one image of {len(grids)} x {max(grids[0])} whose axes are in another order? The "
             f"columns must be {axes}, with the same index for all tokens of a picture"
         )

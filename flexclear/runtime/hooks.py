@@ -44,7 +44,7 @@ def _tensors(*trees: Any) -> Iterator[Tensor]:
 def _needs_grad(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether attention of this call is differentiated: for the model, or for any tensor that it is given.
 
-    A frozen model has gradients from ControlNet residuals, text, or pictures of an IP-Adapter.
+    A frozen model has gradients from ControlNet residuals, text, or images of an IP-Adapter.
     """
     return torch.is_grad_enabled() and (
         any(given.requires_grad for given in _tensors(dict(kwargs)))
@@ -133,7 +133,7 @@ class EntryHook(Hook):
         if differentiated and self.parallel is not None:
             asked = "needs gradients" if transforms is None else f"runs under {transforms}"
             raise ValueError(
-                f"one picture on several ranks is for inference, and this call {asked}: call the model under "
+                f"one image on several ranks is for inference, and this call {asked}: call the model under "
                 "torch.no_grad() alone, as pipelines do, or flexclear.parallel.disable(model)"
             )
         backend = choose_backend(settings.backend, device, dtype, needs_grad, transforms)

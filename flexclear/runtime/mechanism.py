@@ -81,7 +81,7 @@ class Formula(Mechanism):
 
 
 def one_grid(layout: Layout, what: str) -> None:
-    """Raise if reference pictures are part of the sequence.
+    """Raise if reference images are part of the sequence.
 
     Raises:
         ValueError: they are.
@@ -89,5 +89,5 @@ def one_grid(layout: Layout, what: str) -> None:
     if layout.references:
         raise ValueError(
             f"{what} is defined for one grid, and this layout has {len(layout.grids)}: {layout.grids}. Leave the "
-            "reference pictures out, or use attention='sigmoid', 'linear' or 'clear'"
+            "reference images out, or use attention='sigmoid', 'linear' or 'clear'"
         )

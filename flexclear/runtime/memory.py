@@ -36,11 +36,11 @@ def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
     grids = " + ".join(f"{height} x {width}" for height, width in layout.grids)
     size = f"{grids} image tokens and {layout.text_len} of text" + (f", batch {batch}" if batch > 1 else "")
     advice = [
-        "a smaller picture (what is needed beside the weights grows with the number of tokens: half of both sides, a "
+        "a smaller image (what is needed beside the weights grows with the number of tokens: half of both sides, a "
         "quarter)"
     ]
     if batch > 1:
-        advice.append("fewer pictures at a time")
+        advice.append("fewer images at a time")
     masks = (slot.mask for slot in plan.slots)
     dense = next((mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) > 1), None)
     if dense is not None:

@@ -46,7 +46,7 @@ def refuse_context_parallelism(model: nn.Module) -> None:
     if config is not None:
         raise ValueError(
             f"this {type(model).__name__} has context parallelism (ring_degree={config.ring_degree}, "
-            f"ulysses_degree={config.ulysses_degree}): each process sees a part of the picture, and windows are made for "
+            f"ulysses_degree={config.ulysses_degree}): each process sees a part of the image, and windows are made for "
             "whole ones. Load the model without enable_parallelism, then transform"
         )
 

@@ -116,7 +116,7 @@ def build_plan(
         ValueError: the dense mask of masked SDPA would be larger than ``MAX_DENSE_BYTES``.
 
     Warns:
-        UserWarning: the window keeps part of the image from a reference picture.
+        UserWarning: the window keeps part of the image from a reference image.
     """
     mask: BlockMask | Tensor | None
     if window is not None:
@@ -158,7 +158,7 @@ def build_plan(
 
 
 def _largest_side(text_len: int) -> int:
-    """Side in tokens of the largest square picture whose dense mask is allowed."""
+    """Side in tokens of the largest square image whose dense mask is allowed."""
     return math.isqrt(max(math.isqrt(MAX_DENSE_BYTES) - text_len, 0))
 
 

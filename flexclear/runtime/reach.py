@@ -1,4 +1,4 @@
-"""A warning where a window keeps part of the image from a reference picture altogether."""
+"""A warning where a window keeps part of the image from a reference image altogether."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def warn_of_unreached(layout: Layout, window: Window) -> None:
     for rows, columns in layout.references:
         if not bool(window.touches(layout, corner, box(0, rows - 1, 0, columns - 1))):  # type: ignore[arg-type]
             warnings.warn(
-                f"flexclear: a reference picture of {rows} x {columns} tokens ends so far before the image's {height} x "
+                f"flexclear: a reference image of {rows} x {columns} tokens ends so far before the image's {height} x "
                 f"{width} that the window {window.name} (radius or side in tokens) hides it from the image's far side. "
                 "Give the reference the image's size, or a larger r",
                 stacklevel=2,

@@ -104,7 +104,7 @@ def override(
             down-sampled keys), in place of sqrt(1 / d).
         dense_steps: (first, last): that many denoising steps at either end run dense attention.
         ntk_floor: least share of its own frequency that ``ntk_factor`` leaves to each rotary axis, 0 to 1. The side of the
-            training pictures over that of the picture drawn clips NTK at linear interpolation (I-Max, arXiv 2410.07536).
+            training images over that of the image drawn clips NTK at linear interpolation (I-Max, arXiv 2410.07536).
             FLUX.1 only.
         training_tokens: n0 of a model that was trained with another number of tokens, text included, than FLUX.1.
 

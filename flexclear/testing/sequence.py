@@ -226,4 +226,4 @@ def check_reach(layout: Layout, window: Window) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_unreached(layout, window)
-    assert len(caught) == hidden, f"{len(caught)} reference pictures are said to be out of reach, and {hidden} are"
+    assert len(caught) == hidden, f"{len(caught)} reference images are said to be out of reach, and {hidden} are"

@@ -33,8 +33,8 @@ class Variant:
         radius: window radius in tokens, None for dense attention.
         pictures: one per prompt.
         cost: of one attention layer; None for dense attention.
-        seconds_per_step: median over all steps but each picture's first, in which a variant may compile.
-        psnr: mean PSNR in dB to the dense pictures of the same seeds; None for dense attention.
+        seconds_per_step: median over all steps but each image's first, in which a variant may compile.
+        psnr: mean PSNR in dB to the dense images of the same seeds; None for dense attention.
         student: whose weights were distilled for the window; None: the dense model's weights.
     """
 
@@ -53,7 +53,7 @@ class Variant:
 
 
 def mean_psnr(pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
-    """Mean peak signal-to-noise ratio of pairs of pictures of one size, dB."""
+    """Mean peak signal-to-noise ratio of pairs of images of one size, dB."""
 
     def stacked(group: Sequence[Image.Image]) -> torch.Tensor:
         return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).float() / 255 for p in group])
@@ -69,7 +69,7 @@ def draw(
     side: int,
     on_step: Callable[[], None],
 ) -> tuple[list[Image.Image], float]:
-    """One picture per prompt with seeds ``seed``, ``seed + 1``, ..., and the median seconds per step."""
+    """One image per prompt with seeds ``seed``, ``seed + 1``, ..., and the median seconds per step."""
     pictures, durations = [], []
     for index, prompt in enumerate(prompts):
         ends: list[float] = []
@@ -111,7 +111,7 @@ def run_variants(
         radii: window radii in tokens.
         seed: of the first prompt's noise; the next prompt has the next seed.
         steps: denoising steps, 2 or more.
-        side: picture side in pixels.
+        side: image side in pixels.
         students: drawn after the radii, each beside the weights that never saw its window where ``radii`` has its radius.
         on_step: called with the variant's label after each step.
     """

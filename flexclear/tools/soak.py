@@ -1,8 +1,8 @@
-"""The soak test: hundreds of calls as a service gets them; memory, graphs and caches stay bounded, pictures stay right.
+"""The soak test: hundreds of calls as a service gets them; memory, graphs and caches stay bounded, images stay right.
 
     flexclear soak --seconds 600
 
-Random sizes, radii, prompts, LoRA swaps and interrupted calls on one pipeline. Some pictures are made again by a fresh
+Random sizes, radii, prompts, LoRA swaps and interrupted calls on one pipeline. Some images are made again by a fresh
 process and must be the same.
 """
 
@@ -57,10 +57,10 @@ class Bounds:
         growth_mib: growth of memory (resident on CPU, allocated on CUDA; plans that are cached not counted) between the
             first and the last third of the calls after warm-up, medians.
         plans_mib: bound of the plan cache during the test.
-        difference: largest difference of a picture, values in 0 to 1, to that of a fresh process. None: 0 on CPU where
+        difference: largest difference of an image, values in 0 to 1, to that of a fresh process. None: 0 on CPU where
             nothing is compiled, 1e-3 elsewhere.
         warm_up: calls before memory counts; None: 4 for each size.
-        samples: number of pictures that a fresh process makes again.
+        samples: number of images that a fresh process makes again.
     """
 
     growth_mib: float = 16
@@ -81,7 +81,7 @@ class SoakReport:
         growth_mib: see ``Bounds``; None: too few calls to tell.
         graphs, graphs_bound: compiled during the run, and how many that may be.
         plan_entries, plan_mib: most that the plan cache held.
-        compared, difference: pictures compared with a fresh process, largest difference.
+        compared, difference: images compared with a fresh process, largest difference.
         failures: what went wrong, each with what is needed to see it again.
     """
 
@@ -107,7 +107,7 @@ class SoakReport:
             f"memory growth after warm-up: {growth} (bound {self.bounds.growth_mib:g} MiB)",
             f"graphs: {self.graphs} (bound {self.graphs_bound})",
             f"plans cached: at most {self.plan_entries}, {self.plan_mib:.1f} MiB (bound {self.bounds.plans_mib} MiB)",
-            f"pictures compared with a fresh process: {self.compared}, largest difference {self.difference:.1e} "
+            f"images compared with a fresh process: {self.compared}, largest difference {self.difference:.1e} "
             f"(bound {self.allowed:g})",
         ]
         if self.failures:
@@ -118,7 +118,7 @@ class SoakReport:
 
     @property
     def allowed(self) -> float:
-        """Largest difference of a picture to a fresh process's."""
+        """Largest difference of an image to a fresh process's."""
         if self.bounds.difference is not None:
             return self.bounds.difference
         return 0.0 if self.settings.device == "cpu" and not self.settings.compile else 1e-3
@@ -138,7 +138,7 @@ def soak_test(
     Args:
         settings: which pipeline, and what it is asked for.
         bounds: what must hold.
-        seconds: how long to go on; the fresh process comes on top.
+        seconds: how long to run; the fresh process comes on top.
         max_calls: or how many calls.
         on_call: told how many calls are done.
 
@@ -167,7 +167,7 @@ def soak_test(
 def _run(
     pipe: Any, found: SoakReport, until: float, max_calls: int | None, on_call: Callable[[int], None]
 ) -> list[tuple[Call, Tensor]]:
-    """The calls; returns some of them with their pictures, chosen at random."""
+    """The calls; returns some of them with their images, chosen at random."""
     settings, bounds = found.settings, found.bounds
     model, before = model_of(pipe), report()
     set_up(pipe, settings)
@@ -192,7 +192,7 @@ def _run(
         found.stopped += picture is None
         if picture is not None:
             if not picture.isfinite().all():
-                found.failures.append(f"a picture that is not finite, in {call}")
+                found.failures.append(f"an image that is not finite, in {call}")
             _sample(samples, (call, picture), found.calls - found.stopped, bounds.samples, chooser)
         stats = plans.stats()
         found.plan_entries = max(found.plan_entries, stats.entries)
@@ -270,7 +270,7 @@ def _judge_memory(found: SoakReport, memory: Sequence[tuple[int, float]]) -> Non
 
 
 def _compare(found: SoakReport, samples: list[tuple[Call, Tensor]]) -> None:
-    """Make the sampled pictures again in a fresh process."""
+    """Make the sampled images again in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         asked, made = Path(folder) / "calls.json", Path(folder) / "pictures.pt"
         asked.write_text(json.dumps({"settings": asdict(found.settings), "calls": [asdict(c) for c, _ in samples]}))
@@ -286,12 +286,12 @@ def _compare(found: SoakReport, samples: list[tuple[Call, Tensor]]) -> None:
         found.compared += 1
         found.difference = max(found.difference, difference)
         if not difference <= found.allowed:
-            found.failures.append(f"a fresh process draws another picture, by {difference:.1e}, for {call}")
+            found.failures.append(f"a fresh process draws another image, by {difference:.1e}, for {call}")
 
 
 @without_diffusers_warnings()
 def replay(asked: Path, pictures: Path) -> None:
-    """Make the pictures of a file of calls, each with a newly loaded pipeline and an empty plan cache."""
+    """Make the images of a file of calls, each with a newly loaded pipeline and an empty plan cache."""
     content = json.loads(asked.read_text())
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in content["settings"].items()

@@ -67,7 +67,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Call:
-    """One call: a picture with these settings, or the attempt at one that ``stop`` ends after its first step."""
+    """One call: an image with these settings, or the attempt at one that ``stop`` ends after its first step."""
 
     number: int
     height: int
@@ -213,7 +213,7 @@ class Swapper:
 
 
 def perform(pipe: Any, swap: Swapper, call: Call, settings: Settings) -> Tensor | None:
-    """One call; the picture ``[1, 3, height, width]`` on the CPU, None where it was stopped."""
+    """One call; the image ``[1, 3, height, width]`` on the CPU, None where it was stopped."""
     flexclear.transform(pipe, r=call.r, backend=settings.backend)
     swap(call.lora)
     known = inspect.signature(type(pipe).__call__).parameters

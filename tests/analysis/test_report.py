@@ -57,7 +57,7 @@ def test_the_page_holds_tables_pairs_and_pictures_and_nothing_from_elsewhere(res
     assert "<title>flexclear: results &lt;1&gt;</title>" in page
     assert "---" not in re.sub('base64,[^"]*', "", page)
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page)
-    assert 'width="2048"' in page, "large pictures are scaled down"
+    assert 'width="2048"' in page, "large images are scaled down"
     assert write_report(results, 1).read_text().count('type="range"') == 1
 
 

@@ -1,6 +1,6 @@
-"""Pictures of the embedded pipeline with eight-bit weights against those in bfloat16, window and seeds the same.
+"""Images of the embedded pipeline with eight-bit weights against those in bfloat16, window and seeds the same.
 
-The window has the weights that were distilled for it: undistilled ones leave it undecided what to draw, and one picture in some
+The window has the weights that were distilled for it: undistilled ones leave it undecided what to draw, and one image in some
 thirty then falls to the other side of a decision when weights are rounded.
 """
 
@@ -21,7 +21,7 @@ MIN_FEATURES = 128
 """The embedded model's linears are small."""
 
 FLOOR = {"weight_only": 22.0, "int8": 30.0}
-"""dB of the worst picture. Measured: see bench/results/quantize.md; well below, so that weights may be trained anew."""
+"""dB of the worst image. Measured: see bench/results/quantize.md; well below, so that weights may be trained anew."""
 
 
 @pytest.fixture(scope="module")
@@ -58,4 +58,4 @@ def test_eight_bit_weights_draw_the_same_pictures(pipe, draw, expected, recipe):
     assert levels.min() >= FLOOR[recipe], levels
     assert levels.max() < 70, "nothing was quantised"
     strangers = picture_psnr(expected[:-1], expected[1:])
-    assert strangers.max() < FLOOR[recipe], "the floor would let another picture pass"
+    assert strangers.max() < FLOOR[recipe], "the floor would let another image pass"

@@ -105,7 +105,7 @@ def test_twenty_text_lengths_need_the_graphs_of_one(kind):
     flexclear.transform(model, r=3, backend="flex" if why_not_compiled(CPU) is None else "sdpa", **pooled)
     plain = flexclear.transform(MODELS[kind]()[0], r=3, backend="sdpa", **pooled)
     compile_blocks(model, backend="eager")
-    # Z-Image's one class of block is three: for the picture, for captions, for both.
+    # Z-Image's one class of block is three: for the image, for captions, for both.
     check(model, plain, call, 3 if kind == "zimage" else len({type(block) for block in repeated_blocks(model)}))
 
 

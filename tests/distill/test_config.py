@@ -147,7 +147,7 @@ def test_an_estimate_of_flux_1_dev_is_what_its_configuration_says(tmp_path):
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    """A dozen pictures by the embedded pipeline and their cache, made by the commands."""
+    """A dozen images by the embedded pipeline and their cache, made by the commands."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "prompts.txt").write_text(PROMPTS)
     generate = ["data", "generate", "embedded", "--prompts", folder / "prompts.txt", "--count", 12, "--steps", 6]
@@ -175,7 +175,7 @@ def test_generated_pictures_are_kept_and_the_missing_ones_drawn_again(cached, ca
     gone.unlink()
     status, output, _ = run(capsys, *generate)
     assert status == 0
-    assert "1 pictures drawn, 11 were there already" in output
+    assert "1 images drawn, 11 were there already" in output
     assert gone.read_bytes() == before
     assert kept.stat().st_mtime_ns == stamp
     assert gone.with_suffix(".txt").read_text() == "an octopus on a green background\n"
@@ -205,7 +205,7 @@ def test_pictures_of_other_settings_are_never_mixed_and_a_deleted_caption_comes_
         assert not caption.exists()
     status, output, _ = run(capsys, *generate)
     assert status == 0
-    assert "0 pictures drawn, 12 were there already" in output
+    assert "0 images drawn, 12 were there already" in output
     assert {place.name: place.read_bytes() for place in pictures.iterdir()} == before
     settings = pictures / "settings.json"
     for damaged in (b"{", b'{"steps": 6, "steps": 6}', b"[1]", b"\xff"):
@@ -274,7 +274,7 @@ def test_a_killed_process_loses_at_most_the_steps_since_the_last_checkpoint(cach
     file = write_config(folder, "killed", steps=before[-1]["step"] + 1, checkpoints={"every": 2})
     status, _, error = run(capsys, "distill", file)
     assert status == 0, error
-    start = int(error.split("going on from step ")[1].split()[0])
+    start = int(error.split("resuming from step ")[1].split()[0])
     assert before[-1]["step"] - start <= 2
     after = [json.loads(line) for line in losses.read_text().splitlines()]
     assert [record["step"] for record in after] == list(range(1, before[-1]["step"] + 2))

@@ -32,7 +32,7 @@ def fresh(dtype=torch.float32):
 
 
 def samples():
-    """Pictures of 20 x 16 tokens, so that there are skipped blocks beside whole and partial ones."""
+    """Images of 20 x 16 tokens, so that there are skipped blocks beside whole and partial ones."""
     return random_samples(10, height=40, width=32)
 
 

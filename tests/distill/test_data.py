@@ -1,4 +1,4 @@
-"""Pictures, captions and caches: what is drawn, what goes on, what is damaged and named."""
+"""Images, captions and caches: what is drawn, what goes on, what is damaged and named."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pipe():
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder of five pictures with captions."""
+    """A folder of five images with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(5):
@@ -98,7 +98,7 @@ def test_a_cache_goes_on_with_the_first_shard_that_is_missing(pipe, pictures, tm
     assert (out / "00000.safetensors").stat().st_mtime_ns == kept
     assert len(CachedSamples(out)) == 5
     assert torch.isfinite(CachedSamples(out)[2].mean).all()
-    with pytest.raises(ValueError, match="other pictures, captions, settings or encoders"):
+    with pytest.raises(ValueError, match="other images, captions, settings or encoders"):
         cache(pictures, "embedded", out, text_len=24, shard_size=2, pipe=pipe)
 
 
@@ -109,7 +109,7 @@ def test_a_cache_of_a_picture_that_was_replaced_is_refused(pipe, pictures, tmp_p
     times = os.stat(pictures / "3.png")
     (pictures / "3.png").write_bytes(png(33))
     os.utime(pictures / "3.png", ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(ValueError, match="holds a cache of other pictures"):
+    with pytest.raises(ValueError, match="holds a cache of other images"):
         cache(pictures, "embedded", out, text_len=16, shard_size=2, pipe=pipe)
     assert {place.name: place.read_bytes() for place in out.iterdir()} == before
     (out / "index.json").unlink()  # as if it had been killed before its end
@@ -208,7 +208,7 @@ def test_tensors_of_another_type_or_shape_than_the_index_says_are_refused(
 
 @pytest.fixture(scope="module")
 def cached(pipe, tmp_path_factory):
-    """A cache of one picture."""
+    """A cache of one image."""
     folder = tmp_path_factory.mktemp("one")
     (folder / "0.png").write_bytes(png())
     (folder / "0.txt").write_text("noise")
@@ -283,7 +283,7 @@ def test_what_is_damaged_is_named_and_left_out(pipe, pictures, tmp_path):
     assert done.samples == 2
     assert [lost.name for lost in done.skipped] == ["2.png", "1.png", "4.png"]
     assert "no caption" in told[0]
-    assert "damaged picture" in told[1]
+    assert "damaged image" in told[1]
     assert "4 x 4 pixels" in told[2]
     assert [entry["name"] for entry in CachedSamples(done.folder).entries] == ["0.png", "3.png"]
     assert len(json.loads((done.folder / "index.json").read_text())["skipped"]) == 3
@@ -320,7 +320,7 @@ def test_captions_may_be_in_metadata_jsonl(tmp_path):
     with pytest.raises(FileNotFoundError):
         find_items(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="neither pictures"):
+    with pytest.raises(ValueError, match="neither images"):
         find_items(tmp_path / "empty")
 
 

@@ -15,7 +15,7 @@ from flexclear.distill.sources import find_items
 
 @pytest.fixture
 def published(tmp_path):
-    """Three pictures as the published set's archive unpacks to."""
+    """Three images as the published set's archive unpacks to."""
     folder = tmp_path / "data_1024_10K"
     folder.mkdir()
     for number, colour in enumerate(("red", "green", "blue")):
@@ -53,7 +53,7 @@ def test_bad_json_a_missing_prompt_and_a_missing_image_are_named(published):
     assert "neither alone.txt nor alone.json beside it, nor a line of metadata.jsonl" in told["alone.jpg"]
     assert told["data_000000.jpg"].startswith("caption cannot be read: data_000000.json: ")
     assert told["data_000001.jpg"] == "caption cannot be read: data_000001.json: no text or caption or prompt"
-    assert told["data_000002.json"].startswith("no picture beside it: data_000002 with .png, .jpg")
+    assert told["data_000002.json"].startswith("no image beside it: data_000002 with .png, .jpg")
     assert "and it cannot be read" in told["lost.json"]
 
 
@@ -77,7 +77,7 @@ def test_a_run_encodes_the_published_set_first_and_only_once(published, tmp_path
     told = []
     done = distill(config=settings(published, tmp_path / "run"), say=told.append)
     assert done.steps == 1
-    assert told[0] == f"encoding the pictures of {published} into {tmp_path / 'run' / 'cache'}"
+    assert told[0] == f"encoding the images of {published} into {tmp_path / 'run' / 'cache'}"
     samples = CachedSamples(tmp_path / "run" / "cache")
     assert sorted(sample.caption for sample in samples) == ["a blue square", "a green square", "a red square"]
     assert samples[0].prompt_embeds.shape[0] == 64, "the embedded model's text length"

@@ -126,7 +126,7 @@ def test_a_study_that_is_cut_off_anywhere_ends_as_the_one_that_is_not(finished, 
         except PowerCut:
             continue
     assert not left
-    assert any("going on from step 1" in line for line in told)
+    assert any("resuming from step 1" in line for line in told)
     for job in todo:
         name = f"results/{job.name}.json"
         own, whole = (json.loads((folder / name).read_text()) for folder in (tmp_path, finished))

@@ -1,4 +1,4 @@
-"""Training pictures on backgrounds that no caption names, and runs that begin with an exported model."""
+"""Training images on backgrounds that no caption names, and runs that begin with an exported model."""
 
 from __future__ import annotations
 

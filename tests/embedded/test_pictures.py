@@ -1,4 +1,4 @@
-"""The pictures that the embedded pipeline draws."""
+"""The images that the embedded pipeline draws."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def retriever(vocabulary) -> Retriever:
 
 
 def draw(pipe, prompt: str, seed: int, steps: int = 8, **options) -> torch.Tensor:
-    """Return one picture, shape (1, 3, side, side), values 0 to 1."""
+    """Return one image, shape (1, 3, side, side), values 0 to 1."""
     generator = torch.Generator().manual_seed(seed)
     output = pipe(prompt, num_inference_steps=steps, generator=generator, output_type="pt", **options)
     return output.images.float()

@@ -1,4 +1,4 @@
-"""The retriever itself, on pictures whose right answer is certain."""
+"""The retriever itself, on images whose right answer is certain."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_checkpoints_are_whole(tmp_path):
 
 
 def test_a_run_that_is_resumed_keeps_the_first_tokenizer(tmp_path):
-    captions = ["a red apple on a blue background", "an ear of corn", "a picture of an eye at night"]
+    captions = ["a red apple on a blue background", "an ear of corn", "an image of an eye at night"]
     file = tmp_path / "folder" / "clip_tokenizer.json"
     first = kept_clip_tokenizer(file, captions)
     again = kept_clip_tokenizer(file, ["other captions are not read any more"])

@@ -1,4 +1,4 @@
-"""Pictures, and small networks with random weights, as files in a folder."""
+"""Images, and small networks with random weights, as files in a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ["a", "red", "apple", "blue", "cat", "on", "white", "background"]
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two folders of six pictures each, pairs by name, one of the names in a folder below."""
+    """Two folders of six images each, pairs by name, one of the names in a folder below."""
     a, b = tmp_path / "a", tmp_path / "b"
     (a / "more").mkdir(parents=True)
     (b / "more").mkdir(parents=True)

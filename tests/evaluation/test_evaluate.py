@@ -1,4 +1,4 @@
-"""Two folders of pictures scored through networks on disk: values, pairs, what is missing, going on, the command."""
+"""Two folders of images scored through networks on disk: values, pairs, what is missing, going on, the command."""
 
 from __future__ import annotations
 
@@ -179,13 +179,13 @@ def test_what_was_computed_before_an_interruption_is_kept(folders, tmp_path):
 def test_pictures_without_a_partner_are_an_error_unless_pairs_are_asked_for(folders):
     a, b = folders
     (b / "03.png").unlink()
-    with pytest.raises(ValueError, match=r"1 pictures of .*a have no partner in .*b, such as '03'"):
+    with pytest.raises(ValueError, match=r"1 images of .*a have no partner in .*b, such as '03'"):
         evaluate(a, b, "psnr")
     assert evaluate(a, b, "psnr", common=True).scores[0].pictures == 5
     shutil.rmtree(b / "more")
     for file in b.glob("*.png"):
         file.rename(b / f"x{file.name}")
-    with pytest.raises(ValueError, match=r"no picture of .* has the name of one in"):
+    with pytest.raises(ValueError, match=r"no image of .* has the name of one in"):
         evaluate(a, b, "psnr", common=True)
 
 
@@ -227,7 +227,7 @@ def test_folders_that_cannot_be_used_are_named(tmp_path, folders):
     with pytest.raises(FileNotFoundError, match="no folder"):
         evaluate(tmp_path / "nothing", folders[1], "psnr")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         evaluate(tmp_path / "empty", folders[1], "psnr")
     picture(1).save(folders[0] / "00.jpg")
     with pytest.raises(ValueError, match="differ in the ending only"):
@@ -253,13 +253,13 @@ def test_prompts_come_by_line_by_name_or_from_the_pictures_themselves(tmp_path, 
         path.write_bytes(png_bytes(picture(1), {"prompt": expected[name]}, {}))
     assert read_captions(None, folder) == expected
     lines.write_text("one")
-    with pytest.raises(ValueError, match="1 prompts for the 6 pictures"):
+    with pytest.raises(ValueError, match="1 prompts for the 6 images"):
         read_captions(lines, folder)
     named.write_text("{}")
-    with pytest.raises(ValueError, match="says nothing of 6 pictures"):
+    with pytest.raises(ValueError, match="says nothing of 6 images"):
         read_captions(named, folder)
     named.write_text("[1]")
-    with pytest.raises(ValueError, match="must hold names of pictures and their prompts"):
+    with pytest.raises(ValueError, match="must hold names of images and their prompts"):
         read_captions(named, folder)
 
 

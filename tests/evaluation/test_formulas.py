@@ -37,7 +37,7 @@ def test_fid_is_the_formula_with_scipy_s_matrix_root(n, m):
 def test_fid_of_equal_sets_is_zero_and_of_one_picture_is_an_error():
     features = torch.randn(30, 6)
     assert formulas.frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="two pictures a side or more, got 1 and 30"):
+    with pytest.raises(ValueError, match="two images a side or more, got 1 and 30"):
         formulas.frechet_distance(features[:1], features)
 
 
@@ -64,7 +64,7 @@ def test_psnr_and_ssim_are_scikit_image_s():
     for number in range(len(first)):
         a, b = (p[number].permute(1, 2, 0).numpy() for p in (first, second))
         assert float(psnr[number]) == pytest.approx(peak_signal_noise_ratio(a, b), rel=1e-6)
-        # scikit-image leaves a border of 5 px out of the mean; torchmetrics mirrors the picture there and counts it.
+        # scikit-image leaves a border of 5 px out of the mean; torchmetrics mirrors the image there and counts it.
         wider = [np.pad(side, ((5, 5), (5, 5), (0, 0)), mode="reflect") for side in (a, b)]
         _, whole = structural_similarity(
             *wider,
@@ -99,7 +99,7 @@ def test_rmse_and_psnr_say_the_same():
 
 def test_ssim_of_pictures_smaller_than_its_window_is_an_error():
     small = torch.zeros(1, 3, 10, 40, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="window of 11 x 11 px, got pictures of 10 x 40"):
+    with pytest.raises(ValueError, match="window of 11 x 11 px, got images of 10 x 40"):
         formulas.ssim(small, small)
 
 

@@ -68,7 +68,7 @@ def test_variants_of_the_embedded_model_fill_the_tables_and_are_drawn_once(tmp_p
     assert row["psnr"]["pictures"] == 2
     assert row["fid_orig"]["value"] > 0
     assert row["dino"]["value"] < 100
-    assert "no real pictures are named" in row["fid_real"]["reason"]
+    assert "no real images are named" in row["fid_real"]["reason"]
     assert "no alexnet" in row["lpips_orig"]["reason"]
 
     layout = Layout(8, 6, 8)

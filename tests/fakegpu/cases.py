@@ -24,7 +24,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "references": {"references": ((64, 64),)},
 }
 """What a mask may have beside the circular window, in the arguments of ``Case``: pooled keys, padded text (a batch), and
-the pictures of an editing model."""
+the images of an editing model."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def largest(name: str) -> int | None:
 
 
 def call(name: str, model: nn.Module, height: int, width: int, text: int = TEXT) -> dict[str, Any]:
-    """Arguments of one step for a grid of ``height`` x ``width`` tokens, one picture."""
+    """Arguments of one step for a grid of ``height`` x ``width`` tokens, one image."""
     with MODE:
         return CALLS[name](model.config, height, width, text)
 

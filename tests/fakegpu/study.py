@@ -26,7 +26,7 @@ class Job:
 
     Attributes:
         model: a name of ``published.CONFIGS``.
-        pixels: sides of the square pictures, in the order of the calls; each size is called twice, then the first again.
+        pixels: sides of the square images, in the order of the calls; each size is called twice, then the first again.
         precision: one of ``PRECISIONS``; the last two are FP8 recipes.
         compiled: whether blocks are.
         from_cpu: whether the weights are on the CPU when they are quantised.

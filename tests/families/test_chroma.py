@@ -146,7 +146,7 @@ def picture(pipe, size, prompt="a red apple", **kwargs):
 
 
 def compare(pipe, size, **kwargs):
-    """The pipeline's picture against its own under the dense mask, and against the one of the dense model."""
+    """The pipeline's image against its own under the dense mask, and against the one of the dense model."""
     dense = picture(pipe, size, **kwargs)
     with windowed(CHROMA, pipe.transformer, Shape(size[0] // 8, size[1] // 8, TEXT_LEN)):
         masked = picture(pipe, size, **kwargs)

@@ -267,7 +267,7 @@ def test_longcat_s_ids_may_begin_anywhere_and_keep_where():
 
 
 BAD_IDS = {
-    "the text's index": ({"i": lambda i: i - 1}, "begin with a picture of index 0; the image itself has index 1"),
+    "the text's index": ({"i": lambda i: i - 1}, "begin with an image of index 0; the image itself has index 1"),
     "a gap": (
         {"y": lambda y: y + (y > 515)},
         "start at row 512 and column 512, where the image does: they start at row 512",

@@ -99,7 +99,7 @@ def test_an_ntk_factor_is_a_larger_base_of_the_rotary_frequencies(layered):
         ({"img_shapes": [[(6, 8)]]}, "img_shapes must be a list with one entry per sample"),
         ({"img_shapes": []}, "img_shapes must be a list with one entry per sample"),
         ({"img_shapes": [[(1, 6, 8)], [(1, 8, 6)]]}, "img_shapes has samples of different sizes"),
-        ({"img_shapes": [[(2, 6, 4)]] * 2}, r"several frames; windows are defined on single pictures, frames = 1"),
+        ({"img_shapes": [[(2, 6, 4)]] * 2}, r"several frames; windows are defined on single images, frames = 1"),
         ({"img_shapes": [[(1, 6, 9)]] * 2}, r"do not hold the 6 x 9 = 54 image tokens that img_shapes describes"),
         ({"encoder_hidden_states": None}, "needs encoder_hidden_states as a tensor"),
         (
@@ -168,7 +168,7 @@ def draw(pipe, **extra):
 
 
 def check_pipeline(pipe, grid, references=(), texts=(9,), **extra):
-    """Transformed, ``pipe`` draws what it draws originally under the dense mask, and that is another picture."""
+    """Transformed, ``pipe`` draws what it draws originally under the dense mask, and that is another image."""
     dense = draw(pipe, **extra)
     with contextlib.ExitStack() as stack:
         for text_len in texts:
@@ -229,7 +229,7 @@ def test_a_controlnet_s_residuals_follow_the_token_order_in_its_pipeline(inpaint
 
 @contextlib.contextmanager
 def small_pictures(kind):
-    """The size that a pipeline brings its pictures to, 1024 x 1024 px or as many in another ratio, is 128 x 128 px."""
+    """The size that a pipeline brings its images to, 1024 x 1024 px or as many in another ratio, is 128 x 128 px."""
     import diffusers
 
     module = inspect.getmodule(getattr(diffusers, kind))

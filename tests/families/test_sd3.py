@@ -223,7 +223,7 @@ def pipe():
 
 
 def picture(pipe, size=(), **kwargs):
-    torch.manual_seed(0)  # the ControlNet pipeline encodes its picture without the generator
+    torch.manual_seed(0)  # the ControlNet pipeline encodes its image without the generator
     return pipe(
         "a red apple on a blue background",
         **dict(zip(("height", "width"), size, strict=False)),
@@ -235,7 +235,7 @@ def picture(pipe, size=(), **kwargs):
 
 
 def compare(pipe, height, width, size, **kwargs):
-    """The pipeline's picture against its own under the dense mask, and against the one of the dense model."""
+    """The pipeline's image against its own under the dense mask, and against the one of the dense model."""
     dense = picture(pipe, size, **kwargs)
     with windowed(SD35, pipe.transformer, Shape(height, width, TEXT_LEN)):
         expected = picture(pipe, size, **kwargs)

@@ -124,7 +124,7 @@ def test_hooks_that_move_a_call_s_arguments_move_the_timestep_with_its_plan(mode
         ({"x": None}, "needs x as a list of latents, got None"),
         ({"x": []}, "needs x as a list of latents"),
         ({"cap_feats": [torch.randn(1, 3, TEXT)]}, r"needs cap_feats as a list of tensors \[tokens, channels\]"),
-        ({"cap_feats": [torch.randn(3, TEXT)] * 2}, "x holds 1 pictures, cap_feats 2 captions"),
+        ({"cap_feats": [torch.randn(3, TEXT)] * 2}, "x holds 1 images, cap_feats 2 captions"),
         ({"t": 0.5}, "needs t as a tensor, got 0.5"),
         (
             {"x": [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 12)], "cap_feats": [torch.randn(3, TEXT)] * 2},

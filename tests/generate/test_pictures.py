@@ -1,4 +1,4 @@
-"""``flexclear generate``: pictures, their settings, names and timing lines."""
+"""``flexclear generate``: images, their settings, names and timing lines."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_exits_with_130(tmp_path, 
     arguments = ("generate", "embedded", *FAST, "--prompt", APPLE, "--prompt", FLOWER, "--out", tmp_path / "out")
     done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     assert done.exit_code == 130
-    assert "interrupted: 1 of 2 pictures are finished" in done.output
+    assert "interrupted: 1 of 2 images are finished" in done.output
     [file] = (tmp_path / "out").iterdir()
     assert read_settings(file)["settings"]["prompt"] == APPLE
     assert pixels(file)[0] == (96, 64)

@@ -1,4 +1,4 @@
-"""Pictures to score."""
+"""Images to score."""
 
 from __future__ import annotations
 

@@ -242,5 +242,5 @@ def zimage_call(height, width, captions, seed=0):
 
 
 def padded(length):
-    """Tokens of a Z-Image picture or caption with its padding."""
+    """Tokens of a Z-Image image or caption with its padding."""
     return -(-length // 32) * 32

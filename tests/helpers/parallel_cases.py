@@ -98,7 +98,7 @@ def dense_with_an_attention_that_diffusers_cannot_share():
 
 
 def two_pictures_at_once(r=4):
-    """Four ranks as two groups of two, each with a picture of its own."""
+    """Four ranks as two groups of two, each with an image of its own."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pictures", "bands"))

@@ -47,7 +47,7 @@ def build(kind):
 
 
 def build_zimage(kind):
-    """Sizes with and without pads, of which a rank's own picture has other numbers than the whole one."""
+    """Sizes with and without pads, of which a rank's own image has other numbers than the whole one."""
     (height, width), captions, config = {
         "no pads": ((16, 16), (20,), {}),
         "pads, two captions": ((25, 9), (33, 7), {}),
@@ -58,7 +58,7 @@ def build_zimage(kind):
 
 
 def with_reference(call, height, width):
-    """A FLUX call with the tokens of a reference picture behind its own."""
+    """A FLUX call with the tokens of a reference image behind its own."""
     from helpers.models import raster_ids
 
     ids = raster_ids(height, width)

@@ -45,7 +45,7 @@ def draw(pipe, height=128, width=128, steps=3, seed=3, prompt="a red apple on a 
 
 
 def pipeline_against_one(kind, transform, options, **call):
-    """Pictures of a pipeline that is shared against those of one that is not."""
+    """Images of a pipeline that is shared against those of one that is not."""
     pipe = pipeline(kind)
     flexclear.transform(pipe, backend="sdpa", **transform)
     whole = draw(pipe, **call)
@@ -55,7 +55,7 @@ def pipeline_against_one(kind, transform, options, **call):
 
 
 def tiled_decoding():
-    """A picture whose VAE decodes tiles, shared and not."""
+    """An image whose VAE decodes tiles, shared and not."""
     pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
     pipe.vae.enable_tiling()
     before = pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size
@@ -71,7 +71,7 @@ def tiled_decoding():
 
 
 def cascade(method, folder):
-    """Pictures of two stages of ``upscale_cascade`` on a shared pipeline against those of one that is not shared."""
+    """Images of two stages of ``upscale_cascade`` on a shared pipeline against those of one that is not shared."""
     import numpy as np
 
     from flexclear.highres import upscale_cascade
@@ -138,7 +138,7 @@ def embedded_call(pipe, side=16, text_len=16):
 
 
 def stale_picture(steps=6, warmup_steps=2):
-    """PSNR of a stale picture to the synchronous one, with guidance: two calls of the model a step."""
+    """PSNR of a stale image to the synchronous one, with guidance: two calls of the model a step."""
     from flexclear.embedded.evaluation import picture_psnr
 
     pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")

@@ -1,4 +1,4 @@
-"""Images that are small files and huge pictures."""
+"""Images that are small files and huge images."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def pipe(request):
 
 @pytest.fixture
 def photo():
-    """A picture of 64 x 48 pixels (width x height)."""
+    """An image of 64 x 48 pixels (width x height)."""
     return Image.merge(
         "RGB", [Image.radial_gradient("L"), Image.linear_gradient("L"), Image.radial_gradient("L")]
     ).resize((64, 48))

@@ -283,7 +283,7 @@ def test_released_settings_hold_where_nothing_else_is_said(flux, sd3):
 BAD = {
     "two prompts": ({"prompt": ["a", "b"]}, TypeError, "prompt must be one text"),
     "a method": ({"method": "magic"}, ValueError, r"method must be one of \['sdedit', 'imax'\], got 'magic'"),
-    "an image": ({"image": torch.zeros(3, 8, 8)}, TypeError, "image must be a PIL picture, got a Tensor"),
+    "an image": ({"image": torch.zeros(3, 8, 8)}, TypeError, "image must be a PIL image, got a Tensor"),
     "a seed": ({"seed": 1.5}, TypeError, "seed must be a whole number"),
     "no size": ({"sizes": []}, ValueError, "one or more sizes"),
     "a bare size": ({"sizes": 64}, ValueError, "one or more sizes"),
@@ -302,7 +302,7 @@ BAD = {
         ValueError,
         "another aspect ratio than 32 x 64",
     ),
-    "a picture that is too large": (
+    "an image that is too large": (
         {"image": Image.new("RGB", (64, 64)), "sizes": [32]},
         ValueError,
         "got 32 x 32 after 64 x 64",
@@ -359,7 +359,7 @@ def test_what_one_model_cannot_do_is_named_before_any_work(flux, sd3, embedded, 
     flexclear.transform(flux, r=5, backend="sdpa")
     with monkeypatch.context() as patch:
         patch.setattr(entry_hook_of(flux.transformer), "parallel", object())
-        with pytest.raises(ValueError, match="r: this model shares each picture among several ranks"):
+        with pytest.raises(ValueError, match="r: this model shares each image among several ranks"):
             upscale_cascade(flux, **call, r=2)
     flexclear.transform(flux, attention="sigmoid", backend="sdpa")
     with pytest.raises(ValueError, match=r"proportional_attention: attention='sigmoid' has a formula of its own"):

@@ -43,7 +43,7 @@ def test_memory_grows_with_the_picture_and_not_with_the_feature_maps(embedded):
     assert np.allclose(whole / areas, whole[-1] / areas[-1], rtol=0.15), "whole: every byte is per pixel"
     assert (tiles[-1] < whole[-1] / 3).all()
     marginal = (tiles[-1] - tiles[-2]) / (areas[-1] - areas[-2])
-    assert marginal[0] <= 4 * 12 + 8, "decoding adds the picture of 12 bytes a pixel, and its tiles, rows and sum"
+    assert marginal[0] <= 4 * 12 + 8, "decoding adds the image of 12 bytes a pixel, and its tiles, rows and sum"
     assert marginal[1] <= 16, "encoding adds latents only: the pixels are there before"
 
 

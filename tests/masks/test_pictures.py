@@ -1,4 +1,4 @@
-"""Pictures show what the masks are."""
+"""Images show what the masks are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts with reference grids: one plane, one window, several pictures."""
+"""Layouts with reference grids: one plane, one window, several images."""
 
 from __future__ import annotations
 

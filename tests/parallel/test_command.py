@@ -1,4 +1,4 @@
-"""``flexclear generate --parallel`` as torchrun starts it: one process's picture, written and told by the first rank."""
+"""``flexclear generate --parallel`` as torchrun starts it: one process's image, written and told by the first rank."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_shares_are_met_as_well_as_tiles_allow():
 def test_a_longer_reference_picture_is_cut_too():
     layout = Layout(16, 16, references=((64, 16),))
     bands = cut(layout, 2)
-    assert bands.edges == (0, 24, 64), "the lines that both pictures have count twice"
+    assert bands.edges == (0, 24, 64), "the lines that both images have count twice"
     assert part_of_size(layout, bands, 0) == 16 * 16 + 24 * 16
 
 

@@ -79,7 +79,7 @@ def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
     ringed._parallel_config = SimpleNamespace(context_parallel_config=inner)
     for enable in (parallel.enable, parallel.enable_dense):
         with pytest.raises(
-            ValueError, match=r"ring_degree=2, ulysses_degree=1.*Both at once would cut the picture twice"
+            ValueError, match=r"ring_degree=2, ulysses_degree=1.*Both at once would cut the image twice"
         ):
             enable(ringed)
 

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: the same pictures, the bytes that the formula says, and ranks that differ are named."""
+"""Two gloo processes against one: the same images, the bytes that the formula says, and ranks that differ are named."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ EVENTS = ("hook first", "transform first")
 
 
 def build(kind, height=16, width=16):
-    """A small model and a call of it; of Qwen-Image one with a square image and no reference pictures."""
+    """A small model and a call of it; of Qwen-Image one with a square image and no reference images."""
     if kind != "qwen":
         return parallel_families.build(kind)
     return models.tiny_qwen(), models.qwen_call((height, width), (), 12, 2)

@@ -16,11 +16,11 @@ from flexclear.runtime.processors import windowed
 from helpers.models import flux_call
 
 PICTURE = 6
-"""Length of the picture embeddings that the adapters take."""
+"""Length of the image embeddings that the adapters take."""
 
 
 def adapter_file(folder, model, seed):
-    """An adapter in the layout of the published files: picture tokens, and keys and values per double-stream block."""
+    """An adapter in the layout of the published files: image tokens, and keys and values per double-stream block."""
     generator = torch.Generator().manual_seed(seed)
     text, width = model.config.joint_attention_dim, model.inner_dim
 
@@ -44,7 +44,7 @@ def adapter_file(folder, model, seed):
 @pytest.fixture
 def load(tmp_path, twins):
     """Load adapters with the given seeds into both twins, together."""
-    twins.both(lambda pipe: setattr(pipe, "feature_extractor", object()))  # it would be made for pictures of 224 px
+    twins.both(lambda pipe: setattr(pipe, "feature_extractor", object()))  # it would be made for images of 224 px
 
     def load_both(*seeds):
         names = [adapter_file(tmp_path, twins.theirs.transformer, seed) for seed in seeds]
@@ -58,7 +58,7 @@ def load(tmp_path, twins):
 
 
 def pictures(adapters=1, seed=0, batch=2, each=1):
-    """Joint attention arguments with the embeddings of ``each`` pictures per adapter."""
+    """Joint attention arguments with the embeddings of ``each`` images per adapter."""
     generator = torch.Generator().manual_seed(100 + seed)
     embeddings = [torch.randn(batch, each, PICTURE, generator=generator) for _ in range(adapters)]
     return {"ip_adapter_image_embeds": embeddings}
@@ -75,7 +75,7 @@ def test_an_adapter_loaded_before_gives_what_it_gives_under_the_dense_mask(twins
     keys = list(twins.theirs.transformer.state_dict())
     twins.transform(order=order)
     one, other = (twins.agree(extra=pictures(seed=seed)) for seed in (0, 1))
-    assert (one - other).abs().max() > 1e-2, "the picture makes no difference"
+    assert (one - other).abs().max() > 1e-2, "the image makes no difference"
     twins.agree(7, 16, 5, batch=1, extra=pictures(batch=1))
     twins.agree(extra=pictures(each=3))
     assert sorted(twins.ours.transformer.state_dict()) == sorted(keys)

@@ -91,7 +91,7 @@ WRONG = {
     "cost": (sequence, "cost", lambda *_, **__: cost(Layout(1, 1), Disc(1)), "the cost counts .* pairs of"),
     "dense": (plan, "dense_mask", lambda layout, *_, **__: dense_mask(layout, Full()), "the dense mask of a plan is wrong"),
     "ranks": (sequence, "part_of", lambda layout, window, *cut: part_of(layout, Disc(1), *cut), "lacks keys that its queries"),
-    "warning": (sequence, "warn_of_unreached", lambda *_: None, "0 reference pictures are said .*, and 1 are"),
+    "warning": (sequence, "warn_of_unreached", lambda *_: None, "0 reference images are said .*, and 1 are"),
 }  # fmt: skip
 
 

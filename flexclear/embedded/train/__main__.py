@@ -43,7 +43,7 @@ def begin(
     folder: Folder = Path(".train"),
     source: Annotated[Path | None, typer.Option(help="A folder that export wrote; the package's by default.")] = None,
 ) -> None:
-    """Write checkpoints that go on from an exported model, for ``transformer`` and ``export``."""
+    """Write checkpoints that resume from an exported model, for ``transformer`` and ``export``."""
     from flexclear.embedded import model_directory
     from flexclear.embedded.train.assembly import begin_with
 
@@ -58,15 +58,19 @@ def transformer(
     steps: Annotated[int | None, typer.Option(help="Total steps; without it the rate stays flat.")] = None,
     decay_from: Annotated[int | None, typer.Option(help="First step of the decay.")] = None,
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
-    small_pictures: Annotated[int, typer.Option(help="Pictures of 128 pixels to encode.")] = 18_000,
-    large_pictures: Annotated[int, typer.Option(help="Pictures of 256 pixels to encode.")] = 2_000,
-    still: Annotated[bool, typer.Option(help="Pictures without jitter: first, so that names are learned.")] = False,
+    small_pictures: Annotated[
+        int, typer.Option("--small-images", "--small-pictures", help="Images of 128 pixels to encode.")
+    ] = 18_000,
+    large_pictures: Annotated[
+        int, typer.Option("--large-images", "--large-pictures", help="Images of 256 pixels to encode.")
+    ] = 2_000,
+    still: Annotated[bool, typer.Option(help="Images without jitter: first, so that names are learned.")] = False,
     faint: Annotated[
         float, typer.Option(min=0, help="Show pairs of little contrast more often: the power of their weight.")
     ] = 0.0,
     unnamed: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Share of pictures on backgrounds of other colours, which no caption names."),
+        typer.Option(min=0, max=1, help="Share of images on backgrounds of other colours, which no caption names."),
     ] = 0.0,
     noisier: Annotated[float, typer.Option(help="Added to the noise levels' logits, whose median is 0.5.")] = 0.0,
     matrix_rate: Annotated[float, typer.Option(help="Muon's learning rate.")] = 7e-3,
@@ -101,7 +105,9 @@ def measure(
     folder: Folder = Path(".train"),
     font: Font = None,
     threads: Threads = 2,
-    pictures: Annotated[int, typer.Option(help="Pictures to draw, spread over the emoji.")] = 512,
+    pictures: Annotated[
+        int, typer.Option("--images", "--pictures", help="Images to draw, spread over the emoji.")
+    ] = 512,
     strength: Annotated[float, typer.Option(help="What an emoji that is never right gains in weight.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Backgrounds and noise; not the seed of the results.")] = 5,
 ) -> None:

@@ -68,7 +68,7 @@ def kept_normalisation(folder: Path) -> tuple[float, float] | None:
 
 
 def begin_with(source: Path, folder: Path) -> Path:
-    """Write checkpoints to ``folder`` that go on from an exported pipeline, with fresh optimisers, and return the folder.
+    """Write checkpoints to ``folder`` that resume from an exported pipeline, with fresh optimisers, and return the folder.
 
     Args:
         source: a folder that ``export`` wrote, such as the package's own.
@@ -79,7 +79,7 @@ def begin_with(source: Path, folder: Path) -> Path:
         FileNotFoundError: ``source`` is no pipeline folder.
     """
     if (folder / CHECKPOINT_NAME).exists():
-        raise FileExistsError(f"{folder} holds a run already; name another --folder, or go on with it")
+        raise FileExistsError(f"{folder} holds a run already; name another --folder, or resume it")
     if not (source / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {source}: name a folder that export wrote")
     pipeline = from_pretrained(FluxPipeline, source, torch.float32, local_files_only=True)

@@ -41,7 +41,7 @@ def unname(
     Args:
         scenes: on named backgrounds.
         share: 0 to 1.
-        bitmaps: one RGBA picture per emoji index.
+        bitmaps: one RGBA image per emoji index.
         colours: the named ones, RGB of 0 to 255.
         held_out: pairs of emoji and named background.
         seed: of which scenes, and which colours.

@@ -1,4 +1,4 @@
-"""Decide what each training step sees: which pictures, which captions, how much padding."""
+"""Decide what each training step sees: which images, which captions, how much padding."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class BatchKind:
 
     Attributes:
         share: how often it is drawn, relative to the others.
-        pictures: pictures in the batch.
-        large: whether the pictures are the 256-pixel ones (1,024 image tokens) or the 128-pixel ones (256).
+        pictures: images in the batch.
+        large: whether the images are the 256-pixel ones (1,024 image tokens) or the 128-pixel ones (256).
         text_length: T5 tokens, padding included.
     """
 
@@ -53,11 +53,11 @@ class Batch:
     """One training batch.
 
     Attributes:
-        latents: shape (pictures, 8, side, side), float32, normalised.
+        latents: shape (images, 8, side, side), float32, normalised.
         noise: the same shape, standard normal.
-        sigmas: shape (pictures,), noise levels strictly between 0 and 1.
-        clip_ids: shape (pictures, longest caption), int64.
-        t5_ids: shape (pictures, text length), int64.
+        sigmas: shape (images,), noise levels strictly between 0 and 1.
+        clip_ids: shape (images, longest caption), int64.
+        t5_ids: shape (images, text length), int64.
         empty_clip_ids: the same shape as ``clip_ids``, for the empty caption.
         empty_t5_ids: the same shape as ``t5_ids``, for the empty caption.
     """
@@ -76,7 +76,7 @@ class BatchMaker:
     """Makes the batch of any step number, the same one every time.
 
     ``emphasis``, shape (emoji, backgrounds), is how often each pair is drawn relative to the others; all the same without it.
-    A picture whose background has no name counts as its emoji does on average. ``noisier`` is added to the noise levels' logits.
+    An image whose background has no name counts as its emoji does on average. ``noisier`` is added to the noise levels' logits.
     """
 
     cache: LatentCache
@@ -122,7 +122,7 @@ class BatchMaker:
 
     @cached_property
     def _shares(self) -> dict[bool, list[float]]:
-        """Running sums of how often each picture is drawn, of the small and of the large ones."""
+        """Running sums of how often each image is drawn, of the small and of the large ones."""
         assert self.emphasis is not None
         sets = {False: self.cache.small, True: self.cache.large}
         # The last column, which UNNAMED reaches.

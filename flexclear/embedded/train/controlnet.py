@@ -34,7 +34,7 @@ LARGEST_BYTES = 3_000_000
 def build_controlnet(transformer: FluxTransformer2DModel, layers: int, single_layers: int) -> FluxControlNetModel:
     """Return a ControlNet that begins with the transformer's first blocks, and with no effect.
 
-    Conditions are pictures in the latent space of the transformer's own, so it reads them as the transformer reads those
+    Conditions are images in the latent space of the transformer's own, so it reads them as the transformer reads those
     from the start; only its outputs begin at zero.
     """
     heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
@@ -91,7 +91,7 @@ def train_controlnet(
     sheet: Callable[[FluxControlNetModel], Image.Image] | None = None,
     start: Path | None = None,
 ) -> tuple[FluxControlNetModel, int]:
-    """Train, or go on from the checkpoint in ``folder``.
+    """Train, or resume from the checkpoint in ``folder``.
 
     Args:
         recipe: settings.

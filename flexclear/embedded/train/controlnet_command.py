@@ -30,8 +30,10 @@ def controlnet(
     steps: Annotated[
         int, typer.Option(min=1, help="Steps in all; the rate falls to zero at the last.")
     ] = DEFAULT.steps,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per step.")] = DEFAULT.batch,
-    pictures: Annotated[int, typer.Option(min=1, help="Different pictures, encoded once.")] = DEFAULT.pictures,
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = DEFAULT.batch,
+    pictures: Annotated[
+        int, typer.Option("--images", "--pictures", min=1, help="Different images, encoded once.")
+    ] = DEFAULT.pictures,
     layers: Annotated[int, typer.Option(min=1, help="Double blocks.")] = DEFAULT.layers,
     single_layers: Annotated[int, typer.Option(min=0, help="Single blocks.")] = DEFAULT.single_layers,
     matrix_rate: Annotated[float, typer.Option(help="Learning rate of matrices in blocks.")] = DEFAULT.matrix_rate,
@@ -44,7 +46,7 @@ def controlnet(
     ] = None,
     target: Annotated[Path | None, typer.Option(help="The folder to write; the package's by default.")] = None,
 ) -> None:
-    """Train the ControlNet of the embedded model as it is shipped (minutes); SIGTERM stops it, the same call goes on."""
+    """Train the ControlNet of the embedded model as it is shipped (minutes); SIGTERM stops it, the same call resumes."""
     import torch
 
     from flexclear import embedded
@@ -82,7 +84,7 @@ def controlnet(
         bitmaps,
         colours,
         folder / "controlnet-latents.pt",
-        f"{pictures} pictures, seed {seed}, model {teacher}",
+        f"{pictures} images, seed {seed}, model {teacher}",
     )
     maker = ControlBatchMaker(
         data, names, list(corpus.BACKGROUNDS), pipeline.tokenizer, pipeline.tokenizer_2, batch, noise_logit, seed
@@ -92,7 +94,7 @@ def controlnet(
             recipe, pipeline, maker, folder, teacher, stop, _sheet(pipeline, bitmaps), begin_with
         )
     if done < steps:
-        typer.echo(f"stopped after {done} of {steps} steps; the same command goes on")
+        typer.echo(f"stopped after {done} of {steps} steps; the same command resumes it")
         raise typer.Exit(1)
     facts: dict[str, Any] = {"teacher": teacher, "steps": steps, "batch": batch, "seed": seed}
     if begin_with is not None:

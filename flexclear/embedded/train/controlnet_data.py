@@ -1,4 +1,4 @@
-"""What the ControlNet learns from: pictures with their conditions, encoded once, and the batch of every step."""
+"""What the ControlNet learns from: images with their conditions, encoded once, and the batch of every step."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ ENCODED_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ConditionedSet:
-    """Encoded pictures and conditions; m modes, in the order of ``MODES``.
+    """Encoded images and conditions; m modes, in the order of ``MODES``.
 
     A pipeline samples the condition's latents from the autoencoder's posterior, so mean and deviation are kept.
 
     Attributes:
-        latents: shape (pictures, 8, 32, 32), float16, normalised.
-        means: shape (m, pictures, 8, 32, 32), float16, normalised.
+        latents: shape (images, 8, 32, 32), float16, normalised.
+        means: shape (m, images, 8, 32, 32), float16, normalised.
         deviations: the same.
-        emoji: shape (pictures,), int64 emoji indices.
-        backgrounds: shape (pictures,), int64 background indices.
+        emoji: shape (images,), int64 emoji indices.
+        backgrounds: shape (images,), int64 background indices.
     """
 
     latents: torch.Tensor
@@ -58,7 +58,7 @@ def conditioned_set(
     Args:
         vae: the embedded model's autoencoder.
         scenes: what to draw.
-        bitmaps: one RGBA picture per emoji index.
+        bitmaps: one RGBA image per emoji index.
         colours: one RGB triple per background index.
         path: the cache.
         identity: of all that decides the result; another one in the cache means to encode anew.
@@ -92,7 +92,7 @@ def conditioned_set(
 
 @torch.no_grad()
 def _posterior(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised mean and deviation of the pictures' latents, float32, each of shape (pictures, 8, side, side)."""
+    """Normalised mean and deviation of the pictures' latents, float32, each of shape (images, 8, side, side)."""
     pixels = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures])
     values = pixels.view(len(pictures), PIXELS, PIXELS, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
     # Four times as fast as float32 here, and off by less than a hundredth of the posterior's deviation.
@@ -107,13 +107,13 @@ class ControlBatch:
     """One training batch.
 
     Attributes:
-        latents: shape (pictures, 8, side, side), float32, normalised.
+        latents: shape (images, 8, side, side), float32, normalised.
         noise: the same shape, standard normal.
         conditions: the same shape: latents of the conditions, sampled.
-        modes: shape (pictures, 1), int64.
-        sigmas: shape (pictures,), noise levels strictly between 0 and 1.
-        clip_ids: shape (pictures, longest caption), int64.
-        t5_ids: shape (pictures, text length), int64.
+        modes: shape (images, 1), int64.
+        sigmas: shape (images,), noise levels strictly between 0 and 1.
+        clip_ids: shape (images, longest caption), int64.
+        t5_ids: shape (images, text length), int64.
     """
 
     latents: torch.Tensor

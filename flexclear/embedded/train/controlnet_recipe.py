@@ -13,11 +13,11 @@ class ControlRecipe:
 
     Attributes:
         steps: in all.
-        batch: pictures per step.
-        pictures: different pictures, each with every condition.
+        batch: images per step.
+        pictures: different images, each with every condition.
         layers: double blocks. single_layers: single blocks.
         matrix_rate: learning rate of Muon, for matrices in blocks. other_rate: of AdamW, for the rest.
-        noise_logit: median of the noise levels' logit; a condition matters most where noise hides the picture.
+        noise_logit: median of the noise levels' logit; a condition matters most where noise hides the image.
         half_precision: bfloat16 autocast.
         compiled: compile the blocks of both models: a tenth faster on CPU, after a minute or two of compiling.
         save_every, sheet_every: steps between checkpoints, and between contact sheets.

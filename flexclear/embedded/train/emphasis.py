@@ -30,18 +30,18 @@ LARGEST_ERROR_WEIGHT = 2.0
 def measure_emphasis(
     pipeline: FluxPipeline, retriever: Retriever, vocabulary: Vocabulary, pictures: int, strength: float, seed: int
 ) -> dict[str, float]:
-    """Return how often to show each emoji: 1 where every picture of it is right, 1 + ``strength`` where none is.
+    """Return how often to show each emoji: 1 where every image of it is right, 1 + ``strength`` where none is.
 
     Args:
         pipeline: the model so far.
         retriever: finds the nearest clean drawing.
         vocabulary: the emoji and backgrounds.
-        pictures: pictures to draw, spread evenly over the emoji; at least one each.
+        pictures: images to draw, spread evenly over the emoji; at least one each.
         strength: what an emoji that is never right gains.
         seed: chooses backgrounds and noise; not the seed that the results are measured with.
     """
     if pictures < len(vocabulary.emoji):
-        raise ValueError(f"need a picture per emoji, {len(vocabulary.emoji)} or more, got {pictures}")
+        raise ValueError(f"need an image per emoji, {len(vocabulary.emoji)} or more, got {pictures}")
     requests = trained_requests(vocabulary, pictures, seed)
     matches = retriever.match(generate(pipeline, vocabulary, requests, steps=12))
     return weigh(vocabulary, requests, matches, strength)
@@ -52,7 +52,7 @@ def weigh(
 ) -> dict[str, float]:
     """Return what each emoji, by name, gains by being wrong and by being drawn badly.
 
-    The first factor is 1 + ``strength`` times the share of wrong pictures. The second is the emoji's mean squared difference
+    The first factor is 1 + ``strength`` times the share of wrong images. The second is the emoji's mean squared difference
     to its nearest clean drawing over the median emoji's, between 1 and ``LARGEST_ERROR_WEIGHT``: details that do not matter
     to retrieval on most backgrounds decide it where the emoji has nearly the background's colour.
     """

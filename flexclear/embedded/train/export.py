@@ -15,7 +15,7 @@ from flexclear.embedded.train.assembly import corpus_captions, load_trained
 from flexclear.embedded.vocabulary import FILE_NAME, Vocabulary
 
 NOTICE = """\
-The weights in this folder were trained on pictures drawn from the Noto Color Emoji font, and
+The weights in this folder were trained on images drawn from the Noto Color Emoji font, and
 emoji.png holds small drawings of some of its glyphs.
 
 Noto Color Emoji is Copyright 2013-2017 Google Inc. and licensed under the SIL Open Font License,

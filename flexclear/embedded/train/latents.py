@@ -1,4 +1,4 @@
-"""Encode the training pictures once, and keep their latents in a file."""
+"""Encode the training images once, and keep their latents in a file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class LatentSet:
     """Normalised latents of jittered scenes, and what each shows.
 
     Attributes:
-        latents: shape (pictures, 8, side, side), dtype float16, mean about 0 and deviation about 1.
-        emoji: shape (pictures,), int64 emoji indices.
-        backgrounds: shape (pictures,), int64 background indices, ``UNNAMED`` among them.
+        latents: shape (images, 8, side, side), dtype float16, mean about 0 and deviation about 1.
+        emoji: shape (images,), int64 emoji indices.
+        backgrounds: shape (images,), int64 background indices, ``UNNAMED`` among them.
     """
 
     latents: torch.Tensor
@@ -53,8 +53,8 @@ def build_cache(
 
     Args:
         vae: encodes.
-        scenes: of the 128-pixel and of the 256-pixel pictures.
-        bitmaps: one RGBA picture per emoji index.
+        scenes: of the 128-pixel and of the 256-pixel images.
+        bitmaps: one RGBA image per emoji index.
         colours: one per background index.
         path: of the cache.
         shift_and_scaling: what latents are normalised with; without it they come out with mean 0 and deviation 1.

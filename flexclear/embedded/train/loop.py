@@ -36,7 +36,7 @@ def run_steps(
     """Train until the schedule ends or ``stop`` says so, and return the steps done; the last one is always kept and drawn.
 
     Args:
-        name: of what is trained; the log is ``folder/NAME.jsonl``, and is gone on with.
+        name: of what is trained; the log is ``folder/NAME.jsonl``, and is resumed.
         folder: is made.
         schedule: of the learning rate; with ``total`` None only ``stop`` ends the run.
         done: steps before this run.

@@ -33,13 +33,13 @@ def run_transformer(
 ) -> int:
     """Train the transformer with checkpoints in ``folder`` and return the number of steps done so far.
 
-    ``still`` trains on pictures without jitter. Under jitter an emoji's name explains a tenth of the latents' variance
-    only, too little to be noticed at the start; on still pictures it explains nearly all of it. Where ``folder`` holds
+    ``still`` trains on images without jitter. Under jitter an emoji's name explains a tenth of the latents' variance
+    only, too little to be noticed at the start; on still images it explains nearly all of it. Where ``folder`` holds
     an ``emphasis.json``, the emoji that it favours are shown more often; ``faint`` favours pairs of little contrast.
-    ``unnamed`` is the share of pictures on backgrounds of other colours, see :mod:`backgrounds`; ``noisier`` moves the
+    ``unnamed`` is the share of images on backgrounds of other colours, see :mod:`backgrounds`; ``noisier`` moves the
     noise levels up, to where place, size and direction of an emoji are decided.
 
-    Latents are kept, in a file for each ``still`` and ``unnamed``. A run that is gone on with keeps the normalisation that
+    Latents are kept, in a file for each ``still`` and ``unnamed``. A run that is resumed keeps the normalisation that
     it began with.
     """
     emoji = corpus.emoji()

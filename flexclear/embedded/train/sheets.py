@@ -1,4 +1,4 @@
-"""Contact sheets: many pictures in one PNG, to look at while training runs."""
+"""Contact sheets: many images in one PNG, to look at while training runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from flexclear.compile.files import whole_file
 
 
 def save_sheet(pictures: torch.Tensor, columns: int, path: Path) -> None:
-    """Save pictures as a grid.
+    """Save images as a grid.
 
     Args:
         pictures: shape (count, 3, height, width), values -1 to 1.
-        columns: pictures per row.
+        columns: images per row.
         path: the PNG to write.
     """
     if columns < 1:

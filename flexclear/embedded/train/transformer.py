@@ -120,10 +120,10 @@ def train_transformer(
     total: int | None,
     decay_from: int | None,
 ) -> int:
-    """Train, or go on from ``folder/transformer.pt``, and return the number of steps done so far.
+    """Train, or resume from ``folder/transformer.pt``, and return the number of steps done so far.
 
     Without ``total`` the learning rate stays flat and training runs until SIGTERM or SIGINT, which save a
-    checkpoint first; a later call with ``total`` goes on from there and decays the rate to zero.
+    checkpoint first; a later call with ``total`` resumes there and decays the rate to zero.
     """
     optimizer = SplitOptimizer(
         learners.transformer, [learners.clip, learners.t5], recipe.matrix_rate, recipe.other_rate
@@ -175,7 +175,7 @@ def train_transformer(
 
 
 def sample(pipeline: FluxPipeline, prompts: list[str], steps: int, pixels: int = 128) -> torch.Tensor:
-    """Return pictures of the prompts, shape (prompts, 3, pixels, pixels), values -1 to 1, uncompiled."""
+    """Return images of the prompts, shape (prompts, 3, pixels, pixels), values -1 to 1, uncompiled."""
     generator = torch.Generator().manual_seed(0)
     with torch.compiler.set_stance("force_eager"):
         pictures = pipeline(

@@ -1,4 +1,4 @@
-"""Train the autoencoder: 128 px pictures to 32 x 32 latents of 8 channels and back."""
+"""Train the autoencoder: 128 px images to 32 x 32 latents of 8 channels and back."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def to_unit_range(pictures: np.ndarray) -> torch.Tensor:
-    """Return uint8 pictures (count, height, width, 3) as floats (count, 3, height, width) of -1 to 1."""
+    """Return uint8 images (count, height, width, 3) as floats (count, 3, height, width) of -1 to 1."""
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -67,7 +67,7 @@ def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def random_crops(pictures: np.ndarray, count: int, side: int, generator: np.random.Generator) -> np.ndarray:
-    """Return seeded crops, shape (count, side, side, 3), from pictures (pictures, height, width, 3)."""
+    """Return seeded crops, shape (count, side, side, 3), from images (images, height, width, 3)."""
     chosen = generator.integers(len(pictures), size=count)
     tops = generator.integers(pictures.shape[1] - side + 1, size=count)
     lefts = generator.integers(pictures.shape[2] - side + 1, size=count)
@@ -82,7 +82,7 @@ def train_vae(
     colours: Sequence[Colour],
     folder: Path,
 ) -> AutoencoderKL:
-    """Train, or go on training from ``folder/vae.pt``, and return the autoencoder; sheets go there too."""
+    """Train, or resume from ``folder/vae.pt``, and return the autoencoder; sheets go there too."""
     torch.manual_seed(recipe.seed)
     model = build_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=1e-3)
