@@ -41,7 +41,7 @@ def made_here(call):
 
 
 @torch.inference_mode()
-@pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
+@pytest.mark.filterwarnings("ignore:flexclear. a reference image")
 @pytest.mark.parametrize("kind", ["flux", "flux2", "sd3", "chroma, bool", "zimage, pads, two captions", "qwen"])
 def test_only_the_first_step_reads_what_is_on_the_device(kind):
     model, call = build(kind)

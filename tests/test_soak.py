@@ -72,7 +72,7 @@ def test_a_planted_wrong_picture_is_found_with_the_call_that_draws_it(monkeypatc
 
     monkeypatch.setattr("flexclear.runtime.call_plan.windowed_attention", drifting)
     found = short(replace(NO_SAMPLES, samples=2), 12)
-    wrong = [failure for failure in found.failures if "a fresh process draws another picture" in failure]
+    wrong = [failure for failure in found.failures if "a fresh process draws another image" in failure]
     assert found.compared == 2
     assert wrong
     assert "Call(number=" in wrong[0]

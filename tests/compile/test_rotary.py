@@ -59,7 +59,7 @@ def flux2():
     return cases.tiny_flux2(), cases.flux2_call((9, 13), (), 20)
 
 
-@pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
+@pytest.mark.filterwarnings("ignore:flexclear. a reference image")
 @pytest.mark.parametrize("make", [flux, flux2, qwen, zimage])
 def test_no_windowed_block_computes_with_complex_numbers(make):
     graphs = []

@@ -15,7 +15,7 @@ from .oracle import RADIUS, TOLERANCE, expected, gradients, run, same, twins, un
 from .shapes import REFERENCES, Shape
 from .table import ROWS, cases, every
 
-pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
+pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference image")
 CPU = torch.device("cpu")
 
 
@@ -98,8 +98,8 @@ def check_kernels(row, shape, **config):
 
 # One process runs this file, so that families share kernels: one of plain attention, one where text is padded, one where a
 # mask is added.
-@pytest.mark.costly("flux", "flux2", "qwen", "sd3", "chroma", "zimage")
-@pytest.mark.brief("krea2", "9x13")  # heads of keys that several of the query share
+@pytest.mark.costly("flux", "flux2", "qwen", "sd3", "chroma", "zimage", "krea2")
+@pytest.mark.brief("krea2", "text20")  # heads of keys that several of the query share
 @compiles
 @cases(lambda row: [] if row.joint_block is None else kernels(row))
 def test_compiled_flex_attention_equals_the_plain_model_under_the_dense_mask(row, shape):

@@ -16,7 +16,7 @@ from .row import Row
 from .shapes import REFERENCES, SIZES, Shape
 from .table import cases, every, keep, noise
 
-pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
+pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference image")
 
 
 def tensors(call):

@@ -346,3 +346,11 @@ def test_a_bad_argument_is_one_line(folders, tmp_path, extra, message, capsys):
         main(["eval", *map(str, folders), "--out", str(tmp_path / "out"), *extra])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [[], ["images"], ["pictures"]])
+def test_the_command_for_images_has_its_old_name_too(folders, name, tmp_path):
+    arguments = ["eval", *name, *map(str, folders), "--metrics", "psnr", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "PSNR" in done.stdout.upper()

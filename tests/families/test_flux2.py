@@ -14,7 +14,7 @@ from flexclear.runtime.processors import windowed
 
 from helpers.models import flux2_call, tiny_flux2
 
-pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
+pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference image")
 R = 3
 
 

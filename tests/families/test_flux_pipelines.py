@@ -133,7 +133,7 @@ def test_a_reference_that_the_window_hides_from_part_of_the_image_is_warned_of_o
         with pytest.warns(UserWarning, match="8 x 8 tokens ends so far before the image's 12 x 16.*disc_r3"):
             draw(pipe, **extra)
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*reference picture")
+            warnings.filterwarnings("error", message=".*reference image")
             draw(pipe, **extra)
     finally:
         flexclear.restore(pipe)

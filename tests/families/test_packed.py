@@ -406,7 +406,7 @@ def test_references_go_in_arguments_of_their_own_and_fit_their_ids():
         name: torch.cat([call[name], call[other]], -2) for name, other in (("hidden_states", tokens), ("img_ids", ids))
     }
     with pytest.raises(
-        ValueError, match=r"img_ids describe 2 pictures.* takes reference images in image_cond_hidden_states"
+        ValueError, match=r"img_ids describe 2 images.* takes reference images in image_cond_hidden_states"
     ):
         run(model, {**call, **joined, tokens: None, ids: None})
 

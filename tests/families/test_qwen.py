@@ -18,7 +18,7 @@ from contract.shapes import Shape
 from contract.table import QWEN
 from helpers.models import qwen_call, tiny_qwen
 
-pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference picture")
+pytestmark = pytest.mark.filterwarnings("ignore:flexclear. a reference image")
 R = 3
 
 

@@ -24,7 +24,7 @@ def test_quantising_what_is_too_small_says_which_option_lowers_the_limit(command
 
 BAD = {
     "no prompt": ((), "no prompt: give --prompt TEXT"),
-    "an empty prompt": (("--prompt", " "), "a prompt is needed for every picture"),
+    "an empty prompt": (("--prompt", " "), "a prompt is needed for every image"),
     "two kinds of prompts": (("--prompt", APPLE, "--prompts", "x.txt"), "--prompt or --prompts, not both"),
     "no prompt file": (("--prompts", "nowhere.txt"), "--prompts: no file nowhere.txt"),
     "no size": (("--prompt", APPLE, "--size", "64"), "a size is HEIGHTxWIDTH in pixels, such as 1024x768; got '64'"),
@@ -59,7 +59,7 @@ BAD = {
     "a device without numbers": (("--prompt", APPLE, "--device", "meta"), "--device 'meta' holds no numbers"),
     "an unknown backend": (("--prompt", APPLE, "--backend", "magic"), "--backend must be one of"),
     "a folder for a jpeg": (("--prompt", APPLE, "--out", "x.jpg"), "--out must end in .png"),
-    "one file for two": (("--prompt", APPLE, "--prompt", FLOWER, "--out", "x.png"), "one file, x.png, for 2 pictures"),
+    "one file for two": (("--prompt", APPLE, "--prompt", FLOWER, "--out", "x.png"), "one file, x.png, for 2 images"),
 }
 
 
