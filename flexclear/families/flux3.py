@@ -84,6 +84,7 @@ FLUX3 = Flux3Family(
     stacks={"mode_blocks.image": "attn", "mode_blocks.image_cond": "attn", "single_transformer_blocks": "attn"},
     # Rotary embeddings are concatenated on their way; of modulations these reach the blocks as they are.
     carriers=("single_stream_modulations.txt", "early_stream_modulations.image", "early_stream_modulations.image_cond"),
+    block_argument="image_rotary_emb",
     scopes={"mode_blocks.image": IMAGE, "mode_blocks.image_cond": REFERENCES},
     raster=True,
     axes=Axes(picture=3, step=0.5),

@@ -135,6 +135,7 @@ AURAFLOW = LatentsFamily(
     processors=("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"),
     stacks={"joint_transformer_blocks": "attn", "single_transformer_blocks": "attn"},
     carriers=("time_step_proj",),
+    block_argument="attention_kwargs",
     registers=8,
     positions="pos_embed.pos_embed_max_size",
     rope=False,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.carrying import Hook, plan_here
+from flexclear.runtime.carrying import Hook, carried_by
 from flexclear.runtime.checks import refuse_mask, required_tensor
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family, InnerHooks
@@ -36,7 +36,7 @@ class OrderHook(Hook):
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        plan = plan_here()
+        plan = carried_by((*args, *kwargs.values()))
         if plan is None:
             return args, kwargs  # the block alone: its attention says what is missing
         if args:

@@ -28,7 +28,7 @@ from flexclear.compile.derivatives import function_transforms
 from flexclear.families.zimage_pads import padding, pads_of, room_for
 from flexclear.masks.defaults import independent
 from flexclear.runtime.call_plan import CallPlan, Rotary
-from flexclear.runtime.carrying import Hook, carried_by, here, plan_here
+from flexclear.runtime.carrying import Hook, carried_by, here
 from flexclear.runtime.checks import required_tensor
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family, InnerHooks
@@ -65,7 +65,7 @@ class PadsOfBand(Hook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        plan = plan_here()
+        plan = carried_by((*args, *kwargs.values()))
         if plan is None or plan.band is None:
             return args, kwargs  # the ControlNet's call of the refiner
         x, own, pads = args[0], len(plan.base.rows), pads_of(plan)
@@ -334,6 +334,7 @@ ZIMAGE = ZImageFamily(
     processors=("ZSingleStreamAttnProcessor",),
     stacks={"noise_refiner": "attention", "layers": "attention"},
     carriers=("t_embedder",),
+    block_argument="freqs_cis",
     text_first=False,
     scopes={"noise_refiner": IMAGE},
     given={"attention_mask": None},

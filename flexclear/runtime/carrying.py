@@ -10,6 +10,7 @@ are called without the entry find none.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -37,25 +38,12 @@ here = threading.local()
 """What this thread is in, each absent or None outside of it.
 
 ``entering``: plan of a call whose carriers have not all been made; ``plan``: of the block that runs, or has run last;
-``leaving``: plan of the call that runs, for its exit.
+``leaving``: plan of the call that runs, for its exit. Read in graphs, and written outside of them.
 """
-
-
-class _Traced:
-    """The same inside of what Dynamo traces: once a graph holds FlexAttention, Dynamo (torch 2.13) reads attributes of a
-    ``threading.local`` as they were before. All is None where a graph begins and where it ends, so that running one writes
-    nothing that another thread could read."""
-
-    plan: CallPlan | None = None
-
-
-traced = _Traced()
 
 
 def plan_here() -> CallPlan | None:
     """The plan of the block that this thread is in, None in a block without one."""
-    if torch.compiler.is_compiling() and traced.plan is not None:
-        return traced.plan
     return getattr(here, "plan", None)
 
 
@@ -147,22 +135,34 @@ def carried_by(values: Any) -> CallPlan | None:
 class BlockHook(Hook):
     """Forward pre-hook of a block with windowed attention: the plan that its arguments carry is the thread's, or none is.
 
-    It stays until the next block, or the call's exit: attention is always in a block. ``BlockEndHook`` ends it in graphs.
+    It stays until the next block, or the call's exit: attention is always in a block. In a graph that Dynamo traces, hooks
+    included, the plan reaches attention in the block's arguments alone: once such a graph holds FlexAttention, Dynamo (torch
+    2.13) reads what was written to an object before as if it had not been.
+
+    Attributes:
+        argument: name of the block's argument that is to carry it there, where attention gets none of those that do: a
+            dictionary, or tensors that attention gets as they are; or None.
+        place: its place among the positional ones.
     """
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, block: nn.Module, argument: str | None = None) -> None:
+        self.argument = argument
+        names = list(inspect.signature(type(block).forward).parameters)[1:]
+        self.place = names.index(argument) if argument is not None and argument in names else None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan = carried_by((*args, *kwargs.values()))
-        if torch.compiler.is_compiling():
-            traced.plan = plan
-        else:
+        if not torch.compiler.is_compiling():
             here.plan = plan
+            return None
+        name, place = self.argument, self.place
+        if plan is None or name is None or place is None:
+            return None
+        if place < len(args):
+            return (*args[:place], _with(args[place], plan), *args[place + 1 :]), kwargs
+        return args, {**kwargs, name: _with(kwargs.get(name), plan)}
 
 
-class BlockEndHook(Hook):
-    """Forward hook of such a block, for what Dynamo traces."""
-
-    after = True
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            traced.plan = None
+def _with(value: Any, plan: CallPlan) -> Any:
+    """An argument that carries the plan."""
+    return {**(value or {}), CARRIED: plan} if value is None or isinstance(value, dict) else carrying(value, plan)

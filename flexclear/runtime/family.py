@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.carrying import BlockEndHook, BlockHook, CarrierHook
+from flexclear.runtime.carrying import BlockHook, CarrierHook
 from flexclear.runtime.checks import attention_of
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.mechanism import Formula
@@ -38,6 +38,8 @@ class Family:
         carrier_argument: name of the model's argument that is a dictionary and reaches every block and its attention, in place of
             carriers or beside them. It is the sturdier way: what puts other tensors in the place of those that a module returns
             (DeepSpeed's ZeRO 3, reentrant checkpointing) leaves a dictionary as it is.
+        block_argument: name of the blocks' argument that carries a plan on to their attention in whole graphs, of a model whose
+            attention gets none of what carries it to the blocks; see ``BlockHook``.
         text_first: whether text precedes the image in the attention's sequence.
         scopes: which tokens an attention module attends over, by its name or by its stack's, where that is not ``JOINT``.
         given: what the processors' code gets for arguments of these names, such as None for masks of padding; see
@@ -60,6 +62,7 @@ class Family:
     stacks: Mapping[str, str | tuple[str, ...]]
     carriers: tuple[str, ...] = ()
     carrier_argument: str | None = None
+    block_argument: str | None = None
     text_first: bool = True
     scopes: Mapping[str, str] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -181,7 +184,7 @@ class Family:
         its own."""
         carriers = [(model.get_submodule(path), CarrierHook(path == self.carriers[-1])) for path in self.carriers]
         paths = dict.fromkeys(map(block_of, names))
-        blocks = [(model.get_submodule(path), hook) for path in paths for hook in (BlockHook(), BlockEndHook())]
+        blocks = [(block, BlockHook(block, self.block_argument)) for block in map(model.get_submodule, paths)]
         return [*carriers, *blocks, *self.inner_hooks(model)]
 
 

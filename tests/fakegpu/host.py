@@ -81,7 +81,8 @@ def prepare() -> None:
             return
 
         def real(_: Tensor) -> Any:
-            LOG.readings.append(f"{read.__name__} of {tuple(tensor.shape)} {tensor.dtype}")
+            name = getattr(read, "func", read).__name__
+            LOG.readings.append(f"{name} of {tuple(tensor.shape)} {tensor.dtype}")
             with _disable_current_modes():
                 return read(_known[id(tensor)][1])
 
