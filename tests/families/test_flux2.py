@@ -66,7 +66,7 @@ def test_ids_without_a_batch_axis_give_the_same(model):
         ({"joint_attention_kwargs": {"kv_cache_mode": "cached"}}, "kv_cache_mode='cached' asks"),
         (
             {"joint_attention_kwargs": {"attention_mask": torch.ones(1)}},
-            "joint_attention_kwargs holds an attention_mask",
+            "the attention_mask in joint_attention_kwargs must be a bool tensor",
         ),
     ],
 )
