@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ InnerHooks = list[tuple[nn.Module, Any]]
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """Where tokens enter and leave, where the grid comes from, which attention modules count, where text sits.
 
     All of it is data, or a method where a model is peculiar. No instance holds anything of a model: what varies travels in
@@ -132,14 +133,15 @@ class Family:
             )
         return window_processor(original, slot, given=self.given, shared=layer.shared)
 
+    @abstractmethod
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: Any) -> Call:
         """The facts of one call. ``grids`` is the model's ``GridReader``.
 
         Raises:
             ValueError: the call cannot be windowed; the message names what was given.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def enter(
         self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
     ) -> tuple[dict[str, Any], CallPlan]:
@@ -151,7 +153,6 @@ class Family:
         Raises:
             ValueError: an NTK factor other than 1 on a model without rotary positions.
         """
-        raise NotImplementedError
 
     def leave(self, model: nn.Module, output: Any, plan: CallPlan) -> Any:
         """The model's output back in raster order; by default its first element or ``sample`` is ``[B, tokens, C]``."""

@@ -249,7 +249,8 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
         if plan.rotary is not None and rotary is not None:
             given[rotary] = None
         before = len(given["segments"] or ()) if self.in_parts else 0
-        return own(self, **given, **rest, **{name: make(_Attention(self, plan, before)) for name, make in ours.items()})
+        attention = _Attention(self, plan, before, _length(given) if isinstance(self, _Adapted) else None)
+        return own(self, **given, **rest, **{name: make(attention) for name, make in ours.items()})
 
     module = issubclass(stock, nn.Module)
     bases = [
@@ -363,21 +364,30 @@ class _Attention:
     Attributes:
         processor, plan: whose, and of which call.
         before: of a processor that attends in parts, how many of them come before the windowed one.
+        length: of the sequence, of a processor that attends to an adapter's keys besides; else None.
     """
 
-    def __init__(self, processor: WindowProcessor, plan: CallPlan, before: int) -> None:
-        self.processor, self.plan, self.before = processor, plan, before
+    def __init__(self, processor: WindowProcessor, plan: CallPlan, before: int, length: int | None) -> None:
+        self.processor, self.plan, self.before, self.length = processor, plan, before, length
 
     def is_ours(self, query: Tensor, key: Tensor) -> bool:
-        """Whether it is over the sequence. An IP-Adapter's, of image queries over its own keys, is not.
+        """Whether it is over the sequence. An IP-Adapter's, of the image's queries over as many keys as it may be, is not.
 
         Args:
             query, key: ``[B, N, heads, head_dim]``.
         """
+        if self.length is not None:
+            return query.shape[1] == self.length
         if not self.processor.in_parts:
-            return query.shape[1] == key.shape[1]
+            return True
         self.before -= 1
         return self.before < 0
+
+
+def _length(given: Mapping[str, Any]) -> int:
+    """Tokens of the image and of the text beside it, among the arguments of a processor."""
+    text = given.get("encoder_hidden_states")
+    return given["hidden_states"].shape[1] + (0 if text is None else text.shape[1])
 
 
 def _dispatching(theirs: Callable[..., Tensor], attention: _Attention) -> Callable[..., Tensor]:
@@ -448,8 +458,14 @@ def _attend(
     """Attention of a processor, ``[B, N, heads, head_dim]``, in place of what its code asks for.
 
     Raises:
-        ValueError: that is masked by something that the plan does not stand for, is causal, or drops out.
+        ValueError: that is masked by something that the plan does not stand for, is causal, drops out, or has other keys than
+            the sequence's.
     """
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"{type(processor).stock.__name__} asks for attention of {query.shape[1]} queries over {key.shape[1]} keys, for "
+            "which this model's window is not made. Call the model without a cache, or flexclear.restore(model) first"
+        )
     if mask is not None or causal or dropout:
         what = "a mask" if mask is not None else "causal attention" if causal else f"dropout {dropout}"
         raise ValueError(

@@ -172,6 +172,22 @@ def test_an_ip_adapter_gives_what_it_gives_under_the_dense_mask(row, shape):
     assert torch.equal(run(flexclear.restore(model), call), run(plain, call))
 
 
+@every("ip-adapter")
+@pytest.mark.parametrize("backend", ["sdpa", "traced"])
+def test_an_ip_adapter_of_as_many_tokens_as_the_image_is_told_apart_from_it(row, backend):
+    model, _ = twins(row)
+    shape = Shape(9, 13, 20, 2)
+    row.adapter(model, shape)
+    images = {"ip_hidden_states": [noise(shape.batch, shape.height * shape.width, 12)]}
+    call = {**row.call(shape), "joint_attention_kwargs": images}
+    reference = expected(row, copy.deepcopy(model), shape, call)
+    flexclear.transform(model, r=RADIUS, backend="sdpa")
+    if backend == "traced":
+        flexclear.optimize(model, backend="eager")
+    same(run(model, call), reference)
+    torch.compiler.reset()
+
+
 @every("pooled keys")
 @pytest.mark.parametrize(("height", "width"), [(12, 8), (9, 13)])
 def test_image_queries_alone_see_the_mean_of_each_cell(row, height, width):

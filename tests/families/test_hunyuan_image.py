@@ -117,6 +117,7 @@ def test_the_pipeline_is_windowed(pipe):
 def test_the_distilled_pipeline_runs():
     pipe = pipeline(guided=False, guidance_embeds=True, use_meanflow=True)
     check_pipeline(pipe, SIZE, distilled_guidance_scale=3.25, guided={"distilled_guidance_scale": 7.0})
+    check_windowed(pipe, GLYPHS, prompt=QUOTED, height=48, width=64, distilled_guidance_scale=3.25)
 
 
 def test_the_refiner_takes_latents_of_one_frame():
