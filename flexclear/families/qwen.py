@@ -16,7 +16,7 @@ from flexclear.runtime.checks import refuse_mask, required_tensor
 from flexclear.runtime.facts import JOINT, Call
 from flexclear.runtime.family import Family
 from flexclear.runtime.grid import GridReader, Grids
-from flexclear.runtime.processors import cos_and_sin
+from flexclear.runtime.rotary import cos_and_sin
 from flexclear.runtime.switches import Switches
 
 Tables = tuple[Tensor, Tensor]

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexclear.runtime.call_plan import CallPlan, Rotary
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.checks import refuse_mask, required_tensor
 from flexclear.runtime.facts import JOINT, Call
 from flexclear.runtime.family import Family
 from flexclear.runtime.grid import AXES, Axes, GridReader, Grids, exact_ids
+from flexclear.runtime.rotary import Rotary
 from flexclear.runtime.switches import Switches
 
 

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from flexclear.compile.derivatives import function_transforms
 from flexclear.families.zimage_pads import padding, pads_of, room_for
 from flexclear.masks.defaults import independent
-from flexclear.runtime.call_plan import CallPlan, Rotary
+from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.carrying import Hook, carried_by, here
 from flexclear.runtime.checks import required_tensor
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family, InnerHooks
 from flexclear.runtime.grid import GridReader
 from flexclear.runtime.plan import Plan
-from flexclear.runtime.processors import cos_and_sin
+from flexclear.runtime.rotary import Rotary, cos_and_sin
 from flexclear.runtime.switches import Switches
 
 IMAGE = "image"

@@ -15,9 +15,7 @@ from flexclear.runtime.attention import windowed_attention
 from flexclear.runtime.mechanism import Attend
 from flexclear.runtime.plan import Plan
 from flexclear.runtime.pooling import Pooling
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, ``[B or 1, N, 1, head_dim]``, both channels of a pair alike, in the order that tokens reach attention in."""
+from flexclear.runtime.rotary import Rotary
 
 
 @dataclass(frozen=True, eq=False)

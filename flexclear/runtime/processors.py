@@ -8,10 +8,7 @@ own, and so do its modules: nothing of them is changed, and nothing of a call is
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -19,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexclear.runtime.call_plan import CallPlan, Rotary, ordered
+from flexclear.runtime.call_plan import CallPlan, ordered
 from flexclear.runtime.carrying import CARRIED, carried_by, plan_here
 from flexclear.runtime.modes import known_to_hooks, scores_skipped
+from flexclear.runtime.rotary import rotated
+from flexclear.runtime.stock_code import as_called, with_attention_given
 
 ROTARY = ("image_rotary_emb", "freqs_cis", "rotary_emb")
 """What processors call the rotary embedding among their arguments."""
@@ -233,7 +232,10 @@ def windowed(stock: type, weight_name: str | None = None) -> type[WindowProcesso
 @functools.cache
 def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
     call: Any = stock.__call__
-    own, ours = _with_attention_given(stock, call)
+    own, theirs = with_attention_given(stock)
+    makers = {
+        name: _Functional if value is F else functools.partial(_dispatching, value) for name, value in theirs.items()
+    }
     names = tuple(call.__code__.co_varnames[1 : call.__code__.co_argcount])
     rotary = next((name for name in ROTARY if name in names), None)
 
@@ -250,7 +252,7 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
             given[rotary] = None
         before = len(given["segments"] or ()) if self.in_parts else 0
         attention = _Attention(self, plan, before, _length(given) if isinstance(self, _Adapted) else None)
-        return own(self, **given, **rest, **{name: make(attention) for name, make in ours.items()})
+        return own(self, **given, **rest, **{name: make(attention) for name, make in makers.items()})
 
     module = issubclass(stock, nn.Module)
     bases = [
@@ -265,97 +267,11 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
         "stock": stock,
         "names": names,
         "weight_name": weight_name,
-        "__call__": _as_called(call, run),
+        "__call__": as_called(call, run, CARRIED),
     }
     kind: Any = type(f"Windowed{stock.__name__}", tuple(bases), body)
     known_to_hooks(kind, stock)
     return kind
-
-
-def _as_called(call: Any, run: Callable[..., Any]) -> Any:
-    """A function with the arguments of ``call``, and the plan among its keywords, that gives them to ``run`` by name.
-
-    diffusers' attention modules look at a processor's signature in every call, drop arguments that are not in it, and warn of
-    them. Dynamo follows them into a function that has these arguments, but not into a signature that is put on one.
-    """
-    parameters = [
-        parameter.replace(
-            annotation=parameter.empty, default=parameter.empty if parameter.default is parameter.empty else None
-        )
-        for parameter in inspect.signature(call).parameters.values()
-        if parameter.kind is not parameter.VAR_POSITIONAL
-    ]
-    rest = [each for each in parameters if each.kind is each.VAR_KEYWORD]
-    named = [each for each in parameters if each not in rest]
-    carried = inspect.Parameter(CARRIED, inspect.Parameter.KEYWORD_ONLY, default=None)
-    given = ", ".join(f"{each.name!r}: {each.name}" for each in named[1:])
-    text = (
-        f"def __call__{inspect.Signature([*named, carried, *rest])}:\n"
-        f"    return run({named[0].name}, {{{given}}}, {rest[0].name if rest else '{}'}, {CARRIED})"
-    )
-    space = {"run": run}
-    exec(text, space)
-    made: Any = space["__call__"]
-    made.__defaults__, made.__kwdefaults__ = call.__defaults__, {**(call.__kwdefaults__ or {}), CARRIED: None}
-    return made
-
-
-def why_not_windowed(stock: type) -> str | None:
-    """Why a class of processors cannot run under a window, or None."""
-    code = getattr(vars(stock).get("__call__"), "__code__", None)
-    if code is None or not {"dispatch_attention_fn", "scaled_dot_product_attention"}.intersection(code.co_names):
-        return (
-            f"{stock.__name__} computes attention by neither dispatch_attention_fn nor scaled_dot_product_attention in its "
-            "__call__, where flexclear would put its own"
-        )
-    return None
-
-
-Maker = Callable[["_Attention"], Any]
-"""What stands for one name in a processor's code, made for one call of it."""
-
-
-def _with_attention_given(stock: type, call: Any) -> tuple[Callable[..., Any], dict[str, Maker]]:
-    """``call`` with the names by which it calls attention as further keywords, and what makes their values.
-
-    The function is compiled from diffusers' own source, whose lines tracebacks show. A name that is an argument, in place of one
-    among the globals, needs no state that a call would leave for another, and Dynamo follows it.
-
-    Raises:
-        TypeError: it computes no attention there, or its source is not to be had.
-    """
-    reason = why_not_windowed(stock)
-    if reason is not None:
-        raise TypeError(reason)
-    try:
-        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(call)))
-    except (OSError, SyntaxError) as error:
-        raise TypeError(
-            f"the source of {stock.__name__}.__call__, which is to run under a window, is not there: {error}"
-        ) from None
-    space = dict(call.__globals__)
-    # Dynamo would look names up in the module of that name.
-    del space["__name__"]
-    ours: dict[str, Maker] = {}
-    for name in call.__code__.co_names:
-        if name == "dispatch_attention_fn":
-            ours[name] = functools.partial(_dispatching, space[name])
-        elif space.get(name) is F:
-            ours[name] = _Functional
-    function = tree.body[0]
-    function.decorator_list, function.returns = [], None
-    arguments = function.args
-    for argument in (*arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
-        if argument is not None:
-            argument.annotation = None
-    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
-    arguments.kwonlyargs += [ast.arg(name) for name in ours]
-    arguments.kw_defaults = [None for _ in arguments.kwonlyargs]
-    ast.increment_lineno(tree, call.__code__.co_firstlineno - 1)
-    exec(compile(ast.fix_missing_locations(tree), call.__code__.co_filename, "exec"), space)
-    own: Any = space[function.name]
-    own.__defaults__, own.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
-    return own, ours
 
 
 class _Attention:
@@ -481,19 +397,3 @@ def _attend(
         return processor.attend(plan, query, key, value)
     there, back = order
     return ordered(processor.attend(plan, *(ordered(tokens, there) for tokens in (query, key, value))), back)
-
-
-def rotated(states: Tensor, rotary: Rotary) -> Tensor:
-    """Queries or keys ``[B, N, heads, head_dim]`` with neighbouring channels turned as pairs."""
-    # Attention over the image alone, which is the sequence's beginning where there is such attention (Z-Image).
-    cos, sin = (table[:, : states.shape[1]] for table in rotary)
-    # Real numbers where diffusers has complex ones, which Inductor does not fuse; a sum last, because Inductor's
-    # FlexAttention on CPU (torch 2.13) does not take a concatenation for its query.
-    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    across = torch.stack([-second, first], dim=-1).flatten(-2)
-    return (states.float() * cos + across * sin).to(states.dtype)
-
-
-def cos_and_sin(frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each twice in a row, ``[..., head_dim]``, of diffusers' complex numbers, ``[..., head_dim / 2]``."""
-    return frequencies.real.repeat_interleave(2, dim=-1), frequencies.imag.repeat_interleave(2, dim=-1)

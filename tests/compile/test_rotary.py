@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 
 import flexclear
 from flexclear.compile import compile_blocks
-from flexclear.runtime.processors import cos_and_sin, rotated
+from flexclear.runtime.rotary import cos_and_sin, rotated
 
 from helpers.models import flux_call, tiny_flux
 from helpers.parallel_families import family

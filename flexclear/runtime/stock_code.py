@@ -1,0 +1,97 @@
+"""diffusers' own code of a processor, in which names stand for something else, given anew in each call.
+
+A name that is an argument, in place of one among the globals, needs no state that a call would leave for another, and Dynamo
+follows it. diffusers' modules are not changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+DISPATCH = "dispatch_attention_fn"
+"""The function of diffusers by which processors compute attention, where they do not call torch's."""
+
+
+def why_not_windowed(stock: type) -> str | None:
+    """Why a class of processors cannot run under a window, or None."""
+    code = getattr(vars(stock).get("__call__"), "__code__", None)
+    if code is None or not {DISPATCH, "scaled_dot_product_attention"}.intersection(code.co_names):
+        return (
+            f"{stock.__name__} computes attention by neither {DISPATCH} nor scaled_dot_product_attention in its __call__, "
+            "where flexclear would put its own"
+        )
+    return None
+
+
+def with_attention_given(stock: type) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """``stock.__call__`` with the names by which it calls attention as further keywords, and what they stand for in diffusers:
+    its ``dispatch_attention_fn``, or ``torch.nn.functional``.
+
+    The function is compiled from diffusers' own source, whose lines tracebacks show.
+
+    Raises:
+        TypeError: it computes no attention there, or its source is not to be had.
+    """
+    reason = why_not_windowed(stock)
+    if reason is not None:
+        raise TypeError(reason)
+    call: Any = stock.__call__
+    try:
+        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(call)))
+    except (OSError, SyntaxError) as error:
+        raise TypeError(
+            f"the source of {stock.__name__}.__call__, which is to run under a window, is not there: {error}"
+        ) from None
+    space = dict(call.__globals__)
+    # Dynamo would look names up in the module of that name.
+    del space["__name__"]
+    theirs = {name: space[name] for name in call.__code__.co_names if name == DISPATCH or space.get(name) is F}
+    function = tree.body[0]
+    function.decorator_list, function.returns = [], None
+    arguments = function.args
+    for argument in (*arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kwonlyargs += [ast.arg(name) for name in theirs]
+    arguments.kw_defaults = [None for _ in arguments.kwonlyargs]
+    ast.increment_lineno(tree, call.__code__.co_firstlineno - 1)
+    exec(compile(ast.fix_missing_locations(tree), call.__code__.co_filename, "exec"), space)
+    own: Any = space[function.name]
+    own.__defaults__, own.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
+    return own, theirs
+
+
+def as_called(call: Any, run: Callable[..., Any], more: str) -> Any:
+    """A function with the arguments of ``call`` and one more keyword, None by default. It calls ``run`` with its first
+    argument, the others by name, further keywords, and that one.
+
+    diffusers' attention modules look at a processor's signature in every call, drop arguments that are not in it, and warn of
+    them. Dynamo follows them into a function that has these arguments, but not into a signature that is put on one.
+    """
+    parameters = [
+        parameter.replace(
+            annotation=parameter.empty, default=parameter.empty if parameter.default is parameter.empty else None
+        )
+        for parameter in inspect.signature(call).parameters.values()
+        if parameter.kind is not parameter.VAR_POSITIONAL
+    ]
+    rest = [each for each in parameters if each.kind is each.VAR_KEYWORD]
+    named = [each for each in parameters if each not in rest]
+    added = inspect.Parameter(more, inspect.Parameter.KEYWORD_ONLY, default=None)
+    given = ", ".join(f"{each.name!r}: {each.name}" for each in named[1:])
+    text = (
+        f"def __call__{inspect.Signature([*named, added, *rest])}:\n"
+        f"    return run({named[0].name}, {{{given}}}, {rest[0].name if rest else '{}'}, {more})"
+    )
+    space = {"run": run}
+    exec(text, space)
+    made: Any = space["__call__"]
+    made.__defaults__, made.__kwdefaults__ = call.__defaults__, {**(call.__kwdefaults__ or {}), more: None}
+    return made
