@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexclear.compile.derivatives import transforms_in_force
+from flexclear.compile.direct import Held, plain
 from flexclear.compile.kernels import Options, as_dict, choose, completed
 from flexclear.masks.carried import KERNEL_OPTIONS, LENGTHS
 
@@ -72,7 +73,12 @@ def _codes(function: object) -> tuple[Hashable, ...]:
 
 
 def compiled_flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    scale: float | None = None,
+    held: Held | None = None,
 ) -> Tensor:
     """FlexAttention, always fused: traced into the caller's graph while compiling, compiled here otherwise.
 
@@ -86,6 +92,7 @@ def compiled_flex_attention(
             serves as many heads of the query that follow each other.
         mask: block mask over ``N x N`` on the same device.
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
+        held: what the calls so far, of the same call of a model, have shown of Dynamo's guards (``flexclear.compile.direct``).
 
     Returns:
         ``[B, heads, N, head_dim]``.
@@ -118,6 +125,11 @@ def compiled_flex_attention(
             "would have no tangent. Use masked SDPA, as backend='auto' and 'sdpa' of flexclear.transform do"
         )
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not needs_grad:
+        query, key, value = plain(query), plain(key), plain(value)
+        direct = None if held is None else held.find(query, key, value, mask, scale)
+        if direct is not None:
+            return direct(query, key, value, mask, scale)
     facts = (
         query.device,
         query.dtype,
@@ -135,7 +147,10 @@ def compiled_flex_attention(
     )
     try:
         attend = _compiled(facts, options_for(query, mask, needs_grad), query.shape[1] != key.shape[1])
-        return attend(query, key, value, mask, scale)
+        out = attend(query, key, value, mask, scale)
+        if held is not None and not needs_grad:
+            held.learn(attend, query, key, value, mask, scale)
+        return out
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise UnfusedAttentionError(
             f"flexclear: Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for attention over "

@@ -9,12 +9,18 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.compile import compiled_flex_attention, why_not_compiled
 from flexclear.compile.derivatives import needs_composite
+from flexclear.compile.direct import Held
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def windowed_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | Tensor | None, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask | Tensor | None,
+    scale: float | None = None,
+    held: Held | None = None,
 ) -> Tensor:
     """Softmax attention over the pairs that ``mask`` allows (paper Eq. 3).
 
@@ -24,6 +30,7 @@ def windowed_attention(
         mask: a BlockMask (compiled FlexAttention), a bool mask that broadcasts to ``[B, heads, N, keys]`` (masked SDPA),
             or None: every pair (SDPA).
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
+        held: see ``compiled_flex_attention``.
 
     Returns:
         ``[B, heads, N, head_dim]``.
@@ -37,7 +44,7 @@ def windowed_attention(
     # Under autocast the norms hand query and key over in float32; SDPA would cast, FlexAttention refuses.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(mask, BlockMask):
-        return compiled_flex_attention(query, key, value, mask, scale)
+        return compiled_flex_attention(query, key, value, mask, scale, held)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:
         # Of SDPA's kernels on GPUs only cuDNN's takes grouped heads with a mask; the others would hold all scores.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear.compile.direct import Held
 from flexclear.runtime.attention import windowed_attention
 from flexclear.runtime.mechanism import Attend
 from flexclear.runtime.plan import Plan
@@ -30,6 +31,7 @@ class SlotPlan:
             None.
         order: of tokens that reach attention in raster order: their place in the sequence that the mask is for, and its
             inverse, int64 ``[N]``, or ``[B, N]`` where samples differ; or None.
+        held: what its layers have shown of Dynamo's guards in this call.
     """
 
     mask: BlockMask | Tensor | None
@@ -37,6 +39,7 @@ class SlotPlan:
     gain: Tensor | None = None
     bias: Tensor | None = None
     order: tuple[Tensor, Tensor] | None = None
+    held: Held = field(default_factory=Held, repr=False)
 
     def scored(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | None]:
         """Query, key and factor on their products, with gain and bias in them. The bias is one more channel, beside a few
@@ -78,7 +81,7 @@ class Locally:
         query, key, scale = own.scored(query, key)
         if own.pooling is not None and weight is not None:
             key, value = own.pooling.append(key, weight), own.pooling.append(value, weight)
-        return windowed_attention(query, key, value, own.mask, scale)
+        return windowed_attention(query, key, value, own.mask, scale, own.held)
 
 
 LOCALLY = Locally()

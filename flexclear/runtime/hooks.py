@@ -5,6 +5,7 @@ Nothing about a call is kept on the model. ``flexclear.runtime.carrying`` says h
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
@@ -77,6 +78,22 @@ def check_formula(formula: Formula | None, switches: Switches) -> None:
         )
 
 
+@functools.cache
+def _arguments(forward: Any) -> list[str]:
+    """Names of the arguments of a model's forward."""
+    return list(inspect.signature(forward).parameters)[1:]
+
+
+def _submodule(model: nn.Module, path: list[str]) -> Any:
+    """``model.get_submodule`` for every layer in every call."""
+    module: Any = model
+    for name in path:
+        module = module._modules.get(name)
+        if module is None:  # In a wrapper that hands attributes on.
+            return model.get_submodule(".".join(path))
+    return module
+
+
 class EntryHook(Hook):
     """Forward pre-hook: reads the grids off the call, gets the plan, permutes what has a token axis."""
 
@@ -84,22 +101,27 @@ class EntryHook(Hook):
         self.family = family
         self.settings = settings
         self._reader = GridReader()
+        slots = [window for _, window in settings.slots]
+        self._places = [
+            (name, name.split("."), [slot for slot, each in enumerate(slots) if each == window])
+            for name, window in settings.windows.items()
+        ]
         self.parallel = parallel
         """The run over several ranks that the model takes part in (``flexclear.parallel``), or None."""
 
     @torch.compiler.disable(reason=NO_EXPORT)
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
         refuse_export()
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        names = _arguments(type(model).forward)
         if len(args) > len(names):
             raise TypeError(f"{type(model).__name__} takes {len(names)} arguments, got {len(args)} positional ones")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._check_processors(model)
+        layers = self._layers(model)
         call = self.family.read(model, kwargs, self._reader)
         kwargs = self._reader.guarded(kwargs)
         order = "raster" if self.family.raster else call.order or self.settings.order
         shared = self.parallel is not None
-        refuse_raster_readers(model, self.settings.windows, order, shared)
+        refuse_raster_readers(model, layers, order, shared)
         switches = in_force(self.settings.switches)
         if switches.ntk_floor and not self.family.clips_ntk:
             raise ValueError(
@@ -189,20 +211,26 @@ class EntryHook(Hook):
         )
         return CallPlan(base, slots, means, call.tokens.dtype)
 
-    def _check_processors(self, model: nn.Module) -> None:
-        """Raise if something has replaced a processor since: it would attend densely, in tile order.
+    def _layers(self, model: nn.Module) -> list[nn.Module]:
+        """Its attention layers with a window.
 
         Raises:
-            RuntimeError: it has; the message names the layer and says what to do.
+            RuntimeError: something has replaced the processor of one since: it would attend densely, in tile order. The
+                message names the layer and says what to do.
         """
-        for name in self.settings.windows:
-            processor = model.get_submodule(name).processor
-            if not isinstance(processor, WindowProcessor) or not self._fits(name, processor.slot):
+        layers = []
+        for name, path, slots in self._places:
+            layer = _submodule(model, path)
+            processor = layer.processor
+            # A slot of an earlier transform, whose processor a plugin has put back, may be another window's.
+            if not isinstance(processor, WindowProcessor) or processor.slot not in slots:
                 raise RuntimeError(
                     f"{name} of this transformed {type(model).__name__} was given a {type(processor).__name__} after "
                     "flexclear.transform (by load_ip_adapter, fuse_qkv_projections, set_attn_processor or the like). "
                     f"{self._advice(model)}"
                 )
+            layers.append(layer)
+        return layers
 
     def _advice(self, model: nn.Module) -> str:
         """What to do about processors that are no longer ours."""
@@ -211,11 +239,6 @@ class EntryHook(Hook):
         except (TypeError, ValueError) as error:
             return f"Put diffusers' own back, or flexclear.restore(model), which keeps what is there: {error}"
         return "Call flexclear.transform(model, ...) again: it takes over what is there now"
-
-    def _fits(self, name: str, slot: int | None) -> bool:
-        """Whether a slot has the layer's window; one of an earlier transform, which a plugin has put back, may not."""
-        slots = self.settings.slots
-        return slot is not None and slot < len(slots) and slots[slot][1] == self.settings.windows[name]
 
     @staticmethod
     def _say_why(device: torch.device) -> None:

@@ -51,12 +51,12 @@ def refuse_context_parallelism(model: nn.Module) -> None:
         )
 
 
-def refuse_raster_readers(model: nn.Module, layers: Iterable[str], order: str, shared: bool) -> None:
+def refuse_raster_readers(model: nn.Module, layers: Iterable[nn.Module], order: str, shared: bool) -> None:
     """Raise if a mode takes tokens inside the model for an image in raster order, and they are none.
 
     Args:
         model: transformed.
-        layers: paths of its attention layers.
+        layers: its attention layers.
         order: of the call's tokens.
         shared: whether each of several ranks has a part of the image.
 
@@ -71,7 +71,7 @@ def refuse_raster_readers(model: nn.Module, layers: Iterable[str], order: str, s
         name = "FasterCache without is_guidance_distilled=True compares frequencies"
     elif "sea_cache_root" in hooks:
         name = "SeaCache compares frequencies"
-    elif _smooths_queries(model, layers):
+    elif _smooths_queries(layers):
         name = "Smoothed Energy Guidance blurs a square"
     else:
         return
@@ -83,15 +83,16 @@ def refuse_raster_readers(model: nn.Module, layers: Iterable[str], order: str, s
     )
 
 
-def _smooths_queries(model: nn.Module, layers: Iterable[str]) -> bool:
+def _smooths_queries(layers: Iterable[nn.Module]) -> bool:
     """Whether diffusers' Smoothed Energy Guidance has a hook on a projection of one of these layers."""
-    hooks = (
-        hook
-        for name in layers
-        for part in model.get_submodule(name).children()
-        for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values()
-    )
-    return any(base.__name__ == "SmoothedEnergyGuidanceHook" for hook in hooks for base in type(hook).__mro__)
+    for layer in layers:
+        for part in layer._modules.values():
+            # Hundreds in every call: past nn.Module's own look-ups.
+            if part is not None and ("_diffusers_hook" in part.__dict__ or "_orig_mod" in part._modules):
+                hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values()
+                if any(base.__name__ == "SmoothedEnergyGuidanceHook" for hook in hooks for base in type(hook).__mro__):
+                    return True
+    return False
 
 
 def scores_skipped() -> bool:

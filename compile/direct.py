@@ -1,0 +1,160 @@
+"""Compiled attention without Dynamo's wrapper, where a call is known to have the graph of one just before it.
+
+What ``torch.compile`` returns gets ready in every call to compile something: it sets callbacks and configurations, and walks
+through some 200 guards. Beside a small layer's attention that is most of the time. The guards ask for three kinds of facts:
+state of this thread and process (grad mode, autocast, inference mode, modes of torch functions, deterministic algorithms, ...);
+types, keys of dispatch, sizes, strides and offsets of the arguments; and what the mask is made of, down to the code of its
+``mask_mod`` and of FlexAttention itself. The layers of one call of a model differ in none of them, as a rule.
+
+So the first of them goes through Dynamo, and ``Held`` keeps the compiled code whose guards it has passed. It serves the others
+for which facts of the first two kinds are the same, compared anew in each, and the mask is the same object with the same parts.
+The third kind is compared once per call of the model. Whatever is not known, or is different, takes Dynamo's road.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+Attend = Callable[[Tensor, Tensor, Tensor, BlockMask, float | None], Tensor]
+
+
+class _Internals:
+    """What is looked into of a torch that has Dynamo loaded.
+
+    Raises:
+        ImportError, AttributeError: this torch keeps it elsewhere.
+    """
+
+    def __init__(self) -> None:
+        from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, get_eval_frame_callback
+        from torch._C._dynamo.guards import GlobalStateGuard
+        from torch._dynamo import convert_frame, eval_frame
+        from torch._guards import TracingContext
+        from torch.fx import _symbolic_trace
+
+        self.entries_of, self.callback = _debug_get_cache_entry_list, get_eval_frame_callback
+        self.State, self.compile_lock, self.eval_frame = GlobalStateGuard, convert_frame.compile_lock, eval_frame
+        self.tracing, self.symbolic_trace = TracingContext.try_get, _symbolic_trace
+        self.outside_of_tracing()
+        self.State().check()
+
+    def outside_of_tracing(self) -> bool:
+        """Whether nothing traces, captures or redirects what runs here: Dynamo's wrapper would only run the code it has."""
+        stance = self.eval_frame._stance
+        return (
+            self.callback() is None
+            and stance.stance == "default"
+            and getattr(stance, "backend", None) is None
+            and not torch._C._is_tracing()
+            and not self.symbolic_trace._is_fx_tracing_flag
+            and not torch.compiler.is_exporting()
+            and self.tracing() is None
+            and torch._C._len_torch_function_stack() == 0
+            and forward_ad._current_level < 0
+        )
+
+
+@functools.cache
+def _internals() -> _Internals | None:
+    """Those of this torch, or None: it keeps them elsewhere, and every call goes through Dynamo."""
+    try:
+        return _Internals()
+    except (ImportError, AttributeError):
+        return None
+
+
+def _facts_of(tensor: Tensor) -> tuple[Any, ...]:
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device, keys
+
+
+def _facts(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Any, ...]:
+    """What guards ask of the arguments and of this thread; ``GlobalStateGuard`` has the rest."""
+    return (
+        scale,
+        *_facts_of(query),
+        *_facts_of(key),
+        *_facts_of(value),
+        torch._C._dispatch_tls_local_include_set().raw_repr(),
+        torch._C._dispatch_tls_local_exclude_set().raw_repr(),
+    )
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """``tensor`` for a call without gradients, not known to be a view of another one.
+
+    Dynamo guards on what a view is of, and makes another graph where heads were split off in another way.
+    """
+    return tensor.data if type(tensor) is Tensor else tensor
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """Compiled code whose guards a call has passed, and under what."""
+
+    state: Any
+    parts: tuple[Any, ...]
+    attend: Attend
+
+
+class Held:
+    """The guards that calls of compiled attention have passed, for others like them that follow at once.
+
+    One is for one call of a model, and is dropped after it.
+    """
+
+    def __init__(self) -> None:
+        self._passed: dict[tuple[Any, ...], _Passed] = {}
+
+    def find(self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Attend | None:
+        """The compiled code for these arguments, which are ``plain``, or None: not known."""
+        if not self._passed:
+            return None
+        torch_has = _internals()
+        if torch_has is None or not torch_has.outside_of_tracing():
+            return None
+        passed = self._passed.get(_facts(query, key, value, scale))
+        if passed is None or not passed.state.check():
+            return None
+        parts = vars(mask).values()
+        return (
+            passed.attend if len(parts) == len(passed.parts) and all(map(operator.is_, parts, passed.parts)) else None
+        )
+
+    def learn(
+        self, compiled: Any, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None
+    ) -> None:
+        """Keep the code that ``compiled``, of ``torch.compile``, has just run for these arguments, if that can be found out."""
+        torch_has = _internals()
+        if torch_has is None or any(type(tensor) is not Tensor for tensor in (query, key, value)):
+            return
+        if not torch_has.outside_of_tracing() or not torch_has.compile_lock.acquire(blocking=False):
+            return  # Another thread compiles, which takes minutes, or empties Dynamo's caches.
+        try:
+            function = compiled._torchdynamo_orig_callable
+            entries = [(each.guard_manager, each.code) for each in torch_has.entries_of(function.__code__)]
+        except AttributeError:
+            return
+        finally:
+            torch_has.compile_lock.release()
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        local = dict(zip(names, (query, key, value, mask, scale), strict=True))
+        local.update(
+            zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True)
+        )
+        for guards, code in entries:
+            if code.co_freevars == function.__code__.co_freevars and guards.check(local):
+                attend: Any = types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+                parts = tuple(vars(mask).values())
+                self._passed[_facts(query, key, value, scale)] = _Passed(torch_has.State(), parts, attend)
+                return
