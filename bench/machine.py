@@ -10,24 +10,15 @@ from typing import Any
 import torch
 
 import flexclear
+from flexclear.compile.tuned import device_name
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def hardware(device: torch.device) -> str:
-    """Name of the device and, on CPU, the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def facts(device: torch.device, **others: Any) -> dict[str, Any]:
     """Hardware, versions and settings of a run."""
     return {
-        "hardware": hardware(device),
+        "hardware": device_name(device),
         "torch": torch.__version__,
         "flexclear": flexclear.__version__,
         "python": platform.python_version(),

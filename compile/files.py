@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder of those that are kept for a user."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, er
 
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
 """Of the messages of ``torch.save`` where it cannot write, which do not say why."""
+
+
+USER_FOLDER = "FLEXCLEAR_CACHE"
+"""Environment variable that names ``user_folder``."""
+
+
+def user_folder() -> Path:
+    """Where measurements of this machine are kept: ``$FLEXCLEAR_CACHE``, else ``flexclear`` in the user's cache folder."""
+    named = os.environ.get(USER_FOLDER)
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexclear"
 
 
 @contextlib.contextmanager

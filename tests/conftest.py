@@ -16,6 +16,11 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     own = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
 
+# What was measured and tuned on this machine is not for tests, nor theirs for it.
+os.environ["FLEXCLEAR_CACHE"] = os.path.join(
+    tempfile.gettempdir(), f"flexclear_tests_{getpass.getuser()}_{os.getpid()}"
+)
+
 # A shell that starts tests in its background has them ignore SIGINT, and all that they start, which some tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -45,6 +45,12 @@ BAD = {
     "demo: size": (("demo", "--size", "100"), "a multiple of 8"),
     "explain: size": (("explain", "--height", "8", "--width", "64"), "--height must be at least"),
     "explain: text": (("explain", "--height", "64", "--width", "64", "--text-len", "-1"), "'--text-len'"),
+    "bench: sizes": (("bench", "--sizes", "1024,x"), "sizes are written"),
+    "bench: radii": (("bench", "--r", "8,0"), "--r takes window radii in tokens from 1 on"),
+    "bench: type": (("bench", "--dtype", "float8"), "--dtype must be one of"),
+    "bench: model": (("bench", "flux.3"), "the model must be one of ['flux.1-dev', "),
+    "bench: seconds": (("bench", "--seconds", "nan"), "'--seconds'"),
+    "bench: tuning": (("bench", "--tune-seconds", "inf"), "'--tune-seconds': must be a finite number"),
     "fuzz: seconds": (("fuzz", "--seconds", "nan"), "'--seconds'"),
     "soak: seconds": (("soak", "--seconds", "inf"), "'--seconds': must be a finite number"),
     "soak: growth": (("soak", "--growth", "nan"), "'--growth': must be a finite number"),
@@ -147,7 +153,7 @@ def test_every_command_has_the_same_options_for_its_output():
 
     root = get_command(app)
     found = {(): root, **dict(commands(root))}
-    assert len(found) == 1 + 11 + 7
+    assert len(found) == 1 + 12 + 7
     for path, command in found.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--quiet", "--verbose", "--debug", "--version"} <= options, path
@@ -163,7 +169,9 @@ def test_every_number_of_the_command_line_is_checked_for_nan():
             if float in (kind, *typing.get_args(kind)):
                 assert rest[0].callback is finite, (command.callback.__name__, parameter.name)
                 checked.append(parameter.name)
-    assert sorted(checked) == ["growth", "guidance", "guidance", "seconds", "seconds", "shift", "strength"]
+    assert sorted(checked) == [
+        *("growth", "guidance", "guidance", "seconds", "seconds", "seconds", "shift", "strength", "tune_seconds")
+    ]
 
 
 def test_the_shell_completes_commands():

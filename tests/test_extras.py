@@ -79,6 +79,7 @@ NEEDING = {
         ("analyze", "attention", "embedded", "--prompt", "a"),
         "flexclear analyze attention needs matplotlib",
     ),
+    "bench": (("bench", "--png", "x.png"), "flexclear bench --png needs matplotlib"),
     "perturb": (("analyze", "perturb", "embedded", "--prompt", "a"), "flexclear analyze perturb needs torchmetrics"),
     "cost": (("analyze", "cost"), "flexclear analyze cost needs matplotlib"),
     "distill": (("distill", "a.yaml"), "flexclear distill needs pyyaml"),

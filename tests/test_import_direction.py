@@ -29,7 +29,8 @@ PARTS: dict[str, tuple[str, ...] | None] = {
     "parallel": ("common", "masks", "compile", "runtime", "families", "convert"),
     "optimization": ("compile", "runtime", "families", "convert"),
     "weights": ("common", "masks", "compile", "runtime", "families", "convert"),
-    "explanation": ("masks", "compile", "runtime", "families", "images"),
+    "rates": ("common", "masks", "compile"),
+    "explanation": ("masks", "compile", "runtime", "families", "images", "rates"),
     "embedded": BELOW,
     "alternatives.properties": BELOW,
     "analysis": BELOW,
@@ -38,6 +39,7 @@ PARTS: dict[str, tuple[str, ...] | None] = {
     "generation": BELOW,
     "distill": BELOW,
     "evaluation": BELOW,
+    "measuring": BELOW,
     "embedded.train": BELOW,
     "": BELOW,  # flexclear/__init__.py, which hands names out
     "tools": BELOW,

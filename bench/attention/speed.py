@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flexclear.masks import Disc, Layout, Neighborhood, Window, block_mask, cost
 from flexclear.masks.blocks import default_block_size
+from flexclear.measuring.attention import reference
 from flexclear.runtime.attention import windowed_attention
 
 from bench.machine import RESULTS, facts, write_results
@@ -53,19 +54,6 @@ def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tenso
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start, out
-
-
-def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: Window | None, rows: Tensor) -> Tensor:
-    """float32 attention of some query rows, masked by the window's own inequality: ``[B, heads, len(rows), D]``."""
-    device = query.device
-    rows = rows.to(device)
-    allowed = torch.ones(len(rows), layout.seq_len, dtype=torch.bool, device=device)
-    if window is not None:
-        packed = layout.packed_coordinates().to(device)
-        q, kv = packed[rows][:, None], packed[None, :]
-        inside = window.rule(layout, lambda number: torch.tensor(number, dtype=torch.int64, device=device))
-        allowed = inside(*(c.long() for c in (q >> 16, q & 0xFFFF, kv >> 16, kv & 0xFFFF))) | (q < 0) | (kv < 0)
-    return F.scaled_dot_product_attention(query[:, :, rows].float(), key.float(), value.float(), attn_mask=allowed)
 
 
 def variants(query: Tensor, key: Tensor, value: Tensor, layout: Layout, r: int) -> list[Variant]:

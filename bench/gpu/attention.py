@@ -29,9 +29,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexclear.compile.kernels import Options, check_kernel_options, choose, with_kernel
 from flexclear.masks import Disc, Layout, block_mask, cost
+from flexclear.measuring.attention import reference
 from flexclear.runtime.attention import windowed_attention
 
-from bench.attention.speed import reference
 from bench.gpu.rows import Clock, Rows
 
 SAMPLED = 128

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import flexclear
+from flexclear.measuring.models import with_random_weights
+from flexclear.measuring.names import SD35_LARGE
 
 FLUX_SCHEDULER = {
     "use_dynamic_shifting": True,
@@ -48,20 +49,6 @@ class Model:
     scheduler: dict[str, Any] = field(default_factory=lambda: FLUX_SCHEDULER)
 
 
-_SD35_LARGE = {
-    "sample_size": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "num_layers": 38,
-    "attention_head_dim": 64,
-    "num_attention_heads": 38,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 2432,
-    "pooled_projection_dim": 2048,
-    "qk_norm": "rms_norm",
-    "pos_embed_max_size": 192,
-}
 _TINY = {
     "in_channels": 8,
     "num_layers": 1,
@@ -90,7 +77,7 @@ MODELS = {
     for model in (
         Model("flux.1-dev", "flux", {"guidance_embeds": True}),
         Model("flux.1-schnell", "flux", {"guidance_embeds": False}, text_len=256, scheduler={"shift": 1.0}),
-        Model("sd3.5-large", "sd3", _SD35_LARGE, text_len=333, batch=2, scheduler={"shift": 3.0}),
+        Model("sd3.5-large", "sd3", SD35_LARGE, text_len=333, batch=2, scheduler={"shift": 3.0}),
         Model("embedded", "flux", None, text_len=32, px_per_token=8, sizes=(128, 256, 512), radii=(4, 8)),
         Model(
             "flux-reduced",
@@ -104,7 +91,7 @@ MODELS = {
         Model(
             "tiny-sd3",
             "sd3",
-            {**_SD35_LARGE, **_TINY_SD3},
+            {**SD35_LARGE, **_TINY_SD3},
             text_len=7,
             batch=2,
             sizes=(192, 256),
@@ -138,17 +125,7 @@ def build(model: Model, device: torch.device, dtype: torch.dtype, trained: bool 
                 f"--weights trained: only the embedded model comes with weights; {model.name} has random ones"
             )
         return flexclear.embedded.pipeline(dtype, device).transformer.eval().requires_grad_(False)
-    transformer = skeleton(model, dtype).to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
-        if tensor.ndim >= 2:
-            # Every layer, the gates among them: a gate of zero would hide what attention computes.
-            tensor.normal_(std=1 / math.sqrt(tensor[0].numel()), generator=generator)
-        elif name.endswith("weight"):
-            tensor.normal_(mean=1, std=0.1, generator=generator)
-        else:
-            tensor.normal_(std=0.02, generator=generator)
-    return transformer
+    return with_random_weights(skeleton(model, dtype).eval().requires_grad_(False), device, seed)
 
 
 class Job:

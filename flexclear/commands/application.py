@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexclear.commands.analyze import analyze
+from flexclear.commands.bench import bench
 from flexclear.commands.common import Commands
 from flexclear.commands.data import data
 from flexclear.commands.demo import demo
@@ -16,7 +17,7 @@ from flexclear.commands.report import report
 from flexclear.commands.soak import soak
 
 app = Commands("Pretrained diffusion transformers made linear in image size.", add_completion=True)
-for command in (generate, doctor, demo, explain, fuzz, soak, distill, report):
+for command in (generate, doctor, demo, explain, bench, fuzz, soak, distill, report):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(evaluation, name="eval")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from flexclear.compile import tuned
+from flexclear.explanation.work import linear_flops
 from flexclear.masks import Cost, Full, Layout, Window, cost
 from flexclear.masks.checks import check_int
+from flexclear.rates.kept import rates_for
+from flexclear.rates.rates import Rates, Seconds
 from flexclear.runtime.facts import JOINT, REFERENCES
 from flexclear.runtime.hooks import EntryHook
 from flexclear.runtime.mechanism import Formula
@@ -50,12 +55,16 @@ class ModelExplanation:
         settings: lines on what holds for all layers; empty for a model that is not transformed.
         layers: in the order of the forward pass.
         size: the image that costs are for, as text; empty without one.
+        seconds: of a step at that size, predicted; None without a size, and where a formula attends.
+        rates: that it is predicted by; None where it is not.
     """
 
     model: str
     settings: tuple[str, ...]
     layers: tuple[LayerExplanation, ...]
     size: str
+    seconds: Seconds | None = None
+    rates: Rates | None = None
 
     @property
     def flops(self) -> int:
@@ -84,6 +93,8 @@ class ModelExplanation:
             layer, spent = run[0], run[0].cost
             window = "dense" if layer.window is None else layer.window.name
             work = "" if spent is None else f"  {spent.density:7.2%} of pairs, {spent.flops / 1e9:8.1f} GFLOPs each"
+            if spent is not None and layer.window is not None:
+                work += f", executed {spent.amplification:.2f} times that"
             if layer.formula is not None:
                 window = f"{layer.formula.name} attention"
                 work = "" if spent is None else f"  {layer.flops / 1e9:8.1f} GFLOPs each"
@@ -94,6 +105,8 @@ class ModelExplanation:
                 f"attention of one step: {self.flops / 1e12:.2f} TFLOPs, {self.flops / self.dense_flops:.1%} of dense "
                 f"attention's {self.dense_flops / 1e12:.2f}"
             )
+        if self.seconds is not None:
+            lines += [f"one step, predicted: {self.seconds}", f"rates: {self.rates}"]
         return "\n".join(lines)
 
 
@@ -151,14 +164,36 @@ def explain_model(
                 flops = formula.flops(Layout(*grid, text_len), channels, layer.heads, number)
         processor = type(layer.module.processor).__name__
         layers.append(LayerExplanation(layer.name, layer.scope, window, processor, spent, formula, flops))
+    seconds, rates = (None, None) if grid is None else _predict(model, family, layers, grid, text_len)
     return ModelExplanation(
         model=type(model).__name__,
-        settings=() if entry is None else _settings(entry),
+        settings=() if entry is None else _settings(model, entry),
         layers=tuple(layers),
         size=""
         if grid is None
         else f"at {height} x {width} px: {grid[0]} x {grid[1]} image tokens, {text_len} of text",
+        seconds=seconds,
+        rates=rates,
     )
+
+
+def _predict(
+    model: nn.Module, family: Any, layers: list[LayerExplanation], grid: tuple[int, int], text_len: int
+) -> tuple[Seconds | None, Rates | None]:
+    """A step of one sample, by the rates of where the model is; nothing where a formula attends, which has none."""
+    spent = [layer for layer in layers if layer.cost is not None]
+    if any(layer.formula is not None for layer in layers) or not spent:
+        return None, None
+    parameter = next(model.parameters())
+    rates = rates_for(parameter.device, parameter.dtype, next(iter(family.layers(model))).head_dim)
+    dense = [rates.dense_s(layer.cost) for layer in spent if layer.cost is not None]
+    own = [
+        taken if layer.window is None or layer.cost is None else rates.windowed_s(layer.cost)
+        for layer, taken in zip(spent, dense, strict=True)
+    ]
+    values = sum(math.isqrt(layer.cost.dense_pairs) * layer.cost.channels for layer in spent if layer.cost is not None)
+    linears = linear_flops(model, family, grid[0] * grid[1], text_len)
+    return Seconds(sum(own), sum(dense), rates.rest_s(linears, values)), rates
 
 
 def _block_size(model: nn.Module, entry: EntryHook, layout: Layout) -> tuple[int, int]:
@@ -168,7 +203,7 @@ def _block_size(model: nn.Module, entry: EntryHook, layout: Layout) -> tuple[int
     return kernel.block_size
 
 
-def _settings(entry: EntryHook) -> tuple[str, ...]:
+def _settings(model: nn.Module, entry: EntryHook) -> tuple[str, ...]:
     own = entry.settings
     lines = [
         f"backend {own.backend}, {own.order} token order, blocks "
@@ -177,6 +212,11 @@ def _settings(entry: EntryHook) -> tuple[str, ...]:
     ]
     if own.kernel_options:
         lines.append("kernel options " + ", ".join(f"{name}={value}" for name, value in own.kernel_options))
+    elif own.block_size is None:
+        parameter = next(model.parameters())
+        found = tuned.find(parameter.device, parameter.dtype, own.head_dim, own.radius, backward=False)
+        if found is not None:
+            lines.append(f"tuned by flexclear bench --tune: {found}")
     switches = own.switches
     if switches.dense_steps != (0, 0):
         lines.append(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from flexclear.compile.files import whole_file
+from flexclear.compile.tuned import choose_tuned
 from flexclear.images.sheet import side_by_side
 from flexclear.masks import Cost, Disc, Layout, block_pairs, cost
-from flexclear.masks.blocks import check_block_size, default_block_size
+from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.pictures import block_picture, window_picture
+from flexclear.rates.kept import rates_for
+from flexclear.rates.rates import LINEAR_PARAMETERS, Rates, Seconds
 
 PX_PER_TOKEN = 16
 """Pixels that one FLUX.1 or SD3 token covers: VAE factor 8, then 2 x 2 packing."""
 
-BREAK_EVEN = 2.0
-"""How many times less work it takes to win time. The published H100 times fit 590 TFLOP/s for dense attention and 300 of
-executed work for FlexAttention; two CPU cores show the same ratio (``bench/attention/speed.py``)."""
+CHANNELS, HEAD_DIM = 3072, 128
+"""Of FLUX.1."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Explanation:
         block_size: tokens per (query, key-value) block.
         cost: in the layout's own order.
         raster_cost: with tokens row by row in 128 x 128 blocks, as in the paper's code.
+        rates: that times are predicted by.
     """
 
     layout: Layout
@@ -38,11 +44,17 @@ class Explanation:
     block_size: tuple[int, int]
     cost: Cost
     raster_cost: Cost
+    rates: Rates
+
+    @property
+    def layer(self) -> Seconds:
+        """A layer of a step: attention, and the projections and MLP of a layer of this width, for text and image."""
+        return layer_seconds(self.cost, self.rates)
 
     def __str__(self) -> str:
         layout, spent = self.layout, self.cost
         blocks = spent.full + spent.partial + spent.skipped
-        gain = spent.predicted_speedup
+        layer, executed = self.layer, 1 / spent.predicted_speedup
         lines = [
             f"{layout.height} x {layout.width} image tokens and {layout.text_len} of text "
             f"({'text first' if layout.text_first else 'text last'}), window radius {self.window.radius}, "
@@ -54,13 +66,16 @@ class Explanation:
             f"partial blocks    {spent.partial:8d}  {spent.partial / blocks:.1%}",
             f"skipped blocks    {spent.skipped:8d}  {spent.skipped / blocks:.1%}",
             f"executed / useful {spent.amplification:8.2f}  (raster order: {self.raster_cost.amplification:.2f})",
-            f"predicted work    {1 / gain:8.1%}  of dense attention's, {gain:.1f} times less "
-            f"(raster order: {self.raster_cost.predicted_speedup:.1f} times)",
+            f"executed work     {executed:8.1%}  of dense attention's "
+            f"(raster order: {1 / self.raster_cost.predicted_speedup:.1%})",
+            f"attention         {layer.dense / layer.attention:8.2f}  times as fast, predicted",
+            f"step              {layer.gain:8.2f}  times as fast, predicted; of each layer {layer}",
+            f"rates             {self.rates}",
         ]
-        if gain < BREAK_EVEN:
+        if layer.gain < 1:
             lines.append(
-                f"No gain in time to expect below {BREAK_EVEN:.0f} times less work, because FlexAttention runs at about half "
-                "the rate of a fused dense kernel. Use a smaller radius or larger images, or keep the model dense."
+                "No gain in time to expect: FlexAttention runs at a lower rate than a fused dense kernel, and too little work is "
+                "left out. Use a smaller radius or larger images, or keep the model dense."
             )
         return "\n".join(lines)
 
@@ -83,7 +98,7 @@ def resolution_table(
     *,
     text_len: int = 512,
     px_per_token: int = PX_PER_TOKEN,
-    channels: int = 3072,
+    channels: int = CHANNELS,
     sides: Sequence[int] = (512, 1024, 2048, 4096, 8192),
 ) -> str:
     """Density, work and predicted gain over square images as a Markdown table, and from what size on there is a gain.
@@ -96,29 +111,53 @@ def resolution_table(
         sides: image sides in pixels.
     """
 
+    rates = _rates()
+
     def square(tokens: int) -> Cost:
-        return cost(Layout(tokens, tokens, text_len), Disc(r), channels=channels)
+        layout = Layout(tokens, tokens, text_len)
+        return cost(layout, Disc(r), channels=channels, block_size=_block_size(layout, r))
 
     lines = [
-        "| image, px | density | GFLOPs per layer | executed / useful | work of dense | attention, predicted |",
-        "|---|---|---|---|---|---|",
+        "| image, px | density | GFLOPs per layer | executed / useful | work of dense | attention, predicted | step, predicted |",
+        "|---|---|---|---|---|---|---|",
     ]
     for side in sides:
         spent = square(side // px_per_token)
+        layer = layer_seconds(spent, rates)
         lines.append(
             f"| {side} x {side} | {spent.density:.2%} | {spent.flops / 1e9:.1f} | {spent.amplification:.2f} | "
-            f"{1 / spent.predicted_speedup:.1%} | {spent.predicted_speedup / BREAK_EVEN:.1f} x |"
+            f"{1 / spent.predicted_speedup:.1%} | {layer.dense / layer.attention:.2f} x | {layer.gain:.2f} x |"
         )
     low, high = 1, 1024
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if square(middle).predicted_speedup >= BREAK_EVEN else (middle + 1, high)
+        low, high = (low, middle) if layer_seconds(square(middle), rates).gain >= 1 else (middle + 1, high)
     lines.append("")
     lines.append(
         f"Below about {low * px_per_token} x {low * px_per_token} px dense attention is as fast or faster at r = {r} "
-        f"({low} x {low} tokens): predicted gains count FlexAttention at 1 / {BREAK_EVEN:.0f} of the dense kernel's rate."
+        f"({low} x {low} tokens). Rates: {rates}."
     )
     return "\n".join(lines)
+
+
+def layer_seconds(spent: Cost, rates: Rates) -> Seconds:
+    """A layer of a transformer under a window, by ``rates``: 12 parameters per squared channel besides attention."""
+    tokens = math.isqrt(spent.dense_pairs)
+    linears = 2 * LINEAR_PARAMETERS * spent.channels**2 * tokens
+    return Seconds(rates.windowed_s(spent), rates.dense_s(spent), rates.rest_s(linears, tokens * spent.channels))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _rates() -> Rates:
+    return rates_for(_device(), torch.bfloat16, HEAD_DIM)
+
+
+def _block_size(layout: Layout, r: int) -> tuple[int, int]:
+    """The blocks that attention without gradients has here."""
+    return choose_tuned(_device(), torch.bfloat16, HEAD_DIM, r, seq_len=layout.seq_len).block_size
 
 
 def explain_window(
@@ -129,7 +168,7 @@ def explain_window(
     text_len: int = 512,
     text_first: bool = True,
     px_per_token: int = PX_PER_TOKEN,
-    channels: int = 3072,
+    channels: int = CHANNELS,
     block_size: int | tuple[int, int] | None = None,
 ) -> Explanation:
     """What CLEAR's window of radius ``r`` costs for an image of ``height`` x ``width`` pixels.
@@ -146,7 +185,7 @@ def explain_window(
         text_first: whether text precedes the image.
         px_per_token: pixels per token and side; 1 if height and width are in tokens.
         channels: heads times head dimension: 3072 for FLUX.1.
-        block_size: tokens per block, or a (query, key-value) pair; the layout's default otherwise.
+        block_size: tokens per block, or a (query, key-value) pair; what attention in bfloat16 has here otherwise.
 
     Raises:
         TypeError, ValueError: an argument makes no sense; the message names it.
@@ -155,11 +194,12 @@ def explain_window(
         check_int(name, value, px_per_token, None, "in pixels")
     layout = Layout(height // px_per_token, width // px_per_token, text_len, text_first)
     window = Disc(r)
-    pair = default_block_size(layout.seq_len) if block_size is None else check_block_size(block_size)
+    pair = _block_size(layout, r) if block_size is None else check_block_size(block_size)
     return Explanation(
         layout=layout,
         window=window,
         block_size=pair,
         cost=cost(layout, window, channels=channels, block_size=pair),
         raster_cost=cost(layout.with_order("raster"), window, channels=channels, block_size=128),
+        rates=_rates(),
     )

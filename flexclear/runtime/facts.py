@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from flexclear.compile.kernels import Kernel, Options, choose
-from flexclear.masks import Window
+from flexclear.compile.kernels import Kernel, Options
+from flexclear.compile.tuned import choose_tuned
+from flexclear.masks import Disc, Window
 from flexclear.masks.blocks import default_block_size
 from flexclear.runtime.mechanism import Formula
 from flexclear.runtime.steps import StepCounter
@@ -113,6 +114,12 @@ class Settings:
         switches = own.pop("switches")
         return {**own, **{one.name: getattr(switches, one.name) for one in fields(switches)}}
 
+    @property
+    def radius(self) -> int | None:
+        """The radius of all windows; None where there is none, they differ, or are no plain discs."""
+        radii = {window.radius if isinstance(window, Disc) else None for _, window in self.slots if window is not None}
+        return radii.pop() if len(radii) == 1 else None
+
     def kernel(
         self,
         backend: str,
@@ -122,17 +129,19 @@ class Settings:
         backward: bool,
         text_padded: bool = False,
     ) -> Kernel:
-        """Blocks and kernel options of a call.
+        """Blocks and kernel options of a call: those asked for, those that ``flexclear bench --tune`` found fastest here, or the
+        table's.
 
         Raises:
             ValueError: the kernels on ``device`` cannot take those that were asked for.
         """
         if backend != "flex":
             return Kernel(self.block_size or default_block_size(seq_len))
-        return choose(
+        return choose_tuned(
             device,
             dtype,
             self.head_dim,
+            self.radius,
             backward=backward,
             seq_len=seq_len,
             text_padded=text_padded,

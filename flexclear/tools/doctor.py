@@ -35,6 +35,7 @@ class Diagnosis:
         backends: attention, ``flex`` (compiled) and ``sdpa``.
         recipes: of quantisation.
         optional: version of each optional package, or None.
+        tuned: a line for each entry that ``flexclear bench --tune`` keeps for this device and these versions.
         tried: whether things were run, not only asked for.
         problem: why ``transform`` cannot run compiled here, or None.
     """
@@ -47,6 +48,7 @@ class Diagnosis:
     backends: dict[str, str | None]
     recipes: dict[str, str | None]
     optional: dict[str, str | None]
+    tuned: list[str]
     tried: bool
     problem: str | None
 
@@ -73,6 +75,8 @@ class Diagnosis:
             *(f"  {name:12}{state(reason)}" for name, reason in self.recipes.items()),
             "optional",
             *(f"  {name:12}{value or f'not installed; for {OPTIONAL[name]}'}" for name, value in self.optional.items()),
+            "tuned by flexclear bench --tune",
+            *(f"  {line}" for line in self.tuned or ["nothing: blocks and kernel options are the default ones"]),
             "",
             "transform runs compiled here"
             if self.problem is None
@@ -93,6 +97,7 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
         ValueError: there is no such device.
     """
     from flexclear.compile import RECIPES, why_not_compiled, why_not_recipe
+    from flexclear.compile.tuned import usable
     from flexclear.generation.check import choose_device
 
     place = choose_device(device)
@@ -121,6 +126,7 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
         backends={"flex": flex, "sdpa": sdpa},
         recipes=recipes,
         optional={name: installed(name) for name in OPTIONAL},
+        tuned=[str(one) for one in usable(place)],
         tried=not quick,
         problem=(torch_range if too_old else None) or sdpa or flex,
     )

@@ -1,0 +1,258 @@
+"""Blocks and kernel options that were found fastest on this machine: kept in a file, looked up before the table of ``kernels``.
+
+``flexclear bench --tune`` writes the file, ``flexclear bench --forget`` deletes it, ``flexclear doctor`` and ``explain`` say what
+it holds. An entry is for one device, type, head dim, radius and set of versions; with others it is not found. A file that
+cannot be read is named in one warning and not used: tuning is never a reason not to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexclear.compile.files import user_folder, whole_file
+from flexclear.compile.kernels import Kernel, Options, check_kernel_options, choose
+from flexclear.masks.blocks import MANY_TOKENS, check_block_size
+
+logger = logging.getLogger("flexclear")
+
+FORMAT = 1
+"""Of the file; another one is refused."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an entry is for.
+
+    Attributes:
+        device: name of the GPU, or of the CPU with its number of threads.
+        versions: of torch and what compiles its kernels.
+        dtype: of query, key and value, as torch names it without ``torch.``.
+        head_dim: channels of a head.
+        radius: of the window, as ``radius_class`` rounds it.
+        backward: whether a backward pass follows.
+    """
+
+    device: str
+    versions: str
+    dtype: str
+    head_dim: int
+    radius: int
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One entry.
+
+    Attributes:
+        place: what it is for.
+        block_size: tokens per (query, key-value) block of the mask.
+        options: of its kernels.
+        gain: how many times as fast as the table's choice when it was found.
+        tokens: of the image that it was found at.
+    """
+
+    place: Place
+    block_size: tuple[int, int]
+    options: Options
+    gain: float
+    tokens: str
+
+    @property
+    def kernel(self) -> Kernel:
+        """What a mask is built for."""
+        return Kernel(self.block_size, self.options)
+
+    def __str__(self) -> str:
+        q, kv = self.block_size
+        options = "".join(f", {name}={value}" for name, value in self.options)
+        place = self.place
+        return (
+            f"{place.device}, {place.dtype}, head dim {place.head_dim}, r about {place.radius}: blocks {q} x {kv}{options} "
+            f"({self.gain:.2f} x the default at {self.tokens} tokens, {place.versions})"
+        )
+
+
+def path() -> Path:
+    """The file."""
+    return user_folder() / "tuned.json"
+
+
+def radius_class(radius: int) -> int:
+    """The nearest power of two by ratio: 8 stands for 6 to 11, 16 for 12 to 22, 32 for 23 to 45."""
+    return 1 << round(math.log2(radius))
+
+
+def place_of(device: torch.device, dtype: torch.dtype, head_dim: int, radius: int, backward: bool = False) -> Place:
+    """What an entry of these facts is found under, on this machine and with these versions."""
+    name = str(dtype).removeprefix("torch.")
+    return Place(device_name(device), _versions(), name, head_dim, radius_class(radius), backward)
+
+
+def device_name(device: torch.device) -> str:
+    """Name of a GPU, or of the CPU with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@functools.cache
+def _versions() -> str:
+    def found(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    triton = found("triton") or found("pytorch-triton")
+    return f"torch {torch.__version__}" + (f", triton {triton}" if triton else "")
+
+
+def find(device: torch.device, dtype: torch.dtype, head_dim: int, radius: int | None, backward: bool) -> Tuned | None:
+    """The entry for these facts, or None."""
+    entries = _entries()
+    if not entries or radius is None:
+        return None
+    return entries.get(place_of(device, dtype, head_dim, radius, backward))
+
+
+def keep(found: Tuned) -> Path:
+    """Add an entry, in place of an older one for the same; returns the file. Later calls of this process use it."""
+    _entries.cache_clear()
+    kept = {**_entries(), found.place: found}
+    return _write(kept)
+
+
+def drop(place: Place) -> None:
+    """Leave an entry out, if there is one."""
+    _entries.cache_clear()
+    kept = dict(_entries())
+    if kept.pop(place, None) is not None:
+        _write(kept)
+
+
+def forget() -> Path | None:
+    """Delete the file; returns where it was, or None where there was none."""
+    _entries.cache_clear()
+    file = path()
+    if not file.is_file():
+        return None
+    file.unlink()
+    return file
+
+
+def _write(kept: dict[Place, Tuned]) -> Path:
+    file = path()
+    with whole_file(file) as beside:
+        text = json.dumps({"format": FORMAT, "entries": [asdict(one) for one in kept.values()]}, indent=1)
+        beside.write_text(text + "\n", encoding="utf-8")
+    _entries.cache_clear()
+    return file
+
+
+@functools.cache
+def _entries() -> dict[Place, Tuned]:
+    """What the file holds, read once a process."""
+    file = path()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        return _refused(file, str(error))
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            return _refused(file, f"it is no file of flexclear's, or of another format than {FORMAT}")
+        found = [_parsed(entry) for entry in content["entries"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return _refused(file, f"{type(error).__name__}: {error}")
+    return {one.place: one for one in found}
+
+
+def _refused(file: Path, why: str) -> dict[Place, Tuned]:
+    logger.warning(
+        "%s is not used (%s): default blocks and kernel options are; flexclear bench --forget deletes it", file, why
+    )
+    return {}
+
+
+def _parsed(entry: Any) -> Tuned:
+    """An entry of the file, checked: what is wrong here would be an error in a model's call.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    place = Place(**entry["place"])
+    kinds = {"device": str, "versions": str, "dtype": str, "head_dim": int, "radius": int, "backward": bool}
+    for name, kind in kinds.items():
+        if type(getattr(place, name)) is not kind:
+            raise ValueError(f"{name} is {getattr(place, name)!r}")
+    q, kv = check_block_size(tuple(entry["block_size"]))
+    given = dict(entry["options"])
+    divisible = given.pop("IS_DIVISIBLE", None)  # follows from each mask's lengths
+    if divisible not in (None, False):
+        raise ValueError(f"IS_DIVISIBLE is {divisible!r}")
+    return Tuned(place, (q, kv), check_kernel_options(given), float(entry["gain"]), str(entry["tokens"]))
+
+
+def choose_tuned(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    radius: int | None,
+    *,
+    backward: bool = False,
+    seq_len: int = 0,
+    text_padded: bool = False,
+    block_size: tuple[int, int] | None = None,
+    options: Options = (),
+) -> Kernel:
+    """What ``kernels.choose`` returns, or in its place an entry for a window of this radius where nothing is asked for.
+
+    Padded text and very long sequences, which take more registers and longer lists than what was tuned, have the table's.
+
+    Args:
+        radius: of the window; None: of several radii, or no disc.
+        others: see ``kernels.choose``.
+    """
+    if block_size is None and not options and not text_padded and seq_len < MANY_TOKENS:
+        found = find(device, dtype, head_dim, radius, backward)
+        if found is not None:
+            return found.kernel
+    return choose(
+        device,
+        dtype,
+        head_dim,
+        backward=backward,
+        seq_len=seq_len,
+        text_padded=text_padded,
+        block_size=block_size,
+        options=options,
+    )
+
+
+def usable(device: torch.device) -> list[Tuned]:
+    """The entries that are for ``device`` and these versions."""
+    here = device_name(device), _versions()
+    return [one for one in _entries().values() if (one.place.device, one.place.versions) == here]

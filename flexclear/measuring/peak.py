@@ -1,0 +1,106 @@
+"""Peak memory of a step on a CPU: resident memory of a process of its own, above what it had before the step.
+
+python -m flexclear.measuring.peak < job.json        # one variant; ``peaks`` starts it
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_STATUS = Path("/proc/self/status")
+
+
+def peaks(
+    model: str,
+    dtype: str,
+    text_len: int,
+    blocks: int | None,
+    compiled: bool,
+    grids: list[tuple[int, int]],
+    radius: int | None,
+) -> list[int]:
+    """Peak bytes above weights and what else was there, of a step over each grid; one process for all.
+
+    Raises:
+        RuntimeError: the process failed, as where memory does not suffice.
+    """
+    job = {
+        "model": model,
+        "dtype": dtype,
+        "text_len": text_len,
+        "blocks": blocks,
+        "compiled": compiled,
+        "grids": grids,
+        "radius": radius,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "flexclear.measuring.peak"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise RuntimeError(f"the process that measures memory failed: {said[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def highest() -> int:
+    """Most resident bytes since ``reset``, or since the process began where that is not to be had."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset() -> None:
+    """Let ``highest`` begin anew, on Linux; elsewhere the first step, which may compile, counts too."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def measure(job: dict[str, Any]) -> list[int]:
+    """What ``peaks`` returns, in this process."""
+    import gc
+
+    import torch
+
+    from flexclear.measuring.models import call_of, find_model
+    from flexclear.measuring.step import build
+
+    device, dtype = torch.device("cpu"), getattr(torch, job["dtype"])
+    model = find_model(job["model"], dtype, job["text_len"])
+    radius = job["radius"]
+    variants = build(
+        model,
+        [] if radius is None else [radius],
+        device,
+        blocks=job["blocks"],
+        compiled=job["compiled"],
+        dense=radius is None,
+    )
+    found = []
+    with torch.no_grad():
+        for height, width in job["grids"]:
+            arguments = call_of(model, (height, width), device, dtype)
+            step = variants.by_radius[radius]
+            step(**arguments)
+            gc.collect()
+            reset()
+            before = highest()
+            step(**arguments)
+            found.append(highest() - before)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.load(sys.stdin))))
