@@ -110,36 +110,50 @@ def test_kernels_that_fail_or_are_wrong_are_left_out(monkeypatch):
         return (lambda: torch.zeros_like(tensors[0])) if kernel is kernels[2] else run(layout, radius, kernel, tensors)
 
     monkeypatch.setattr(tuning, "windowed", windowed)
-    trials = tuning.try_kernels(kernels, layout, 3, tensors, 60)
+    trials = tuning.try_kernels(kernels, {3: kernels[0]}, layout, tensors, 60)[3]
     assert [(trial.kernel, bool(trial.seconds)) for trial in trials] == [
         *((kernels[0], True), (kernels[1], False), (kernels[2], False))
     ]
     assert trials[1].why_not == "RuntimeError: no resources"
-    assert trials[2].why_not == "wrong: relative error 1.0e+00 to float32"
+    assert trials[2].why_not == "ArithmeticError: attention, r = 3, is wrong here: relative error 1.0e+00 to float32"
 
 
-@able
-def test_the_first_kernel_must_run(monkeypatch):
+def test_the_default_must_run(monkeypatch):
     monkeypatch.setattr(tuning, "windowed", lambda *args: 1 / 0)
-    layout = attention.Layout(8, 8, 16)
+    layout, kernel = attention.Layout(8, 8, 16), tuning.Kernel((64, 64))
     with pytest.raises(ZeroDivisionError):
-        tuning.try_kernels([tuning.Kernel((64, 64))], layout, 3, attention.inputs(layout, 1, 64, CPU, torch.float32), 1)
+        tuning.try_kernels([kernel], {3: kernel}, layout, attention.inputs(layout, 1, 64, CPU, torch.float32), 1)
 
 
-def test_no_candidate_is_begun_when_half_of_the_time_is_over(monkeypatch):
+def test_tuning_ends_in_time_and_what_one_radius_compiles_serves_the_others(monkeypatch):
     layout = attention.Layout(8, 8, 16)
-    now = [0.0]
+    now, compiled = [0.0], set()
 
     def windowed(layout, radius, kernel, tensors):
-        now[0] += 20  # it compiles
-        return lambda: torch.zeros_like(tensors[0])
+        if kernel not in compiled:
+            compiled.add(kernel)
+            now[0] += 20
+        speed = 0.1 if kernel.block_size == (64, 64) else 0.2
+
+        def run():
+            now[0] += speed
+
+        return run
 
     monkeypatch.setattr(tuning, "windowed", windowed)
     monkeypatch.setattr(tuning, "relative_error", lambda *args: 0.0)
-    kernels = [tuning.Kernel((size, 64)) for size in (16, 32, 48, 64, 80, 96)]
+    monkeypatch.setattr(tuning, "timed", lambda run, device: -now[0] + (run(), now[0])[1])
+    kernels = [tuning.Kernel((size, 64)) for size in (16, 32, 48, 64, 80, 96, 112)]
     tensors = attention.inputs(layout, 1, 64, CPU, torch.float32)
-    trials = tuning.try_kernels(kernels, layout, 3, tensors, 120, clock=lambda: now[0])
-    assert [trial.kernel for trial in trials] == kernels[:3]
+    found = tuning.try_kernels(kernels, {8: kernels[0], 16: kernels[1]}, layout, tensors, 180, clock=lambda: now[0])
+    # Two defaults, and others until two thirds are over; 20.4 s each, 20.2 for the fast one.
+    assert len(compiled) == 5
+    assert now[0] <= 180
+    assert [trial.kernel for trial in found[16]] == [kernels[1], kernels[0], *kernels[2:5]]
+    rounds = len(found[8][0].seconds)
+    assert rounds > 3
+    lasting = {(radius, trial.kernel) for radius in found for trial in found[radius] if len(trial.seconds) == rounds}
+    assert lasting == {(8, kernels[0]), (16, kernels[1]), (8, kernels[3]), (16, kernels[3])}
 
 
 def test_memory_of_a_step_grows_with_the_image(folder):

@@ -82,7 +82,7 @@ def bench(
         memory=memory,
     )
     known = job.check()
-    outcomes = []
+    outcomes: list[tuning.Outcome] = []
     with counter(console()) as progress:
         task = progress.add_task("starting")
 
@@ -90,19 +90,16 @@ def bench(
             progress.update(task, description=what)
 
         if tune:
-            for radius in radii:
-                outcomes.append(
-                    tuning.tune(
-                        layout_to_tune(known, pixels),
-                        radius,
-                        known.heads,
-                        known.head_dim,
-                        job.device,
-                        job.dtype,
-                        tune_seconds / len(radii),
-                        lambda what: on(f"tuning, {what}"),
-                    )
-                )
+            outcomes = tuning.tune(
+                layout_to_tune(known, pixels),
+                radii,
+                known.heads,
+                known.head_dim,
+                job.device,
+                job.dtype,
+                tune_seconds,
+                lambda what: on(f"tuning, {what}"),
+            )
         found = keep(measure(job, on))
     if json:
         from json import dumps

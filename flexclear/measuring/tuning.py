@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch import Tensor
 from flexclear.compile import tuned
 from flexclear.compile.kernels import Kernel, check_kernel_options, choose
 from flexclear.masks import Disc, Layout
-from flexclear.measuring.attention import LARGEST_ERROR, first_call, inputs, relative_error, windowed
+from flexclear.measuring.attention import check_error, first_call, inputs, relative_error, windowed
 from flexclear.measuring.timing import timed
 
 LEAST_GAIN = 1.02
 """Gain over the table's choice from which on another one is kept: below, it may be noise."""
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+FAR_BEHIND = 1.15
+"""Times as slow as the fastest after ``LEAST_ROUNDS``: what is given up."""
 
 BLOCKS = ((64, 64), (128, 64), (128, 128), (64, 128), (64, 32), (32, 64), (32, 32))
 """Blocks that are tried, on every device."""
@@ -42,11 +46,11 @@ CPU_HEADS = 2
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate.
+    """One candidate for one radius.
 
     Attributes:
         kernel: blocks and options.
-        seconds: of each call; empty where it did not run.
+        seconds: of each call; fewer than others' where it was given up, none where it did not run.
         why_not: why it did not run, or is wrong; None otherwise.
     """
 
@@ -55,11 +59,12 @@ class Trial:
     why_not: str | None = None
 
 
-def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, seq_len: int) -> Iterator[Kernel]:
-    """The table's choice, then others by the order in which they are worth the time; what a GPU cannot take is left out."""
-    default = choose(device, dtype, head_dim, seq_len=seq_len)
-    yield default
-    given = {default}
+def candidates(
+    device: torch.device, dtype: torch.dtype, head_dim: int, seq_len: int, defaults: list[Kernel]
+) -> Iterator[Kernel]:
+    """The table's choices, then others by the order in which they are worth the time; what a GPU cannot take is left out."""
+    given = dict.fromkeys(defaults)
+    yield from given
     tiles: tuple[Any, ...] = (None,) if device.type != "cuda" else (None, *TILES)
     for tile in tiles:
         for blocks in BLOCKS:
@@ -69,77 +74,108 @@ def candidates(device: torch.device, dtype: torch.dtype, head_dim: int, seq_len:
                 if blocks[0] % m or blocks[1] % n:
                     continue
                 options = {"fwd_BLOCK_M": m, "fwd_BLOCK_N": n, "fwd_num_warps": warps, "fwd_num_stages": stages}
+            checked = check_kernel_options(options)
             try:
-                kernel = choose(
-                    device,
-                    dtype,
-                    head_dim,
-                    seq_len=seq_len,
-                    block_size=blocks,
-                    options=check_kernel_options(options),
-                )
+                kernel = choose(device, dtype, head_dim, seq_len=seq_len, block_size=blocks, options=checked)
             except ValueError:
                 continue
             if kernel not in given:
-                given.add(kernel)
+                given[kernel] = None
                 yield kernel
 
 
 @torch.no_grad()
 def try_kernels(
-    kernels: Iterator[Kernel] | list[Kernel],
+    kernels: Iterable[Kernel],
+    defaults: Mapping[int, Kernel],
     layout: Layout,
-    radius: int,
     tensors: list[Tensor],
     seconds: float,
     on: Callable[[str], None] = lambda what: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[Trial]:
-    """Compile, check and time kernels by turns until the time is over: half of it for first calls, the rest for rounds.
+) -> dict[int, list[Trial]]:
+    """Compile, check and time kernels by turns until the time is over; what one radius compiles serves the others.
 
-    The first kernel, what the others are compared with, always runs, and in every round.
+    Two thirds of the time are for first calls, the rest for rounds. After three of them, what is far behind is given up.
+
+    Args:
+        kernels: candidates, those of ``defaults`` first, which always run, and in every round.
+        defaults: what the others are compared with, by radius.
+        layout: the sequence.
+        tensors: query, key and value.
+        seconds: for all of it.
+        on: called with what is tried.
+        clock: seconds.
+
+    Returns:
+        Trials by radius, the default's first.
     """
-    device, dtype = tensors[0].device, tensors[0].dtype
-    begun = clock()
-    ready: list[tuple[Kernel, Callable[[], Tensor]]] = []
-    trials: list[Trial] = []
-    longest = 0.0
+    device = tensors[0].device
+    begun, longest = clock(), 0.0
+    ready: dict[tuple[int, Kernel], Callable[[], Tensor]] = {}
+    failed: dict[int, list[Trial]] = {radius: [] for radius in defaults}
     for kernel in kernels:
-        spent = clock() - begun
-        if ready and spent + longest > seconds / 2:
+        needed, spent = kernel in defaults.values(), clock() - begun
+        if not needed and spent + longest > 2 / 3 * seconds:
             break
-        on(f"r = {radius}: blocks {kernel.block_size[0]} x {kernel.block_size[1]}")
-        try:
-            run = windowed(layout, radius, kernel, tensors)
-            _, out = first_call(run, device)
-            error = relative_error(out, tensors, layout, Disc(radius))
-            del out
-        except Exception as failed:  # a kernel that does not fit is one candidate fewer
-            if not ready:
-                raise
-            first = next((line for line in str(failed).splitlines() if line.strip()), "")
-            trials.append(Trial(kernel, [], f"{type(failed).__name__}: {first.strip()}"))
-            continue
-        finally:
+        on(f"blocks {kernel.block_size[0]} x {kernel.block_size[1]}")
+        for radius, default in defaults.items():
+            try:
+                run = windowed(layout, radius, kernel, tensors)
+                _check(run, layout, radius, tensors)
+            except Exception as error:  # a kernel that does not fit is one candidate fewer
+                if kernel == default:
+                    raise
+                first = next((line for line in str(error).splitlines() if line.strip()), "")
+                failed[radius].append(Trial(kernel, [], f"{type(error).__name__}: {first.strip()}"))
+                continue
+            ready[radius, kernel] = run
+        if spent:  # the very first has imports and the like besides
             longest = max(longest, clock() - begun - spent)
-        if error > LARGEST_ERROR[dtype]:
-            trials.append(Trial(kernel, [], f"wrong: relative error {error:.1e} to float32"))
-            continue
-        ready.append((kernel, run))
-    times: dict[Kernel, list[float]] = {kernel: [] for kernel, _ in ready}
-    rounds = 0
-    while rounds < 3 or (rounds < 25 and clock() - begun < seconds):
+    times: dict[tuple[int, Kernel], list[float]] = {one: [] for one in ready}
+    for number in range(MOST_ROUNDS):
         begun_round = clock()
-        for kernel, run in ready:
-            times[kernel].append(timed(run, device))
-        rounds += 1
-        # What is far behind after three rounds will not win.
-        if rounds == 3:
-            best = min(statistics.median(own) for own in times.values())
-            ready = [ready[0], *(one for one in ready[1:] if statistics.median(times[one[0]]) <= 1.15 * best)]
-        if rounds >= 3 and clock() - begun + (clock() - begun_round) > seconds:
+        for one, run in ready.items():
+            times[one].append(timed(run, device))
+        if number == LEAST_ROUNDS - 1:
+            ready = _in_sight(ready, times, defaults)
+        if number >= LEAST_ROUNDS - 1 and 2 * clock() - begun - begun_round > seconds:
             break
-    return [*(Trial(kernel, own) for kernel, own in times.items()), *trials]
+    return {
+        radius: sorted(
+            (Trial(kernel, own) for (for_radius, kernel), own in times.items() if for_radius == radius),
+            key=lambda trial: trial.kernel != default,
+        )
+        + failed[radius]
+        for radius, default in defaults.items()
+    }
+
+
+def _check(run: Callable[[], Tensor], layout: Layout, radius: int, tensors: list[Tensor]) -> None:
+    """Raise if what ``run`` returns is wrong.
+
+    Raises:
+        ArithmeticError: it is.
+    """
+    _, out = first_call(run, tensors[0].device)
+    check_error(relative_error(out, tensors, layout, Disc(radius)), tensors[0].dtype, f"attention, r = {radius},")
+
+
+def _in_sight(
+    ready: dict[tuple[int, Kernel], Callable[[], Tensor]],
+    times: dict[tuple[int, Kernel], list[float]],
+    defaults: Mapping[int, Kernel],
+) -> dict[tuple[int, Kernel], Callable[[], Tensor]]:
+    """The runs that may still win, and the defaults."""
+    best = {
+        radius: min(statistics.median(own) for (for_radius, _), own in times.items() if for_radius == radius)
+        for radius in defaults
+    }
+    return {
+        (radius, kernel): run
+        for (radius, kernel), run in ready.items()
+        if kernel == defaults[radius] or statistics.median(times[radius, kernel]) <= FAR_BEHIND * best[radius]
+    }
 
 
 @dataclass(frozen=True)
@@ -149,80 +185,85 @@ class Outcome:
     Attributes:
         radius: of the window.
         trials: all candidates that were tried; the first is the table's choice.
-        best: the fastest.
-        gain: how many times as fast as the first, by the median of ratios in the same rounds.
+        gain: how many times as fast as that the best is, by the median of ratios in the same rounds.
         kept: the entry that ``transform`` takes from now on; None: the table's choice stays.
     """
 
     radius: int
     trials: list[Trial]
-    best: Trial
     gain: float
     kept: tuned.Tuned | None
 
 
 def tune(
     layout: Layout,
-    radius: int,
+    radii: tuple[int, ...],
     heads: int,
     head_dim: int,
     device: torch.device,
     dtype: torch.dtype,
     seconds: float,
     on: Callable[[str], None] = lambda what: None,
-) -> Outcome:
-    """Find the fastest blocks and kernel options for a window over ``layout``, and keep them for this machine.
+) -> list[Outcome]:
+    """Find the fastest blocks and kernel options for windows over ``layout``, and keep them for this machine.
 
     An older entry for the same is replaced, or dropped where the table's choice is as fast.
     """
     tensors = inputs(layout, heads if device.type == "cuda" else min(heads, CPU_HEADS), head_dim, device, dtype)
-    trials = try_kernels(candidates(device, dtype, head_dim, layout.seq_len), layout, radius, tensors, seconds, on)
-    return settle(trials, layout, radius, head_dim, device, dtype)
+    defaults = {radius: choose(device, dtype, head_dim, seq_len=layout.seq_len) for radius in radii}
+    tried = candidates(device, dtype, head_dim, layout.seq_len, list(defaults.values()))
+    found = try_kernels(tried, defaults, layout, tensors, seconds, on)
+    return [settle(trials, layout, radius, head_dim, device, dtype) for radius, trials in found.items()]
 
 
 def settle(
     trials: list[Trial], layout: Layout, radius: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Outcome:
-    """Choose among trials, and keep or drop the entry."""
+    """Choose among trials, of which the first is the table's, and keep or drop the entry.
+
+    The winner was in every round, and faster than the table's choice in three of four: on a machine that others use too, the
+    median alone may be luck.
+    """
     first = trials[0]
-
-    def gain_of(trial: Trial) -> float:
-        return statistics.median(base / own for base, own in zip(first.seconds, trial.seconds, strict=False))
-
-    best = max((trial for trial in trials if trial.seconds), key=gain_of)
-    gain = gain_of(best)
+    whole = [trial for trial in trials if len(trial.seconds) == len(first.seconds)]
+    best = max(whole, key=lambda trial: ratio(first, trial))
+    gain = ratio(first, best)
     place = tuned.place_of(device, dtype, head_dim, radius)
-    if gain < LEAST_GAIN:
+    if gain < LEAST_GAIN or ratio(first, best, 0.25) <= 1:
         tuned.drop(place)
-        return Outcome(radius, trials, first, 1.0, None)
-    entry = tuned.Tuned(
-        place, best.kernel.block_size, best.kernel.options, round(gain, 3), f"{layout.height} x {layout.width}"
-    )
+        return Outcome(radius, trials, 1.0, None)
+    tokens = f"{layout.height} x {layout.width}"
+    entry = tuned.Tuned(place, best.kernel.block_size, best.kernel.options, round(gain, 3), tokens)
     tuned.keep(entry)
-    return Outcome(radius, trials, best, gain, entry)
+    return Outcome(radius, trials, gain, entry)
+
+
+def ratio(first: Trial, other: Trial, quantile: float = 0.5) -> float:
+    """How many times as fast ``other`` was in the same rounds: a quantile of the ratios."""
+    found = [base / own for base, own in zip(first.seconds, other.seconds, strict=False)]
+    return float(torch.tensor(found, dtype=torch.float64).quantile(quantile))
 
 
 def table(outcomes: list[Outcome]) -> str:
     """Markdown: every candidate of every radius, fastest first, and what is kept."""
-    lines = ["| r | blocks | kernel options | ms | against the default |", "|---|---|---|---|---|"]
+    lines = ["| r | blocks | kernel options | ms | rounds | against the default |", "|---|---|---|---|---|---|"]
     for outcome in outcomes:
-        base = statistics.median(outcome.trials[0].seconds)
-        ran = sorted((one for one in outcome.trials if one.seconds), key=lambda one: statistics.median(one.seconds))
+        first = outcome.trials[0]
+        ran = sorted((one for one in outcome.trials if one.seconds), key=lambda one: -ratio(first, one))
         for trial in [*ran, *(one for one in outcome.trials if not one.seconds)]:
             q, kv = trial.kernel.block_size
             options = ", ".join(f"{name}={value}" for name, value in trial.kernel.options)
-            options += " (the default)" if trial is outcome.trials[0] else ""
+            options += " (the default)" if trial is first else ""
+            result = f"not run |  | {trial.why_not}"
             if trial.seconds:
-                taken = statistics.median(trial.seconds)
-                result = f"{1e3 * taken:.4g} | {base / taken:.2f} x"
-            else:
-                result = f"not run | {trial.why_not}"
+                taken = 1e3 * statistics.median(trial.seconds)
+                result = f"{taken:.4g} | {len(trial.seconds)} | {ratio(first, trial):.2f} x"
             lines.append(f"| {outcome.radius} | {q} x {kv} | {options.strip()} | {result} |")
     lines.append("")
     for outcome in outcomes:
         if outcome.kept is None:
-            lines.append(f"r = {outcome.radius}: the default is kept")
+            lines.append(f"r = {outcome.radius}: the default is kept.")
         else:
-            lines.append(f"r = {outcome.radius}: kept for transform: {outcome.kept}")
+            lines.append(f"r = {outcome.radius}: kept for transform: {outcome.kept}.")
     lines.append(f"In {tuned.path()}; flexclear bench --forget deletes it.")
     return "\n".join(lines)
