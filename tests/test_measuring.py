@@ -11,10 +11,9 @@ from typer.testing import CliRunner
 from flexclear import cli
 from flexclear.compile import why_not_compiled
 from flexclear.convert import transform
-from flexclear.measuring import attention, step, tuning
+from flexclear.measuring import attention, peak, step, tuning
 from flexclear.measuring import run as measuring
 from flexclear.measuring.models import few_blocks, find_model
-from flexclear.measuring.peak import measure as peak_of
 from flexclear.measuring.step import build, clocks
 from flexclear.rates import kept
 
@@ -158,9 +157,18 @@ def test_tuning_ends_in_time_and_what_one_radius_compiles_serves_the_others(monk
 
 def test_memory_of_a_step_grows_with_the_image(folder):
     job = {"model": str(folder), "dtype": "float32", "text_len": 16, "blocks": 1, "compiled": False, "radius": None}
-    small, large = peak_of({**job, "grids": [(8, 8), (96, 96)]})
+    small, large = peak.measure({**job, "grids": [(8, 8), (96, 96)]})
     # An MLP's hidden values alone: 9232 tokens of 512 channels.
     assert large - small > 9232 * 512 * 4
+
+
+def test_a_peak_is_what_was_in_use_at_most(folder):
+    def run():
+        for _ in range(20):
+            torch.ones(1 << 20)
+
+    # 4 MiB at a time, of 80 in all; what else a process touches meanwhile is little.
+    assert 2 << 20 < peak.peak_of(run) < 16 << 20
 
 
 def test_few_blocks_are_those_of_each_kind_and_the_model_keeps_its_own(folder):

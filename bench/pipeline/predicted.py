@@ -93,7 +93,7 @@ def table(rows: list[dict[str, Any]], rates: str) -> str:
         f"{row['predicted_attention']:.2f} x | {row['pairs']:.1f} x |"
         for row in rows
     ]
-    return "\n".join([*lines, "", f"Rates, {rates}.", ""])
+    return "\n".join([*lines, "", f"Rates {rates}.", ""])
 
 
 def main(
@@ -130,9 +130,10 @@ def main(
         dtype="bfloat16",
         rates_measured_at=", ".join(f"{side} px" for side, _ in measured_at),
         median_of=repeats,
+        rates=rates,
     )
     text = table(rows, rates)
-    write_results("predicted", about, [*rows], text, out)
+    write_results("predicted", about, rows, text, out)
     print(text)
     if any(abs(row["off"]) > BAR for row in rows):
         raise typer.Exit(1)

@@ -13,14 +13,20 @@ from flexclear.common.choices import DTYPES, EMBEDDED, check_choice, parse_sizes
 from flexclear.common.extras import require
 from flexclear.measuring.names import CONFIGS
 
+SIZES = {"cpu": "512,1024", "cuda": "1024,2048,4096"}
+"""By default, by kind of device: what takes minutes."""
+
 
 def bench(
     model: Annotated[
         str, typer.Argument(help=f"{', '.join(CONFIGS)}, embedded, or a folder with a config.json.")
     ] = "flux.1-dev",
     sizes: Annotated[
-        str, typer.Option(help="Sides in pixels, or HEIGHTxWIDTH, separated by commas.")
-    ] = "512,1024,2048",
+        str | None,
+        typer.Option(
+            help=f"Sides in pixels, or HEIGHTxWIDTH, separated by commas. Default: {SIZES['cpu']} on CPU, else {SIZES['cuda']}."
+        ),
+    ] = None,
     r: Annotated[str, typer.Option("--r", help="Window radii in tokens, separated by commas.")] = "8,16",
     text_len: Annotated[int | None, typer.Option(min=0, help="Text tokens. Default: the model's.")] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
@@ -53,7 +59,7 @@ def bench(
         file = tuned.forget()
         print(f"nothing was kept in {tuned.path()}" if file is None else f"deleted {file}")
         return
-    pixels = tuple((one, one) if isinstance(one, int) else one for one in parse_sizes(sizes))
+    parsed = None if sizes is None else parse_sizes(sizes)
     radii = _radii(r)
     check_choice("--dtype", dtype, DTYPES)
     if model not in CONFIGS and model != EMBEDDED and not Path(model).is_dir():
@@ -68,11 +74,15 @@ def bench(
     from flexclear.measuring.report import plot, table
     from flexclear.measuring.run import Job, keep, layout_to_tune, measure
 
+    place = choose_device(device)
+    if parsed is None:
+        parsed = parse_sizes(SIZES["cuda" if place.type == "cuda" else "cpu"])
+    pixels = tuple((one, one) if isinstance(one, int) else one for one in parsed)
     job = Job(
         model=model,
         sizes=pixels,
         radii=radii,
-        device=choose_device(device),
+        device=place,
         dtype=getattr(torch, dtype),
         text_len=text_len,
         blocks=blocks or None,

@@ -5,10 +5,14 @@ python -m flexclear.measuring.peak < job.json        # one variant; ``peaks`` st
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +55,28 @@ def peaks(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def highest() -> int:
-    """Most resident bytes since ``reset``, or since the process began where that is not to be had."""
+def peak_of(run: Callable[[], Any]) -> int:
+    """Most bytes resident while ``run`` is called, above those before.
+
+    Where this is Linux with glibc, memory that is freed goes back at once, so that what is counted is in use.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)
+    with contextlib.suppress(OSError):  # elsewhere what was resident before counts as the highest already
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _highest()
+    run()
+    return _highest() - before
+
+
+_MMAP_THRESHOLD = -3
+"""glibc's M_MMAP_THRESHOLD: larger allocations are given back when they are freed."""
+
+
+def _highest() -> int:
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -60,18 +84,8 @@ def highest() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def reset() -> None:
-    """Let ``highest`` begin anew, on Linux; elsewhere the first step, which may compile, counts too."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
 def measure(job: dict[str, Any]) -> list[int]:
     """What ``peaks`` returns, in this process."""
-    import gc
-
     import torch
 
     from flexclear.measuring.models import call_of, find_model
@@ -88,17 +102,14 @@ def measure(job: dict[str, Any]) -> list[int]:
         compiled=job["compiled"],
         dense=radius is None,
     )
-    found = []
+    found: list[int] = []
     with torch.no_grad():
         for height, width in job["grids"]:
             arguments = call_of(model, (height, width), device, dtype)
             step = variants.by_radius[radius]
-            step(**arguments)
-            gc.collect()
-            reset()
-            before = highest()
-            step(**arguments)
-            found.append(highest() - before)
+            if job["compiled"] or not found:
+                step(**arguments)
+            found.append(peak_of(lambda: step(**arguments)))  # noqa: B023  (called at once)
     return found
 
 

@@ -136,7 +136,9 @@ def measure(job: Job, on: Callable[[str], None] = lambda what: None) -> Found:
     for size, layout in zip(job.sizes, layouts, strict=True):
         on(f"step, {size[0]} x {size[1]} px")
         grid = layout.height, layout.width
-        steps += measure_steps(variants, grid, job.device, job.dtype, **pace)
+        # Without compiled blocks, attention's graph serves all sizes.
+        warm_up = job.compiled or not steps
+        steps += measure_steps(variants, grid, job.device, job.dtype, warm_up=warm_up, **pace)
         if job.memory and job.device.type == "cuda":
             found = peak_on_gpu(variants, grid, job.device, job.dtype)
             memory.update({(grid, radius): peak for radius, peak in found.items()})

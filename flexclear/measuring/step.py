@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flexclear.compile import compile_blocks, weight_bytes
 from flexclear.convert import transform
 from flexclear.measuring.models import Model, call_of, few_blocks, with_random_weights
-from flexclear.measuring.timing import in_turns, synchronise
+from flexclear.measuring.timing import in_turns
 from flexclear.runtime.family import blocks_of
 
 CHECKED = 64
@@ -160,9 +160,16 @@ def measure_steps(
     *,
     repeats: int,
     seconds: float,
-    on_round: Callable[[], None] = lambda: None,
+    warm_up: bool = True,
 ) -> list[Step]:
-    """A step of each variant over ``grid``.
+    """A step of each variant over ``grid``; up to ``CHECKED`` tokens a side it is compared with masked SDPA first.
+
+    Args:
+        variants: what to run.
+        grid: rows and columns of image tokens.
+        device, dtype: of the call.
+        repeats, seconds: see ``in_turns``.
+        warm_up: whether something may be compiled for this size, or for the first one.
 
     Raises:
         ArithmeticError: a windowed step is wrong.
@@ -170,9 +177,12 @@ def measure_steps(
     model = variants.model
     arguments = call_of(model, grid, device, dtype)
     errors: dict[int | None, float | None] = dict.fromkeys(variants.by_radius)
+    checked = max(grid) <= CHECKED
     for radius, one in variants.by_radius.items():
+        if not warm_up and not checked:
+            continue
         out = one(**arguments)[0]
-        if radius is not None and max(grid) <= CHECKED:
+        if radius is not None and checked:
             errors[radius] = _error(variants.few, radius, arguments, out)
             if not errors[radius] <= LARGEST_ERROR[dtype]:  # type: ignore[operator]
                 raise ArithmeticError(
@@ -180,19 +190,20 @@ def measure_steps(
                 )
         del out
     runs = {str(radius): (lambda one=one: one(**arguments)) for radius, one in variants.by_radius.items()}
-    times = in_turns(runs, device, repeats, seconds, on_round)
+    left_out = {path: model.counts[path] - count for path, count in variants.few_counts.items()}
+    with ExitStack() as stack:
+        timing = {
+            radius: stack.enter_context(clocks(one, left_out, device)) for radius, one in variants.by_radius.items()
+        }
+        times = in_turns(runs, device, repeats, seconds)
     found = []
-    for radius, one in variants.by_radius.items():
+    for radius in variants.by_radius:
         own = times[str(radius)]
-        blocks: dict[str, float] = {}
-        left_out = {path: model.counts[path] - count for path, count in variants.few_counts.items()}
-        if any(left_out.values()):
-            with clocks(one, left_out, device) as timing:
-                for _ in range(2):
-                    one(**arguments)
-                synchronise(device)
-                for path, stack in timing.items():
-                    blocks[path] = statistics.median(taken for clock in stack for taken in clock.seconds())
+        blocks = {
+            path: statistics.median(taken for clock in of_stack for taken in clock.seconds())
+            for path, of_stack in timing[radius].items()
+            if of_stack
+        }
         more = sum(left_out[path] * taken for path, taken in blocks.items())
         found.append(Step(grid, radius, own, blocks, statistics.median(own) + more, errors[radius]))
     return found

@@ -179,3 +179,21 @@ def test_candidates_begin_with_the_default_and_are_all_different():
     found = list(tuning.candidates(CPU, torch.bfloat16, 128, 4608, defaults))
     assert found[:2] == defaults[:2]
     assert len(set(found)) == len(found) >= 6
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)], ids=str)
+def test_candidates_of_a_gpu_are_kernels_that_can_be_kept(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    gpu = torch.device("cuda", 0)
+    default = choose(gpu, torch.bfloat16, 128, seq_len=4608)
+    found = list(tuning.candidates(gpu, torch.bfloat16, 128, 4608, [default]))
+    assert found[0] == default
+    assert len(set(found)) == len(found) > 20
+    for kernel in found:
+        options = dict(kernel.options)
+        assert kernel.block_size[0] % options["fwd_BLOCK_M"] == kernel.block_size[1] % options["fwd_BLOCK_N"] == 0
+    place = tuned.Place("a GPU", "torch", "bfloat16", 128, 16, False)
+    for kernel in found[:3]:
+        tuned.keep(tuned.Tuned(place, kernel.block_size, kernel.options, 1.1, "64 x 64"))
+        tuned._entries.cache_clear()
+        assert tuned._entries()[place].kernel == kernel, "as it was, from the file"
