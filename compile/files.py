@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,35 @@ USER_FOLDER = "FLEXCLEAR_CACHE"
 
 
 def user_folder() -> Path:
-    """Where measurements of this machine are kept: ``$FLEXCLEAR_CACHE``, else ``flexclear`` in the user's cache folder."""
+    """Where measurements of this machine are kept: ``$FLEXCLEAR_CACHE``, else ``flexclear`` in the user's cache folder, which is
+    in the folder of temporary files for a user without a home."""
     named = os.environ.get(USER_FOLDER)
     if named:
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexclear"
+    shared = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(shared) if shared else Path.home() / ".cache") / "flexclear"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"flexclear-{os.getuid()}"
+
+
+def check_user_folder() -> None:
+    """Make ``user_folder``, and raise where nothing could be kept in it.
+
+    Raises:
+        OSError: nothing can.
+    """
+    folder = user_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"results cannot be kept ({error.strerror}); name another folder in ${USER_FOLDER}",
+            str(folder),
+        ) from error
 
 
 @contextlib.contextmanager

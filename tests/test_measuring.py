@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from flexclear import cli
-from flexclear.compile import why_not_compiled
+from flexclear.compile import files, why_not_compiled
 from flexclear.convert import transform
 from flexclear.measuring import attention, peak, step, tuning
 from flexclear.measuring import run as measuring
@@ -207,6 +209,29 @@ def test_a_model_that_is_not_known_is_named(tmp_path, config, message):
         find_model(str(tmp_path), torch.float32)
     with pytest.raises(FileNotFoundError, match="no file"):
         find_model(str(tmp_path / "nowhere"), torch.float32)
+
+
+@able
+def test_a_folder_that_nothing_can_be_kept_in_is_refused_before_anything_is_measured(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLEXCLEAR_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(measuring, "measure", lambda *args: 1 / 0)
+    done = bench(folder, "--sizes", "128", "--r", "3")
+    assert isinstance(done.exception, OSError)
+    assert "results cannot be kept (Not a directory); name another folder in $FLEXCLEAR_CACHE" in str(done.exception)
+
+
+def test_a_user_without_a_home_has_a_folder_and_runs(monkeypatch):
+    for name in ("FLEXCLEAR_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert files.user_folder().parent == Path(tempfile.gettempdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert files.user_folder() == Path("/somewhere/flexclear")
 
 
 @able

@@ -137,6 +137,7 @@ NOT_PUBLISHED = {
     "embedded/train/export.py": "writes a folder under another name, then renames it",
     "embedded/train/tokenizers.py": "its rules are in a temporary folder",
     "distill/model_state.py": "the adapter goes into a folder of another name first",
+    "measuring/peak.py": "resets a counter of the kernel's",
     "soak.py": "hands over between two processes in a temporary folder",
 }
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from flexclear.masks import Disc, Layout, Neighborhood, Window, block_mask, cost
+from flexclear.masks import Disc, Layout, Window, block_mask, cost
 from flexclear.masks.blocks import default_block_size
 from flexclear.measuring.attention import reference
 from flexclear.runtime.attention import windowed_attention
@@ -57,7 +57,7 @@ def timed(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tenso
 
 
 def variants(query: Tensor, key: Tensor, value: Tensor, layout: Layout, r: int) -> list[Variant]:
-    """Dense SDPA, raster order, tiled order, and NATTEN's flex backend where it is installed."""
+    """Dense SDPA, raster order and tiled order."""
     raster, window = layout.with_order("raster"), Disc(r)
 
     def windowed(order: Layout, block_size: int | tuple[int, int]) -> Callable[[], Tensor]:
@@ -70,38 +70,7 @@ def variants(query: Tensor, key: Tensor, value: Tensor, layout: Layout, r: int) 
     ]
     for q, kv in (default_block_size(layout.seq_len), (64, 64)):
         found.append(Variant(f"tiled order, {q} x {kv}", windowed(layout, (q, kv)), layout, window, (q, kv)))
-    if why_no_natten() is None:
-        found.append(natten_variant(query, key, value, layout, r))
     return found
-
-
-def why_no_natten() -> str | None:
-    """Why NATTEN cannot be compared with, or None if it can."""
-    try:
-        import natten  # noqa: F401
-    except ImportError as error:
-        return str(error)
-    return None
-
-
-def natten_variant(query: Tensor, key: Tensor, value: Tensor, layout: Layout, r: int) -> Variant:
-    """NATTEN's flex backend on the image tokens alone: a square window of side 2 r - 1, shifted inwards at the border.
-
-    It has no text, so its work is a little less than that of the others.
-    """
-    import natten
-
-    grid = (layout.height, layout.width)
-    image = [t[:, :, layout.image_start :].unflatten(2, grid).permute(0, 2, 3, 1, 4) for t in (query, key, value)]
-
-    def run() -> Tensor:
-        out = natten.na2d(*image, kernel_size=2 * r - 1, backend="flex-fna", torch_compile=True)
-        return F.pad(out.permute(0, 3, 1, 2, 4).flatten(2, 3), (0, 0, layout.text_len, 0))
-
-    alone = Layout(*grid, 0, order="raster")
-    return Variant(
-        f"NATTEN {natten.__version__} flex, {2 * r - 1} x {2 * r - 1}, no text", run, alone, Neighborhood(2 * r - 1)
-    )
 
 
 def measure(
@@ -115,9 +84,7 @@ def measure(
     present, errors = variants(query, key, value, layout, r), {}
     for variant in present:
         variant.first_call_s, out = timed(variant.run, device)
-        skipped = layout.seq_len - variant.layout.seq_len
-        inputs = [tensor[:, :, skipped:] for tensor in (query, key, value)]
-        expected = reference(*inputs, variant.layout, variant.window, rows - skipped)
+        expected = reference(query, key, value, variant.layout, variant.window, rows)
         errors[variant.name] = float((out[:, :, rows.to(device)].float() - expected).norm() / expected.norm())
         if errors[variant.name] > 1e-2:
             raise AssertionError(f"{variant.name} is wrong: relative error {errors[variant.name]:.2e} to float32")
@@ -171,7 +138,7 @@ def plot(rows: list[dict[str, Any]], title: str) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     draw.text((16, 12), title, "black", font)
     draw.text((16, 38), "times as fast as dense SDPA in the same run; the line is 1", "#555555", small)
-    colours = {"raster": "#b0b0b0", "tiled": "#2c60ce", "NATTEN": "#d98032"}
+    colours = {"raster": "#b0b0b0", "tiled": "#2c60ce"}
     for index, row in enumerate(shown):
         y = top + index * (bar + 6)
         length = scale * row["speedup"]
@@ -203,9 +170,6 @@ def main(
                 rows += measure(side, radius, heads, head_dim, text_len, device, repeats)
                 progress.advance(task)
     about = facts(device, dtype="bfloat16", heads=heads, head_dim=head_dim, median_of=repeats)
-    missing = why_no_natten()
-    if missing is not None:
-        about["NATTEN"] = f"not compared ({missing})"
     write_results(f"attention-{device.type}", about, rows, table(rows), out)
     plot(rows, f"Attention, bf16, {heads} heads x {head_dim}: {about['hardware']}").save(
         out / f"attention-{device.type}.png"

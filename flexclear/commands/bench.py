@@ -69,6 +69,7 @@ def bench(
 
     import torch
 
+    from flexclear.compile.files import check_user_folder
     from flexclear.generation.check import choose_device
     from flexclear.measuring import tuning
     from flexclear.measuring.report import plot, table
@@ -92,6 +93,7 @@ def bench(
         memory=memory,
     )
     known = job.check()
+    check_user_folder()
     outcomes: list[tuning.Outcome] = []
     with counter(console()) as progress:
         task = progress.add_task("starting")

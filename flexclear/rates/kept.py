@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flexclear.common.reading import parse_json, read_text
 from flexclear.common.versions import versions
 from flexclear.compile.files import user_folder, whole_file
 from flexclear.compile.tuned import device_name
@@ -59,7 +60,7 @@ def rates_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Rates:
     newest: tuple[float, Path, Any] | None = None
     for file in sorted(folder().glob("*.json")):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(read_text(file))
             about = content["facts"]
             if content["format"] != FORMAT or any(about.get(key) != wanted[key] for key in keys):
                 continue
