@@ -6,14 +6,14 @@
 """
 
 from flexclear.masks.blocks import BlockPairs, block_mask, block_pairs
-from flexclear.masks.compose import Both, Downsampled, Either
 from flexclear.masks.cost import Cost, cost
 from flexclear.masks.dense import dense_mask
+from flexclear.masks.downsampled import Downsampled
 from flexclear.masks.factories import disc, full, neighborhood, square, strided, swin, with_downsampled
 from flexclear.masks.layout import Layout
 from flexclear.masks.padding import with_text_mask
 from flexclear.masks.shapes import Disc, Full, Neighborhood, Square, Strided, Swin
-from flexclear.masks.windows import MaskMod, Window
+from flexclear.masks.windows import Both, Either, MaskMod, Window
 
 __all__ = [
     "BlockPairs",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexclear.masks.windows import FAR, PADDING, POOLED, TEXT, Box
+from flexclear.masks.coordinates import PADDING, POOLED, TEXT
+from flexclear.masks.windows import FAR, Box
 
 _GROUP = 32
 _FEW_PAIRS = 1 << 20

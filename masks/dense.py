@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexclear.masks.coordinates import POOLED, TEXT, int_number
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.scan import ask
-from flexclear.masks.windows import POOLED, TEXT, MaskMod, Window, as_window, is_plain
+from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
 
 
 @independent
@@ -39,7 +40,7 @@ def dense_mask(layout: Layout, window: Window | MaskMod, device: torch.device | 
         return ask(window, place[:, None], place[None, :]).clone()
     window = as_window(window)
     y, x = (axis.to(device, torch.int32) for axis in layout.coordinates())
-    inside = window.rule(layout, lambda number: torch.tensor(number, dtype=torch.int32, device=device))
+    inside = window.rule(layout, int_number(device))
     keys = window.key_coordinates(layout).to(device)
     is_text = keys[: layout.seq_len] == TEXT
     image = torch.nonzero(~is_text)[:, 0]

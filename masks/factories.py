@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from flexclear.masks.compose import Downsampled
+from flexclear.masks.downsampled import Downsampled
 from flexclear.masks.layout import Layout
 from flexclear.masks.shapes import Disc, Full, Neighborhood, Square, Strided, Swin
 from flexclear.masks.windows import MaskMod, Window, as_window

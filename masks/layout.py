@@ -34,18 +34,54 @@ BLOCK = 128
 """Largest block that tiles are lined up with when the image does not start at a multiple of it."""
 
 
+def _band_count(side: int) -> int:
+    """Bands of 8 rows; the last one has 4 to 11, or all where there are fewer."""
+    return max(side // BAND + (side % BAND >= BAND // 2), 1)
+
+
 def band_edges(side: int) -> list[int]:
-    """First row of every band, then ``side``: bands of 8 rows; the last one has 4 to 11, or all where there are fewer.
+    """First row of every band, then ``side``.
 
     >>> band_edges(16)
     [0, 8, 16]
     >>> band_edges(19), band_edges(20)
     ([0, 8, 19], [0, 8, 16, 20])
     """
-    edges = [*range(0, side, BAND), side]
-    if len(edges) > 2 and edges[-1] - edges[-2] < BAND // 2:
-        del edges[-2]
-    return edges
+    return [*range(0, BAND * _band_count(side), BAND), side]
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How the tiled order walks a grid: bands one below the other, every other one backwards, each column by column.
+
+    Attributes:
+        count: number of bands, 1 or more.
+        height: rows of every band but the last.
+        last: rows of the last one.
+        width: columns of each.
+        turned: whether rows and columns have changed places: bands then lie side by side.
+        ahead: how many places of the walk's end come first.
+    """
+
+    count: int
+    height: int
+    last: int
+    width: int
+    turned: bool
+    ahead: int
+
+
+def bands_of(height: int, width: int, start: int) -> Bands:
+    """The bands of a grid whose first token is at sequence position ``start``. Two rules keep runs on tiles where they can be:
+
+    - bands lie along the side that 8 divides, so that a band is a whole number of tiles;
+    - where text in front shifts the image against the blocks, the end of the walk comes first, as many tokens as fill
+      the block that text has begun; from the next block on, runs are tiles again.
+    """
+    turned = width % BAND != 0 and height % BAND == 0
+    side, length = (width, height) if turned else (height, width)
+    count = _band_count(side)
+    return Bands(count, BAND, side - BAND * (count - 1), length, turned, -start % BLOCK % (height * width))
 
 
 def _raster(height: int, width: int, start: int) -> Tensor:
@@ -58,20 +94,16 @@ def _tiled(height: int, width: int, start: int) -> Tensor:
     Where 8 divides the sides, each run of 64 tokens is an 8 x 8 tile and each aligned run of 128 an 8 x 16 tile (or
     two tiles at a turn). Elsewhere a run is a parallelogram of about the same area: no run is ever a long strip, and
     because the walk turns round at the border, none reaches across the image. That is why ragged sizes need no
-    padding. Two rules keep runs on tiles where they can be:
-
-    - bands lie along the side that 8 divides, so that a band is a whole number of tiles;
-    - where text in front shifts the image against the blocks, the end of the walk comes first, as many tokens as fill
-      the block that text has begun; from the next block on, runs are tiles again.
+    padding.
     """
-    turned = width % BAND != 0 and height % BAND == 0
+    bands = bands_of(height, width, start)
     grid = torch.arange(height * width).view(height, width)
-    grid = grid.T if turned else grid
+    grid = grid.T if bands.turned else grid
     walk = []
     for index, (top, bottom) in enumerate(itertools.pairwise(band_edges(len(grid)))):
         columns = grid[top:bottom].T
         walk.append((columns.flip(0) if index % 2 else columns).reshape(-1))
-    return torch.cat(walk).roll(-start % BLOCK)
+    return torch.cat(walk).roll(bands.ahead)
 
 
 ORDERS: dict[str, Callable[[int, int, int], Tensor]] = {"raster": _raster, "tiled": _tiled}
@@ -146,6 +178,10 @@ class Layout:
     def image_start(self) -> int:
         """Sequence position of the first image token."""
         return self.text_len if self.text_first else 0
+
+    def bands(self) -> Bands:
+        """How the tiled order walks the image's own grid."""
+        return bands_of(self.height, self.width, self.image_start)
 
     def with_order(self, order: str) -> Layout:
         """The same tokens in another order."""

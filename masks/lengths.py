@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -35,5 +38,26 @@ def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
 def mark_symbolic(tensor: Tensor, dims: list[int]) -> None:
     """Ask Dynamo to take these sizes as symbols where it can; a graph that needs one of them fixed fixes it."""
     marked: set[int] = getattr(tensor, "_dynamo_weak_dynamic_indices", set())
-    if not marked.issuperset(dims):
+    if marked.issuperset(dims):
+        return
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.maybe_mark_dynamic(tensor, dims)
+    else:
+        _mark(tensor, "_dynamo_weak_dynamic_indices", dims)
+
+
+def mark_static(tensor: Tensor) -> None:
+    """Ask Dynamo to compile all sizes of ``tensor`` in."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.mark_static(tensor)
+    else:
+        _mark(tensor, "_dynamo_static_indices", range(tensor.ndim))
+
+
+def _mark(tensor: Tensor, name: str, dims: Iterable[int]) -> None:
+    """What Dynamo's functions leave on a tensor (``tests/masks/test_lengths.py`` compares). To import Dynamo for it would
+    take a second before the first mask, also of those who never compile."""
+    if not hasattr(tensor, name):
+        setattr(tensor, name, set())
+    getattr(tensor, name).update(dims)
+    tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]

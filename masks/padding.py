@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexclear.masks.carried import carry
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
-from flexclear.masks.lengths import of_any_text_length
+from flexclear.masks.lengths import mark_static, of_any_text_length
 from flexclear.masks.windows import MaskMod
 
 
@@ -64,7 +64,7 @@ def _unpadded(inner: MaskMod, keep: Tensor, start: int) -> MaskMod:
     bucket = next(1 << bits for bits in (16, 20, 24) if keep.numel() <= 1 << bits)
     table = torch.ones(bucket, dtype=torch.bool, device=device)
     table[: keep.numel()] = keep.reshape(-1)
-    torch._dynamo.mark_static(table)
+    mark_static(table)
     # Filled on the device: torch.tensor would copy each number to it and wait, in every call of a model.
     first, count, last, zero = (
         torch.full((), n, dtype=torch.int32, device=device) for n in (start, length, length - 1, 0)

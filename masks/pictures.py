@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flexclear.masks.blocks import BlockPairs
+from flexclear.masks.coordinates import int_number
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.windows import Window
@@ -31,7 +32,7 @@ def window_picture(layout: Layout, window: Window, query: tuple[int, int] | None
         raise ValueError(f"query must be (row, column) on the grid of {layout.height} x {layout.width}, got {query}")
     y = torch.arange(layout.height, dtype=torch.int32)[:, None]
     x = torch.arange(layout.width, dtype=torch.int32)[None, :]
-    inside = window.rule(layout, lambda number: torch.tensor(number, dtype=torch.int32))
+    inside = window.rule(layout, int_number("cpu"))
     seen = inside(torch.tensor(row, dtype=torch.int32), torch.tensor(column, dtype=torch.int32), y, x)
     picture = _paint(seen.expand(layout.height, layout.width).to(torch.int64), [UNSEEN, SEEN])
     picture[row, column] = torch.tensor(QUERY, dtype=torch.uint8)

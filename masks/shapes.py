@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from flexclear.masks.checks import check_int
+from flexclear.masks.coordinates import Number, Reads
 from flexclear.masks.layout import MAX_SIDE, Layout
 from flexclear.masks.windows import Box, Rule, Window
+
+MAX_FLOAT_RADIUS = 1 << 12
+"""Largest radius whose square float32 compares exactly with any sum of squares."""
 
 
 def _gap(low_a: Tensor, high_a: Tensor, low_b: Tensor, high_b: Tensor) -> Tensor:
@@ -70,7 +74,12 @@ class Disc(Window):
         # Beyond the largest diagonal every radius is the same window; the clamp keeps the square inside 32 bits.
         return min(self.radius, 2 * MAX_SIDE) ** 2
 
-    def rule(self, layout: Layout, number: Callable[[int], Tensor]) -> Rule:
+    @property
+    def reads(self) -> Reads:
+        # In float32 a sum of squares below 2^24 is exact, and a larger one is not rounded below it.
+        return "offsets" if self.radius <= MAX_FLOAT_RADIUS else "integers"
+
+    def rule(self, layout: Layout, number: Number) -> Rule:
         square = number(self._square())
 
         def inside(y_q: Tensor, x_q: Tensor, y_k: Tensor, x_k: Tensor) -> Tensor:
@@ -110,7 +119,11 @@ class Square(Window):
     def name(self) -> str:
         return f"square_r{self.radius}"
 
-    def rule(self, layout: Layout, number: Callable[[int], Tensor]) -> Rule:
+    @property
+    def reads(self) -> Reads:
+        return "offsets"
+
+    def rule(self, layout: Layout, number: Number) -> Rule:
         radius = number(min(self.radius, 2 * MAX_SIDE))
 
         def inside(y_q: Tensor, x_q: Tensor, y_k: Tensor, x_k: Tensor) -> Tensor:
@@ -165,7 +178,11 @@ class Neighborhood(Window):
     def _start(self, place: Tensor, side: int) -> Tensor:
         return (place - self.kernel // 2).clamp(0, side - self.kernel)
 
-    def rule(self, layout: Layout, number: Callable[[int], Tensor]) -> Rule:
+    @property
+    def reads(self) -> Reads:
+        return "floats"
+
+    def rule(self, layout: Layout, number: Number) -> Rule:
         self._check(layout)
         kernel, half, zero = number(self.kernel), number(self.kernel // 2), number(0)
         last_y, last_x = number(layout.height - self.kernel), number(layout.width - self.kernel)
@@ -225,7 +242,7 @@ class Swin(Window):
     def _cell(self, place: Tensor) -> Tensor:
         return torch.div(place + (self.window - self.shift), self.window, rounding_mode="floor")
 
-    def rule(self, layout: Layout, number: Callable[[int], Tensor]) -> Rule:
+    def rule(self, layout: Layout, number: Number) -> Rule:
         side, lead = number(self.window), number(self.window - self.shift)
 
         def inside(y_q: Tensor, x_q: Tensor, y_k: Tensor, x_k: Tensor) -> Tensor:
@@ -269,7 +286,7 @@ class Strided(Window):
     def name(self) -> str:
         return f"strided_d{self.stride}"
 
-    def rule(self, layout: Layout, number: Callable[[int], Tensor]) -> Rule:
+    def rule(self, layout: Layout, number: Number) -> Rule:
         stride = number(self.stride)
 
         def inside(y_q: Tensor, x_q: Tensor, y_k: Tensor, x_k: Tensor) -> Tensor:
@@ -309,7 +326,11 @@ class Full(Window):
     def name(self) -> str:
         return "full"
 
-    def rule(self, layout: Layout, number: Callable[[int], Tensor]) -> Rule:
+    @property
+    def reads(self) -> Reads:
+        return "offsets"
+
+    def rule(self, layout: Layout, number: Number) -> Rule:
         return lambda y_q, x_q, y_k, x_k: y_q + y_k >= y_q + y_k
 
     def touches(self, layout: Layout, query: Box, key: Box) -> Tensor:

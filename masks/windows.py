@@ -1,19 +1,33 @@
 """What a window is: a rule on the coordinates of an image query and an image key. Text sees and is seen by everything.
 
 A window is a frozen dataclass, hashable, that knows nothing of devices or token orders. ``window.mask_mod(layout,
-device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``. The windows themselves are in
-``shapes.py`` and ``compose.py``.
+device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``. Its subclasses are in ``shapes.py`` and
+``downsampled.py``; what windows are combined to is here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from flexclear.masks.coordinates import (
+    POOLED,
+    Number,
+    Place,
+    Places,
+    Reads,
+    can_compute,
+    computed,
+    float_number,
+    int_number,
+    least_convenient,
+    looked_up,
+)
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 
@@ -29,9 +43,6 @@ Box = tuple[Tensor, Tensor, Tensor, Tensor]
 FAR = 1 << 20
 """An empty box has top = left = FAR and bottom = right = -FAR."""
 
-TEXT, POOLED, PADDING = -1, -2, -3
-"""What a coordinate table holds in place of ``y << 16 | x`` for tokens that are no image tokens."""
-
 
 class Window(ABC):
     """What masks, block classification and costs ask of a window.
@@ -42,18 +53,23 @@ class Window(ABC):
     """
 
     @property
+    def reads(self) -> Reads:
+        """What the rule reads, see ``flexclear.masks.coordinates``: int32 coordinates, unless a window says otherwise."""
+        return "integers"
+
+    @property
     @abstractmethod
     def name(self) -> str:
         """Short label, parameters included, such as ``disc_r16``."""
 
     @abstractmethod
-    def rule(self, layout: Layout, number: Callable[[int], Tensor]) -> Rule:
+    def rule(self, layout: Layout, number: Number) -> Rule:
         """The window's inequality over ``layout``.
 
         Args:
             layout: the sequence.
-            number: turns each whole number of the rule into a 0-d tensor. FlexAttention compiles Python numbers in,
-                and every radius and size would be a new graph.
+            number: turns each whole number of the rule into a 0-d tensor of the coordinates' type. FlexAttention compiles
+                Python numbers in, and every radius and size would be a new graph.
 
         Raises:
             ValueError: the window makes no sense on this grid.
@@ -69,19 +85,20 @@ class Window(ABC):
 
     def __and__(self, other: Window) -> Window:
         """A key is seen if both windows allow it."""
-        from flexclear.masks.compose import Both
-
         return Both(self, other)
 
     def __or__(self, other: Window) -> Window:
         """A key is seen if either window allows it."""
-        from flexclear.masks.compose import Either
-
         return Either(self, other)
 
     def image_pairs(self, layout: Layout) -> int | None:
         """Number of allowed image pairs where a formula gives it, else None; they are then counted."""
         return None
+
+    @property
+    def pools(self) -> bool:
+        """Whether pooled keys follow the sequence's own keys."""
+        return False
 
     def pooled_grid(self, layout: Layout) -> tuple[int, int]:
         """Rows and columns of pooled keys that follow the sequence's own keys; none by default."""
@@ -98,90 +115,190 @@ class Window(ABC):
         return torch.cat([packed, packed.new_full((self.key_len(layout) - len(packed),), POOLED)])
 
     @independent
-    def mask_mod(self, layout: Layout, device: torch.device | str = "cpu", packed: bool = True) -> MaskMod:
-        """The window over ``layout`` as a FlexAttention ``mask_mod``; ``packed``: see ``mask_mod_over``.
+    def mask_mod(
+        self,
+        layout: Layout,
+        device: torch.device | str = "cpu",
+        packed: bool = True,
+        queries_from: int | None = None,
+    ) -> MaskMod:
+        """The window over ``layout`` as a FlexAttention ``mask_mod``.
 
-        The function carries its window (``mask_mod.window``) and is named after it.
+        Coordinates are computed from the position where ``flexclear.masks.coordinates`` knows how, else looked up. The
+        function carries its window (``mask_mod.window``) and is named after it.
+
+        Args:
+            layout: the sequence.
+            device: where the numbers and tables are put that it captures.
+            packed: how coordinates are looked up; see ``flexclear.masks.coordinates.looked_up``.
+            queries_from: sequence position of query 0 where queries are image tokens (``flexclear.masks.apart``), whose rows
+                are asked less; what it says of text among them is nothing. None: queries are the sequence, from its start.
         """
-        return self.mask_mod_over(layout, self.key_coordinates(layout), device, packed)
+        if not can_compute(layout, self.key_len(layout)):
+            return self.mask_mod_over(layout, self.key_coordinates(layout), device, packed, queries_from)
+        number = int_number(device) if self.reads == "integers" else float_number(device)
+        keys = computed(layout, self.reads, device)
+        queries = keys if queries_from is None else computed(layout, self.reads, device, queries_from)
+        pooled = self.key_len(layout) > layout.seq_len
+        return self._mask_mod(self.rule(layout, number), queries, keys, pooled, queries_from is not None)
 
     @independent
     def mask_mod_over(
-        self, layout: Layout, keys: Tensor, device: torch.device | str = "cpu", packed: bool = True
+        self,
+        layout: Layout,
+        keys: Tensor,
+        device: torch.device | str = "cpu",
+        packed: bool = True,
+        queries_from: int | None = None,
     ) -> MaskMod:
-        """The same where query ``i`` is the token of key ``i``, and further keys may follow the queries.
+        """The same from a table, where query ``i`` is the token of key ``i``, and further keys may follow the queries.
 
         Args:
             layout: what the window's rule is bound to.
             keys: packed coordinates of the keys, TEXT and POOLED among them, int32 ``[keys]``.
-            device: where.
-            packed: look both coordinates up at once, and take them apart with a shift. False: in two tables, for
-                kernels in a language without shifts (CuTe DSL: FlashAttention 4).
+            device, packed, queries_from: see ``mask_mod``.
         """
-        place = (_packed_places if packed else _separate_places)(keys, device)
-        inside = self.rule(layout, lambda number: torch.tensor(number, dtype=torch.int32, device=device))
-        has_pooled = bool((keys == POOLED).any())
+        place = queries = looked_up(keys, device, packed)
+        if queries_from is not None:
+            first = torch.tensor(queries_from, dtype=torch.int32, device=device)
 
+            def queries(index: Tensor) -> Place:
+                return place(index + first)
+
+        rule = self.rule(layout, int_number(device))
+        return self._mask_mod(rule, queries, place, bool((keys == POOLED).any()), queries_from is not None)
+
+    def _mask_mod(self, inside: Rule, queries: Places, keys: Places, has_pooled: bool, image_queries: bool) -> MaskMod:
         def mask_mod(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            (q, y_q, x_q), (kv, y_kv, x_kv) = place(q_idx), place(kv_idx)
-            allowed = inside(y_q, x_q, y_kv, x_kv)
+            query, key = queries(q_idx), keys(kv_idx)
+            allowed = inside(query.row, query.column, key.row, key.column) | key.is_text
+            if image_queries:
+                return allowed | key.is_pooled if has_pooled else allowed
             if has_pooled:
                 # Image queries see all pooled keys; text queries do not, they see every token already.
-                return torch.where(kv == POOLED, q >= 0, allowed | (q < 0) | (kv < 0))
-            return allowed | (q < 0) | (kv < 0)
+                return torch.where(key.is_pooled, ~query.is_text, allowed | query.is_text)
+            return allowed | query.is_text
 
         mask_mod.__name__ = self.name
         mask_mod.window = self  # type: ignore[attr-defined]
         return mask_mod
 
 
-Places = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-"""What a position holds: negative (TEXT, POOLED) for other than image tokens, row, column."""
+def _check_parts(verb: str, parts: tuple[Window, ...]) -> None:
+    if len(parts) < 2:
+        raise ValueError(f"{verb} takes two windows or more, got {len(parts)}")
+    for part in parts:
+        if not isinstance(part, Window):
+            raise TypeError(f"{verb} takes windows of flexclear.masks such as Disc(16), got {part!r}")
+        if part.pools:
+            raise TypeError(
+                f"{verb} takes windows without pooled keys; add them last: Downsampled({verb}(...), factor)"
+            )
 
 
-def _packed_places(keys: Tensor, device: torch.device | str) -> Places:
-    table = coordinate_table(keys, device)
+@dataclass(frozen=True, init=False, repr=False)
+class Both(Window):
+    """A key is seen if every part allows it: the intersection of windows.
 
-    def place(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = table[index]
-        return found, found >> 16, found & 0xFFFF
-
-    return place
-
-
-def _separate_places(keys: Tensor, device: torch.device | str) -> Places:
-    rows = coordinate_table(torch.where(keys < 0, keys, keys >> 16), device)
-    columns = coordinate_table(keys & 0xFFFF, device)
-
-    def place(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        row = rows[index]
-        return row, row, columns[index]
-
-    return place
-
-
-def coordinate_table(packed: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Packed coordinates padded to 2^16, 2^20 or 2^24 entries, int32, for a ``mask_mod`` to capture.
-
-    Why a table: one gather per query and key is all that a partial block then pays for any token order. Why the fixed
-    lengths, marked static: everything else about the sequence can be dynamic, so that one graph serves all resolutions
-    of a bucket (65,536 tokens is 4096 x 4096 px); and a *dynamic* table does not even compile on CPU, where Inductor's
-    C++ template replaces the name ``ks1`` inside ``ks19`` (torch 2.13).
+    Args:
+        parts: two windows or more, without pooled keys.
     """
-    bucket = next(1 << bits for bits in (16, 20, 24, 30) if len(packed) <= 1 << bits)
-    table = torch.full((bucket,), TEXT, dtype=torch.int32, device=device)
-    table[: len(packed)] = packed.to(device)
-    torch._dynamo.mark_static(table)
-    return table
+
+    parts: tuple[Window, ...]
+
+    def __init__(self, *parts: Window) -> None:
+        _check_parts("Both", parts)
+        object.__setattr__(self, "parts", parts)
+
+    def __repr__(self) -> str:
+        return f"Both({', '.join(map(repr, self.parts))})"
+
+    @property
+    def name(self) -> str:
+        return "_and_".join(part.name for part in self.parts)
+
+    @property
+    def reads(self) -> Reads:
+        return least_convenient(part.reads for part in self.parts)
+
+    def rule(self, layout: Layout, number: Number) -> Rule:
+        first, *others = (part.rule(layout, number) for part in self.parts)
+        for other in others:
+            first = _and(first, other)
+        return first
+
+    def touches(self, layout: Layout, query: Box, key: Box) -> Tensor:
+        found = self.parts[0].touches(layout, query, key)
+        for part in self.parts[1:]:
+            found = found & part.touches(layout, query, key)
+        return found
+
+    def covers(self, layout: Layout, query: Box, key: Box) -> Tensor:
+        found = self.parts[0].covers(layout, query, key)
+        for part in self.parts[1:]:
+            found = found & part.covers(layout, query, key)
+        return found
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Either(Window):
+    """A key is seen if any part allows it: the union of windows.
+
+    Args:
+        parts: two windows or more, without pooled keys.
+    """
+
+    parts: tuple[Window, ...]
+
+    def __init__(self, *parts: Window) -> None:
+        _check_parts("Either", parts)
+        object.__setattr__(self, "parts", parts)
+
+    def __repr__(self) -> str:
+        return f"Either({', '.join(map(repr, self.parts))})"
+
+    @property
+    def name(self) -> str:
+        return "_or_".join(part.name for part in self.parts)
+
+    @property
+    def reads(self) -> Reads:
+        return least_convenient(part.reads for part in self.parts)
+
+    def rule(self, layout: Layout, number: Number) -> Rule:
+        first, *others = (part.rule(layout, number) for part in self.parts)
+        for other in others:
+            first = _or(first, other)
+        return first
+
+    def touches(self, layout: Layout, query: Box, key: Box) -> Tensor:
+        found = self.parts[0].touches(layout, query, key)
+        for part in self.parts[1:]:
+            found = found | part.touches(layout, query, key)
+        return found
+
+    def covers(self, layout: Layout, query: Box, key: Box) -> Tensor:
+        found = self.parts[0].covers(layout, query, key)
+        for part in self.parts[1:]:
+            found = found | part.covers(layout, query, key)
+        return found
+
+
+def _and(a: Rule, b: Rule) -> Rule:
+    return lambda y_q, x_q, y_k, x_k: a(y_q, x_q, y_k, x_k) & b(y_q, x_q, y_k, x_k)
+
+
+def _or(a: Rule, b: Rule) -> Rule:
+    return lambda y_q, x_q, y_k, x_k: a(y_q, x_q, y_k, x_k) | b(y_q, x_q, y_k, x_k)
 
 
 def captured_tensors(mask_mod: object) -> list[Tensor]:
-    """Tensors that a ``mask_mod`` captures, those of functions inside it included."""
-    found: list[Tensor] = []
+    """Tensors that a ``mask_mod`` captures, those of functions inside it included, each once."""
+    found: dict[int, Tensor] = {}
     for cell in getattr(mask_mod, "__closure__", None) or ():
         content = cell.cell_contents
-        found += [content] if isinstance(content, Tensor) else captured_tensors(content)
-    return found
+        found.update((id(t), t) for t in ([content] if isinstance(content, Tensor) else captured_tensors(content)))
+    return list(found.values())
 
 
 def is_plain(window: Window | MaskMod) -> TypeGuard[MaskMod]:

@@ -55,9 +55,6 @@ LIBRARIES = {"masks": {"torch"}, "compile": {"torch", "torchao", "safetensors"}}
 AT_IMPORT = {"common": set(), "runtime": {"torch", "numpy"}, "families": {"torch"}}
 """Those that it may import when it is imported itself, and not later."""
 
-KNOWN_CIRCLES = [["flexclear.masks.compose", "flexclear.masks.windows"]]
-"""Of function-level imports: ``Window & Window`` makes a subclass of Window."""
-
 
 @dataclass(frozen=True)
 class Import:
@@ -215,8 +212,8 @@ def test_no_modules_import_each_other_when_they_are_imported():
     assert circles(one for one in IMPORTS if one.kind == "module") == []
 
 
-def test_no_modules_import_each_other_inside_functions_but_those_known():
-    assert circles(one for one in IMPORTS if one.kind != "types") == KNOWN_CIRCLES
+def test_no_modules_import_each_other_inside_functions():
+    assert circles(one for one in IMPORTS if one.kind != "types") == []
 
 
 def test_modules_that_name_each_other_s_types_are_of_one_part():

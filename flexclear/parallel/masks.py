@@ -12,9 +12,9 @@ from flexclear.compile.kernels import Kernel, with_kernel
 from flexclear.masks import Downsampled, Layout, Window
 from flexclear.masks.blocks import block_mask_between
 from flexclear.masks.cache import ByteBoundedCache
+from flexclear.masks.coordinates import POOLED, TEXT, int_number
 from flexclear.masks.defaults import independent
 from flexclear.masks.padding import with_text_mask_at
-from flexclear.masks.windows import POOLED, TEXT
 from flexclear.parallel.planning import Bands, Part, gathered_order, packed_raster, part_of
 from flexclear.runtime.plan import MAX_DENSE_BYTES, Plan
 from flexclear.runtime.pooling import Pooling
@@ -86,7 +86,7 @@ def dense_band_mask(part: Part, device: torch.device | str = "cpu") -> Tensor:
             "FlexAttention needs none: backend='flex', on CUDA, or on CPU with a C++ compiler. Or use more ranks"
         )
     keys = keys.to(device)
-    inside = part.window.rule(part.layout, lambda number: torch.tensor(number, dtype=torch.int32, device=device))
+    inside = part.window.rule(part.layout, int_number(device))
     query, key = keys[: len(part.own), None], keys[None, :]
     return inside(query >> 16, query & 0xFFFF, key >> 16, key & 0xFFFF) | (key < 0)
 

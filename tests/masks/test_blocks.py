@@ -27,7 +27,7 @@ from flexclear.masks import (
 )
 from flexclear.masks import boxes as boxes_module
 from flexclear.masks.blocks import default_block_size
-from flexclear.masks.windows import coordinate_table
+from flexclear.masks.coordinates import coordinate_table
 from flexclear.testing.lists import blocks_of, listed_blocks
 from flexclear.testing.strategies import block_sizes, layouts, layouts_with_windows, radii, simple_windows
 
@@ -53,11 +53,18 @@ def test_the_dense_reference_equals_a_double_loop(layout, r):
             assert mask[i][j] == near, (i, j)
 
 
+@given(layouts_with_windows())
+def test_the_mask_mod_equals_the_dense_reference(drawn):
+    layout, window = drawn
+    assert torch.equal(evaluated(window.mask_mod(layout), layout, window), dense_mask(layout, window))
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "in two tables"])
 @given(layouts_with_windows())
-def test_the_mask_mod_equals_the_dense_reference(packed, drawn):
+def test_the_mask_mod_from_a_table_equals_the_dense_reference(packed, drawn):
     layout, window = drawn
-    assert torch.equal(evaluated(window.mask_mod(layout, packed=packed), layout, window), dense_mask(layout, window))
+    mask_mod = window.mask_mod_over(layout, window.key_coordinates(layout), packed=packed)
+    assert torch.equal(evaluated(mask_mod, layout, window), dense_mask(layout, window))
 
 
 @given(layouts_with_windows(), block_sizes)
