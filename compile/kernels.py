@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.masks.blocks import MANY_TOKENS, default_block_size
 from flexclear.masks.carried import KERNEL_OPTIONS
+from flexclear.masks.coordinates import Source, default_source
 
 Capability = tuple[int, int]
 Value = int | bool | str
@@ -119,15 +120,14 @@ class Kernel:
     Attributes:
         block_size: tokens per (query, key-value) block of the mask.
         options: of the kernel; ``completed`` adds what depends on the mask's lengths.
+        coordinates: where the ``mask_mod`` has them from.
+        text_apart: whether text queries are attended apart, where the mask lets them (``flexclear.masks.apart``).
     """
 
     block_size: tuple[int, int]
     options: Options = ()
-
-    @property
-    def shifts(self) -> bool:
-        """Whether a ``mask_mod`` may shift bits: FlashAttention 4 is written in CuTe DSL, whose tensors have no shift."""
-        return ("BACKEND", "FLASH") not in self.options
+    coordinates: Source = "packed"
+    text_apart: bool = False
 
 
 def check_kernel_options(options: Mapping[str, Any] | None) -> Options:
@@ -193,6 +193,8 @@ def choose(
     backward: bool = False,
     seq_len: int = 0,
     text_padded: bool = False,
+    reach: int | None = None,
+    pools: bool = False,
     block_size: tuple[int, int] | None = None,
     options: Options = (),
 ) -> Kernel:
@@ -203,22 +205,27 @@ def choose(
         backward: whether a backward pass follows.
         seq_len: tokens of the sequence.
         text_padded: whether the mask asks for every text key whether it is padding.
+        reach, pools: of the window (``Window.reach``, ``Window.pools``).
         block_size: blocks that the mask is to have, or has; chosen otherwise.
         options: of ``check_kernel_options``; they win over the table's. Without a meaning on CPU.
 
     Raises:
         ValueError: the kernel cannot take the block size, or this GPU lacks an option.
     """
+    # Apart, text costs a kernel more and image rows are equally long. On two CPU cores the two calls take 0.83 to 0.98 of the
+    # time of one; on 132 processors one call's long rows cost 1.18 to 1.30 times what they should (simulated, not measured).
+    apart = not (backward or text_padded or pools)
     if device.type != "cuda":
-        return Kernel(block_size or default_block_size(seq_len))
+        chosen = block_size or default_block_size(seq_len, backward, device, reach)
+        return Kernel(chosen, (), default_source(device), apart)
     # ROCm numbers AMD's GPUs in the same way, and none of them is in the table.
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
     row = find_row(capability, dtype, head_dim)
     given = dict(options)
     _check_device(given, capability, dtype, head_dim)
     if given.get("BACKEND") == "FLASH":
-        return Kernel(_flash_blocks(capability, block_size), options)
-    own = row.block_size if seq_len < MANY_TOKENS and not backward else None
+        return Kernel(_flash_blocks(capability, block_size), options, "separate", apart)
+    own = row.block_size if (seq_len < MANY_TOKENS or apart) and not backward else None
     chosen = block_size or own or default_block_size(seq_len, backward)
     if backward:
         _check_backward(chosen, capability, head_dim, dtype, given)
@@ -244,7 +251,7 @@ def choose(
             wanted.pop(replaced, None)
     if backward:
         _check_backward_tile({**wanted, **given}, _backward_tile(capability, head_dim, dtype))
-    return Kernel(chosen, tuple(sorted({**wanted, **given}.items())))
+    return Kernel(chosen, tuple(sorted({**wanted, **given}.items())), default_source(device), apart)
 
 
 def find_row(capability: Capability, dtype: torch.dtype, head_dim: int) -> Row:

@@ -220,35 +220,38 @@ def choose_tuned(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-    radius: int | None,
     *,
+    reach: int | None = None,
     backward: bool = False,
     seq_len: int = 0,
     text_padded: bool = False,
     block_size: tuple[int, int] | None = None,
     options: Options = (),
+    **others: Any,
 ) -> Kernel:
-    """What ``kernels.choose`` returns, or in its place an entry for a window of this radius where nothing is asked for.
+    """What ``kernels.choose`` returns, with an entry for a window of this reach where no blocks and options are asked for.
 
     Padded text and very long sequences, which take more registers and longer lists than what was tuned, have the table's.
 
     Args:
-        radius: of the window; None: of several radii, or no disc.
-        others: see ``kernels.choose``.
+        reach: of the window, a disc's radius; None: of several windows, or not bounded.
+        others: with the rest, see ``kernels.choose``.
     """
     if block_size is None and not options and not text_padded and seq_len < MANY_TOKENS:
-        found = find(device, dtype, head_dim, radius, backward)
+        found = find(device, dtype, head_dim, reach, backward)
         if found is not None:
-            return found.kernel
+            block_size, options = found.block_size, found.options
     return choose(
         device,
         dtype,
         head_dim,
+        reach=reach,
         backward=backward,
         seq_len=seq_len,
         text_padded=text_padded,
         block_size=block_size,
         options=options,
+        **others,
     )
 
 

@@ -8,6 +8,7 @@ which turns a skipped block into a partial one or a full one into a partial one,
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.masks.boxes import cut, near_pairs
+from flexclear.masks.coordinates import Source
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.scan import scan_blocks
@@ -30,20 +32,37 @@ _FORWARD_LISTS_SUFFICE = "compute_q_blocks" in inspect.signature(BlockMask.from_
 """Whether this torch accepts a BlockMask without the lists by key-value block; 2.8 insists on them."""
 
 
-def default_block_size(seq_len: int, backward: bool = False) -> tuple[int, int]:
-    """Tokens per (query, key-value) block of a sequence where nothing else is asked for.
+def default_block_size(
+    seq_len: int, backward: bool = False, device: torch.device | str = "cuda", reach: int | None = None
+) -> tuple[int, int]:
+    """Tokens per (query, key-value) block where nothing else is asked for. ``flexclear.compile.kernels`` has a table for GPUs
+    that goes before this.
 
-    (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. Executed over useful work at 1024 to 8192 px and r = 8 to
-    32 is 1.29 to 1.60 (``cost``), against 1.31 to 1.76 with (128, 128) and 1.22 to 1.43 with (64, 64). On two CPU cores
-    (64, 64) takes the same time within 10 % and its lists are twice as long; a GPU's kernels want 128 queries.
+    On CPU (64, 64): executed over useful work at 1024 to 8192 px and r = 8 to 32 is 1.22 to 1.43 (``cost``), against 1.29 to
+    1.60 with (128, 64) and 1.31 to 1.76 with (128, 128). On two cores of an AMD EPYC it takes 0.93 of the time of (128, 64) at
+    r = 8 to 32, and 0.80 to 1.0 of that of (128, 128). With AMX, whose tiles want long products, (128, 128) from a reach of 12
+    on: on an Intel machine it took 0.87 of the time of (128, 64) at r = 16, and (64, 64) 0.88 at r = 8.
 
-    (128, 128) from 2^19 tokens on (above 11,500 px): lists are rows x columns of blocks because text rows name every
-    block, and at 16,384 px they would pass 1 GB; at r = 16 the executed work is the same.
+    Elsewhere (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. (128, 128) from 2^19 tokens on (above 11,500 px):
+    where text rows name every block, lists are rows x columns of blocks, and at 16,384 px they would pass 1 GB; at r = 16 the
+    executed work is the same. (128, 128) also for a backward pass: FlexAttention's backward kernels on GPUs work on up to 128
+    keys at a time, and refuse blocks that these do not divide.
 
-    (128, 128) also for a backward pass: FlexAttention's backward kernels on GPUs work on up to 128 keys at a time, and
-    refuse blocks that these do not divide.
+    Args:
+        seq_len: tokens of the sequence.
+        backward: whether a backward pass follows.
+        device: where attention runs.
+        reach: ``Window.reach``.
     """
+    if torch.device(device).type == "cpu":
+        return (128, 128) if _has_amx() and (reach is None or reach >= 12) else (64, 64)
     return (128, 64) if seq_len < MANY_TOKENS and not backward else (128, 128)
+
+
+@functools.cache
+def _has_amx() -> bool:
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and bool(asked())
 
 
 def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -178,7 +197,7 @@ def block_mask(
     device: torch.device | str = "cpu",
     backward: bool = False,
     text_padded: bool = False,
-    packed: bool = True,
+    coordinates: Source | None = None,
 ) -> BlockMask:
     """The window over the layout as FlexAttention's ``BlockMask``, batch and head broadcast.
 
@@ -194,21 +213,23 @@ def block_mask(
         device: where the lists and the captured tables are put, and where a ``mask_mod`` of your own has its tensors.
         backward: also build the lists by key-value block, which the backward kernels walk.
         text_padded: prepare for ``with_text_mask``: every block of text keys asks the ``mask_mod``.
-        packed: False for kernels in a language without shifts; see ``Window.mask_mod_over``.
+        coordinates: where the ``mask_mod`` has them from, see ``flexclear.masks.coordinates.Source``; None: what suits the
+            device.
 
     Raises:
         TypeError: ``window`` is neither.
         ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
     """
     if block_size is None:
-        block_size = default_block_size(layout.seq_len, backward)
+        reach = None if is_plain(window) else as_window(window).reach
+        block_size = default_block_size(layout.seq_len, backward, device, reach)
     pairs = block_pairs(layout, window, block_size, device, text_padded)
     if is_plain(window):
         mask_mod, key_len = window, layout.seq_len
     else:
         found = as_window(window)
-        mask_mod, key_len = found.mask_mod(layout, device, packed), found.key_len(layout)
-    return _assembled(pairs, mask_mod, (layout.seq_len, key_len), device, backward)
+        mask_mod, key_len = found.mask_mod(layout, device, coordinates), found.key_len(layout)
+    return assembled(pairs, mask_mod, (layout.seq_len, key_len), device, backward)
 
 
 @independent
@@ -221,7 +242,7 @@ def block_mask_between(
     block_size: tuple[int, int],
     device: torch.device | str = "cpu",
     text_padded: bool = False,
-    packed: bool = True,
+    coordinates: Source | None = None,
 ) -> BlockMask:
     """The window over some of the layout's tokens: queries are the tokens of the first keys.
 
@@ -230,23 +251,35 @@ def block_mask_between(
         window: a window of this package.
         queries: number of queries.
         key_tokens: packed coordinates of the keys, int32 ``[keys]``.
-        block_size, device, text_padded, packed: see ``block_mask``.
+        block_size, device, text_padded, coordinates: see ``block_mask``.
     """
     pairs = pairs_between(layout, window, key_tokens[:queries], key_tokens, block_size, text_padded)
-    mask_mod = window.mask_mod_over(layout, key_tokens, device, packed)
-    return _assembled(pairs, mask_mod, (queries, len(key_tokens)), device, backward=False)
+    mask_mod = window.mask_mod_over(layout, key_tokens, device, coordinates)
+    return assembled(pairs, mask_mod, (queries, len(key_tokens)), device, backward=False)
 
 
-def _assembled(
-    pairs: BlockPairs, mask_mod: MaskMod, lengths: tuple[int, int], device: torch.device | str, backward: bool
+def assembled(
+    pairs: BlockPairs,
+    mask_mod: MaskMod,
+    lengths: tuple[int, int],
+    device: torch.device | str,
+    backward: bool,
+    narrow: bool = False,
 ) -> BlockMask:
-    """A BlockMask of block pairs over ``lengths`` (queries, keys)."""
+    """A BlockMask of block pairs over ``lengths`` (queries, keys).
+
+    ``narrow``: lists on CUDA are as wide as the longest of them needs. The CPU kernel takes the width for the number of blocks,
+    and BlockMask's own methods do so everywhere.
+    """
     full, part = pairs.full, ~pairs.full
-    # The CPU kernel needs lists as wide as there are blocks, CUDA's does not; text rows need all of it on both.
+    width = pairs.kv_blocks
+    if narrow and torch.device(device).type != "cpu":
+        longest = max(int(torch.bincount(pairs.q[some], minlength=1).max()) for some in (part, full))
+        width = min(-(-longest // 8) * 8, width)
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     by_query = (
-        *_lists(pairs.q[part], pairs.kv[part], pairs.q_blocks, pairs.kv_blocks),
-        *_lists(pairs.q[full], pairs.kv[full], pairs.q_blocks, pairs.kv_blocks),
+        *_lists(pairs.q[part], pairs.kv[part], pairs.q_blocks, width),
+        *_lists(pairs.q[full], pairs.kv[full], pairs.q_blocks, width),
     )
     lists: dict[str, Any] = {name: t.to(device) for name, t in zip(names, by_query, strict=True)}
     names = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")

@@ -33,6 +33,18 @@ def least_convenient(all_of: Iterable[Reads]) -> Reads:
     return max(all_of, key=get_args(Reads).index)
 
 
+Source = Literal["computed", "packed", "separate"]
+"""Where a ``mask_mod`` has coordinates from: arithmetic where there is one for the layout, else as ``"packed"``; a table of both
+together, taken apart with a shift; a table of each, for kernels in a language without shifts (CuTe DSL: FlashAttention 4)."""
+
+
+def default_source(device: torch.device | str) -> Source:
+    """Computed on CPU, where a table is a gather for every pair of a partial block. Looked up on CUDA, where it is one load for
+    every row and column of a tile: the compiled kernel for sm_90 has 165 registers then, and 252 with arithmetic (bfloat16, head
+    dim 64; 166 and 184 at 128), and the loop over partial blocks is a third shorter."""
+    return "computed" if torch.device(device).type == "cpu" else "packed"
+
+
 class Place(NamedTuple):
     """What is at some sequence positions: row and column of image tokens, and whether it is something else."""
 
@@ -150,16 +162,15 @@ def _in_bands(layout: Layout, number: Number, exact: bool) -> Coordinates:
     return coordinates
 
 
-def looked_up(keys: Tensor, device: torch.device | str, packed: bool = True) -> Places:
+def looked_up(keys: Tensor, device: torch.device | str, source: Source = "packed") -> Places:
     """Positions whose packed coordinates are given, TEXT and POOLED among them, int32 ``[positions]``.
 
     Args:
         keys: ``y << 16 | x`` of each.
         device: where the table is put.
-        packed: look both coordinates up at once, and take them apart with a shift. False: in two tables, for kernels in a
-            language without shifts (CuTe DSL: FlashAttention 4).
+        source: ``"separate"``, or a table of both.
     """
-    if packed:
+    if source != "separate":
         table = coordinate_table(keys, device)
 
         def place(index: Tensor) -> Place:
@@ -178,13 +189,13 @@ def looked_up(keys: Tensor, device: torch.device | str, packed: bool = True) -> 
 
 
 def coordinate_table(packed: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Packed coordinates padded to 2^16, 2^20, 2^24 or 2^30 entries, int32, for a ``mask_mod`` to capture.
+    """Packed coordinates padded to 2^16, 2^20, 2^22, 2^24 or 2^30 entries, int32, for a ``mask_mod`` to capture.
 
     Why the fixed lengths, marked static: everything else about the sequence can be dynamic, so that one graph serves all
     resolutions of a bucket (65,536 tokens is 4096 x 4096 px); and a *dynamic* table does not even compile on CPU, where
     Inductor's C++ template replaces the name ``ks1`` inside ``ks19`` (torch 2.13).
     """
-    bucket = next(1 << bits for bits in (16, 20, 24, 30) if len(packed) <= 1 << bits)
+    bucket = next(1 << bits for bits in (16, 20, 22, 24, 30) if len(packed) <= 1 << bits)
     table = torch.full((bucket,), TEXT, dtype=torch.int32, device=device)
     table[: len(packed)] = packed.to(device)
     mark_static(table)

@@ -42,6 +42,10 @@ class Downsampled(Window):
         return self.window.reads
 
     @property
+    def reach(self) -> int | None:
+        return self.window.reach
+
+    @property
     def pools(self) -> bool:
         return True
 

@@ -79,6 +79,10 @@ class Disc(Window):
         # In float32 a sum of squares below 2^24 is exact, and a larger one is not rounded below it.
         return "offsets" if self.radius <= MAX_FLOAT_RADIUS else "integers"
 
+    @property
+    def reach(self) -> int:
+        return self.radius
+
     def rule(self, layout: Layout, number: Number) -> Rule:
         square = number(self._square())
 
@@ -122,6 +126,10 @@ class Square(Window):
     @property
     def reads(self) -> Reads:
         return "offsets"
+
+    @property
+    def reach(self) -> int:
+        return self.radius
 
     def rule(self, layout: Layout, number: Number) -> Rule:
         radius = number(min(self.radius, 2 * MAX_SIDE))
@@ -182,6 +190,10 @@ class Neighborhood(Window):
     def reads(self) -> Reads:
         return "floats"
 
+    @property
+    def reach(self) -> int:
+        return self.kernel
+
     def rule(self, layout: Layout, number: Number) -> Rule:
         self._check(layout)
         kernel, half, zero = number(self.kernel), number(self.kernel // 2), number(0)
@@ -241,6 +253,10 @@ class Swin(Window):
 
     def _cell(self, place: Tensor) -> Tensor:
         return torch.div(place + (self.window - self.shift), self.window, rounding_mode="floor")
+
+    @property
+    def reach(self) -> int:
+        return self.window
 
     def rule(self, layout: Layout, number: Number) -> Rule:
         side, lead = number(self.window), number(self.window - self.shift)

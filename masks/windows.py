@@ -21,8 +21,10 @@ from flexclear.masks.coordinates import (
     Place,
     Places,
     Reads,
+    Source,
     can_compute,
     computed,
+    default_source,
     float_number,
     int_number,
     least_convenient,
@@ -100,6 +102,11 @@ class Window(ABC):
         """Whether pooled keys follow the sequence's own keys."""
         return False
 
+    @property
+    def reach(self) -> int | None:
+        """One more than the largest offset along an axis of a key that is seen; None: not bounded. Block sizes go by it."""
+        return None
+
     def pooled_grid(self, layout: Layout) -> tuple[int, int]:
         """Rows and columns of pooled keys that follow the sequence's own keys; none by default."""
         return 0, 0
@@ -119,23 +126,23 @@ class Window(ABC):
         self,
         layout: Layout,
         device: torch.device | str = "cpu",
-        packed: bool = True,
+        coordinates: Source | None = None,
         queries_from: int | None = None,
     ) -> MaskMod:
         """The window over ``layout`` as a FlexAttention ``mask_mod``.
 
-        Coordinates are computed from the position where ``flexclear.masks.coordinates`` knows how, else looked up. The
-        function carries its window (``mask_mod.window``) and is named after it.
+        The function carries its window (``mask_mod.window``) and is named after it.
 
         Args:
             layout: the sequence.
             device: where the numbers and tables are put that it captures.
-            packed: how coordinates are looked up; see ``flexclear.masks.coordinates.looked_up``.
+            coordinates: where they come from, see ``flexclear.masks.coordinates.Source``; None: what suits the device.
             queries_from: sequence position of query 0 where queries are image tokens (``flexclear.masks.apart``), whose rows
                 are asked less; what it says of text among them is nothing. None: queries are the sequence, from its start.
         """
-        if not can_compute(layout, self.key_len(layout)):
-            return self.mask_mod_over(layout, self.key_coordinates(layout), device, packed, queries_from)
+        source = default_source(device) if coordinates is None else coordinates
+        if source != "computed" or not can_compute(layout, self.key_len(layout)):
+            return self.mask_mod_over(layout, self.key_coordinates(layout), device, source, queries_from)
         number = int_number(device) if self.reads == "integers" else float_number(device)
         keys = computed(layout, self.reads, device)
         queries = keys if queries_from is None else computed(layout, self.reads, device, queries_from)
@@ -148,7 +155,7 @@ class Window(ABC):
         layout: Layout,
         keys: Tensor,
         device: torch.device | str = "cpu",
-        packed: bool = True,
+        coordinates: Source | None = None,
         queries_from: int | None = None,
     ) -> MaskMod:
         """The same from a table, where query ``i`` is the token of key ``i``, and further keys may follow the queries.
@@ -156,9 +163,9 @@ class Window(ABC):
         Args:
             layout: what the window's rule is bound to.
             keys: packed coordinates of the keys, TEXT and POOLED among them, int32 ``[keys]``.
-            device, packed, queries_from: see ``mask_mod``.
+            device, coordinates, queries_from: see ``mask_mod``.
         """
-        place = queries = looked_up(keys, device, packed)
+        place = queries = looked_up(keys, device, coordinates or "packed")
         if queries_from is not None:
             first = torch.tensor(queries_from, dtype=torch.int32, device=device)
 
@@ -221,6 +228,10 @@ class Both(Window):
     def reads(self) -> Reads:
         return least_convenient(part.reads for part in self.parts)
 
+    @property
+    def reach(self) -> int | None:
+        return min((part.reach for part in self.parts if part.reach is not None), default=None)
+
     def rule(self, layout: Layout, number: Number) -> Rule:
         first, *others = (part.rule(layout, number) for part in self.parts)
         for other in others:
@@ -264,6 +275,11 @@ class Either(Window):
     @property
     def reads(self) -> Reads:
         return least_convenient(part.reads for part in self.parts)
+
+    @property
+    def reach(self) -> int | None:
+        reaches = [part.reach for part in self.parts if part.reach is not None]
+        return max(reaches) if len(reaches) == len(self.parts) else None
 
     def rule(self, layout: Layout, number: Number) -> Rule:
         first, *others = (part.rule(layout, number) for part in self.parts)

@@ -118,7 +118,7 @@ def attention_of(spec: Spec, shape: Shape, side: int, r: int, like: Tensor) -> t
     kernel = choose(
         like.device, like.dtype, shape.head_dim, seq_len=layout.seq_len, block_size=spec.block_size, options=options
     )
-    mask = block_mask(layout, Disc(r), block_size=kernel.block_size, device=like.device, packed=kernel.shifts)
+    mask = block_mask(layout, Disc(r), block_size=kernel.block_size, device=like.device, coordinates=kernel.coordinates)
     return layout, with_kernel(mask, kernel)
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.analysis.attending import attending
 from flexclear.families import family_of
 from flexclear.families.target import model_of
+from flexclear.runtime.attention import Mask
 from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.facts import JOINT
 from flexclear.runtime.hooks import entry_hook_of
@@ -177,7 +177,7 @@ def _look(
     )
 
 
-def _rows_of(mask: BlockMask | Tensor | None, queries: Tensor, keys: int) -> Tensor | None:
+def _rows_of(mask: Mask, queries: Tensor, keys: int) -> Tensor | None:
     """Which keys these queries see, for the first sample and head: bool ``[queries, keys]``; None: all."""
     if mask is None:
         return None

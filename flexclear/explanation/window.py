@@ -157,7 +157,7 @@ def _rates() -> Rates:
 
 def _block_size(layout: Layout, r: int) -> tuple[int, int]:
     """The blocks that attention without gradients has here."""
-    return choose_tuned(_device(), torch.bfloat16, HEAD_DIM, r, seq_len=layout.seq_len).block_size
+    return choose_tuned(_device(), torch.bfloat16, HEAD_DIM, reach=r, seq_len=layout.seq_len).block_size
 
 
 def explain_window(

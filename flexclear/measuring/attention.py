@@ -141,7 +141,7 @@ def measure_attention(
     runs: dict[str, Callable[[], Tensor]] = {"dense": lambda: F.scaled_dot_product_attention(query, key, value)}
     about: dict[str, dict[str, Any]] = {"dense": {"radius": None, "kernel": None}}
     for radius in radii:
-        kernel = choose_tuned(device, dtype, head_dim, radius, seq_len=layout.seq_len)
+        kernel = choose_tuned(device, dtype, head_dim, reach=radius, seq_len=layout.seq_len)
         name = f"r = {radius}"
         runs[name] = windowed(layout, radius, kernel, tensors)
         about[name] = {"radius": radius, "kernel": kernel}

@@ -42,7 +42,8 @@ class BandPlan(Plan):
 
     def masked(self, keep: Tensor) -> BlockMask | Tensor | None:
         """The mask without the text keys that are padding; ``keep`` is bool ``[B, text_len]``."""
-        return None if self.mask is None else with_text_mask_at(self.mask, len(self.part.own), keep)
+        mask = self.whole_mask()
+        return None if mask is None else with_text_mask_at(mask, len(self.part.own), keep)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the plan holds."""
@@ -123,7 +124,7 @@ def build_band_plan(
             block_size=kernel.block_size,
             device=device,
             text_padded=text_padded,
-            packed=kernel.shifts,
+            coordinates=kernel.coordinates,
         )
         mask = with_kernel(lists, kernel)
     else:

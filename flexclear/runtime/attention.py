@@ -10,6 +10,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexclear.compile import compiled_flex_attention, why_not_compiled
 from flexclear.compile.derivatives import needs_composite
 from flexclear.compile.direct import Held
+from flexclear.masks.apart import TextApart
+
+Mask = BlockMask | TextApart | Tensor | None
+"""What a layer may see; see ``windowed_attention``."""
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,7 +22,7 @@ def windowed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: BlockMask | Tensor | None,
+    mask: Mask,
     scale: float | None = None,
     held: Held | None = None,
 ) -> Tensor:
@@ -27,8 +31,8 @@ def windowed_attention(
     Args:
         query, key, value: ``[B, heads, N, head_dim]`` in the mask's sequence order; more keys than queries where the
             mask has them. Key and value may have fewer heads, of which each serves as many heads of the query.
-        mask: a BlockMask (compiled FlexAttention), a bool mask that broadcasts to ``[B, heads, N, keys]`` (masked SDPA),
-            or None: every pair (SDPA).
+        mask: a BlockMask (compiled FlexAttention), ``TextApart`` (that for the image, SDPA for the text), a bool mask that
+            broadcasts to ``[B, heads, N, keys]`` (masked SDPA), or None: every pair (SDPA).
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
         held: see ``compiled_flex_attention``.
 
@@ -45,6 +49,8 @@ def windowed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(mask, BlockMask):
         return compiled_flex_attention(query, key, value, mask, scale, held)
+    if isinstance(mask, TextApart):
+        return _apart(query, key, value, mask, scale, held)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:
         # Of SDPA's kernels on GPUs only cuDNN's takes grouped heads with a mask; the others would hold all scores.
@@ -56,6 +62,30 @@ def windowed_attention(
             query, key, value, bias, scale=scale, enable_gqa=grouped
         )[0]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def _apart(
+    query: Tensor, key: Tensor, value: Tensor, mask: TextApart, scale: float | None, held: Held | None
+) -> Tensor:
+    """Text queries by SDPA, image queries by FlexAttention, put together in the memory layout that models go on with."""
+    length, text, rows = query.shape[2], mask.text.shape[0], mask.rows
+    if not mask.layout.text_first:
+        of_image = compiled_flex_attention(query[:, :, :rows], key, value, mask.image, scale, held)
+        return _joined(of_image, windowed_attention(query[:, :, rows:], key, value, None, scale))
+    of_text = windowed_attention(query[:, :, :text], key, value, None, scale)
+    first = length - rows
+    if not torch.compiler.is_compiling():
+        of_image = compiled_flex_attention(query[:, :, first:], key, value, mask.image, scale, held)
+        return _joined(of_text, of_image[:, :, text - first :])
+    # A slice would be compiled for "from the beginning" or for "from later on", which some lengths of text are and some are not.
+    # And of one sample and head it is contiguous: where it begins is then forgotten, see compiled_flex_attention.
+    place = torch.arange(length, device=query.device)
+    of_image = compiled_flex_attention(query.index_select(2, place[:rows] + first), key, value, mask.image, scale, held)
+    return _joined(of_text, of_image).index_select(2, place + (place >= text) * (text - first))
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first.transpose(1, 2), second.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
 def choose_backend(

@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.compile.direct import Held
-from flexclear.runtime.attention import windowed_attention
+from flexclear.runtime.attention import Mask, windowed_attention
 from flexclear.runtime.mechanism import Attend
 from flexclear.runtime.plan import Plan
 from flexclear.runtime.pooling import Pooling
@@ -24,7 +23,7 @@ class SlotPlan:
     """What one kind of layer (``flexclear.runtime.facts.Slot``) attends under.
 
     Attributes:
-        mask: a BlockMask, a dense bool mask, or None: dense attention.
+        mask: a BlockMask, ``TextApart``, a dense bool mask, or None: dense attention.
         pooling: where its pooled keys come from, or None.
         gain: 0-d factor on its queries (proportional attention), or None.
         bias: ``[B, N]`` or ``[1, N]`` in sequence order: the score of query i and key j grows by ``bias[i] * bias[j]``; or
@@ -34,7 +33,7 @@ class SlotPlan:
         held: what its layers have shown of Dynamo's guards in this call.
     """
 
-    mask: BlockMask | Tensor | None
+    mask: Mask
     pooling: Pooling | None = None
     gain: Tensor | None = None
     bias: Tensor | None = None

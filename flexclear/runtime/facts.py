@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexclear.compile.kernels import Kernel, Options
 from flexclear.compile.tuned import choose_tuned
-from flexclear.masks import Disc, Window
+from flexclear.masks import Window
 from flexclear.masks.blocks import default_block_size
 from flexclear.runtime.mechanism import Formula
 from flexclear.runtime.steps import StepCounter
@@ -115,10 +115,10 @@ class Settings:
         return {**own, **{one.name: getattr(switches, one.name) for one in fields(switches)}}
 
     @property
-    def radius(self) -> int | None:
-        """The radius of all windows; None where there is none, they differ, or are no plain discs."""
-        radii = {window.radius if isinstance(window, Disc) else None for _, window in self.slots if window is not None}
-        return radii.pop() if len(radii) == 1 else None
+    def reach(self) -> int | None:
+        """``Window.reach`` of all windows, a disc's radius; None where there is none, or they differ."""
+        found = {window.reach for _, window in self.slots if window is not None}
+        return found.pop() if len(found) == 1 else None
 
     def kernel(
         self,
@@ -136,15 +136,16 @@ class Settings:
             ValueError: the kernels on ``device`` cannot take those that were asked for.
         """
         if backend != "flex":
-            return Kernel(self.block_size or default_block_size(seq_len))
+            return Kernel(self.block_size or default_block_size(seq_len, device=device))
         return choose_tuned(
             device,
             dtype,
             self.head_dim,
-            self.radius,
             backward=backward,
             seq_len=seq_len,
             text_padded=text_padded,
+            reach=self.reach,
+            pools=any(window is not None and window.pools for _, window in self.slots),
             block_size=self.block_size,
             options=self.kernel_options,
         )

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_leaves
 
 from flexclear.compile import why_not_compiled
 from flexclear.compile.calls import mark
 from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
 from flexclear.masks import Layout, Window
-from flexclear.runtime.attention import choose_backend
+from flexclear.runtime.attention import Mask, choose_backend
 from flexclear.runtime.call_plan import LOCALLY, ByFormula, CallPlan, InBand, Means, SlotPlan
 from flexclear.runtime.carrying import Hook, enter, leave
 from flexclear.runtime.facts import JOINT, Call, Settings
@@ -180,7 +179,7 @@ class EntryHook(Hook):
                 return self.parallel.part(layout, window, backend, kernel, device, text_padded)
             return get_plan(layout, window, backend, kernel, device, backward, text_padded)
 
-        def mask_of(scope: str, plan: Plan) -> BlockMask | Tensor | None:
+        def mask_of(scope: str, plan: Plan) -> Mask:
             keep = call.keep.get(scope)
             return plan.mask if keep is None else plan.masked(keep)
 

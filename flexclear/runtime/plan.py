@@ -12,10 +12,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.compile.kernels import Kernel, with_kernel
 from flexclear.masks import Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
+from flexclear.masks.apart import TextApart, can_part, text_apart
 from flexclear.masks.cache import ByteBoundedCache
 from flexclear.masks.defaults import independent
 from flexclear.masks.lengths import mark_symbolic, of_any_text_length
 from flexclear.masks.windows import captured_tensors
+from flexclear.runtime.attention import Mask
 from flexclear.runtime.pooling import Pooling, make_pooling
 from flexclear.runtime.reach import warn_of_unreached
 
@@ -29,7 +31,7 @@ class Plan:
 
     Attributes:
         layout: the sequence.
-        mask: BlockMask, bool ``[N, keys]`` for masked SDPA, or None for dense attention.
+        mask: BlockMask, ``TextApart``, bool ``[N, keys]`` for masked SDPA, or None for dense attention.
         order: raster index at each place of the image order, int64 ``[image_len]``; None where that is raster itself.
         inverse: its inverse, or None.
         rows, columns: coordinates in image order, float32 ``[image_len]``.
@@ -37,7 +39,7 @@ class Plan:
     """
 
     layout: Layout
-    mask: BlockMask | Tensor | None
+    mask: Mask
     order: Tensor | None
     inverse: Tensor | None
     rows: Tensor
@@ -83,7 +85,18 @@ class Plan:
 
     def masked(self, keep: Tensor) -> BlockMask | Tensor | None:
         """The mask without the text keys that are padding; ``keep`` is bool ``[B, text_len]``, False for padding."""
-        return None if self.mask is None else with_text_mask(self.mask, self.layout, keep)
+        mask = self.whole_mask()
+        return None if mask is None else with_text_mask(mask, self.layout, keep)
+
+    def whole_mask(self) -> BlockMask | Tensor | None:
+        """The mask, if it is in one part.
+
+        Raises:
+            TypeError: text is attended apart, since the plan was built for no padded text.
+        """
+        if isinstance(self.mask, TextApart):
+            raise TypeError("this plan was not built for padded text: its text queries are attended apart")
+        return self.mask
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that the plan holds."""
@@ -95,8 +108,9 @@ class Plan:
             return found
         if isinstance(self.mask, Tensor):
             return [*found, self.mask]
-        found += [t for t in self.mask.as_tuple(flatten=True) if isinstance(t, Tensor)]
-        return found + captured_tensors(self.mask.mask_mod)
+        lists = self.mask.image if isinstance(self.mask, TextApart) else self.mask
+        found += [t for t in lists.as_tuple(flatten=True) if isinstance(t, Tensor)]
+        return found + captured_tensors(lists.mask_mod)
 
 
 @independent
@@ -118,22 +132,28 @@ def build_plan(
     Warns:
         UserWarning: the window keeps part of the image from a reference image.
     """
-    mask: BlockMask | Tensor | None
+    mask: Mask
     if window is not None:
         warn_of_unreached(layout, window)
     if window is None:
-        mask = torch.ones(1, layout.seq_len, dtype=torch.bool, device=device) if text_padded else None
+        every = torch.ones(1, layout.seq_len, dtype=torch.bool, device=device)
+        mask = of_any_text_length(every) if text_padded else None
     elif backend == "flex":
-        lists = block_mask(
-            layout,
-            window,
-            block_size=kernel.block_size,
-            device=device,
-            backward=backward,
-            text_padded=text_padded,
-            packed=kernel.shifts,
-        )
-        mask = with_kernel(lists, kernel)
+        size, source = kernel.block_size, kernel.coordinates
+        if kernel.text_apart and not backward and not text_padded and can_part(layout, window):
+            mask = text_apart(layout, window, block_size=size, device=device, coordinates=source)
+            with_kernel(mask.image, kernel)
+        else:
+            lists = block_mask(
+                layout,
+                window,
+                block_size=size,
+                device=device,
+                backward=backward,
+                text_padded=text_padded,
+                coordinates=source,
+            )
+            mask = of_any_text_length(with_kernel(lists, kernel))
     elif layout.seq_len**2 > MAX_DENSE_BYTES:
         raise ValueError(
             f"masked SDPA over {layout.seq_len} tokens ({layout.height} x {layout.width} image tokens and "
@@ -143,12 +163,12 @@ def build_plan(
             f"{_largest_side(layout.text_len)} image tokens fit"
         )
     else:
-        mask = dense_mask(layout, window, device=device)
+        mask = of_any_text_length(dense_mask(layout, window, device=device))
     raster = layout.order == "raster"
     y, x = layout.coordinates()
     return Plan(
         layout=layout,
-        mask=None if mask is None else of_any_text_length(mask),
+        mask=mask,
         order=None if raster else layout.permutation().to(device),
         inverse=None if raster else layout.inverse_permutation().to(device),
         rows=y.to(device, torch.float32),

@@ -82,7 +82,9 @@ def test_families_of_windows_are_graphs_of_their_own_and_their_parameters_are_no
     for family in ([Square(3), Square(5)], [Swin(4, 2), Swin(6)], [Downsampled(Disc(3), 4), Downsampled(Disc(6), 3)]):
         counts = []
         for layout, window in itertools.product(layouts, family):
-            assert_matches_dense(layout, window)
+            # Blocks that are not square: else there are as many of queries as of keys until pooled keys fill one of their own,
+            # and Dynamo compiles in that two lengths are one.
+            assert_matches_dense(layout, window, block_size=(128, 64))
             counts.append(counters["stats"]["unique_graphs"])
         assert len(set(counts)) == 1, (family, counts)
 

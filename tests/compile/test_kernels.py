@@ -173,7 +173,9 @@ def test_masks_for_flash_have_no_shifts(gpu, monkeypatch):
         kernel = choose(CUDA, torch.bfloat16, 64, options=check_kernel_options({"BACKEND": name}))
         plan = build_plan(Layout(8, 8, 5), Disc(3), "flex", kernel, torch.device("cpu"), backward=False)
         places = torch.arange(69)
-        graph = torch.fx.experimental.proxy_tensor.make_fx(plan.mask.mask_mod)(None, None, places[:, None], places)
+        graph = torch.fx.experimental.proxy_tensor.make_fx(plan.mask.image.mask_mod)(
+            None, None, places[:, None], places
+        )
         found[name] = {str(node.target) for node in graph.graph.nodes if "shift" in str(node.target)}
     assert found == {"TRITON": {"aten.__rshift__.Scalar"}, "FLASH": set()}
 
@@ -183,7 +185,7 @@ def test_flash_takes_its_own_blocks_and_no_options_of_triton(gpu, monkeypatch):
     flash = check_kernel_options({"BACKEND": "FLASH"})
     for capability, blocks in (((9, 0), (128, 128)), ((10, 0), (256, 128))):
         gpu(capability)
-        assert choose(CUDA, torch.bfloat16, 128, options=flash) == Kernel(blocks, flash)
+        assert choose(CUDA, torch.bfloat16, 128, options=flash) == Kernel(blocks, flash, "separate", text_apart=True)
         with pytest.raises(ValueError, match="takes blocks of"):
             choose(CUDA, torch.bfloat16, 128, options=flash, block_size=(64, 64))
     with pytest.raises(ValueError, match="head dims up to 128, got 256"):
@@ -226,7 +228,7 @@ def test_plans_differ_by_their_options_and_the_cpu_has_none(gpu):
     cpu, layout = torch.device("cpu"), Layout(16, 16, 0)
     asked = check_kernel_options({"num_warps": 4})
     kernel = choose(cpu, torch.float32, 64, seq_len=layout.seq_len, options=asked)
-    assert kernel == Kernel((128, 64))
+    assert kernel == Kernel((64, 64), coordinates="computed", text_apart=True)
     plain = get_plan(layout, Disc(3), "flex", kernel, cpu)
     other = get_plan(layout, Disc(3), "flex", Kernel((128, 64), asked), cpu)
     assert getattr(plain.mask, KERNEL_OPTIONS) == ()

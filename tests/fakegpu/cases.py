@@ -127,7 +127,7 @@ class Case:
             block_size=kernel.block_size,
             backward=self.backward,
             text_padded=keep is not None,
-            packed=kernel.shifts,
+            coordinates=kernel.coordinates,
         )
         mask = _on_device(mask if keep is None else with_text_mask(mask, self.layout, keep), moved)
         if self.exact:

@@ -59,11 +59,11 @@ def test_the_mask_mod_equals_the_dense_reference(drawn):
     assert torch.equal(evaluated(window.mask_mod(layout), layout, window), dense_mask(layout, window))
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "in two tables"])
+@pytest.mark.parametrize("source", ["packed", "separate"])
 @given(layouts_with_windows())
-def test_the_mask_mod_from_a_table_equals_the_dense_reference(packed, drawn):
+def test_the_mask_mod_from_a_table_equals_the_dense_reference(source, drawn):
     layout, window = drawn
-    mask_mod = window.mask_mod_over(layout, window.key_coordinates(layout), packed=packed)
+    mask_mod = window.mask_mod(layout, coordinates=source)
     assert torch.equal(evaluated(mask_mod, layout, window), dense_mask(layout, window))
 
 

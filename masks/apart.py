@@ -1,0 +1,94 @@
+"""Text queries apart from image queries: two exact attentions over the same keys, whose rows need no merging.
+
+Text sees every token, so that a row of text is as long as the sequence while a row of the image is as long as its window. Run
+as one kernel, the few long rows keep a GPU waiting, and block lists are as wide as the longest row. Run apart, text is dense
+attention by the fastest kernel there is, and the lists of the image grow with the image.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexclear.masks.blocks import assembled, check_block_size, pairs_between
+from flexclear.masks.carried import LENGTHS
+from flexclear.masks.coordinates import PADDING, TEXT, Source
+from flexclear.masks.defaults import independent
+from flexclear.masks.layout import Layout
+from flexclear.masks.lengths import mark_symbolic, of_any_text_length
+from flexclear.masks.windows import MaskMod, Window
+
+
+@dataclass(frozen=True, eq=False)
+class TextApart:
+    """A window's mask in two parts.
+
+    Attributes:
+        image: the mask of the sequence from position ``first`` on where text comes first, up to the image's end where it comes
+            last, over all keys. So that blocks of queries begin where they do in the whole sequence, up to one block of them
+            begins with text; what these rows hold means nothing.
+        text: an empty tensor ``[text_len, 0]``, whose size a compiler can take as a symbol.
+        layout, window: what both parts are of.
+    """
+
+    image: BlockMask
+    text: Tensor
+    layout: Layout
+    window: Window
+
+    @property
+    def rows(self) -> int:
+        """Number of queries of ``image``, a symbol where a compiler takes it for one."""
+        lengths: Tensor = getattr(self.image, LENGTHS)
+        return lengths.shape[0]
+
+    @functools.cached_property
+    def mask_mod(self) -> MaskMod:
+        """The ``mask_mod`` of the whole sequence, text among its queries."""
+        return self.window.mask_mod(self.layout, self.image.kv_indices.device)
+
+
+def can_part(layout: Layout, window: Window | MaskMod) -> bool:
+    """Whether text queries see every key under ``window``, and there are any."""
+    return layout.text_len > 0 and isinstance(window, Window) and not window.pools
+
+
+@independent
+def text_apart(
+    layout: Layout,
+    window: Window,
+    *,
+    block_size: int | tuple[int, int],
+    device: torch.device | str = "cpu",
+    coordinates: Source | None = None,
+) -> TextApart:
+    """The window over the layout, text queries apart. For inference: there are no lists by key-value block.
+
+    Args:
+        layout: the sequence, with some text.
+        window: a window without pooled keys.
+        block_size: tokens per block, or a ``(query, key-value)`` pair.
+        device: where the lists, and what the ``mask_mod`` captures, are put.
+        coordinates: see ``flexclear.masks.block_mask``.
+
+    Raises:
+        ValueError: there is no text, the window has pooled keys or does not fit the grid, or ``block_size`` makes no sense.
+    """
+    if not can_part(layout, window):
+        raise ValueError(f"text cannot be attended apart under {window!r} over {layout.text_len} text tokens")
+    q_size, kv_size = check_block_size(block_size)
+    first = layout.text_len // q_size * q_size if layout.text_first else 0
+    stop = layout.seq_len if layout.text_first else layout.image_len
+    keys = window.key_coordinates(layout)
+    queries = keys[first:stop]
+    pairs = pairs_between(layout, window, queries.masked_fill(queries == TEXT, PADDING), keys, (q_size, kv_size))
+    mask_mod = window.mask_mod(layout, device, coordinates, queries_from=first)
+    image = assembled(pairs, mask_mod, (stop - first, len(keys)), device, backward=False, narrow=True)
+    of_any_text_length(image)
+    text = torch.empty(layout.text_len, 0, device=device)
+    mark_symbolic(text, [0])
+    return TextApart(image, text, layout, window)
