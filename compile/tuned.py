@@ -68,11 +68,6 @@ class Tuned:
     gain: float
     tokens: str
 
-    @property
-    def kernel(self) -> Kernel:
-        """What a mask is built for."""
-        return Kernel(self.block_size, self.options)
-
     def __str__(self) -> str:
         q, kv = self.block_size
         options = "".join(f", {name}={value}" for name, value in self.options)

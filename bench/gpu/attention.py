@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexclear.compile.kernels import Options, check_kernel_options, choose, with_kernel
 from flexclear.masks import Disc, Layout, block_mask, cost
+from flexclear.masks.apart import TextApart
 from flexclear.measuring.attention import reference
 from flexclear.runtime.attention import windowed_attention
+from flexclear.runtime.plan import build_plan
 
 from bench.gpu.rows import Clock, Rows
 
@@ -60,16 +62,21 @@ SHAPES = (Shape("FLUX.1", 24, 128, 512, True), Shape("SD3.5-large", 38, 64, 333,
 
 @dataclass(frozen=True)
 class Spec:
-    """One way to build the window's kernel; no block size and no options: what flexclear chooses."""
+    """One way to build the window's kernel; no block size and no options: what flexclear chooses, and so with the text apart
+    and where coordinates come from."""
 
     name: str
     block_size: tuple[int, int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     order: str = "tiled"
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 CHOSEN = Spec("chosen")
-RASTER = Spec("raster order", (128, 128), order="raster")
+ONE_CALL = Spec("chosen, text and image in one call", changes={"text_apart": False})
+COMPUTED = Spec("chosen, coordinates computed", changes={"coordinates": "computed"})
+RASTER = Spec("raster order", (128, 128), order="raster", changes={"text_apart": False})
+STANDARD = (CHOSEN, ONE_CALL, COMPUTED, RASTER)
 
 
 def tiled(blocks: tuple[int, int], tile: tuple[int, int], warps: int, stages: int, **others: Any) -> Spec:
@@ -112,14 +119,19 @@ SWEEPS = {
 
 
 def attention_of(spec: Spec, shape: Shape, side: int, r: int, like: Tensor) -> tuple[Layout, Any]:
-    """Layout and mask of a spec; raises ValueError where this GPU cannot run it."""
+    """Layout and mask (for ``windowed_attention``) of a spec; raises ValueError where this GPU cannot run it."""
     layout = shape.layout(side, spec.order)
     options: Options = check_kernel_options(spec.options)
     kernel = choose(
-        like.device, like.dtype, shape.head_dim, seq_len=layout.seq_len, block_size=spec.block_size, options=options
+        like.device,
+        like.dtype,
+        shape.head_dim,
+        reach=r,
+        seq_len=layout.seq_len,
+        block_size=spec.block_size,
+        options=options,
     )
-    mask = block_mask(layout, Disc(r), block_size=kernel.block_size, device=like.device, coordinates=kernel.coordinates)
-    return layout, with_kernel(mask, kernel)
+    return layout, build_plan(layout, Disc(r), "flex", replace(kernel, **spec.changes), like.device, backward=False).mask
 
 
 def inputs(shape: Shape, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,10 +228,11 @@ def group(
         except ValueError as error:
             yield {**about, "variant": spec.name, "not_run": str(error)}
             continue
-        spent = cost(layout, Disc(r), block_size=mask.BLOCK_SIZE, channels=shape.heads * shape.head_dim)
+        lists = mask.image if isinstance(mask, TextApart) else mask
+        spent = cost(layout, Disc(r), block_size=lists.BLOCK_SIZE, channels=shape.heads * shape.head_dim)
         facts = {
-            "block_size": list(mask.BLOCK_SIZE),
-            "options": dict(mask.kernel_options),
+            "block_size": list(lists.BLOCK_SIZE),
+            "options": dict(lists.kernel_options),
             "density": spent.density,
             "executed_pairs": spent.executed_pairs,
             "amplification": spent.amplification,
@@ -266,7 +279,7 @@ def backward_group(shape: Shape, side: int, r: int, rounds: int, device: torch.d
 
 def prepare(part: int, parts: int, device: torch.device) -> None:
     """Compile a share of all kernels, into Inductor's cache on disk."""
-    jobs = [(spec, shape) for shape in SHAPES for spec in (CHOSEN, RASTER, *SWEEPS[shape.head_dim])]
+    jobs = [(spec, shape) for shape in SHAPES for spec in (*STANDARD, *SWEEPS[shape.head_dim])]
     for spec, shape in jobs[part::parts]:
         query, key, value = inputs(shape, 64, device)
         try:
@@ -333,7 +346,7 @@ def main(
             rows.add({"variant": "stopped", "limit_s": limit})
             return
         start = clock.spent
-        for row in group(shape, side, r, (CHOSEN, RASTER, *specs[: 2 if tiny else None]), dense, 5, device):
+        for row in group(shape, side, r, (*STANDARD, *specs[: 2 if tiny else None]), dense, 5, device):
             rows.add(row)
         rows.add({"variant": f"{shape.name} at {side}, r = {r}: whole group", "seconds": clock.spent - start})
 

@@ -80,7 +80,7 @@ def ours(layout: Layout, r: int, tensors: list[Tensor] | None) -> Way:
     """As a transformed model runs it."""
     own = layout.with_order("tiled")
     device = torch.device("cpu") if tensors is None else tensors[0].device
-    kernel = choose(device, torch.bfloat16, 128, seq_len=layout.seq_len)
+    kernel = choose(device, torch.bfloat16, 128, reach=r, seq_len=layout.seq_len)
     executed = cost(own, Disc(r), block_size=kernel.block_size).executed_pairs
     name = f"flexclear, blocks {kernel.block_size[0]} x {kernel.block_size[1]}"
     if tensors is None:

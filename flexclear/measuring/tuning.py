@@ -210,7 +210,7 @@ def tune(
     An older entry for the same is replaced, or dropped where the table's choice is as fast.
     """
     tensors = inputs(layout, heads if device.type == "cuda" else min(heads, CPU_HEADS), head_dim, device, dtype)
-    defaults = {radius: choose(device, dtype, head_dim, seq_len=layout.seq_len) for radius in radii}
+    defaults = {radius: choose(device, dtype, head_dim, reach=radius, seq_len=layout.seq_len) for radius in radii}
     tried = candidates(device, dtype, head_dim, layout.seq_len, list(defaults.values()))
     found = try_kernels(tried, defaults, layout, tensors, seconds, on)
     return [settle(trials, layout, radius, head_dim, device, dtype) for radius, trials in found.items()]
