@@ -131,7 +131,9 @@ def attention_of(spec: Spec, shape: Shape, side: int, r: int, like: Tensor) -> t
         block_size=spec.block_size,
         options=options,
     )
-    return layout, build_plan(layout, Disc(r), "flex", replace(kernel, **spec.changes), like.device, backward=False).mask
+    return layout, build_plan(
+        layout, Disc(r), "flex", replace(kernel, **spec.changes), like.device, backward=False
+    ).mask
 
 
 def inputs(shape: Shape, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -214,7 +214,7 @@ def _settings(model: nn.Module, entry: EntryHook) -> tuple[str, ...]:
         lines.append("kernel options " + ", ".join(f"{name}={value}" for name, value in own.kernel_options))
     elif own.block_size is None:
         parameter = next(model.parameters())
-        found = tuned.find(parameter.device, parameter.dtype, own.head_dim, own.radius, backward=False)
+        found = tuned.find(parameter.device, parameter.dtype, own.head_dim, own.reach, backward=False)
         if found is not None:
             lines.append(f"tuned by flexclear bench --tune: {found}")
     switches = own.switches

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from flexclear.masks import Disc, Layout, block_pairs
 from flexclear.masks import lengths as lengths_module
