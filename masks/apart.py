@@ -65,6 +65,7 @@ def text_apart(
     block_size: int | tuple[int, int],
     device: torch.device | str = "cpu",
     coordinates: Source | None = None,
+    narrow: bool | None = None,
 ) -> TextApart:
     """The window over the layout, text queries apart. For inference: there are no lists by key-value block.
 
@@ -74,6 +75,8 @@ def text_apart(
         block_size: tokens per block, or a ``(query, key-value)`` pair.
         device: where the lists, and what the ``mask_mod`` captures, are put.
         coordinates: see ``flexclear.masks.block_mask``.
+        narrow: lists as wide as the longest of them needs; None: on other devices than CPU, whose kernel takes the width for the
+            number of blocks.
 
     Raises:
         ValueError: there is no text, the window has pooled keys or does not fit the grid, or ``block_size`` makes no sense.
@@ -87,7 +90,8 @@ def text_apart(
     queries = keys[first:stop]
     pairs = pairs_between(layout, window, queries.masked_fill(queries == TEXT, PADDING), keys, (q_size, kv_size))
     mask_mod = window.mask_mod(layout, device, coordinates, queries_from=first)
-    image = assembled(pairs, mask_mod, (stop - first, len(keys)), device, backward=False, narrow=True)
+    is_narrow = torch.device(device).type != "cpu" if narrow is None else narrow
+    image = assembled(pairs, mask_mod, (stop - first, len(keys)), device, backward=False, narrow=is_narrow)
     of_any_text_length(image)
     text = torch.empty(layout.text_len, 0, device=device)
     mark_symbolic(text, [0])

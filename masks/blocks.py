@@ -268,12 +268,12 @@ def assembled(
 ) -> BlockMask:
     """A BlockMask of block pairs over ``lengths`` (queries, keys).
 
-    ``narrow``: lists on CUDA are as wide as the longest of them needs. The CPU kernel takes the width for the number of blocks,
-    and BlockMask's own methods do so everywhere.
+    ``narrow``: lists are as wide as the longest of them needs. CUDA's kernels take that; the CPU's takes the width for the number
+    of blocks, and so do BlockMask's own methods.
     """
     full, part = pairs.full, ~pairs.full
     width = pairs.kv_blocks
-    if narrow and torch.device(device).type != "cpu":
+    if narrow:
         longest = max(int(torch.bincount(pairs.q[some], minlength=1).max()) for some in (part, full))
         width = min(-(-longest // 8) * 8, width)
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")

@@ -178,13 +178,13 @@ class Window(ABC):
     def _mask_mod(self, inside: Rule, queries: Places, keys: Places, has_pooled: bool, image_queries: bool) -> MaskMod:
         def mask_mod(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             query, key = queries(q_idx), keys(kv_idx)
-            allowed = inside(query.row, query.column, key.row, key.column) | key.is_text
+            allowed = inside(query.row, query.column, key.row, key.column)
             if image_queries:
+                allowed = allowed | key.is_text
                 return allowed | key.is_pooled if has_pooled else allowed
-            if has_pooled:
-                # Image queries see all pooled keys; text queries do not, they see every token already.
-                return torch.where(key.is_pooled, ~query.is_text, allowed | query.is_text)
-            return allowed | query.is_text
+            allowed = allowed | query.is_text | key.is_text
+            # Image queries see all pooled keys; text queries do not, they see every token already.
+            return torch.where(key.is_pooled, ~query.is_text, allowed) if has_pooled else allowed
 
         mask_mod.__name__ = self.name
         mask_mod.window = self  # type: ignore[attr-defined]

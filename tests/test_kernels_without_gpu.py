@@ -31,6 +31,9 @@ def _possible():
 CASES = [Case(head_dim=head_dim, backward=backward) for head_dim in HEAD_DIMS for backward in (False, True)]
 UNEVEN = [Case(head_dim=head_dim, text_len=500) for head_dim in HEAD_DIMS]
 PADDED = [Case(head_dim=head_dim, padding=(512, 77)) for head_dim in HEAD_DIMS]
+APART, TABLE, COMPUTED = (
+    Case(head_dim=128, **kind) for kind in ({"apart": True}, {"coordinates": "packed"}, {"coordinates": "computed"})
+)
 GROUPED = Case(head_dim=128, heads=8, key_heads=2)
 FLASH = [
     Case(head_dim=64, options={"BACKEND": "FLASH"}, **kind) for kind in ({}, {"pooled": 4}, {"padding": (512, 77)})
@@ -40,7 +43,8 @@ IMPOSSIBLE = Case(head_dim=64, block_size=(128, 64), options={"BLOCK_N": 128}, e
 
 @functools.cache
 def results(capability):
-    cases = [*CASES, *UNEVEN, *PADDED, GROUPED, IMPOSSIBLE, *(FLASH if capability == HOPPER else [])]
+    cases = [*CASES, *UNEVEN, *PADDED, GROUPED, IMPOSSIBLE]
+    cases += [*FLASH, APART, TABLE, COMPUTED] if capability == HOPPER else []
     return dict(zip(cases, worker.run(capability, cases), strict=True))
 
 
@@ -95,6 +99,19 @@ def test_heads_of_keys_that_several_queries_share_are_read_as_they_are(capabilit
     assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
 
 
+def test_coordinates_cost_no_more_registers_than_a_table():
+    """As they are chosen: with arithmetic the kernel has more, and a longer loop over partial blocks."""
+    chosen, apart, table, computed = (
+        compiled(HOPPER, 128, "forward", **kind)
+        for kind in ({}, {"apart": True}, {"coordinates": "packed"}, {"coordinates": "computed"})
+    )
+    assert chosen["registers"] <= table["registers"]
+    assert apart["registers"] <= table["registers"] + 8  # they are given out in steps of 8
+    assert computed["loops"][0]["instructions"] > table["loops"][0]["instructions"]
+    for kernel in (apart, computed):
+        assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
+
+
 @pytest.mark.parametrize("case", FLASH, ids=["disc", "pooled keys", "padded text"])
 def test_flash_attention_is_generated_of_what_its_language_has(case):
     result = results(HOPPER)[case]
@@ -106,23 +123,31 @@ LAYOUTS = {
     "odd sizes, text first": Case(heads=1, height=17, width=9, text_len=5, r=4),
     "pooled keys, text last": Case(heads=1, height=13, width=11, text_len=37, text_first=False, r=3, pooled=4),
     "grouped heads": Case(heads=4, key_heads=2, height=17, width=9, text_len=5, r=4),
+    "computed, turned, pooled keys": Case(
+        heads=1, height=16, width=11, text_len=37, text_first=False, r=3, pooled=4, coordinates="computed"
+    ),
+    "image alone, a band of 9 rows": Case(
+        heads=1, height=17, width=11, text_len=128, r=4, coordinates="computed", apart=True
+    ),
 }
+INFERENCE = [name for name, case in LAYOUTS.items() if case.coordinates == "computed"]
 
 
 @functools.cache
 def interpreted():
-    cases = [Case(**{**case.to_json(), **SMALL}) for case in LAYOUTS.values()]
+    cases = [Case(**{**case.to_json(), **SMALL, "backward": name not in INFERENCE}) for name, case in LAYOUTS.items()]
     return dict(zip(LAYOUTS, worker.run(HOPPER, cases, "interpret"), strict=True))
 
 
-SMALL = {"head_dim": 64, "dtype": "float32", "backward": True}
+SMALL = {"head_dim": 64, "dtype": "float32"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_output_log_sum_exp_and_gradients_of_the_generated_code_equal_masked_sdpa(layout):
     """In the interpreter, in float32; 1e-5 is what ``flexclear.testing`` asks of float32 anywhere."""
     result = interpreted()[layout]
-    assert set(result["errors"]) == {"output", "lse", "query", "key", "value"}
+    gradients = set() if layout in INFERENCE else {"query", "key", "value"}
+    assert set(result["errors"]) == {"output", "lse"} | gradients
     assert all(error <= 1e-5 for error in result["errors"].values()), result["errors"]
     assert result["unmasked"] > 0.1
 

@@ -42,6 +42,8 @@ LAYOUTS = {
     "references": Case(height=9, width=11, text_len=20, r=3, references=((7, 13), (5, 5))),
     "padded text": Case(height=9, width=17, text_len=50, r=4, padding=(50, 7)),
     "lengths that divide": Case(height=16, width=16, text_len=128, r=5),
+    "computed coordinates": Case(height=17, width=9, text_len=5, r=4, coordinates="computed"),
+    "image alone": Case(height=17, width=9, text_len=128, r=4, apart=True),
     "pooled keys, padded text last": Case(
         height=11, width=13, text_len=30, text_first=False, r=3, pooled=4, padding=(1, 30)
     ),
@@ -78,7 +80,7 @@ def jobs() -> Iterator[Job]:
     """
     for head_dim in (64, 128):
         for name, layout in LAYOUTS.items():
-            changes = {"head_dim": head_dim, "dtype": "float32", "heads": 1, "backward": True}
+            changes = {"head_dim": head_dim, "dtype": "float32", "heads": 1, "backward": not layout.apart}
             if head_dim == 64 or name in ("odd sizes, text first", "pooled keys"):
                 yield Job("interpreter", name, INTERPRETED_FOR, dataclasses.replace(layout, **changes))
     first = {"disc": MASKS["disc"]}
@@ -88,7 +90,7 @@ def jobs() -> Iterator[Job]:
             for name, mask in masks.items():
                 for head_dim in CHECKPOINTS:
                     for dtype in dtypes:
-                        for backward in (False, True):
+                        for backward in (False,) if name == "apart" else (False, True):
                             case = Case(head_dim=head_dim, dtype=dtype, backward=backward, **mask)
                             yield Job("attention", name, capability, case)
         if masks is first and dtypes is HALF:

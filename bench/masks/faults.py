@@ -73,7 +73,7 @@ FAULTS = (
     ),
     Fault(
         "rule-either-is-both",
-        "masks/compose.py",
+        "masks/windows.py",
         "a(y_q, x_q, y_k, x_k) | b(y_q, x_q, y_k, x_k)",
         "a(y_q, x_q, y_k, x_k) & b(y_q, x_q, y_k, x_k)",
         "a union is an intersection",
@@ -116,14 +116,14 @@ FAULTS = (
     ),
     Fault(
         "block-both-full-where-either-is",
-        "masks/compose.py",
+        "masks/windows.py",
         "found = found & part.covers(layout, query, key)",
         "found = found | part.covers(layout, query, key)",
         "a block of an intersection is called full where one part covers it",
     ),
     Fault(
         "block-either-needed-where-both-are",
-        "masks/compose.py",
+        "masks/windows.py",
         "found = found | part.touches(layout, query, key)",
         "found = found & part.touches(layout, query, key)",
         "a block of a union is missed where one part alone needs it",
@@ -160,8 +160,8 @@ FAULTS = (
     Fault(
         "text-sees-pooled-keys",
         "masks/windows.py",
-        "torch.where(kv == POOLED, q >= 0, allowed | (q < 0) | (kv < 0))",
-        "torch.where(kv == POOLED, q >= TEXT, allowed | (q < 0) | (kv < 0))",
+        "torch.where(key.is_pooled, ~query.is_text, allowed)",
+        "(allowed | key.is_pooled)",
         "text queries see pooled keys, so every image token twice",
     ),
     Fault(
@@ -174,9 +174,9 @@ FAULTS = (
     # Sides above 40.
     Fault(
         "side-columns-wrap-at-64",
-        "masks/windows.py",
-        "return found, found >> 16, found & 0xFFFF",
-        "return found, found >> 16, found & 0x3F",
+        "masks/coordinates.py",
+        "Place(found >> 16, found & 0xFFFF, found < 0",
+        "Place(found >> 16, found & 0x3F, found < 0",
         "column 64 is taken for column 0",
     ),
     Fault(
@@ -348,14 +348,14 @@ FAULTS = (
     # Pooled keys.
     Fault(
         "pooled-grid-rounded-down",
-        "masks/compose.py",
+        "masks/downsampled.py",
         "-(-layout.height // self.factor), -(-layout.width // self.factor)",
         "layout.height // self.factor, layout.width // self.factor",
         "cut-off cells have no key",
     ),
     Fault(
         "pooled-grid-transposed",
-        "masks/compose.py",
+        "masks/downsampled.py",
         "-(-layout.height // self.factor), -(-layout.width // self.factor)",
         "-(-layout.width // self.factor), -(-layout.height // self.factor)",
         "cells are numbered along the wrong side",
@@ -374,10 +374,47 @@ FAULTS = (
         "layout.permutation().view(height, width)",
         "cells pool tokens from elsewhere",
     ),
+    # Coordinates by arithmetic.
+    Fault(
+        "computed-last-band-as-tall",
+        "masks/coordinates.py",
+        "number(height - last)",
+        "number(0)",
+        "rows of a last band of another height are counted as if it had 8",
+    ),
+    Fault(
+        "computed-bands-all-forwards",
+        "masks/coordinates.py",
+        "(column - pair * two - turn).abs()",
+        "column - band * (two * half)",
+        "every band is taken to be walked in one direction",
+    ),
+    Fault(
+        "computed-end-of-the-walk-not-first",
+        "masks/coordinates.py",
+        "torch.where(place < least, place + image_len, place)",
+        "place",
+        "the tokens that fill the text's last block are taken for ones above the image",
+    ),
+    Fault(
+        "computed-text-last-sees-by-place",
+        "masks/coordinates.py",
+        "position < start if text_first else position >= stop",
+        "position < start",
+        "text behind the image is taken for image tokens below it",
+    ),
+    # Text apart.
+    Fault(
+        "apart-text-of-the-shared-block-counts",
+        "masks/apart.py",
+        "first = layout.text_len // q_size * q_size if layout.text_first else 0",
+        "first = 0",
+        "image queries are taken for those at the beginning of the sequence",
+    ),
     # Beyond 65,536 tokens.
     Fault(
         "long-table-filled-to-65536",
-        "masks/windows.py",
+        "masks/coordinates.py",
         "table[: len(packed)] = packed.to(device)",
         "table[: min(len(packed), 1 << 16)] = packed[: 1 << 16].to(device)",
         "tokens beyond 65,536 are taken for text and see everything",
@@ -421,8 +458,8 @@ FAULTS = (
     Fault(
         "band-remainder-dropped",
         "masks/layout.py",
-        "        del edges[-2]",
-        "        del edges[-1]",
+        "for index, (top, bottom) in enumerate(itertools.pairwise(band_edges(len(grid)))):",
+        "for index, (top, bottom) in enumerate(itertools.pairwise(range(0, len(grid) + 1, BAND))):",
         "rows below the last whole band are lost",
     ),
     Fault(
@@ -443,8 +480,8 @@ FAULTS = (
     Fault(
         "ranks-padding-from-the-start",
         "flexclear/parallel/masks.py",
-        "with_text_mask_at(self.mask, len(self.part.own), keep)",
-        "with_text_mask_at(self.mask, 0, keep)",
+        "with_text_mask_at(mask, len(self.part.own), keep)",
+        "with_text_mask_at(mask, 0, keep)",
         "a rank hides image keys in place of padding",
     ),
 )

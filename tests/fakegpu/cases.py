@@ -14,17 +14,21 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.compile.kernels import Kernel, check_kernel_options, choose, with_kernel
 from flexclear.masks import Disc, Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
+from flexclear.masks.apart import text_apart
 from flexclear.masks.blocks import default_block_size
 from flexclear.masks.carried import KERNEL_OPTIONS
+from flexclear.masks.coordinates import Source
 
 MASKS: dict[str, dict[str, Any]] = {
     "disc": {},
     "pooled": {"pooled": 4},
     "padded": {"padding": (512, 77)},
     "references": {"references": ((64, 64),)},
+    "apart": {"apart": True},
+    "computed": {"coordinates": "computed"},
 }
 """What a mask may have beside the circular window, in the arguments of ``Case``: pooled keys, padded text (a batch), and
-the images of an editing model."""
+the images of an editing model; image queries alone, and coordinates by arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Case:
         height, width, text_len, text_first, references, r: layout and window.
         pooled: side in tokens of a cell of pooled keys, 0 for none.
         padding: text tokens that each sample of a batch keeps; none: one sample, all kept.
+        apart: the image's part where text is attended apart, its lists as narrow as on a GPU.
+        coordinates: where the ``mask_mod`` has them from; None: as flexclear chooses.
         block_size: tokens per (query, key-value) block; None: what flexclear chooses.
         options: FlexAttention's kernel options, of which flexclear chooses those that are not given.
         exact: hand the kernels ``options`` alone, past flexclear's choice and checks: to try what the table may hold.
@@ -56,6 +62,8 @@ class Case:
     r: int = 16
     pooled: int = 0
     padding: tuple[int, ...] = ()
+    apart: bool = False
+    coordinates: Source | None = None
     block_size: tuple[int, int] | None = None
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     exact: bool = False
@@ -121,14 +129,20 @@ class Case:
             ValueError: flexclear refuses its blocks or options.
         """
         kernel, keep = self.kernel(), self.keep
-        mask = block_mask(
-            self.layout,
-            self.window,
-            block_size=kernel.block_size,
-            backward=self.backward,
-            text_padded=keep is not None,
-            coordinates=kernel.coordinates,
-        )
+        source = self.coordinates or kernel.coordinates
+        if self.apart:
+            mask = text_apart(
+                self.layout, self.window, block_size=kernel.block_size, coordinates=source, narrow=True
+            ).image
+        else:
+            mask = block_mask(
+                self.layout,
+                self.window,
+                block_size=kernel.block_size,
+                backward=self.backward,
+                text_padded=keep is not None,
+                coordinates=source,
+            )
         mask = _on_device(mask if keep is None else with_text_mask(mask, self.layout, keep), moved)
         if self.exact:
             setattr(mask, KERNEL_OPTIONS, kernel.options)
@@ -136,8 +150,16 @@ class Case:
         return with_kernel(mask, kernel)
 
     def dense_mask(self) -> Tensor:
-        """Bool, broadcasts to ``[batch, heads, queries, keys]``."""
+        """Bool, broadcasts to ``[batch, heads, queries, keys]``.
+
+        Raises:
+            ValueError: text is apart and shares a block with the image, where what its rows see means nothing.
+        """
         mask = dense_mask(self.layout, self.window)
+        if self.apart:
+            if self.layout.image_start % self.kernel().block_size[0]:
+                raise ValueError(f"{self.text_len} text tokens share a block with the image")
+            return mask[self.layout.image_start :][: self.layout.image_len]
         return mask if self.keep is None else with_text_mask(mask, self.layout, self.keep)
 
 
