@@ -4,40 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 import flexclear
 from flexclear.runtime import grid
 
 from helpers.models import flux_call, raster_ids, tiny_flux
 from helpers.parallel_families import build
-
-READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"}
-"""Operators that hand a tensor's contents to Python, for which a GPU would be waited for."""
-
-
-class Reads(TorchDispatchMode):
-    """Counts them."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function._schema.name.removeprefix("aten::") in READS
-        return function(*args, **(kwargs or {}))
-
-
-def reads_of(model, call):
-    with Reads() as reads:
-        model(**call)
-    return reads.count
-
-
-def made_here(call):
-    """The call's tensors as a pipeline under inference mode makes them."""
-    return tree_map_only(torch.Tensor, torch.clone, call)
+from helpers.reads import made_here, reads_of
 
 
 @torch.inference_mode()
