@@ -115,9 +115,6 @@ def compiled_flex_attention(
             enable_gqa=query.shape[1] != key.shape[1],
             kernel_options=as_dict(getattr(mask, KERNEL_OPTIONS, ())),
         )
-    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.
-        raise _not_compiled(query)
     transforms = transforms_in_force((query, key, value))
     if transforms is not None:
         raise UnfusedAttentionError(
@@ -130,6 +127,9 @@ def compiled_flex_attention(
         direct = None if held is None else held.find(query, key, value, mask, scale)
         if direct is not None:
             return direct(query, key, value, mask, scale)
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.
+        raise _not_compiled(query)
     facts = (
         query.device,
         query.dtype,

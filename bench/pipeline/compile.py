@@ -1,11 +1,13 @@
 # ruff: noqa: E402  (the clock starts before the imports)
-"""What compiling costs: seconds to the first picture cold and warm, and the price of graphs that serve all sizes.
+"""What compiling costs: seconds to the first picture cold and warm, for a size not seen before, and what its graphs are worth.
 
     python -m bench.pipeline.compile --model embedded
     python -m bench.pipeline.compile --model flux-reduced --sizes 512 --sizes 768 --sizes 1024
 
-Every start is a process of its own with an empty cache folder: cold; warm, from the file that the cold one saved; and
-cold with dynamic shapes. Each draws all sizes in turn. Results go to bench/results/compile-<model>-<cpu|cuda>.{json,md}.
+A model with windows under ``flexclear.optimize``, and the plain one under diffusers' own ``compile_repeated_blocks``, each with
+graphs for one size and for all. Every start is a process of its own, with an empty cache folder: cold; with the one that a cold
+start has left: warm; or with an empty one and the file that a cold start has saved. Each draws all sizes in turn. Results go to
+bench/results/compile-<model>-<cpu|cuda>.{json,md}.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,17 +32,42 @@ import typer
 from rich.console import Console
 
 import flexclear
+from flexclear.compile.report import remember_all_graphs
 from flexclear.optimization import artifact_configuration
 
 from bench.machine import RESULTS, facts, write_results
 from bench.pipeline.models import MODELS, Job, build
 
-STARTS = {
-    "cold": {"dynamic": False, "warm": False},
-    "warm": {"dynamic": False, "warm": True},
-    "cold, dynamic": {"dynamic": True, "warm": False},
-}
-"""Kinds of start, in the order in which they are measured."""
+
+@dataclass(frozen=True)
+class Start:
+    """How one process begins.
+
+    Attributes:
+        windows: flexclear's model; False: diffusers' own.
+        dynamic: whether one set of graphs is for all sizes.
+        cache: ``"cold"``; ``"warm"``: what the cold start like it has left is there; ``"file"``: its file alone.
+    """
+
+    windows: bool
+    dynamic: bool
+    cache: str
+
+    def __str__(self) -> str:
+        whose = "windows" if self.windows else "plain, `compile_repeated_blocks`"
+        cache = {"cold": "cold", "warm": "warm", "file": "warm, from a file"}[self.cache]
+        return f"{whose}, {'dynamic' if self.dynamic else 'static'}, {cache}"
+
+
+STARTS = (
+    *(
+        Start(windows, dynamic, cache)
+        for windows, dynamic in product((True, False), repeat=2)
+        for cache in ("cold", "warm")
+    ),
+    Start(True, False, "file"),
+)
+"""The starts, in the order in which they are measured: what a cold one leaves is there for others."""
 
 
 def painter(model: str, device: torch.device, steps: int) -> tuple[Any, Callable[[int], float]]:
@@ -71,12 +100,18 @@ def painter(model: str, device: torch.device, steps: int) -> tuple[Any, Callable
     return target, timed
 
 
-def start(model: str, r: int, sizes: list[int], steps: int, repeats: int, dynamic: bool, file: Path, warm: bool) -> Any:
-    """What one process measures; ``warm``: it loads ``file``, otherwise it writes it."""
+def start(how: Start, model: str, r: int, sizes: list[int], steps: int, repeats: int, file: Path) -> Any:
+    """What one process measures; ``file``: what a start from a file loads, and a cold one writes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target, timed = painter(model, device, steps)
-    flexclear.transform(target, r=r)
-    flexclear.optimize(target, dynamic=dynamic, warm_start=file if warm else None, progress=False)
+    if how.windows:
+        flexclear.transform(target, r=r)
+        flexclear.optimize(
+            target, dynamic=how.dynamic, warm_start=file if how.cache == "file" else None, progress=False
+        )
+    else:
+        remember_all_graphs()
+        getattr(target, "transformer", target).compile_repeated_blocks(fullgraph=True, dynamic=how.dynamic)
     loaded = time.perf_counter() - BEGUN
     pictures = []
     for side in sizes:
@@ -96,30 +131,24 @@ def start(model: str, r: int, sizes: list[int], steps: int, repeats: int, dynami
         late = flexclear.compile.report().since(before).graphs[len(new.graphs) :]
         if late:
             raise RuntimeError(f"a picture of a size that was drawn before compiled again, at {side} px: {late}")
-    if not warm:
+    if how.windows and how.cache == "cold":
         transformer = getattr(target, "transformer", target)
-        flexclear.compile.save_artifacts(file, artifact_configuration(transformer, None, "default", dynamic))
+        flexclear.compile.save_artifacts(file, artifact_configuration(transformer, None, "default", how.dynamic))
     return {"ready_s": loaded, "first_picture_s": loaded + pictures[0]["first_s"], "pictures": pictures}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Two tables: the starts, and what each size costs."""
-    lines = [
-        "| start | seconds to the first picture | of these, until the model is ready | graphs, all sizes |",
-        "|---|---|---|---|",
-    ]
+    """One row a start: the first picture, one of a size not seen before, and what the graphs are worth."""
+    first, *unseen = (picture["px"] for picture in rows[0]["pictures"])
+    heads = [f"first picture, {first} px, s", *(f"then first of {px} px, s" for px in unseen)]
+    heads += ["graphs, each size", *(f"again at {px} px, s" for px in (first, *unseen))]
+    lines = ["| start | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for row in rows:
-        graphs = sum(picture["graphs"] for picture in row["pictures"])
-        lines.append(f"| {row['start']} | {row['first_picture_s']:.1f} | {row['ready_s']:.1f} | {graphs} |")
-    cold = next(row for row in rows if row["start"] == "cold")
-    lines += ["", "| px | start | first picture, s | graphs | again, s | again vs cold |", "|---|---|---|---|---|---|"]
-    for number, base in enumerate(cold["pictures"]):
-        for row in rows:
-            made = row["pictures"][number]
-            lines.append(
-                f"| {made['px']} | {row['start']} | {made['first_s']:.1f} | {made['graphs']} | {made['again_s']:.3f} "
-                f"| {made['again_s'] / base['again_s']:.2f} x |"
-            )
+        made = row["pictures"]
+        cells = [f"{row['first_picture_s']:.1f}", *(f"{picture['first_s']:.1f}" for picture in made[1:])]
+        cells += [" + ".join(str(picture["graphs"]) for picture in made)]
+        cells += [f"{picture['again_s']:.2f}" for picture in made]
+        lines.append(f"| {row['start']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -130,22 +159,23 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Pictures of each size after the first; the median counts.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
-    child: Annotated[str | None, typer.Option(hidden=True)] = None,
+    child: Annotated[int | None, typer.Option(hidden=True)] = None,
     file: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure cold, warm and dynamic starts, each in a fresh process with an empty cache."""
+    """Measure every start, each in a process of its own."""
     if model not in MODELS:
         raise typer.BadParameter(f"--model must be one of {list(MODELS)}, got {model!r}")
     sides = sizes or ([128, 192, 256] if model == "embedded" else list(MODELS[model].sizes))
     if child is not None and file is not None:
-        kind = STARTS[child]
-        print(json.dumps(start(model, r, sides, steps, repeats, kind["dynamic"], file, kind["warm"])))
+        print(json.dumps(start(STARTS[child], model, r, sides, steps, repeats, file)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("") as status:
-        for number, name in enumerate(STARTS):
-            status.update(f"{name} start")
-            saved = Path(folder) / f"artifacts-{STARTS[name]['dynamic']}.zip"
+        for number, how in enumerate(STARTS):
+            status.update(str(how))
+            saved = Path(folder) / f"artifacts-{how.dynamic}.zip"
+            # A warm start has the folder of the cold one before it.
+            kept = Path(folder) / f"cache{number - (how.cache == 'warm')}"
             command = [
                 sys.executable,
                 "-m",
@@ -154,16 +184,13 @@ def main(
                 f"--r={r}",
                 f"--steps={steps}",
             ]
-            command += ["--repeats", str(repeats), "--child", name, "--file", str(saved)]
+            command += ["--repeats", str(repeats), "--child", str(number), "--file", str(saved)]
             command += [part for side in sides for part in ("--sizes", str(side))]
-            cache = {
-                "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor{number}",
-                "TRITON_CACHE_DIR": f"{folder}/triton{number}",
-            }
+            cache = {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"), "TRITON_CACHE_DIR": str(kept / "triton")}
             done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise RuntimeError(f"the {name} start failed: {done.stderr.strip()[-2000:]}")
-            rows.append({"start": name, **json.loads(done.stdout.splitlines()[-1])})
+                raise RuntimeError(f"the start {how} failed: {done.stderr.strip()[-2000:]}")
+            rows.append({"start": str(how), **json.loads(done.stdout.splitlines()[-1])})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = facts(device, model=model, r=r, dtype="bfloat16", steps=steps, median_of=repeats)
     text = table(rows)
