@@ -194,3 +194,27 @@ def test_a_default_device_does_not_reach_masks_and_plans():
     assert torch.equal(ours.kv_indices, expected.kv_indices)
     assert spent == cost(layout, Disc(3))
     assert {tensor.device for tensor in plan.tensors()} == {CPU}
+
+
+@torch.no_grad()
+def test_an_attention_module_that_was_exchanged_is_found():
+    model, plain = flexclear.transform(tiny_flux(), r=3, backend="sdpa"), tiny_flux()
+    call = flux_call(8, 8, 5)
+    model(**call)
+    model.transformer_blocks[1].attn = plain.transformer_blocks[1].attn
+    with pytest.raises(
+        RuntimeError, match=r"transformer_blocks\.1\.attn of this transformed .* was given a FluxAttnProc"
+    ):
+        model(**call)
+
+
+@torch.no_grad()
+def test_processors_are_found_in_a_block_that_a_wrapper_holds():
+    model, call = flexclear.transform(tiny_flux(), r=3, backend="sdpa"), flux_call(8, 8, 5)
+    before = model(**call).sample
+    block = model.transformer_blocks[1]
+    model.transformer_blocks[1] = torch.compile(block, backend="eager")
+    assert (model(**call).sample - before).abs().max() <= 1e-5
+    block.attn.set_processor(type(tiny_flux().transformer_blocks[1].attn.processor)())
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn of this transformed"):
+        model(**call)
