@@ -71,6 +71,9 @@ def test_what_was_measured_here_is_predicted_with(folder):
     found = kept.rates_for(CPU, torch.bfloat16, 128)
     assert found.source == f"measured here with flux.1-dev ({file})"
     assert kept.as_json(found) == kept.as_json(TRUE)
+    keep(compiled=True)
+    assert f"measured here with flux.1-dev, blocks compiled ({file})" in str(kept.rates_for(CPU, torch.bfloat16, 128))
+    keep()
     if not torch.cuda.is_available():
         told = flexclear.explain(2048, 2048, r=8)
         assert str(found) in str(told)

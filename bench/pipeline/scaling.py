@@ -91,8 +91,10 @@ def in_a_process(side: int, r: int | None, steps: int, budget: float) -> dict[st
 
 
 def exponent(rows: list[dict[str, Any]], key: str, least: int = 0) -> float:
-    """Slope of ``key`` against tokens in log-log, by least squares, of rows with so many image tokens or more."""
+    """Slope of ``key`` against tokens in log-log, by least squares, of rows with so many image tokens or more; nan of one."""
     own = [one for one in rows if one["image_tokens"] >= least]
+    if len(own) < 2:
+        return math.nan
     return float(np.polyfit([math.log(one["tokens"]) for one in own], [math.log(one[key]) for one in own], 1)[0])
 
 
@@ -150,10 +152,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for r, own in groups.items():
         cross = "" if r is None or None not in groups else _crossing(crossing(groups[None], own))
-        large = f"{exponent(own, 'step_s', LARGE):.2f}" if sum(one["image_tokens"] >= LARGE for one in own) > 1 else ""
-        lines.append(
-            f"| {label(r)} | {exponent(own, 'step_s'):.2f} | {large} | {exponent(own, 'peak_bytes'):.2f} | {cross} |"
-        )
+        time, large = exponent(own, "step_s"), exponent(own, "step_s", LARGE)
+        lines.append(f"| {label(r)} | {time:.2f} | {large:.2f} | {exponent(own, 'peak_bytes'):.2f} | {cross} |")
     return "\n".join(lines) + "\n"
 
 
@@ -174,7 +174,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axes = figure.add_subplot(1, 2, number + 1)
         for r, own in by_radius(rows).items():
             style = "ks-" if r is None else "o-"
-            text = f"{label(r)}: exponent {exponent(own, key, LARGE):.2f} above {LARGE} tokens"
+            text = f"{label(r)}: exponent {exponent(own, key, LARGE):.2f} from {LARGE} tokens on"
             axes.loglog([one["image_tokens"] for one in own], [one[key] / scale for one in own], style, label=text)
         ticks = sorted({one["image_tokens"] for one in rows})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -64,7 +64,8 @@ def rates_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Rates:
             about = content["facts"]
             if content["format"] != FORMAT or any(about.get(key) != wanted[key] for key in keys):
                 continue
-            found = _parsed(content["rates"], f"measured here with {about['model']} ({file})")
+            compiled = ", blocks compiled" if about.get("compiled") else ""
+            found = _parsed(content["rates"], f"measured here with {about['model']}{compiled} ({file})")
             when = file.stat().st_mtime
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             logger.warning(
