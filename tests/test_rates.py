@@ -15,7 +15,7 @@ from flexclear.explanation.work import linear_flops
 from flexclear.masks import Disc, Layout, cost
 from flexclear.measuring.models import call_of, few_blocks, find_model
 from flexclear.rates import kept
-from flexclear.rates.rates import PUBLISHED, Rates, Seconds, fit_windows
+from flexclear.rates.rates import PUBLISHED, Rates, Seconds, block_flops, fit_windows
 
 from helpers.models import tiny_flux
 
@@ -54,8 +54,17 @@ def test_no_rate_is_negative_whatever_was_measured():
         assert full > 0
         assert partial > 0
         assert call >= 0
-    with pytest.raises(ValueError, match="need two measurements or more, got 1"):
-        fit_windows(layers(TRUE)[:1])
+    with pytest.raises(ValueError, match="need a measurement"):
+        fit_windows([])
+
+
+def test_few_measurements_tell_one_rate():
+    one = layers(TRUE)[8:9]
+    rate = sum(block_flops(one[0][0])) / one[0][1]
+    assert fit_windows(one) == pytest.approx((rate, rate, 0))
+    full, partial, call = fit_windows(layers(TRUE)[6:9])
+    assert full == partial
+    assert call == 0
 
 
 def keep(model="flux.1-dev", **changes):

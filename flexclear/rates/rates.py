@@ -12,13 +12,15 @@ which the mask is asked about every pair.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from flexclear.masks import Cost
+
+ENOUGH = 4
+"""Measurements of windowed layers that rates of both kinds of blocks and the time of a call are fitted to."""
 
 LINEAR_PARAMETERS = 12
 """Parameters of a transformer's layer over the square of its width: four projections, and an MLP of four times the width."""
@@ -130,32 +132,33 @@ def block_flops(spent: Cost) -> tuple[float, float]:
 def fit_windows(points: Sequence[tuple[Cost, float]]) -> tuple[float, float, float]:
     """``full``, ``partial`` and ``call`` of ``Rates`` from measured layers, by least squares of relative errors.
 
-    None is negative: where the best fit has a negative time, the best one without that term is taken. A term that the
-    measurements leave out gets the rate of the other.
+    None is negative: where the best fit has a negative time, the best one without that term is taken, and a kind of block that
+    has none gets the other's rate. Fewer than ``ENOUGH`` measurements tell one rate for all blocks, and nothing of a call.
 
     Args:
-        points: (cost, seconds) of at least two windowed layers.
+        points: (cost, seconds) of windowed layers.
 
     Raises:
-        ValueError: fewer, or nothing fits.
+        ValueError: there is none, or nothing fits.
     """
-    if len(points) < 2:
-        raise ValueError(f"rates of windowed attention need two measurements or more, got {len(points)}")
+    if not points:
+        raise ValueError("rates of windowed attention need a measurement")
     seconds = np.array([time for _, time in points])
     terms = np.array([[*block_flops(spent), 1.0] for spent, _ in points]) / seconds[:, None]
+    if len(points) < ENOUGH:
+        whole = terms[:, 0] + terms[:, 1]
+        rate = float((whole**2).sum() / whole.sum())
+        return rate, rate, 0.0
     best: tuple[float, np.ndarray] | None = None
-    for count in (1, 2, 3):
-        for chosen in itertools.combinations(range(3), count):
-            if chosen == (2,) or count > len(points):
-                continue
-            found = np.zeros(3)
-            scale = np.abs(terms[:, chosen]).max(0)
-            if not scale.all():
-                continue
-            found[list(chosen)] = np.linalg.lstsq(terms[:, chosen] / scale, np.ones(len(points)), rcond=None)[0] / scale
-            error = float(((terms @ found - 1) ** 2).sum())
-            if (found >= 0).all() and (best is None or error < best[0] * (1 - 1e-9)):
-                best = error, found
+    for chosen in ((0, 1, 2), (0, 1), (0, 2), (1, 2), (0,), (1,)):
+        found = np.zeros(3)
+        scale = np.abs(terms[:, chosen]).max(0)
+        if not scale.all():
+            continue
+        found[list(chosen)] = np.linalg.lstsq(terms[:, chosen] / scale, np.ones(len(points)), rcond=None)[0] / scale
+        error = float(((terms @ found - 1) ** 2).sum())
+        if (found >= 0).all() and (best is None or error < best[0] * (1 - 1e-9)):
+            best = error, found
     if best is None:
         raise ValueError("no rates fit the measurements of windowed attention")
     full, partial, call = best[1]
