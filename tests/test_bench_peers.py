@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -18,9 +19,10 @@ from bench.peers import run as peers
 from bench.peers.gathered import Gathered
 from bench.peers.orders import by_bits, by_division, disc_mod, morton_order, natten_mod
 from bench.peers.ways import Way, all_ways, natten
-from bench.pipeline import scaling
+from bench.pipeline import predicted, scaling
 
 LAYOUT = Layout(16, 16, 128, order="raster")
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
 def asked(mod, layout):
@@ -138,3 +140,25 @@ def test_exponents_and_crossings_of_known_curves_are_found():
     assert scaling.crossing(power(2, None, 1e-9), windowed) is None
     text = scaling.table([*dense, *windowed])
     assert re.search(r"\| r = 8 \| 1\.00 \| 1\.00 \| 1\.\d\d \| 5[45]\d\d image tokens", text)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ("predicted", "peers", "scaling") if (RESULTS / f"{name}.json").is_file()]
+)
+def test_committed_results_and_their_tables_are_of_one_run(name):
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    text = (RESULTS / f"{name}.md").read_text()
+    rows = content["rows"]
+    if name == "predicted":
+        assert predicted.table(rows, content["facts"]["rates"]) in text
+        assert len(rows) == 6
+        assert all(abs(row["off"]) <= predicted.BAR for row in rows)
+    elif name == "peers":
+        timed = [row for row in rows if "ms" in row]
+        assert peers.table(timed) in text
+        assert peers.work_table([row for row in rows if "ms" not in row]) in text
+        assert {(row["side"], row["r"]) for row in timed} == {(64, 8), (64, 16), (128, 8), (128, 16)}
+        assert all(row["error"] < 1e-2 for row in timed if row["error"] is not None)
+    else:
+        assert scaling.table(rows) in text
+        assert {row["side"] for row in rows} == set(scaling.SIDES)
