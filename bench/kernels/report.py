@@ -131,7 +131,7 @@ def _interpreted(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        errors = [f"{row['errors'][piece]:.1e}" for piece in pieces]
+        errors = [f"{row['errors'][piece]:.1e}" if piece in row["errors"] else "" for piece in pieces]
         tokens = " x ".join(map(str, row["tokens"]))
         cells = [row["name"], row["case"]["head_dim"], tokens, *errors, f"{row['unmasked']:.1g}"]
         lines.append(_line(cells))
