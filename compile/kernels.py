@@ -216,7 +216,7 @@ def choose(
     # time of one; on 132 processors one call's long rows cost 1.18 to 1.30 times what they should (simulated, not measured).
     apart = not (backward or text_padded or pools)
     if device.type != "cuda":
-        chosen = block_size or default_block_size(seq_len, backward, device, reach)
+        chosen = block_size or default_block_size(seq_len, backward, device, reach, dtype)
         return Kernel(chosen, (), default_source(device), apart)
     # ROCm numbers AMD's GPUs in the same way, and none of them is in the table.
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)

@@ -8,7 +8,6 @@ which turns a skipped block into a partial one or a full one into a partial one,
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,14 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.masks.boxes import cut, near_pairs
 from flexclear.masks.coordinates import Source
+from flexclear.masks.cpu import PACKED_TYPES
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.scan import scan_blocks
 from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
+
+SMALL_BLOCKS_BELOW = 1 << 17
+"""Sequence length on CPU up to which blocks may be small."""
 
 MANY_TOKENS = 1 << 19
 """Sequence length from which block lists are what runs out first."""
@@ -33,36 +36,38 @@ _FORWARD_LISTS_SUFFICE = "compute_q_blocks" in inspect.signature(BlockMask.from_
 
 
 def default_block_size(
-    seq_len: int, backward: bool = False, device: torch.device | str = "cuda", reach: int | None = None
+    seq_len: int,
+    backward: bool = False,
+    device: torch.device | str = "cuda",
+    reach: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[int, int]:
     """Tokens per (query, key-value) block where nothing else is asked for. ``flexclear.compile.kernels`` has a table for GPUs
     that goes before this.
 
-    On CPU (64, 64): executed over useful work at 1024 to 8192 px and r = 8 to 32 is 1.22 to 1.43 (``cost``), against 1.29 to
-    1.60 with (128, 64) and 1.31 to 1.76 with (128, 128). On two cores of an AMD EPYC it takes 0.93 of the time of (128, 64) at
-    r = 8 to 32, and 0.80 to 1.0 of that of (128, 128). With AMX, whose tiles want long products, (128, 128) from a reach of 12
-    on: on an Intel machine it took 0.87 of the time of (128, 64) at r = 16, and (64, 64) 0.88 at r = 8.
+    On CPU (32, 32): a kernel without packed products is as fast on small blocks, which execute less. On two cores of an AMD EPYC
+    it takes 0.8 to 0.9 of the time of (64, 64) at r = 8 and 16, and (64, 64) 0.93 to 1.08 of that of (128, 64). (64, 64) from 2^17
+    tokens on, for the size of the lists. With AMX, whose tiles want long products, (64, 64), and from a reach of 12 on
+    (128, 128): on an Intel machine that took 0.87 of the time of (128, 64) at r = 16, and (64, 64) 0.88 at r = 8.
 
-    Elsewhere (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. (128, 128) from 2^19 tokens on (above 11,500 px):
-    where text rows name every block, lists are rows x columns of blocks, and at 16,384 px they would pass 1 GB; at r = 16 the
-    executed work is the same. (128, 128) also for a backward pass: FlexAttention's backward kernels on GPUs work on up to 128
-    keys at a time, and refuse blocks that these do not divide.
+    Elsewhere (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. Executed over useful work at 1024 to 8192 px and r = 8 to
+    32 is 1.29 to 1.60 (``cost``), against 1.31 to 1.76 with (128, 128) and 1.22 to 1.43 with (64, 64). (128, 128) from 2^19
+    tokens on (above 11,500 px): where text rows name every block, lists are rows x columns of blocks, and at 16,384 px they would pass
+    1 GB; at r = 16 the executed work is the same. (128, 128) also for a backward pass: FlexAttention's backward kernels on GPUs
+    work on up to 128 keys at a time, and refuse blocks that these do not divide.
 
     Args:
         seq_len: tokens of the sequence.
         backward: whether a backward pass follows.
         device: where attention runs.
         reach: ``Window.reach``.
+        dtype: of query, key and value.
     """
     if torch.device(device).type == "cpu":
-        return (128, 128) if _has_amx() and (reach is None or reach >= 12) else (64, 64)
+        if dtype in PACKED_TYPES:
+            return (128, 128) if reach is None or reach >= 12 else (64, 64)
+        return (32, 32) if seq_len < SMALL_BLOCKS_BELOW else (64, 64)
     return (128, 64) if seq_len < MANY_TOKENS and not backward else (128, 128)
-
-
-@functools.cache
-def _has_amx() -> bool:
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asked is not None and bool(asked())
 
 
 def check_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 import flexclear
 from flexclear.masks import Disc, Layout, cost
@@ -24,7 +25,7 @@ def test_every_layer_shows_its_own_window_and_cost():
     told = flexclear.explain(model, height=512, width=768, text_len=77)
     assert [layer.window for layer in told.layers] == [Disc(8), Disc(8), None, Disc(4)]
     layout = Layout(32, 48, 77)
-    blocks = default_block_size(layout.seq_len, device="cpu")  # of windows that differ
+    blocks = default_block_size(layout.seq_len, device="cpu", dtype=torch.float32)  # of windows that differ
     assert told.layers[0].cost == cost(layout, Disc(8), channels=32, block_size=blocks)
     assert told.layers[2].cost.pairs == layout.seq_len**2
     assert told.flops == sum(layer.cost.flops for layer in told.layers)

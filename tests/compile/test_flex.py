@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from flexclear.compile import UnfusedAttentionError, compiled_flex_attention, why_not_compiled
 from flexclear.masks import Disc, Downsampled, Layout, Square, Swin, block_mask, dense_mask
+from flexclear.masks.cpu import PACKED_TYPES
 from flexclear.runtime.attention import choose_backend, windowed_attention
 from flexclear.testing import assert_matches_dense
 from flexclear.testing.strategies import layouts, radii
@@ -163,3 +164,20 @@ def test_slices_of_a_fused_projection_are_read_where_they_begin_in_a_compiled_bl
         ours = torch.compile(block, fullgraph=True)()
         reference = F.scaled_dot_product_attention(*projected(), attn_mask=dense_mask(layout, Disc(3)))
     assert (ours - reference).abs().max() <= 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once_where_the_cpu_has_no_packed_products(dtype):
+    if dtype in PACKED_TYPES:
+        pytest.skip(f"this CPU multiplies {dtype} by AMX")
+    layout = Layout(16, 16, text_len=32)
+    query, key, value = (tokens.to(dtype) for tokens in attention_inputs(layout))
+    with torch.no_grad():
+        found = compiled_flex_attention(query, key, value, block_mask(layout, Disc(4)))
+    right = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=dense_mask(layout, Disc(4))
+    )
+    assert found.dtype == dtype
+    # Half a unit in the last place of the result, and float32's own error, which is far below.
+    assert ((found.double() - right).abs() <= 0.51 * torch.finfo(dtype).eps * right.abs() + 1e-6).all()

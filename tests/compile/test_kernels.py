@@ -228,7 +228,7 @@ def test_plans_differ_by_their_options_and_the_cpu_has_none(gpu):
     cpu, layout = torch.device("cpu"), Layout(16, 16, 0)
     asked = check_kernel_options({"num_warps": 4})
     kernel = choose(cpu, torch.float32, 64, seq_len=layout.seq_len, options=asked)
-    assert kernel == Kernel((64, 64), coordinates="computed", text_apart=True)
+    assert kernel == Kernel((32, 32), coordinates="computed", text_apart=True)
     plain = get_plan(layout, Disc(3), "flex", kernel, cpu)
     other = get_plan(layout, Disc(3), "flex", Kernel((128, 64), asked), cpu)
     assert getattr(plain.mask, KERNEL_OPTIONS) == ()
