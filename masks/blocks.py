@@ -45,16 +45,16 @@ def default_block_size(
     """Tokens per (query, key-value) block where nothing else is asked for. ``flexclear.compile.kernels`` has a table for GPUs
     that goes before this.
 
-    On CPU (32, 32): a kernel without packed products is as fast on small blocks, which execute less. On two cores of an AMD EPYC
-    it takes 0.8 to 0.9 of the time of (64, 64) at r = 8 and 16, and (64, 64) 0.93 to 1.08 of that of (128, 64). (64, 64) from 2^17
-    tokens on, for the size of the lists. With AMX, whose tiles want long products, (64, 64), and from a reach of 12 on
+    On CPU (32, 32): a kernel without packed products is as fast on small blocks, which execute less. On two cores of an AMD
+    EPYC it takes 0.8 to 0.9 of the time of (64, 64) at r = 8 and 16, and (64, 64) 0.93 to 1.08 of that of (128, 64). (64, 64)
+    from 2^17 tokens on, for the size of the lists. With AMX, whose tiles want long products, (64, 64), and from a reach of 12 on
     (128, 128): on an Intel machine that took 0.87 of the time of (128, 64) at r = 16, and (64, 64) 0.88 at r = 8.
 
-    Elsewhere (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. Executed over useful work at 1024 to 8192 px and r = 8 to
-    32 is 1.29 to 1.60 (``cost``), against 1.31 to 1.76 with (128, 128) and 1.22 to 1.43 with (64, 64). (128, 128) from 2^19
-    tokens on (above 11,500 px): where text rows name every block, lists are rows x columns of blocks, and at 16,384 px they would pass
-    1 GB; at r = 16 the executed work is the same. (128, 128) also for a backward pass: FlexAttention's backward kernels on GPUs
-    work on up to 128 keys at a time, and refuse blocks that these do not divide.
+    Elsewhere (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. Executed over useful work at 1024 to 8192 px and r = 8
+    to 32 is 1.29 to 1.60 (``cost``), against 1.31 to 1.76 with (128, 128) and 1.22 to 1.43 with (64, 64). (128, 128) from 2^19
+    tokens on (above 11,500 px): where text rows name every block, lists are rows x columns of blocks, and at 16,384 px they
+    would pass 1 GB; at r = 16 the executed work is the same. (128, 128) also for a backward pass: FlexAttention's backward
+    kernels on GPUs work on up to 128 keys at a time, and refuse blocks that these do not divide.
 
     Args:
         seq_len: tokens of the sequence.
