@@ -13,11 +13,11 @@ from flexclear.compile.files import whole_file
 from flexclear.compile.tuned import choose_tuned
 from flexclear.images.sheet import side_by_side
 from flexclear.masks import Cost, Disc, Layout, block_pairs, cost
-from flexclear.masks.blocks import check_block_size
+from flexclear.masks.blocks import check_block_size, default_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.pictures import block_picture, window_picture
 from flexclear.rates.kept import rates_for
-from flexclear.rates.rates import LINEAR_PARAMETERS, Rates, Seconds
+from flexclear.rates.rates import LINEAR_PARAMETERS, PUBLISHED, Rates, Seconds
 
 PX_PER_TOKEN = 16
 """Pixels that one FLUX.1 or SD3 token covers: VAE factor 8, then 2 x 2 packing."""
@@ -115,7 +115,7 @@ def resolution_table(
 
     def square(tokens: int) -> Cost:
         layout = Layout(tokens, tokens, text_len)
-        return cost(layout, Disc(r), channels=channels, block_size=_block_size(layout, r))
+        return cost(layout, Disc(r), channels=channels, block_size=_block_size(layout, r, rates))
 
     lines = [
         "| image, px | density | GFLOPs per layer | executed / useful | work of dense | attention, predicted | step, predicted |",
@@ -155,8 +155,10 @@ def _rates() -> Rates:
     return rates_for(_device(), torch.bfloat16, HEAD_DIM)
 
 
-def _block_size(layout: Layout, r: int) -> tuple[int, int]:
-    """The blocks that attention without gradients has here."""
+def _block_size(layout: Layout, r: int, rates: Rates) -> tuple[int, int]:
+    """The blocks that attention without gradients has where the rates are of: here, or on a GPU."""
+    if rates in PUBLISHED.values():
+        return default_block_size(layout.seq_len)
     return choose_tuned(_device(), torch.bfloat16, HEAD_DIM, reach=r, seq_len=layout.seq_len).block_size
 
 
@@ -194,12 +196,13 @@ def explain_window(
         check_int(name, value, px_per_token, None, "in pixels")
     layout = Layout(height // px_per_token, width // px_per_token, text_len, text_first)
     window = Disc(r)
-    pair = _block_size(layout, r) if block_size is None else check_block_size(block_size)
+    rates = _rates()
+    pair = _block_size(layout, r, rates) if block_size is None else check_block_size(block_size)
     return Explanation(
         layout=layout,
         window=window,
         block_size=pair,
         cost=cost(layout, window, channels=channels, block_size=pair),
         raster_cost=cost(layout.with_order("raster"), window, channels=channels, block_size=128),
-        rates=_rates(),
+        rates=rates,
     )
