@@ -145,11 +145,12 @@ def work_table(rows: list[dict[str, Any]]) -> str:
         "| r | way | " + " | ".join(f"{px} px" for px in sides) + " |",
         "|---|---|" + "---|" * len(sides),
     ]
-    names = dict.fromkeys((row["r"], row["way"]) for row in rows)
-    for r, name in names:
+    # Ours without its blocks, which may differ from size to size.
+    found = {(row["r"], row["way"].split(", blocks ")[0], row["px"]): row for row in rows}
+    for r, name in dict.fromkeys((r, name) for r, name, _ in found):
         cells = []
         for px in sides:
-            row = next(row for row in rows if (row["r"], row["way"], row["px"]) == (r, name, px))
+            row = found[r, name, px]
             cells.append(f"{row['of_dense']:.2%} ({row['executed'] / row['useful']:.2f})")
         lines.append(f"| {r} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
