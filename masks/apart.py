@@ -75,8 +75,7 @@ def text_apart(
         block_size: tokens per block, or a ``(query, key-value)`` pair.
         device: where the lists, and what the ``mask_mod`` captures, are put.
         coordinates: see ``flexclear.masks.block_mask``.
-        narrow: lists as wide as the longest of them needs; None: on other devices than CPU, whose kernel takes the width for the
-            number of blocks.
+        narrow: see ``flexclear.masks.block_mask``; None: on other devices than CPU.
 
     Raises:
         ValueError: there is no text, the window has pooled keys or does not fit the grid, or ``block_size`` makes no sense.

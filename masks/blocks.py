@@ -46,7 +46,7 @@ def default_block_size(
     that goes before this.
 
     On CPU (32, 32): a kernel without packed products is as fast on small blocks, which execute less. On two cores of an AMD
-    EPYC it takes 0.8 to 0.9 of the time of (64, 64) at r = 8 and 16, and (64, 64) 0.93 to 1.08 of that of (128, 64). (64, 64)
+    EPYC it takes 0.82 to 0.95 of the time of (64, 64) at r = 8 and 16. (64, 64)
     from 2^17 tokens on, for the size of the lists. With AMX, whose tiles want long products, (64, 64), and from a reach of 12 on
     (128, 128): on an Intel machine that took 0.87 of the time of (128, 64) at r = 16, and (64, 64) 0.88 at r = 8.
 
@@ -203,6 +203,7 @@ def block_mask(
     backward: bool = False,
     text_padded: bool = False,
     coordinates: Source | None = None,
+    narrow: bool = False,
 ) -> BlockMask:
     """The window over the layout as FlexAttention's ``BlockMask``, batch and head broadcast.
 
@@ -220,6 +221,8 @@ def block_mask(
         text_padded: prepare for ``with_text_mask``: every block of text keys asks the ``mask_mod``.
         coordinates: where the ``mask_mod`` has them from, see ``flexclear.masks.coordinates.Source``; None: what suits the
             device.
+        narrow: lists as wide as the longest of them needs, for CUDA's kernels alone: the CPU's and BlockMask's own methods take
+            the width for the number of blocks. It saves something where no row names every block.
 
     Raises:
         TypeError: ``window`` is neither.
@@ -234,7 +237,7 @@ def block_mask(
     else:
         found = as_window(window)
         mask_mod, key_len = found.mask_mod(layout, device, coordinates), found.key_len(layout)
-    return assembled(pairs, mask_mod, (layout.seq_len, key_len), device, backward)
+    return assembled(pairs, mask_mod, (layout.seq_len, key_len), device, backward, narrow)
 
 
 @independent
@@ -273,8 +276,7 @@ def assembled(
 ) -> BlockMask:
     """A BlockMask of block pairs over ``lengths`` (queries, keys).
 
-    ``narrow``: lists are as wide as the longest of them needs. CUDA's kernels take that; the CPU's takes the width for the number
-    of blocks, and so do BlockMask's own methods.
+    ``narrow``: see ``block_mask``.
     """
     full, part = pairs.full, ~pairs.full
     width = pairs.kv_blocks

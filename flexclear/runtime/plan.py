@@ -152,6 +152,7 @@ def build_plan(
                 backward=backward,
                 text_padded=text_padded,
                 coordinates=source,
+                narrow=not backward and device.type != "cpu",
             )
             mask = of_any_text_length(with_kernel(lists, kernel))
     elif layout.seq_len**2 > MAX_DENSE_BYTES:

@@ -132,3 +132,11 @@ def test_lists_of_16384_px_on_a_gpu_take_40_megabytes_and_grow_with_the_image(mo
     assert sizes[1024] <= 4.2 * sizes[512] <= 4.2 * 4.2 * sizes[256]
     whole = block_mask(Layout(256, 256), Disc(16), block_size=(64, 64), device="meta")
     assert list_bytes(whole) > 8 * sizes[256]
+
+
+def test_a_sequence_without_text_has_lists_as_narrow_on_a_gpu():
+    layout, kernel = Layout(512, 512, 0), Kernel((64, 64), text_apart=True)
+    plan = build_plan(layout, Disc(16), "flex", kernel, torch.device("meta"), False)
+    assert list_bytes(plan.mask) <= 2e6
+    on_cpu = build_plan(Layout(24, 24, 0), Disc(2), "flex", kernel, CPU, False).mask
+    assert on_cpu.kv_indices.shape[-1] == 9, "the CPU's kernel takes the width for the number of blocks"
