@@ -212,7 +212,7 @@ def choose(
     Raises:
         ValueError: the kernel cannot take the block size, or this GPU lacks an option.
     """
-    # Apart, text costs a kernel more and image rows are equally long. On two CPU cores the two calls take 0.87 to 0.95 of the
+    # Apart, text costs one more kernel, and image rows are equally long. On two CPU cores the two calls take 0.87 to 0.95 of the
     # time of one; on 132 processors one call's long rows cost 1.18 to 1.30 times what they should (simulated, not measured).
     apart = not (backward or text_padded or pools)
     if device.type != "cuda":

@@ -67,7 +67,7 @@ def windowed_attention(
 def _apart(
     query: Tensor, key: Tensor, value: Tensor, mask: TextApart, scale: float | None, held: Held | None
 ) -> Tensor:
-    """Text queries by SDPA, image queries by FlexAttention, put together in the memory layout that models go on with."""
+    """Text queries by SDPA, image queries by FlexAttention, joined in the memory layout that the model reads next."""
     length, text, rows = query.shape[2], mask.text.shape[0], mask.rows
     if not mask.layout.text_first:
         of_image = compiled_flex_attention(query[:, :, :rows], key, value, mask.image, scale, held)
