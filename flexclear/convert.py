@@ -17,7 +17,8 @@ from flexclear.families.target import below_compile, model_of
 from flexclear.masks import Downsampled, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
-from flexclear.masks.layout import MAX_SIDE, ORDERS
+from flexclear.masks.layout import MAX_SIDE
+from flexclear.masks.orders import ORDERS
 from flexclear.runtime.exchange import (
     all_or_nothing,
     put_hooks,

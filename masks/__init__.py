@@ -11,11 +11,16 @@ from flexclear.masks.dense import dense_mask
 from flexclear.masks.downsampled import Downsampled
 from flexclear.masks.factories import disc, full, neighborhood, square, strided, swin, with_downsampled
 from flexclear.masks.layout import Layout
+from flexclear.masks.neighborhoods import Neighborhood, Square
 from flexclear.masks.padding import with_text_mask
-from flexclear.masks.shapes import Disc, Full, Neighborhood, Square, Strided, Swin
+from flexclear.masks.shapes import Disc, Full, Strided, Swin
+from flexclear.masks.suiting import suited
+from flexclear.masks.tiles import Anchors, TileWindow
+from flexclear.masks.tubes import Tube, all_frames, ball, cylinder, radial
 from flexclear.masks.windows import Both, Either, MaskMod, Window
 
 __all__ = [
+    "Anchors",
     "BlockPairs",
     "Both",
     "Cost",
@@ -29,16 +34,23 @@ __all__ = [
     "Square",
     "Strided",
     "Swin",
+    "TileWindow",
+    "Tube",
     "Window",
+    "all_frames",
+    "ball",
     "block_mask",
     "block_pairs",
     "cost",
+    "cylinder",
     "dense_mask",
     "disc",
     "full",
     "neighborhood",
+    "radial",
     "square",
     "strided",
+    "suited",
     "swin",
     "with_downsampled",
     "with_text_mask",

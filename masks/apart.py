@@ -16,10 +16,11 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.masks.blocks import assembled, check_block_size, pairs_between
 from flexclear.masks.carried import LENGTHS
-from flexclear.masks.coordinates import PADDING, TEXT, Source
+from flexclear.masks.coordinates import Source
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
 from flexclear.masks.lengths import mark_symbolic, of_any_text_length
+from flexclear.masks.places import PADDING, TEXT
 from flexclear.masks.windows import MaskMod, Window
 
 

@@ -140,7 +140,7 @@ def block_pairs(
         found, whole = scan_blocks(window, layout.seq_len, layout.seq_len, (q_size, kv_size), device)
         q, kv = torch.nonzero(found, as_tuple=True)
         if text_padded:
-            whole = whole & ~cut(layout.packed_coordinates(), kv_size).text
+            whole = whole & ~cut(layout.packed_coordinates(), layout.packing, kv_size).text
         return BlockPairs(q, kv, whole[q, kv], found.shape[0], found.shape[1], (q_size, kv_size))
     window = as_window(window)
     tokens = layout.packed_coordinates(), window.key_coordinates(layout)
@@ -157,7 +157,10 @@ def pairs_between(
 ) -> BlockPairs:
     """``block_pairs`` of any queries and keys, given by their packed coordinates, int32 ``[tokens]`` each."""
     q_size, kv_size = block_size
-    queries, keys = cut(query_tokens, q_size), cut(key_tokens, kv_size)
+    window.check(layout)
+    queries, keys = (
+        cut(tokens, layout.packing, size) for tokens, size in ((query_tokens, q_size), (key_tokens, kv_size))
+    )
     near_q, near_kv = near_pairs(partial(window.touches, layout), queries.box, keys.box)
     every_q, every_kv = torch.arange(len(queries)), torch.arange(len(keys))
     candidates = torch.cat(

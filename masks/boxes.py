@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexclear.masks.coordinates import PADDING, POOLED, TEXT
-from flexclear.masks.windows import FAR, Box
+from flexclear.masks.places import FAR, PADDING, POOLED, TEXT, Box, Packing
 
 _GROUP = 32
 _FEW_PAIRS = 1 << 20
@@ -42,21 +41,19 @@ class Blocks:
         return map_box(lambda edge: edge[index], self.box)
 
 
-def cut(coordinates: Tensor, size: int) -> Blocks:
+def cut(coordinates: Tensor, packing: Packing, size: int) -> Blocks:
     """Blocks of ``size`` tokens of an axis given by its packed coordinates, int32 ``[tokens]``."""
     count = -(-len(coordinates) // size)
     padded = coordinates.new_full((count * size,), PADDING)
     padded[: len(coordinates)] = coordinates
     tokens = padded.view(count, size)
     elsewhere = tokens < 0
-    y, x = tokens >> 16, tokens & 0xFFFF
+    frames, rows, columns = (
+        (axis.masked_fill(elsewhere, FAR).amin(1), axis.masked_fill(elsewhere, -FAR).amax(1))
+        for axis in packing.unpack(tokens)
+    )
     return Blocks(
-        box=(
-            y.masked_fill(elsewhere, FAR).amin(1),
-            y.masked_fill(elsewhere, -FAR).amax(1),
-            x.masked_fill(elsewhere, FAR).amin(1),
-            x.masked_fill(elsewhere, -FAR).amax(1),
-        ),
+        box=(frames, rows, columns),
         image=~elsewhere.all(1),
         text=(tokens == TEXT).any(1),
         pooled=(tokens == POOLED).any(1),
@@ -66,7 +63,8 @@ def cut(coordinates: Tensor, size: int) -> Blocks:
 
 def map_box(function: Callable[..., Tensor], box: Box) -> Box:
     """``function`` of each edge."""
-    return function(box[0]), function(box[1]), function(box[2]), function(box[3])
+    frames, rows, columns = ((function(first), function(last)) for first, last in box)
+    return frames, rows, columns
 
 
 def near_pairs(touches: Touch, query: Box, key: Box) -> tuple[Tensor, Tensor]:
@@ -75,7 +73,7 @@ def near_pairs(touches: Touch, query: Box, key: Box) -> tuple[Tensor, Tensor]:
     Few boxes: all pairs are asked. Many: boxes around groups of consecutive boxes first, then inside the groups that
     touch. Consecutive blocks lie near each other, so the work is linear in the number of blocks.
     """
-    if len(query[0]) * len(key[0]) <= _FEW_PAIRS:
+    if _count(query) * _count(key) <= _FEW_PAIRS:
         q_part, kv_part = map_box(lambda edge: edge[:, None], query), map_box(lambda edge: edge[None, :], key)
         q, kv = torch.nonzero(touches(q_part, kv_part), as_tuple=True)
         return q, kv
@@ -88,23 +86,30 @@ def near_pairs(touches: Touch, query: Box, key: Box) -> tuple[Tensor, Tensor]:
         kv_part = map_box(lambda rows, some=kv_some: rows[some, None, :], kv_rows)
         pair, q, kv = torch.nonzero(touches(q_part, kv_part), as_tuple=True)
         q, kv = q_some[pair] * _GROUP + q, kv_some[pair] * _GROUP + kv
-        real = (q < len(query[0])) & (kv < len(key[0]))
+        real = (q < _count(query)) & (kv < _count(key))
         found_q.append(q[real])
         found_kv.append(kv[real])
     return torch.cat(found_q), torch.cat(found_kv)
 
 
+def _count(box: Box) -> int:
+    return len(box[0][0])
+
+
 def _in_groups(box: Box) -> Box:
-    """Boxes cut into rows of ``_GROUP``, the last row filled with empty boxes: four ``[groups, _GROUP]``."""
-    count = -(-len(box[0]) // _GROUP)
-    rows = []
-    for edge, empty in zip(box, (FAR, -FAR, FAR, -FAR), strict=True):
+    """Boxes cut into rows of ``_GROUP``, the last row filled with empty boxes: six ``[groups, _GROUP]``."""
+    count = -(-_count(box) // _GROUP)
+
+    def rows_of(edge: Tensor, empty: int) -> Tensor:
         padded = edge.new_full((count * _GROUP,), empty)
         padded[: len(edge)] = edge
-        rows.append(padded.view(count, _GROUP))
-    return rows[0], rows[1], rows[2], rows[3]
+        return padded.view(count, _GROUP)
+
+    frames, rows, columns = ((rows_of(first, FAR), rows_of(last, -FAR)) for first, last in box)
+    return frames, rows, columns
 
 
-def _around(rows: Box) -> Box:
+def _around(groups: Box) -> Box:
     """One box around each row of boxes."""
-    return rows[0].amin(1), rows[1].amax(1), rows[2].amin(1), rows[3].amax(1)
+    frames, rows, columns = ((first.amin(1), last.amax(1)) for first, last in groups)
+    return frames, rows, columns

@@ -1,6 +1,6 @@
-"""Row and column of the token at each sequence position, for a ``mask_mod``: by arithmetic, or from a table.
+"""Frame, row and column of the token at each sequence position, for a ``mask_mod``: by arithmetic, or from a table.
 
-The tiled order walks bands of equal height across the image, so a position says by a few products and floors where its
+The tiled order walks bands of equal size across the image, so a position says by a few products and floors where its
 token lies (``computed``). In float32 these are exact up to 2^22 tokens, and they vectorise; a table is a gather for every
 pair of a partial block. What no arithmetic knows is looked up: several grids, the keys of a band of the image, longer
 sequences.
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from flexclear.masks.layout import Layout
 from flexclear.masks.lengths import mark_static
-
-TEXT, POOLED, PADDING = -1, -2, -3
-"""What a coordinate table holds in place of ``y << 16 | x`` for tokens that are no image tokens."""
+from flexclear.masks.places import POOLED, TEXT, Coordinates, Packing
 
 MAX_COMPUTED = 1 << 22
 """Longest sequence whose coordinates are computed: half places are exact in float32 up to twice as many."""
@@ -35,7 +33,7 @@ def least_convenient(all_of: Iterable[Reads]) -> Reads:
 
 Source = Literal["computed", "packed", "separate"]
 """Where a ``mask_mod`` has coordinates from: arithmetic where there is one for the layout, else as ``"packed"``; a table of both
-together, taken apart with a shift; a table of each, for kernels in a language without shifts (CuTe DSL: FlashAttention 4)."""
+together, taken apart with shifts; a table of each, for kernels in a language without shifts (CuTe DSL: FlashAttention 4)."""
 
 
 def default_source(device: torch.device | str) -> Source:
@@ -46,10 +44,9 @@ def default_source(device: torch.device | str) -> Source:
 
 
 class Place(NamedTuple):
-    """What is at some sequence positions: row and column of image tokens, and whether it is something else."""
+    """What is at some sequence positions: where image tokens are, and whether it is something else."""
 
-    row: Tensor
-    column: Tensor
+    at: Coordinates
     is_text: Tensor
     is_pooled: Tensor
 
@@ -77,7 +74,7 @@ def can_compute(layout: Layout, key_len: int) -> bool:
 
 
 def computed(layout: Layout, reads: Reads, device: torch.device | str, first: int | None = None) -> Places:
-    """Positions of a layout of one grid, by arithmetic.
+    """Positions of a layout of one grid, of one frame or several, by arithmetic.
 
     Args:
         layout: the sequence.
@@ -86,9 +83,12 @@ def computed(layout: Layout, reads: Reads, device: torch.device | str, first: in
         first: sequence position that is asked for as 0; None: it is position 0.
     """
     number = float_number(device)
-    in_rows = layout.order == "raster"
-    coordinates = _in_rows(layout, number) if in_rows else _in_bands(layout, number, exact=reads != "offsets")
-    turned = not in_rows and layout.bands().turned
+    if layout.frames > 1:
+        coordinates = _in_frames(layout, number) if layout.order == "raster" else _in_clip_bands(layout, number)
+    elif layout.order == "raster":
+        coordinates = _in_rows(layout, number)
+    else:
+        coordinates = _in_bands(layout, number, reads)
     start, stop, end = (number(n) for n in (layout.image_start, layout.image_start + layout.image_len, layout.seq_len))
     offset = None if first is None else number(first)
     text_first, whole = layout.text_first, reads == "integers"
@@ -97,39 +97,34 @@ def computed(layout: Layout, reads: Reads, device: torch.device | str, first: in
         position = index.to(torch.float32)
         if offset is not None:
             position = position + offset
-        row, column = coordinates(position)
+        frame, row, column = coordinates(position)
         if whole:
-            row, column = row.to(torch.int32), column.to(torch.int32)
+            frame, row, column = frame.to(torch.int32), row.to(torch.int32), column.to(torch.int32)
         is_text = position < start if text_first else position >= stop
-        return Place(row, column, is_text, position >= end)
+        return Place((frame, row, column), is_text, position >= end)
 
-    def turned_place(index: Tensor) -> Place:
-        column, row, *others = place(index)
-        return Place(row, column, *others)
-
-    # Offsets are the same along either axis to the rules that read no more than these, and one graph serves both ways.
-    return turned_place if turned and reads != "offsets" else place
+    return place
 
 
-Coordinates = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Float32 positions to the coordinates across and along the walk."""
+Arithmetic = Callable[[Tensor], Coordinates]
+"""Float32 sequence positions to the coordinates of image tokens, float32."""
 
 
-def _in_rows(layout: Layout, number: Number) -> Coordinates:
-    """Raster order."""
+def _in_rows(layout: Layout, number: Number) -> Arithmetic:
+    """Raster order of an image."""
     lead, width, per_token = number(0.5 - layout.image_start), number(layout.width), number(1 / layout.width)
     half = number(0.5)
 
-    def coordinates(position: Tensor) -> tuple[Tensor, Tensor]:
+    def coordinates(position: Tensor) -> Coordinates:
         place = position + lead
         row = torch.floor(place * per_token)
-        return row, place - row * width - half
+        return torch.zeros_like(place), row, place - row * width - half
 
     return coordinates
 
 
-def _in_bands(layout: Layout, number: Number, exact: bool) -> Coordinates:
-    """The tiled order. Everything is counted from the last band, where the height of bands changes.
+def _in_bands(layout: Layout, number: Number, reads: Reads) -> Arithmetic:
+    """The tiled order of an image. Everything is counted from the last band, where the height of bands changes.
 
     ``column`` counts the columns of all bands one after the other. A half keeps every product away from the whole numbers
     at which a floor changes: reciprocals are rounded, by less than the half is apart at these lengths.
@@ -148,8 +143,11 @@ def _in_bands(layout: Layout, number: Number, exact: bool) -> Coordinates:
     top = number((count - 1) * height - 0.5)
     forwards = count % 2 == 1  # whether the last band is walked forwards
     edge, sign = number(width - 0.5 if forwards else -0.5), number(-1.0 if forwards else 1.0)
+    exact = reads != "offsets"
+    # Offsets are the same along either axis to the rules that read no more than these, and one graph serves both ways.
+    turned = bands.turned and exact
 
-    def coordinates(position: Tensor) -> tuple[Tensor, Tensor]:
+    def coordinates(position: Tensor) -> Coordinates:
         place = position + lead
         place = torch.where(place < least, place + image_len, place)
         column = torch.floor(place * per_place + place.clamp(min=0) * per_place_last)
@@ -157,35 +155,104 @@ def _in_bands(layout: Layout, number: Number, exact: bool) -> Coordinates:
         band, pair = torch.floor(middle * per_column), torch.floor(middle * per_two)
         along = (column - pair * two - turn).abs()
         across = place + (band - column) * tall + column.clamp(min=0) * missing
-        return (across + top, along * sign + edge) if exact else (across, along)
+        if exact:
+            across, along = across + top, along * sign + edge
+        row, column = (along, across) if turned else (across, along)
+        return torch.zeros_like(place), row, column
 
     return coordinates
 
 
-def looked_up(keys: Tensor, device: torch.device | str, source: Source = "packed") -> Places:
+def _in_frames(layout: Layout, number: Number) -> Arithmetic:
+    """Raster order of several frames."""
+    lead, half = number(0.5 - layout.image_start), number(0.5)
+    height, width = layout.height, layout.width
+    area, per_area = number(height * width), number(1 / (height * width))
+    side, per_side = number(width), number(1 / width)
+
+    def coordinates(position: Tensor) -> Coordinates:
+        place = position + lead
+        frame = torch.floor(place * per_area)
+        place = place - frame * area
+        row = torch.floor(place * per_side)
+        return frame, row, place - row * side - half
+
+    return coordinates
+
+
+def _in_clip_bands(layout: Layout, number: Number) -> Arithmetic:
+    """The tiled order of several frames: which frames, which rows of these, which column, and the place in it.
+
+    The last stretch of an axis has another size. Walked backwards, a band's columns are counted from the other end, and the rows
+    of a stretch of frames that is walked from below likewise. A half keeps products away from whole numbers, as above.
+    """
+    bands, half = layout.clip_bands(), number(0.5)
+    frames, rows, width = bands.frames, bands.rows, bands.width
+    lead, two = number(0.5 - layout.image_start), number(2)
+    area, last_frames, last_rows = number(layout.height * width), number(frames.count - 1), number(rows.count - 1)
+    many, more, per_many, per_more = (
+        number(n) for n in (frames.size, frames.last - frames.size, 1 / frames.size, 1 / frames.last - 1 / frames.size)
+    )
+    tall, taller, per_tall, per_taller = (
+        number(n) for n in (rows.size, rows.last - rows.size, 1 / rows.size, 1 / rows.last - 1 / rows.size)
+    )
+    per_stretch, per_band = number(1 / (frames.size * layout.height * width)), number(1 / (rows.size * width))
+    columns, count = number(width), number(rows.count)
+    right, bottom = number(width - 1), number(layout.height - 1)
+
+    def odd(value: Tensor) -> Tensor:
+        return value - two * torch.floor(value * half)
+
+    def coordinates(position: Tensor) -> Coordinates:
+        place = position + lead
+        stretch = torch.minimum(torch.floor(place * per_stretch), last_frames)
+        is_last = (stretch == last_frames).to(place.dtype)
+        depth, per_depth = many + is_last * more, per_many + is_last * per_more
+        place = place - stretch * many * area
+        band = torch.minimum(torch.floor(place * per_depth * per_band), last_rows)
+        is_last = (band == last_rows).to(place.dtype)
+        height, per_height = tall + is_last * taller, per_tall + is_last * per_taller
+        place = place - band * tall * depth * columns
+        column = torch.floor(place * per_depth * per_height)
+        place = place - column * depth * height
+        frame = torch.floor(place * per_height)
+        row = place - frame * height - half + band * tall
+        backwards, from_below = odd(stretch * count + band), odd(stretch)
+        column = column + backwards * (right - two * column)
+        row = row + from_below * (bottom - two * row)
+        return frame + stretch * many, row, column
+
+    return coordinates
+
+
+def looked_up(keys: Tensor, packing: Packing, device: torch.device | str, source: Source = "packed") -> Places:
     """Positions whose packed coordinates are given, TEXT and POOLED among them, int32 ``[positions]``.
 
     Args:
-        keys: ``y << 16 | x`` of each.
+        keys: place of each (``Layout.packing``).
+        packing: how it is one number.
         device: where the table is put.
-        source: ``"separate"``, or a table of both.
+        source: ``"separate"``, or a table of all axes.
     """
     if source != "separate":
         table = coordinate_table(keys, device)
 
         def place(index: Tensor) -> Place:
             found = table[index]
-            return Place(found >> 16, found & 0xFFFF, found < 0, found == POOLED)
+            return Place(packing.unpack(found), found < 0, found == POOLED)
 
         return place
-    rows = coordinate_table(torch.where(keys < 0, keys, keys >> 16), device)
-    columns = coordinate_table(keys & 0xFFFF, device)
+    frame, row, column = packing.unpack(keys)
+    rows = coordinate_table(torch.where(keys < 0, keys, row), device)
+    columns = coordinate_table(torch.where(keys < 0, 0, column), device)
+    frames = coordinate_table(torch.where(keys < 0, 0, frame), device) if packing.has_frames else None
 
-    def place_of_two(index: Tensor) -> Place:
+    def place_of_axes(index: Tensor) -> Place:
         row = rows[index]
-        return Place(row, columns[index], row < 0, row == POOLED)
+        frame = torch.zeros_like(row) if frames is None else frames[index]
+        return Place((frame, row, columns[index]), row < 0, row == POOLED)
 
-    return place_of_two
+    return place_of_axes
 
 
 def coordinate_table(packed: Tensor, device: torch.device | str = "cpu") -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexclear.masks.coordinates import POOLED, TEXT, int_number
+from flexclear.masks.coordinates import int_number
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
+from flexclear.masks.places import POOLED, TEXT, Coordinates
 from flexclear.masks.scan import ask
 from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
 
@@ -39,14 +40,21 @@ def dense_mask(layout: Layout, window: Window | MaskMod, device: torch.device | 
         place = torch.arange(layout.seq_len, device=device)
         return ask(window, place[:, None], place[None, :]).clone()
     window = as_window(window)
-    y, x = (axis.to(device, torch.int32) for axis in layout.coordinates())
+    window.check(layout)
+    places = [axis.to(device, torch.int32) for axis in layout.coordinates()]
     inside = window.rule(layout, int_number(device))
     keys = window.key_coordinates(layout).to(device)
     is_text = keys[: layout.seq_len] == TEXT
     image = torch.nonzero(~is_text)[:, 0]
     mask = torch.zeros(layout.seq_len, len(keys), dtype=torch.bool, device=device)
-    mask[image[:, None], image[None, :]] = inside(y[:, None], x[:, None], y[None, :], x[None, :])
+    mask[image[:, None], image[None, :]] = inside(_along(places, -1), _along(places, 0))
     mask[is_text] = keys != POOLED
     mask[:, keys == TEXT] = True
     mask[image[:, None], torch.nonzero(keys == POOLED)[:, 0][None, :]] = True
     return mask
+
+
+def _along(places: list[Tensor], dim: int) -> Coordinates:
+    """Coordinates with a new axis at ``dim``, to be broadcast against others."""
+    frame, row, column = (axis.unsqueeze(dim) for axis in places)
+    return frame, row, column

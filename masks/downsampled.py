@@ -9,7 +9,8 @@ from torch import Tensor
 from flexclear.masks.checks import check_int
 from flexclear.masks.coordinates import Number, Reads
 from flexclear.masks.layout import MAX_SIDE, Layout
-from flexclear.masks.windows import Box, Rule, Window
+from flexclear.masks.places import Box
+from flexclear.masks.windows import Rule, Window
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Downsampled(Window):
     @property
     def pools(self) -> bool:
         return True
+
+    def check(self, layout: Layout) -> None:
+        super().check(layout)
+        self.window.check(layout)
 
     def rule(self, layout: Layout, number: Number) -> Rule:
         return self.window.rule(layout, number)

@@ -9,7 +9,8 @@ import torch
 
 from flexclear.masks.downsampled import Downsampled
 from flexclear.masks.layout import Layout
-from flexclear.masks.shapes import Disc, Full, Neighborhood, Square, Strided, Swin
+from flexclear.masks.neighborhoods import Neighborhood, Square
+from flexclear.masks.shapes import Disc, Full, Strided, Swin
 from flexclear.masks.windows import MaskMod, Window, as_window
 
 Device = torch.device | str

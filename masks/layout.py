@@ -1,11 +1,12 @@
 """Where every token of a joint text-image sequence sits: sizes, order, coordinates.
 
-A diffusion transformer attends over ``text_len`` text tokens and ``height * width`` image tokens. ``Layout`` is the
-hashable description of that sequence; everything else in this package is a pure function of it.
+A diffusion transformer attends over ``text_len`` text tokens and ``height * width`` image tokens, of a video model over those
+of several frames. ``Layout`` is the hashable description of that sequence; everything else in this package is a pure function
+of it.
 
 Three numberings appear in this package, and names keep them apart:
 
-- *raster*: image tokens row by row, ``y * width + x``. What pipelines hand over and expect back.
+- *raster*: image tokens row by row, ``y * width + x``, frame after frame. What pipelines hand over and expect back.
 - *image order*: image tokens in the order that the layout chose (``order=``).
 - *sequence position*: image order with the text in front (``text_first=True``) or behind. What attention sees.
 """
@@ -13,8 +14,7 @@ Three numberings appear in this package, and names keep them apart:
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,93 +22,14 @@ from torch import Tensor
 
 from flexclear.masks.checks import check_int
 from flexclear.masks.defaults import independent
+from flexclear.masks.orders import ORDERS, Bands, ClipBands, Order, bands_of, clip_bands, walk_of_clip
+from flexclear.masks.places import CLIPS, IMAGES, Coordinates, Packing
 
 MAX_SIDE = 16384
 """Largest height or width in tokens. Keeps a squared distance inside 32 bits."""
 
-BAND = 8
-"""Height in tokens of a band of the tiled order: 64 consecutive tokens then cover 8 x 8."""
-
-
-BLOCK = 128
-"""Largest block that tiles are lined up with when the image does not start at a multiple of it."""
-
-
-def _band_count(side: int) -> int:
-    """Bands of 8 rows; the last one has 4 to 11, or all where there are fewer."""
-    return max(side // BAND + (side % BAND >= BAND // 2), 1)
-
-
-def band_edges(side: int) -> list[int]:
-    """First row of every band, then ``side``.
-
-    >>> band_edges(16)
-    [0, 8, 16]
-    >>> band_edges(19), band_edges(20)
-    ([0, 8, 19], [0, 8, 16, 20])
-    """
-    return [*range(0, BAND * _band_count(side), BAND), side]
-
-
-@dataclass(frozen=True)
-class Bands:
-    """How the tiled order walks a grid: bands one below the other, every other one backwards, each column by column.
-
-    Attributes:
-        count: number of bands, 1 or more.
-        height: rows of every band but the last.
-        last: rows of the last one.
-        width: columns of each.
-        turned: whether rows and columns have changed places: bands then lie side by side.
-        ahead: how many places of the walk's end come first.
-    """
-
-    count: int
-    height: int
-    last: int
-    width: int
-    turned: bool
-    ahead: int
-
-
-def bands_of(height: int, width: int, start: int) -> Bands:
-    """The bands of a grid whose first token is at sequence position ``start``. Two rules keep runs on tiles where they can be:
-
-    - bands lie along the side that 8 divides, so that a band is a whole number of tiles;
-    - where text in front shifts the image against the blocks, the end of the walk comes first, as many tokens as fill
-      the block that text has begun; from the next block on, runs are tiles again.
-    """
-    turned = width % BAND != 0 and height % BAND == 0
-    side, length = (width, height) if turned else (height, width)
-    count = _band_count(side)
-    return Bands(count, BAND, side - BAND * (count - 1), length, turned, -start % BLOCK % (height * width))
-
-
-def _raster(height: int, width: int, start: int) -> Tensor:
-    return torch.arange(height * width)
-
-
-def _tiled(height: int, width: int, start: int) -> Tensor:
-    """Raster index of each token when bands are walked across, every other band backwards.
-
-    Where 8 divides the sides, each run of 64 tokens is an 8 x 8 tile and each aligned run of 128 an 8 x 16 tile (or
-    two tiles at a turn). Elsewhere a run is a parallelogram of about the same area: no run is ever a long strip, and
-    because the walk turns round at the border, none reaches across the image. That is why ragged sizes need no
-    padding.
-    """
-    bands = bands_of(height, width, start)
-    grid = torch.arange(height * width).view(height, width)
-    grid = grid.T if bands.turned else grid
-    walk = []
-    for index, (top, bottom) in enumerate(itertools.pairwise(band_edges(len(grid)))):
-        columns = grid[top:bottom].T
-        walk.append((columns.flip(0) if index % 2 else columns).reshape(-1))
-    return torch.cat(walk).roll(bands.ahead)
-
-
-ORDERS: dict[str, Callable[[int, int, int], Tensor]] = {"raster": _raster, "tiled": _tiled}
-"""Image orders by name: ``(height, width, sequence position of the first image token) -> int64 [height * width]``, the
-raster index at each place of the order."""
+MAX_CLIP_SIDE = 1024
+"""Largest number of frames, and height or width in tokens where there are several: a place then is one number of 30 bits."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +39,21 @@ class Layout:
     >>> layout = Layout(height=64, width=64)         # 1024 x 1024 px of FLUX.1: one token covers 16 x 16 px
     >>> layout.image_len, layout.seq_len
     (4096, 4608)
+    >>> Layout(height=45, width=80, frames=21, text_len=0).seq_len       # 81 frames of 720 x 1280 px of Wan 2.1
+    75600
 
     Args:
         height: rows of image tokens, 1 to 16384.
         width: columns of image tokens, 1 to 16384.
         text_len: text tokens, 0 or more.
         text_first: whether the text precedes the image (FLUX.1) or follows it (SD3).
-        order: ``"tiled"`` (compact runs, see the essay in ``_tiled``) or ``"raster"`` (row by row).
+        order: ``"tiled"`` (compact runs, see ``flexclear.masks.orders``), ``"raster"`` (row by row, frame after frame), or of
+            several frames the (frames, rows) of the bands in which they are walked.
         references: (height, width) of further grids whose tokens follow the image's, such as the images that an
             editing model is given. Tokens of all grids lie in one plane by their own row and column, so a window
-            around a place is the same window in each grid.
+            around a place is the same window in each grid. Of one frame only.
+        frames: frames of ``height * width`` tokens each, 1 to 1024, as the model has them: after the autoencoder and the
+            patches have put several into one. An image is one. Where there are several, sides are 1 to 1024.
 
     >>> Layout(64, 64, references=((48, 85),)).grids
     ((64, 64), (48, 85))
@@ -141,23 +67,45 @@ class Layout:
     width: int
     text_len: int = 512
     text_first: bool = True
-    order: str = "tiled"
+    order: Order = "tiled"
     references: tuple[tuple[int, int], ...] = ()
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.references, tuple) or any(
             not isinstance(grid, tuple) or len(grid) != 2 for grid in self.references
         ):
             raise TypeError(f"Layout references must be a tuple of (height, width) tuples, got {self.references!r}")
+        check_int("Layout frames", self.frames, 1, MAX_CLIP_SIDE, "after the autoencoder and the patches")
+        most = MAX_SIDE if self.frames == 1 else MAX_CLIP_SIDE
+        unit = "in tokens" if self.frames == 1 else "in tokens, of several frames"
         for number, (height, width) in enumerate(self.grids):
             which = f"Layout reference {number} " if number else "Layout "
-            check_int(f"{which}height", height, 1, MAX_SIDE, "in tokens")
-            check_int(f"{which}width", width, 1, MAX_SIDE, "in tokens")
+            check_int(f"{which}height", height, 1, most, unit)
+            check_int(f"{which}width", width, 1, most, unit)
+        if self.references and self.frames > 1:
+            raise ValueError(
+                f"Layout references are further grids beside an image, and this layout has {self.frames} frames. A "
+                "reference that is a frame of its own counts among these"
+            )
         check_int("Layout text_len", self.text_len, 0, None, "in tokens")
         if not isinstance(self.text_first, bool):
             raise TypeError(f"Layout text_first must be True or False, got {self.text_first!r}")
-        if self.order not in ORDERS:
+        if not isinstance(self.order, str):
+            self._check_bands()
+        elif self.order not in ORDERS:
             raise ValueError(f"Layout order must be one of {sorted(ORDERS)}, got {self.order!r}")
+
+    def _check_bands(self) -> None:
+        """Raise if ``order`` is no (frames, rows)."""
+        if not isinstance(self.order, tuple) or len(self.order) != 2:
+            raise TypeError(
+                f"Layout order must be one of {sorted(ORDERS)} or a pair (frames, rows), got {self.order!r}"
+            )
+        if self.frames == 1:
+            raise ValueError(f"bands of (frames, rows) are of several frames, got order={self.order!r} of one")
+        for name, size in zip(("frames", "rows"), self.order, strict=True):
+            check_int(f"{name} of a band", size, 1, MAX_CLIP_SIDE)
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -167,7 +115,7 @@ class Layout:
     @property
     def image_len(self) -> int:
         """Number of image tokens, those of all grids."""
-        return sum(height * width for height, width in self.grids)
+        return self.frames * sum(height * width for height, width in self.grids)
 
     @property
     def seq_len(self) -> int:
@@ -179,11 +127,25 @@ class Layout:
         """Sequence position of the first image token."""
         return self.text_len if self.text_first else 0
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the image's own grid."""
+        return self.frames, self.height, self.width
+
+    @property
+    def packing(self) -> Packing:
+        """How a place in this layout is one number."""
+        return IMAGES if self.frames == 1 else CLIPS
+
     def bands(self) -> Bands:
-        """How the tiled order walks the image's own grid."""
+        """How the tiled order walks the own grid of an image."""
         return bands_of(self.height, self.width, self.image_start)
 
-    def with_order(self, order: str) -> Layout:
+    def clip_bands(self) -> ClipBands:
+        """How several frames are walked in bands."""
+        return clip_bands(*self.shape, self.order)
+
+    def with_order(self, order: Order) -> Layout:
         """The same tokens in another order."""
         return replace(self, order=order)
 
@@ -198,9 +160,12 @@ class Layout:
 
     def _walks(self) -> Iterator[tuple[Tensor, int]]:
         """Of each grid: its own raster indices in image order, and where it starts among the image tokens."""
+        if self.frames > 1:
+            yield walk_of_clip(*self.shape, self.order), 0
+            return
         start = 0
         for height, width in self.grids:
-            yield ORDERS[self.order](height, width, self.image_start + start), start
+            yield ORDERS[str(self.order)](height, width, self.image_start + start), start
             start += height * width
 
     @independent
@@ -212,20 +177,25 @@ class Layout:
         return inverse
 
     @independent
-    def coordinates(self) -> tuple[Tensor, Tensor]:
-        """Row and column, in its own grid, of the token at each place of the image order: two int64 ``[image_len]``."""
-        walks = [(walk, width) for (walk, _), (_, width) in zip(self._walks(), self.grids, strict=True)]
-        return torch.cat([walk // width for walk, width in walks]), torch.cat([walk % width for walk, width in walks])
+    def coordinates(self) -> Coordinates:
+        """Frame, row and column, in its own grid, of the token at each place of the image order: three int64
+        ``[image_len]``."""
+        places = []
+        for (walk, _), (height, width) in zip(self._walks(), self.grids, strict=True):
+            places.append((walk // (height * width), walk // width % height, walk % width))
+        frame, row, column = (torch.cat(axis) for axis in zip(*places, strict=True))
+        return frame, row, column
 
     def packed_coordinates(self) -> Tensor:
-        """Row and column at each sequence position in one int32, ``y << 16 | x``; -1 marks text. ``[seq_len]``."""
+        """Place at each sequence position in one int32 (``packing``), of images ``y << 16 | x``; -1 marks text.
+        ``[seq_len]``."""
         return _packed_coordinates(self)
 
 
 @functools.lru_cache(maxsize=16)
 @independent
 def _packed_coordinates(layout: Layout) -> Tensor:
-    y, x = layout.coordinates()
+    places = layout.packing.pack(*layout.coordinates())
     packed = torch.full((layout.seq_len,), -1, dtype=torch.int32)
-    packed[layout.image_start : layout.image_start + layout.image_len] = ((y << 16) | x).to(torch.int32)
+    packed[layout.image_start : layout.image_start + layout.image_len] = places.to(torch.int32)
     return packed

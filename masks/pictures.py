@@ -16,27 +16,36 @@ FULL, PARTIAL, SKIPPED = (31, 58, 104), (134, 178, 226), (246, 246, 246)
 
 
 @independent
-def window_picture(layout: Layout, window: Window, query: tuple[int, int] | None = None) -> Tensor:
-    """What one image query sees on the grid, one pixel per token: red the query, blue its keys.
+def window_picture(layout: Layout, window: Window, query: tuple[int, ...] | None = None) -> Tensor:
+    """What one image query sees on the grid, one pixel per token: red the query, blue its keys. Several frames lie side by
+    side, with a white line between two.
 
     Args:
         layout: the sequence.
         window: a window of this package.
-        query: row and column of the query; the middle by default.
+        query: row and column of the query, of several frames (frame, row, column); the middle by default.
 
     Raises:
-        ValueError: the query is not on the grid.
+        ValueError: the query is not on the grid, or the window makes no sense there.
     """
-    row, column = query or (layout.height // 2, layout.width // 2)
-    if not (0 <= row < layout.height and 0 <= column < layout.width):
-        raise ValueError(f"query must be (row, column) on the grid of {layout.height} x {layout.width}, got {query}")
-    y = torch.arange(layout.height, dtype=torch.int32)[:, None]
-    x = torch.arange(layout.width, dtype=torch.int32)[None, :]
+    window.check(layout)
+    shape = layout.shape if layout.frames > 1 else layout.shape[1:]
+    place = tuple(side // 2 for side in shape) if query is None else query
+    if len(place) != len(shape) or any(not 0 <= at < side for at, side in zip(place, shape, strict=True)):
+        names = "(frame, row, column)" if layout.frames > 1 else "(row, column)"
+        raise ValueError(f"query must be {names} on the grid of {' x '.join(map(str, shape))}, got {query}")
+    frame, row, column = (0, 0, *place)[-3:]
+    axes = [torch.arange(side, dtype=torch.int32) for side in layout.shape]
+    own = torch.tensor([frame, row, column], dtype=torch.int32).unbind()
     inside = window.rule(layout, int_number("cpu"))
-    seen = inside(torch.tensor(row, dtype=torch.int32), torch.tensor(column, dtype=torch.int32), y, x)
-    picture = _paint(seen.expand(layout.height, layout.width).to(torch.int64), [UNSEEN, SEEN])
-    picture[row, column] = torch.tensor(QUERY, dtype=torch.uint8)
-    return picture
+    seen = inside((own[0], own[1], own[2]), (axes[0][:, None, None], axes[1][:, None], axes[2]))
+    frames = _paint(seen.expand(layout.shape).to(torch.int64), [UNSEEN, SEEN])
+    frames[frame, row, column] = torch.tensor(QUERY, dtype=torch.uint8)
+    strip = torch.full((layout.height, layout.frames * (layout.width + 1), 3), 255, dtype=torch.uint8)
+    for number, one in enumerate(frames):
+        start = number * (layout.width + 1)
+        strip[:, start : start + layout.width] = one
+    return strip[:, :-1]
 
 
 @independent

@@ -1,5 +1,7 @@
 """What a window is: a rule on the coordinates of an image query and an image key. Text sees and is seen by everything.
 
+"Image" includes the frames of a video: a token has a frame, a row and a column, and all frames of an image are frame 0.
+
 A window is a frozen dataclass, hashable, that knows nothing of devices or token orders. ``window.mask_mod(layout,
 device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``. Its subclasses are in ``shapes.py`` and
 ``downsampled.py``; what windows are combined to is here.
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor
 
 from flexclear.masks.coordinates import (
-    POOLED,
     Number,
     Place,
     Places,
@@ -32,18 +33,13 @@ from flexclear.masks.coordinates import (
 )
 from flexclear.masks.defaults import independent
 from flexclear.masks.layout import Layout
+from flexclear.masks.places import POOLED, Box, Coordinates
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FlexAttention's signature: ``(batch, head, query position, key position) -> bool``, on 0-d or broadcast tensors."""
 
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``(query row, query column, key row, key column) -> bool`` on broadcast integer tensors."""
-
-Box = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Top, bottom, left and right of many rectangles of tokens, inclusive, int32."""
-
-FAR = 1 << 20
-"""An empty box has top = left = FAR and bottom = right = -FAR."""
+Rule = Callable[[Coordinates, Coordinates], Tensor]
+"""(Frame, row, column) of queries, and of keys, to bool, on broadcast tensors of numbers."""
 
 
 class Window(ABC):
@@ -64,17 +60,31 @@ class Window(ABC):
     def name(self) -> str:
         """Short label, parameters included, such as ``disc_r16``."""
 
+    @property
+    def knows_frames(self) -> bool:
+        """Whether the rule says which frames a query sees."""
+        return False
+
+    def check(self, layout: Layout) -> None:
+        """Raise if the window makes no sense over ``layout``.
+
+        Raises:
+            ValueError: it does not; the message says what would.
+        """
+        if layout.frames > 1 and not self.knows_frames:
+            raise ValueError(
+                f"the window {self.name} is one of images and does not say which of {layout.frames} frames a query sees. Use "
+                "a Tube: cylinder(r, frame_radius), all_frames(r), ball(r, frame_scale) or radial(r)"
+            )
+
     @abstractmethod
     def rule(self, layout: Layout, number: Number) -> Rule:
-        """The window's inequality over ``layout``.
+        """The window's inequality over ``layout``, which has passed ``check``.
 
         Args:
             layout: the sequence.
             number: turns each whole number of the rule into a 0-d tensor of the coordinates' type. FlexAttention compiles
                 Python numbers in, and every radius and size would be a new graph.
-
-        Raises:
-            ValueError: the window makes no sense on this grid.
         """
 
     @abstractmethod
@@ -141,6 +151,7 @@ class Window(ABC):
                 are asked less; what it says of text among them is nothing. None: queries are the sequence, from its start.
         """
         source = default_source(device) if coordinates is None else coordinates
+        self.check(layout)
         if source != "computed" or not can_compute(layout, self.key_len(layout)):
             return self.mask_mod_over(layout, self.key_coordinates(layout), device, source, queries_from)
         number = int_number(device) if self.reads == "integers" else float_number(device)
@@ -165,7 +176,8 @@ class Window(ABC):
             keys: packed coordinates of the keys, TEXT and POOLED among them, int32 ``[keys]``.
             device, coordinates, queries_from: see ``mask_mod``.
         """
-        place = queries = looked_up(keys, device, coordinates or "packed")
+        self.check(layout)
+        place = queries = looked_up(keys, layout.packing, device, coordinates or "packed")
         if queries_from is not None:
             first = torch.tensor(queries_from, dtype=torch.int32, device=device)
 
@@ -178,7 +190,7 @@ class Window(ABC):
     def _mask_mod(self, inside: Rule, queries: Places, keys: Places, has_pooled: bool, image_queries: bool) -> MaskMod:
         def mask_mod(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             query, key = queries(q_idx), keys(kv_idx)
-            allowed = inside(query.row, query.column, key.row, key.column)
+            allowed = inside(query.at, key.at)
             if image_queries:
                 allowed = allowed | key.is_text
                 return allowed | key.is_pooled if has_pooled else allowed
@@ -229,6 +241,14 @@ class Both(Window):
         return least_convenient(part.reads for part in self.parts)
 
     @property
+    def knows_frames(self) -> bool:
+        return all(part.knows_frames for part in self.parts)
+
+    def check(self, layout: Layout) -> None:
+        for part in self.parts:
+            part.check(layout)
+
+    @property
     def reach(self) -> int | None:
         return min((part.reach for part in self.parts if part.reach is not None), default=None)
 
@@ -277,6 +297,14 @@ class Either(Window):
         return least_convenient(part.reads for part in self.parts)
 
     @property
+    def knows_frames(self) -> bool:
+        return all(part.knows_frames for part in self.parts)
+
+    def check(self, layout: Layout) -> None:
+        for part in self.parts:
+            part.check(layout)
+
+    @property
     def reach(self) -> int | None:
         reaches = [part.reach for part in self.parts if part.reach is not None]
         return max(reaches) if len(reaches) == len(self.parts) else None
@@ -301,11 +329,11 @@ class Either(Window):
 
 
 def _and(a: Rule, b: Rule) -> Rule:
-    return lambda y_q, x_q, y_k, x_k: a(y_q, x_q, y_k, x_k) & b(y_q, x_q, y_k, x_k)
+    return lambda query, key: a(query, key) & b(query, key)
 
 
 def _or(a: Rule, b: Rule) -> Rule:
-    return lambda y_q, x_q, y_k, x_k: a(y_q, x_q, y_k, x_k) | b(y_q, x_q, y_k, x_k)
+    return lambda query, key: a(query, key) | b(query, key)
 
 
 def captured_tensors(mask_mod: object) -> list[Tensor]:

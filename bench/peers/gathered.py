@@ -28,7 +28,7 @@ class Gathered:
         offset = torch.arange(1 - radius, radius)
         dy, dx = (grid.reshape(-1) for grid in torch.meshgrid(offset, offset, indexing="ij"))
         near = dy * dy + dx * dx < radius * radius
-        y, x = layout.coordinates()
+        _, y, x = layout.coordinates()
         rows, columns = y[:, None] + dy[near], x[:, None] + dx[near]
         self.text_len, self.keys = layout.text_len, int(near.sum())
         inside = (rows >= 0) & (rows < layout.height) & (columns >= 0) & (columns < layout.width)

@@ -70,7 +70,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window:
         packed = layout.packed_coordinates().to(device)
         q, kv = packed[rows][:, None], packed[None, :]
         inside = window.rule(layout, lambda number: torch.tensor(number, dtype=torch.int64, device=device))
-        allowed = inside(*(c.long() for c in (q >> 16, q & 0xFFFF, kv >> 16, kv & 0xFFFF))) | (q < 0) | (kv < 0)
+        query_at, key_at = (layout.packing.unpack(tokens.long()) for tokens in (q, kv))
+        allowed = inside(query_at, key_at) | (q < 0) | (kv < 0)
     return F.scaled_dot_product_attention(query[:, :, rows].float(), key.float(), value.float(), attn_mask=allowed)
 
 

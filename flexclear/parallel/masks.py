@@ -12,9 +12,10 @@ from flexclear.compile.kernels import Kernel, with_kernel
 from flexclear.masks import Downsampled, Layout, Window
 from flexclear.masks.blocks import block_mask_between
 from flexclear.masks.cache import ByteBoundedCache
-from flexclear.masks.coordinates import POOLED, TEXT, int_number
+from flexclear.masks.coordinates import int_number
 from flexclear.masks.defaults import independent
 from flexclear.masks.padding import with_text_mask_at
+from flexclear.masks.places import POOLED, TEXT
 from flexclear.parallel.planning import Bands, Part, gathered_order, packed_raster, part_of
 from flexclear.runtime.plan import MAX_DENSE_BYTES, Plan
 from flexclear.runtime.pooling import Pooling
@@ -88,8 +89,8 @@ def dense_band_mask(part: Part, device: torch.device | str = "cpu") -> Tensor:
         )
     keys = keys.to(device)
     inside = part.window.rule(part.layout, int_number(device))
-    query, key = keys[: len(part.own), None], keys[None, :]
-    return inside(query >> 16, query & 0xFFFF, key >> 16, key & 0xFFFF) | (key < 0)
+    unpack = part.layout.packing.unpack
+    return inside(unpack(keys[: len(part.own), None]), unpack(keys[None, :])) | (keys[None, :] < 0)
 
 
 @independent
@@ -129,7 +130,7 @@ def build_band_plan(
         mask = with_kernel(lists, kernel)
     else:
         mask = dense_band_mask(part, device)
-    packed = packed_raster(layout)[part.own]
+    _, rows, columns = layout.packing.unpack(packed_raster(layout)[part.own])
     pooling = None
     if part.cells:
         cells = part.cells[rank]
@@ -140,8 +141,8 @@ def build_band_plan(
         mask=mask,
         order=part.own.to(device),
         inverse=None,
-        rows=(packed >> 16).to(device, torch.float32),
-        columns=(packed & 0xFFFF).to(device, torch.float32),
+        rows=rows.to(device, torch.float32),
+        columns=columns.to(device, torch.float32),
         pooling=pooling,
         part=part,
         gathered=gathered_order(layout, bands).to(device),

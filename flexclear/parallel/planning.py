@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flexclear.masks import Downsampled, Layout, Window
 from flexclear.masks.defaults import independent
-from flexclear.masks.layout import BAND, ORDERS, band_edges
+from flexclear.masks.orders import BAND, ORDERS, band_edges
+from flexclear.masks.places import Box
 
 TOO_SMALL = ("raise", "fewer")
 
@@ -139,9 +140,10 @@ def reached(layout: Layout, window: Window | None, bands: Bands, rank: int) -> T
     number = torch.arange(count, dtype=torch.int32)
     across = max(sides(layout, 1 - bands.axis)) - 1
 
-    def box(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        zero, end = torch.zeros_like(first), torch.full_like(first, across)
-        return (first, last, zero, end) if bands.axis == 0 else (zero, end, first, last)
+    def box(first: Tensor, last: Tensor) -> Box:
+        zero = torch.zeros_like(first)
+        along, beside = (first, last), (zero, torch.full_like(first, across))
+        return ((zero, zero), along, beside) if bands.axis == 0 else ((zero, zero), beside, along)
 
     query = torch.full_like(number, first), torch.full_like(number, stop - 1)
     return window.touches(layout, box(*query), box(number, number))
@@ -186,7 +188,7 @@ def tokens_in(layout: Layout, axis: int, runs: Sequence[Run], start: int = 0) ->
             if first >= stop:
                 continue
             size = (stop - first, width) if axis == 0 else (height, stop - first)
-            walk = ORDERS[layout.order](*size, start)
+            walk = ORDERS[str(layout.order)](*size, start)
             y, x = walk // size[1], walk % size[1]
             y, x = (y + first, x) if axis == 0 else (y, x + first)
             found.append(offset + y * width + x)
@@ -197,11 +199,11 @@ def tokens_in(layout: Layout, axis: int, runs: Sequence[Run], start: int = 0) ->
 
 @independent
 def packed_raster(layout: Layout) -> Tensor:
-    """Row and column of every image token by raster index, ``y << 16 | x``, int32 ``[image_len]``."""
+    """Place of every image token by raster index, as one number (``Layout.packing``), int32 ``[image_len]``."""
     parts = []
     for height, width in layout.grids:
         place = torch.arange(height * width)
-        parts.append((place // width) << 16 | place % width)
+        parts.append(layout.packing.pack(torch.zeros_like(place), place // width, place % width))
     return torch.cat(parts).to(torch.int32)
 
 

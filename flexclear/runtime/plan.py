@@ -166,7 +166,7 @@ def build_plan(
     else:
         mask = of_any_text_length(dense_mask(layout, window, device=device))
     raster = layout.order == "raster"
-    y, x = layout.coordinates()
+    _, y, x = layout.coordinates()
     return Plan(
         layout=layout,
         mask=mask,

@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from flexclear.masks import Layout, Window
+from flexclear.masks.places import Box
 
 
 def warn_of_unreached(layout: Layout, window: Window) -> None:
@@ -20,13 +21,16 @@ def warn_of_unreached(layout: Layout, window: Window) -> None:
         UserWarning: for each such reference, naming both grids and the window.
     """
 
-    def box(*edges: int) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.tensor(edge, dtype=torch.int32) for edge in edges)
+    def box(*intervals: tuple[int, int]) -> Box:
+        frames, rows, columns = (
+            (torch.tensor(first, dtype=torch.int32), torch.tensor(last, dtype=torch.int32)) for first, last in intervals
+        )
+        return frames, rows, columns
 
     height, width = layout.height, layout.width
-    corner = box(height - 1, height - 1, width - 1, width - 1)
+    corner = box((0, 0), (height - 1, height - 1), (width - 1, width - 1))
     for rows, columns in layout.references:
-        if not bool(window.touches(layout, corner, box(0, rows - 1, 0, columns - 1))):  # type: ignore[arg-type]
+        if not bool(window.touches(layout, corner, box((0, 0), (0, rows - 1), (0, columns - 1)))):
             warnings.warn(
                 f"flexclear: a reference image of {rows} x {columns} tokens ends so far before the image's {height} x "
                 f"{width} that the window {window.name} (radius or side in tokens) hides it from the image's far side. "

@@ -107,7 +107,7 @@ def _check_around(layout: Layout, window: Window, mask: BlockMask, reference: Te
     size = (mask.BLOCK_SIZE[0], mask.BLOCK_SIZE[1])
     if layout.references:
         sequence.check_reach(layout, window)
-    else:
+    elif layout.frames == 1:
         sequence.check_pooling(layout, window.factor if isinstance(window, Downsampled) else 3)
     if reference is None:
         last = layout.seq_len - 1
@@ -116,7 +116,8 @@ def _check_around(layout: Layout, window: Window, mask: BlockMask, reference: Te
     sequence.check_padding(layout, window, size, torch.arange(layout.seq_len), whole=True)
     sequence.check_cost(layout, window, reference, size)
     sequence.check_attend(layout, window, reference)
-    sequence.check_ranks(layout, window, size)
+    if layout.frames == 1:
+        sequence.check_ranks(layout, window, size)
     if not isinstance(window, Downsampled):
         sequence.check_scan(layout, reference, size)
 

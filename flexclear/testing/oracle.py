@@ -6,17 +6,37 @@ Of a layout and a window only the fields are read (sizes, radii, parts), and the
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flexclear.masks import Both, Disc, Downsampled, Either, Full, Layout, Neighborhood, Square, Strided, Swin, Window
+from flexclear.masks import (
+    Anchors,
+    Both,
+    Disc,
+    Downsampled,
+    Either,
+    Full,
+    Layout,
+    Neighborhood,
+    Square,
+    Strided,
+    Swin,
+    TileWindow,
+    Tube,
+    Window,
+)
 
 Numbers = NDArray[np.int64]
 Truths = NDArray[np.bool_]
 
-SIMPLE = (Disc, Square, Neighborhood, Swin, Strided, Full)
+Places = tuple[Numbers, Numbers, Numbers]
+"""Frame, row and column."""
+
+SIMPLE = (Disc, Square, Neighborhood, Swin, Strided, Full, Tube, TileWindow, Anchors)
 
 
 def knows(window: object) -> bool:
@@ -28,41 +48,100 @@ def knows(window: object) -> bool:
     return type(window) in SIMPLE
 
 
-def sees(window: Window, layout: Layout, y_q: Numbers, x_q: Numbers, y_k: Numbers, x_k: Numbers) -> Truths:
+def sees(window: Window, layout: Layout, query: Places, key: Places) -> Truths:
     """Whether image queries see image keys, by the definition of the window; broadcast."""
+    (t_q, y_q, x_q), (t_k, y_k, x_k) = query, key
     match window:
         case Disc(radius):
             return (y_q - y_k) ** 2 + (x_q - x_k) ** 2 < radius**2
-        case Square(radius):
-            return np.maximum(abs(y_q - y_k), abs(x_q - x_k)) < radius
-        case Neighborhood(kernel):
-            first_y = np.clip(y_q - kernel // 2, 0, layout.height - kernel)
-            first_x = np.clip(x_q - kernel // 2, 0, layout.width - kernel)
-            return (first_y <= y_k) & (y_k < first_y + kernel) & (first_x <= x_k) & (x_k < first_x + kernel)
+        case Tube(squares, on):
+            away = abs(t_q - t_k)
+            seen = np.array([*squares, squares[-1] if on else 0], dtype=np.int64)[np.minimum(away, len(squares))]
+            return (y_q - y_k) ** 2 + (x_q - x_k) ** 2 < seen
+        case Square(radius, 1, 1):
+            axes = _each_axis(layout, radius)
+            return np.logical_and.reduce(
+                np.broadcast_arrays(*(abs(query[axis] - key[axis]) < r for axis, _, r in axes))
+            )
+        case Square(radius, stride, dilation):
+            width = 2 * radius - 1 if isinstance(radius, int) else tuple(2 * r - 1 for r in radius)
+            return _neighbours(layout, query, key, width, stride, dilation, shifted=False)
+        case Neighborhood(kernel, stride, dilation):
+            return _neighbours(layout, query, key, kernel, stride, dilation, shifted=True)
+        case TileWindow(tile, tiles):
+            seen = np.ones((), dtype=bool)
+            for axis, side, size, count in _each_axis(layout, tile, tiles):
+                cells = range(-(-side // size))
+                # Of the runs of so many tiles, that whose middle is the query's own or, at the border, the nearest.
+                middle = np.clip(query[axis] // size, count // 2, max(len(cells) - 1 - count // 2, count // 2))
+                seen = seen & (abs(key[axis] // size - middle) <= count // 2)
+            return seen & (y_q == y_q) & (y_k == y_k)
+        case Anchors(frames):
+            return np.isin(t_k, frames) & (t_q == t_q)
         case Swin(side, shift):
             # Rolled back by the shift and cut into windows; what was rolled around is a window of its own, number -1.
             return ((y_q - shift) // side == (y_k - shift) // side) & ((x_q - shift) // side == (x_k - shift) // side)
         case Strided(stride):
             return ((y_q - y_k) % stride == 0) & ((x_q - x_k) % stride == 0)
         case Full():
-            return np.ones(np.broadcast_shapes(y_q.shape, x_q.shape, y_k.shape, x_k.shape), dtype=bool)
+            return np.ones(np.broadcast_shapes(*(axis.shape for axis in (*query, *key))), dtype=bool)
         case Both():
-            return np.logical_and.reduce([sees(part, layout, y_q, x_q, y_k, x_k) for part in window.parts])
+            return np.logical_and.reduce([sees(part, layout, query, key) for part in window.parts])
         case Either():
-            return np.logical_or.reduce([sees(part, layout, y_q, x_q, y_k, x_k) for part in window.parts])
+            return np.logical_or.reduce([sees(part, layout, query, key) for part in window.parts])
         case Downsampled(inner, _):
-            return sees(inner, layout, y_q, x_q, y_k, x_k)
+            return sees(inner, layout, query, key)
     raise TypeError(f"the definition of {window!r} is not written down here")
 
 
-def raster_places(layout: Layout) -> tuple[Numbers, Numbers]:
-    """Row and column, each in its own grid, of every image token in raster order, grid after grid."""
-    rows, columns = [], []
+def _each_axis(layout: Layout, *given: int | tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Number and side of each axis that the numbers of a window are of, and these."""
+    sides = (layout.frames, layout.height, layout.width)
+    tuples = [len(numbers) for numbers in given if not isinstance(numbers, int)]
+    axes = range(3 - tuples[0], 3) if tuples else range(0 if layout.frames > 1 else 1, 3)
+    for place, axis in enumerate(axes):
+        yield axis, sides[axis], *(numbers if isinstance(numbers, int) else numbers[place] for numbers in given)
+
+
+def _neighbours(
+    layout: Layout,
+    query: Places,
+    key: Places,
+    width: int | tuple[int, ...],
+    stride: int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    *,
+    shifted: bool,
+) -> Truths:
+    """NATTEN's neighborhoods, an axis at a time: for every place of the axis, the list of those that it sees."""
+    seen = np.ones((), dtype=bool)
+    for axis, side, keys, step, phases in _each_axis(layout, width, stride, dilation):
+        table = np.zeros((side, side), dtype=bool)
+        for phase in range(min(phases, side)):
+            own = np.arange(phase, side, phases)
+            for number, place in enumerate(own):
+                middle = min(number - number % step + step // 2, len(own) - 1)
+                first = middle - keys // 2
+                if shifted:
+                    first = min(max(first, 0), len(own) - keys)
+                table[place, own[max(first, 0) : max(first + keys, 0)]] = True
+        seen = seen & table[query[axis], key[axis]]
+    return seen
+
+
+def raster_places(layout: Layout) -> Places:
+    """Frame, row and column, each in its own grid, of every image token in raster order, grid after grid."""
+    grids: list[Places] = []
     for height, width in [(layout.height, layout.width), *layout.references]:
-        y, x = np.divmod(np.arange(height * width, dtype=np.int64), width)
-        rows.append(y)
-        columns.append(x)
-    return np.concatenate(rows), np.concatenate(columns)
+        place, x = np.divmod(np.arange(layout.frames * height * width, dtype=np.int64), width)
+        t, y = np.divmod(place, height)
+        grids.append((t, y, x))
+    return _places(np.concatenate(axis) for axis in zip(*grids, strict=True))
+
+
+def _places(axes: Iterable[Numbers]) -> Places:
+    frame, row, column = axes
+    return frame, row, column
 
 
 def cell_counts(layout: Layout, window: object) -> tuple[int, int]:
@@ -80,7 +159,7 @@ def expected_rows(layout: Layout, window: Window, queries: Tensor | None = None)
         queries: sequence positions; all of them by default.
     """
     order = layout.permutation().numpy()
-    y, x = (axis[order] for axis in raster_places(layout))
+    places = [axis[order] for axis in raster_places(layout)]
     text, image = layout.text_len, len(order)
     first = text if layout.text_first else 0
     rows, columns = cell_counts(layout, window)
@@ -88,6 +167,8 @@ def expected_rows(layout: Layout, window: Window, queries: Tensor | None = None)
     found = np.ones((len(asked), text + image + rows * columns), dtype=bool)
     of_image = (asked >= first) & (asked < first + image)
     query = asked[of_image] - first
-    found[of_image, first : first + image] = sees(window, layout, y[query, None], x[query, None], y[None], x[None])
+    found[of_image, first : first + image] = sees(
+        window, layout, _places(axis[query, None] for axis in places), _places(axis[None] for axis in places)
+    )
     found[~of_image, text + image :] = False  # Text sees every token already.
     return torch.from_numpy(found)

@@ -27,21 +27,23 @@ HEADS, HEAD_DIM = 2, 8
 
 def check_order(layout: Layout) -> None:
     """The image order holds every token once, grid after grid, and coordinates and ways back belong to it."""
-    order, y, x = layout.permutation().numpy(), *oracle.raster_places(layout)
+    order, t, y, x = layout.permutation().numpy(), *oracle.raster_places(layout)
     start = 0
     for height, width in [(layout.height, layout.width), *layout.references]:
-        own = np.arange(start, start + height * width)
+        own = np.arange(start, start + layout.frames * height * width)
         assert np.array_equal(np.sort(order[own]), own), (
             f"the order of the grid at token {start} is no permutation of it"
         )
-        start += height * width
+        start += layout.frames * height * width
     assert len(order) == start, f"the order has {len(order)} of {start} image tokens"
     assert np.array_equal(layout.inverse_permutation().numpy()[order], np.arange(start)), "the inverse order is wrong"
-    rows, columns = (axis.numpy() for axis in layout.coordinates())
+    frames, rows, columns = (axis.numpy() for axis in layout.coordinates())
+    assert np.array_equal(frames, t[order]), "frames of the image order are wrong"
     assert np.array_equal(rows, y[order]), "rows of the image order are wrong"
     assert np.array_equal(columns, x[order]), "columns of the image order are wrong"
     text = np.full(layout.text_len, -1)
-    packed = [text, (y << 16 | x)[order]] if layout.text_first else [(y << 16 | x)[order], text]
+    place = (y << 16 | x if layout.frames == 1 else t << 20 | y << 10 | x)[order]
+    packed = [text, place] if layout.text_first else [place, text]
     assert np.array_equal(layout.packed_coordinates().numpy(), np.concatenate(packed)), "packed coordinates are wrong"
     plan = build_plan(layout, None, "sdpa", Kernel((16, 16)), CPU, backward=False)
     tokens = torch.arange(start)
@@ -61,7 +63,7 @@ def check_pooling(layout: Layout, factor: int) -> None:
         f"{window!r} over {layout.height} x {layout.width} has {rows} x {columns} cells, not {window.pooled_grid(layout)}"
     )
     pooling = make_pooling(layout, factor, CPU)
-    y, x = (axis[layout.permutation().numpy()] for axis in oracle.raster_places(layout))
+    _, y, x = (axis[layout.permutation().numpy()] for axis in oracle.raster_places(layout))
     share = pooling.share.numpy()
     assert share.shape == (rows * columns, factor**2), f"shares of {rows * columns} cells have shape {share.shape}"
     cell, place = np.nonzero(share)
@@ -167,7 +169,7 @@ def _with_pooled(layout: Layout, tokens: np.ndarray, factor: int, weight: np.nda
     first = layout.text_len if layout.text_first else 0
     image = tokens[:, first : first + layout.height * layout.width]
     grid = np.empty((layout.height, layout.width, *tokens.shape[::2]))
-    y, x = (axis[layout.permutation().numpy()] for axis in oracle.raster_places(layout))
+    _, y, x = (axis[layout.permutation().numpy()] for axis in oracle.raster_places(layout))
     grid[y, x] = image.swapaxes(0, 1)
     weights = weight.reshape(factor, factor, 1, 1)
     pooled = []
@@ -220,9 +222,12 @@ def check_reach(layout: Layout, window: Window) -> None:
     if not isinstance(window, oracle.SIMPLE):
         return  # Composed windows are asked from boxes, which may be too wide.
     hidden = 0
-    y, x = np.array(layout.height - 1), np.array(layout.width - 1)
+    zero = np.array(0)
+    corner = zero, np.array(layout.height - 1), np.array(layout.width - 1)
     for rows, columns in layout.references:
-        hidden += not oracle.sees(window, layout, y, x, np.arange(rows)[:, None], np.arange(columns)[None, :]).any()
+        hidden += not oracle.sees(
+            window, layout, corner, (zero, np.arange(rows)[:, None], np.arange(columns)[None, :])
+        ).any()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_unreached(layout, window)

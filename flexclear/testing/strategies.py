@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 
 from flexclear.masks import Both, Disc, Downsampled, Either, Full, Layout, Neighborhood, Square, Strided, Swin, Window
-from flexclear.masks.layout import MAX_SIDE, ORDERS
+from flexclear.masks.layout import MAX_SIDE
+from flexclear.masks.orders import ORDERS
 
 sides = st.integers(1, 40)
 narrow = st.integers(1, 3)

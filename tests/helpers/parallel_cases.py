@@ -118,7 +118,7 @@ class PatchText:
     """Paper Eq. 7 by hand for a single-stream layer's queries, keys and values: every rank's text, then their average."""
 
     def __init__(self, layout, edges, r):
-        y, x = layout.coordinates()
+        _, y, x = layout.coordinates()
         self.inside = (y[:, None] - y[None]) ** 2 + (x[:, None] - x[None]) ** 2 < r * r
         self.patches = [(y >= first) & (y < stop) for first, stop in itertools.pairwise(edges)]
         self.text_len = layout.text_len

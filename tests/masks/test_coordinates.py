@@ -21,7 +21,7 @@ from flexclear.masks import (
     dense_mask,
 )
 from flexclear.masks.coordinates import MAX_COMPUTED, can_compute, computed
-from flexclear.masks.layout import ORDERS
+from flexclear.masks.orders import ORDERS
 from flexclear.masks.shapes import MAX_FLOAT_RADIUS
 from flexclear.masks.windows import captured_tensors
 
@@ -31,25 +31,25 @@ TEXTS = ((0, True), (5, False), (7, True), (200, True), (512, True))
 
 def check(layout):
     """Every position of the layout, in all three readings."""
-    rows, columns = layout.coordinates()
+    right = layout.coordinates()
     everywhere = torch.arange(layout.seq_len + 3)
     image = (everywhere >= layout.image_start) & (everywhere < layout.image_start + layout.image_len)
     for reads, dtype in (("integers", torch.int32), ("floats", torch.float32), ("offsets", torch.float32)):
         place = computed(layout, reads, "cpu")(everywhere)
-        assert place.row.dtype == place.column.dtype == dtype
+        assert {axis.dtype for axis in place.at} == {dtype}
         assert torch.equal(place.is_text[: layout.seq_len], ~image[: layout.seq_len])
         assert torch.equal(place.is_pooled, everywhere >= layout.seq_len)
-        row, column = place.row[image], place.column[image]
-        if reads != "offsets":
-            assert torch.equal(row, rows.to(dtype)), (layout, reads)
-            assert torch.equal(column, columns.to(dtype)), (layout, reads)
-            continue
-        if layout.order == "tiled" and layout.bands().turned:
-            row, column = column, row
-        for found, right in ((row, rows), (column, columns)):
-            # Equal up to a constant and a sign, so that the distance of any two is right.
-            found, right = found - found[0], (right - right[0]).to(dtype)
-            assert torch.equal(found, right) or torch.equal(found, -right), (layout, reads)
+        frame, *across = (axis[image] for axis in place.at)
+        assert torch.equal(frame, right[0].to(dtype)), (layout, reads)
+        if reads == "offsets" and layout.frames == 1 and layout.order == "tiled" and layout.bands().turned:
+            across.reverse()
+        for found, places in zip(across, right[1:], strict=True):
+            expected = places.to(dtype)
+            if reads == "offsets" and layout.frames == 1:
+                # Equal up to a constant and a sign, so that the distance of any two is right.
+                found, expected = found - found[0], expected - expected[0]
+                expected = expected if torch.equal(found, expected) else -expected
+            assert torch.equal(found, expected), (layout, reads)
 
 
 @pytest.mark.parametrize("order", sorted(ORDERS))

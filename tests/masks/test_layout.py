@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexclear.masks import Layout
-from flexclear.masks.layout import MAX_SIDE, ORDERS, band_edges
+from flexclear.masks.layout import MAX_SIDE
+from flexclear.masks.orders import ORDERS, band_edges
 from flexclear.testing.strategies import layouts, sides
 
 
@@ -56,21 +57,21 @@ def test_runs_are_tiles_from_the_first_whole_image_block_on_whatever_the_text_le
 @given(st.integers(1, 8), st.integers(1, 8))
 def test_runs_of_64_are_exactly_8_by_8_tiles_where_8_divides_the_sides(rows, columns):
     layout = Layout(8 * rows, 8 * columns, text_len=0)
-    y, x = (axis.view(-1, 64) for axis in layout.coordinates())
+    _, y, x = (axis.view(-1, 64) for axis in layout.coordinates())
     assert torch.equal(y.amax(1) - y.amin(1), torch.full((rows * columns,), 7))
     assert torch.equal(x.amax(1) - x.amin(1), torch.full((rows * columns,), 7))
 
 
 @given(st.integers(8, 60), st.integers(8, 60), st.integers(0, 63))
 def test_no_run_of_64_is_a_long_strip_whatever_the_sides(height, width, offset):
-    y, x = Layout(height, width, text_len=0).coordinates()
+    _, y, x = Layout(height, width, text_len=0).coordinates()
     for start in range(offset, len(y) - 63, 64):
         assert int(x[start : start + 64].max() - x[start : start + 64].min()) <= 22
         assert int(y[start : start + 64].max() - y[start : start + 64].min()) <= 22
 
 
 def test_neighbours_in_the_tiled_order_are_near_each_other_everywhere():
-    y, x = Layout(45, 80, text_len=0).coordinates()
+    _, y, x = Layout(45, 80, text_len=0).coordinates()
     assert int((y.diff().abs() + x.diff().abs()).max()) <= 11
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexclear.compile.kernels import Kernel
 from flexclear.families.zimage_pads import room_for
 from flexclear.masks import Both, Disc, Downsampled, Layout, Neighborhood, Square, Strided, Swin, block_mask, dense_mask
-from flexclear.masks.layout import BAND
+from flexclear.masks.orders import BAND
 from flexclear.parallel.masks import build_band_plan, dense_band_mask, key_tokens, part_of_size
 from flexclear.parallel.planning import (
     Bands,

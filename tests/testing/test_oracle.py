@@ -74,7 +74,7 @@ def test_a_subclass_is_not_taken_for_the_window_that_it_extends(window):
 def test_a_window_without_a_definition_is_named():
     zero = torch.zeros(1, dtype=torch.int64).numpy()
     with pytest.raises(TypeError, match=r"the definition of .*object"):
-        oracle.sees(object(), Layout(4, 4), zero, zero, zero, zero)
+        oracle.sees(object(), Layout(4, 4), (zero,) * 3, (zero,) * 3)
 
 
 def test_samples_of_text_are_padded_on_either_side():

@@ -1,0 +1,73 @@
+"""The token order of several frames that suits a window.
+
+Attention executes whole blocks of consecutive tokens, so that what it executes depends on their shape, and the best shape on the
+window's: of one that sees every frame at the own place, blocks through all frames; of one that sees a frame or two, flat ones.
+One order for all would execute up to twice as much (``bench/results/clips.md``).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from flexclear.masks.boxes import cut, map_box
+from flexclear.masks.defaults import independent
+from flexclear.masks.layout import Layout
+from flexclear.masks.places import Box
+from flexclear.masks.windows import Window
+
+BLOCKS = (128, 64)
+"""Tokens per (query, key-value) block that orders are compared with."""
+
+_FRAMES, _ROWS = (1, 2, 3, 4, 6), (2, 3, 4, 5, 6, 8)
+_IN_COLUMN = range(8, 65)
+"""Tokens in a column of a band: with fewer, blocks are long strips, with more, slices."""
+
+_QUERIES = 256
+
+
+@independent
+def suited(layout: Layout, window: Window | None) -> Layout:
+    """``layout`` in bands of as many frames and rows as make ``window`` execute least, of those that are tried.
+
+    >>> from flexclear.masks import all_frames
+    >>> suited(Layout(12, 20, text_len=0, frames=9), all_frames(3)).order
+    (9, 2)
+
+    An image stays as it is, and so does a layout whose order is ``"raster"`` or bands of one's own.
+
+    Args:
+        layout: the sequence.
+        window: what is attended under; None: dense attention, of which any order is right.
+
+    Raises:
+        ValueError: the window makes no sense over the layout.
+    """
+    if layout.frames == 1 or layout.order != "tiled" or window is None:
+        return layout
+    window.check(layout)
+    return layout.with_order(_suited(layout, window))
+
+
+@functools.lru_cache(maxsize=64)
+def _suited(layout: Layout, window: Window) -> tuple[int, int]:
+    tried = {
+        (min(frames, layout.frames), min(rows, layout.height))
+        for frames in (*_FRAMES, layout.frames)
+        for rows in _ROWS
+        if frames * rows in _IN_COLUMN or (frames == layout.frames and rows == _ROWS[0])
+    }
+    return min(sorted(tried), key=lambda bands: _executed(layout.with_order(bands), window))
+
+
+def _executed(layout: Layout, window: Window) -> int:
+    """Blocks that some rows of blocks execute, the same rows of every order of a layout."""
+    tokens = layout.packed_coordinates()
+    queries, keys = (cut(tokens, layout.packing, size) for size in BLOCKS)
+    rows = torch.arange(len(queries))
+    if len(rows) > _QUERIES:
+        rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:_QUERIES]
+    query: Box = map_box(lambda edge: edge[rows, None], queries.box)
+    key: Box = map_box(lambda edge: edge[None, :], keys.box)
+    return int(window.touches(layout, query, key).sum())
