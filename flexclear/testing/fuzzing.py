@@ -22,8 +22,10 @@ from flexclear.masks import Layout, MaskMod, Window, block_mask
 from flexclear.testing.checks import Builder, assert_matches_dense
 from flexclear.testing.strategies import (
     KINDS,
+    OF_IMAGES,
     ON_ONE_GRID,
     block_sizes,
+    clips,
     dtypes,
     large_layouts,
     layouts,
@@ -64,6 +66,7 @@ ROUNDS = {
     "small": Round(layouts()),
     "references": Round(layouts(st.integers(1, 24), most_references=2)),
     "long": Round(long_layouts(most_references=1)),
+    "clips": Round(clips()),
     # More than 2^20 pairs of blocks of 16: they are searched in groups.
     "grouped": Round(large_layouts(16_500), st.just(16), examples=6),
     # More tokens than 16 bits count: FLUX at 4096 px.
@@ -133,6 +136,8 @@ def cases(
     layout = draw(turn.layouts)
     if set(kinds) <= set(ON_ONE_GRID):
         layout = dataclasses.replace(layout, references=())
+    if set(kinds) <= set(OF_IMAGES) and layout.frames > 1:
+        layout = dataclasses.replace(layout, frames=1, order="tiled")
     block_size = draw(turn.block_sizes)
     return Case(
         layout=layout,

@@ -6,12 +6,31 @@ with reference grids where that is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from hypothesis import strategies as st
 
-from flexclear.masks import Both, Disc, Downsampled, Either, Full, Layout, Neighborhood, Square, Strided, Swin, Window
+from flexclear.masks import (
+    Anchors,
+    Both,
+    Disc,
+    Downsampled,
+    Either,
+    Full,
+    Layout,
+    Neighborhood,
+    Square,
+    Strided,
+    Swin,
+    TileWindow,
+    Tube,
+    Window,
+    all_frames,
+    ball,
+    cylinder,
+    radial,
+)
 from flexclear.masks.layout import MAX_SIDE
 from flexclear.masks.orders import ORDERS
 
@@ -27,11 +46,16 @@ block_sizes: st.SearchStrategy[int | tuple[int, int]] = st.sampled_from(
 )
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
-KINDS = ("disc", "square", "neighborhood", "swin", "strided", "full", "both", "either", "downsampled")
+KINDS = (
+    "disc", "square", "neighborhood", "swin", "strided", "full", "tube", "tilewindow", "anchors", "both", "either", "downsampled",
+)  # fmt: skip
 """Names of the windows that ``windows`` draws."""
 
-ON_ONE_GRID = ("neighborhood", "downsampled")
+ON_ONE_GRID = ("neighborhood", "tilewindow", "downsampled")
 """Those that have no meaning on layouts with reference grids."""
+
+OF_IMAGES = ("disc", "swin", "strided", "downsampled")
+"""Those that have no meaning on layouts of several frames."""
 
 
 @st.composite
@@ -39,6 +63,15 @@ def layouts(draw: st.DrawFn, side: st.SearchStrategy[int] = sides, most_referenc
     """Layouts with sides drawn from ``side`` and up to ``most_references`` reference grids."""
     references = tuple(draw(st.lists(st.tuples(side, side), max_size=most_references)))
     return Layout(draw(side), draw(side), draw(text_lens), draw(st.booleans()), draw(orders), references)
+
+
+@st.composite
+def clips(draw: st.DrawFn) -> Layout:
+    """Layouts of several frames with sides of up to 16 tokens, in raster order, in bands of any size, or as it suits a window."""
+    count, height, width = draw(st.integers(2, 9)), draw(st.integers(1, 14)), draw(st.integers(1, 16))
+    bands = st.tuples(st.integers(1, count), st.integers(1, height + 1))
+    order = draw(orders | bands)
+    return Layout(height, width, draw(text_lens), draw(st.booleans()), order, frames=count)
 
 
 @st.composite
@@ -71,12 +104,60 @@ def _by_kind(layout: Layout) -> dict[str, st.SearchStrategy[Window]]:
     kinds: dict[str, st.SearchStrategy[Window]] = {
         "disc": st.builds(Disc, up_to(14, 3 * longest // 2)),
         "square": st.builds(Square, up_to(14, longest)),
-        "neighborhood": st.builds(Neighborhood, up_to(min(side, 12), side)),
+        "neighborhood": st.builds(
+            Neighborhood, up_to(min(side, 12), min(side, layout.frames if layout.frames > 1 else side))
+        ),
         "swin": swin_sides.flatmap(lambda size: st.builds(Swin, st.just(size), st.integers(0, size - 1))),
         "strided": st.builds(Strided, up_to(6, longest)),
         "full": st.just(Full()),
+        "tube": tubes(longest),
+        "tilewindow": st.builds(TileWindow, st.integers(1, 9), st.sampled_from([1, 3, 5])),
+        "anchors": st.lists(st.integers(0, layout.frames - 1), min_size=1, unique=True).map(
+            lambda some: Anchors(tuple(some))
+        ),
     }
-    return {kind: strategy for kind, strategy in kinds.items() if not layout.references or kind not in ON_ONE_GRID}
+    if not layout.references:
+        kinds["square"] |= _stepped(layout, Square)
+        kinds["neighborhood"] |= _stepped(layout, Neighborhood)
+        kinds["tilewindow"] |= _tiles(layout)
+    if layout.frames > 1:
+        kinds["neighborhood"] = _stepped(layout, Neighborhood)
+    without = (*ON_ONE_GRID * bool(layout.references), *OF_IMAGES * (layout.frames > 1))
+    return {kind: strategy for kind, strategy in kinds.items() if kind not in without}
+
+
+@st.composite
+def tubes(draw: st.DrawFn, longest: int = 16) -> Tube:
+    """Tubes by each way of making one."""
+    r, frames = draw(st.integers(1, 9) | st.integers(1, 3 * longest // 2)), draw(st.integers(0, 6))
+    squares = draw(st.lists(st.integers(1, 2 * longest**2), min_size=1, max_size=5))
+    kinds = (
+        lambda: cylinder(r, frames),
+        lambda: all_frames(r),
+        lambda: ball(r, frames + 1),
+        lambda: radial(r),
+        lambda: Tube(tuple(sorted(squares, reverse=True)), draw(st.booleans())),
+    )
+    return draw(st.sampled_from(kinds))()
+
+
+@st.composite
+def _stepped(draw: st.DrawFn, layout: Layout, kind: Callable[..., Window]) -> Window:
+    """Squares and neighborhoods with another size, stride and dilation along each axis."""
+    sides = layout.shape if layout.frames > 1 else layout.shape[1:]
+    dilation = tuple(draw(st.integers(1, min(3, side))) for side in sides)
+    most = [side // phases for side, phases in zip(sides, dilation, strict=True)]
+    size = tuple(draw(st.integers(1, min(count, 9))) for count in most)
+    widest = [2 * n - 1 for n in size] if kind is Square else size
+    stride = tuple(draw(st.integers(1, keys)) for keys in widest)
+    return kind(size, stride, dilation)
+
+
+@st.composite
+def _tiles(draw: st.DrawFn, layout: Layout) -> Window:
+    count = len(layout.shape if layout.frames > 1 else layout.shape[1:])
+    tile, window = (tuple(draw(each) for _ in range(count)) for each in (st.integers(1, 6), st.sampled_from([1, 3, 5])))
+    return TileWindow(tile, window)
 
 
 def simple_windows(layout: Layout) -> st.SearchStrategy[Window]:
@@ -85,7 +166,8 @@ def simple_windows(layout: Layout) -> st.SearchStrategy[Window]:
 
 
 def windows(layout: Layout, kinds: Sequence[str] = KINDS) -> st.SearchStrategy[Window]:
-    """Windows of the given kinds that fit the layout, see ``KINDS``; on reference grids without ``ON_ONE_GRID``.
+    """Windows of the given kinds that fit the layout, see ``KINDS``; on reference grids without ``ON_ONE_GRID``, over several
+    frames without ``OF_IMAGES``.
 
     Raises:
         ValueError: a kind is unknown, or none fits the layout.
@@ -99,11 +181,14 @@ def windows(layout: Layout, kinds: Sequence[str] = KINDS) -> st.SearchStrategy[W
         "either": st.builds(Either, simple, simple, simple),
     }
     known = {**_by_kind(layout), **composed}
-    if not layout.references:
+    if not layout.references and layout.frames == 1:
         known["downsampled"] = st.builds(Downsampled, st.one_of(simple, *composed.values()), st.integers(1, 5))
     fitting = [known[kind] for kind in kinds if kind in known]
     if not fitting:
-        raise ValueError(f"windows of kind {', '.join(kinds)} do not fit a layout with reference grids")
+        raise ValueError(
+            f"windows of kind {', '.join(kinds)} do not fit a layout of {layout.frames} frames and "
+            f"{len(layout.references)} references"
+        )
     return st.one_of(fitting)
 
 

@@ -147,6 +147,9 @@ def test_every_kind_of_window_is_drawn_in_every_round_and_fits(turn):
 
 def test_rounds_hold_the_layouts_that_they_are_for():
     assert any(case.layout.references for case in drawn("references"))
+    clips = drawn("clips", examples=100)
+    assert all(case.layout.frames > 1 for case in clips)
+    assert {type(case.layout.order) for case in clips} == {str, tuple}
     long = drawn("long", examples=100)
     assert all(max(case.layout.height, case.layout.width) > 40 for case in long)
     assert any(case.layout.seq_len**2 <= MAX_DENSE_PAIRS for case in long), "all pairs of some are asked"
