@@ -48,7 +48,7 @@ demo: $(READY)
 	$(BIN)/flexclear demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What every model family has to do, the costly cases of all of them included.
 contract: $(READY)

@@ -37,12 +37,30 @@ def pytest_addoption(parser):
     parser.addoption("--whole", action="store_true", help="run the costly cases of every model family too")
 
 
+LONGEST = (
+    "parallel/test_two_processes.py",
+    "compile/test_flex.py",
+    "compile/test_text_lengths.py",
+    "contract/test_compile.py",
+    "compile/test_modes.py",
+    "compile/test_regional.py",
+    "test_kernels_without_gpu.py",
+    "compile/test_quantize_together.py",
+    "masks/test_apart.py",
+    "compile/test_hooks.py",
+)
+"""Files that take longest, in falling order. Processes that take a file each (``make test``) begin with them, so that none is
+left with one of these alone at the end."""
+
+
 def pytest_collection_modifyitems(config, items):
+    place = {os.path.join(os.path.dirname(__file__), *name.split("/")): rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
     if config.getoption("--whole"):
         return
-    left_out = [item for item in items if left_out_of_the_suite(item)]
+    left_out = {item for item in items if left_out_of_the_suite(item)}
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
 
 

@@ -1,7 +1,8 @@
-"""Importing flexclear is cheap: no diffusers, no torchao, no CUDA. Each check runs in a fresh process."""
+"""Importing flexclear is cheap: no diffusers, no torchao, no CUDA. Each check runs in a process that has imported torch alone."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,14 +12,50 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# Torch is imported once; a fork of that process runs each piece of code that comes in.
+FORKS = """
+import json, os, sys, traceback
+import torch
 
-def python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+for line in sys.stdin:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        status = 0
+        try:
+            exec(compile(json.loads(line), "<check>", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        said = stream.read()
+    print(json.dumps([os.waitpid(child, 0)[1], said]), flush=True)
+"""
 
 
-def test_importing_flexclear_imports_neither_diffusers_nor_torchao_and_does_not_initialise_cuda():
+@pytest.fixture(scope="module")
+def python():
+    """Runs code in a process of its own, and gives what it prints."""
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+
+        def run(code):
+            print(json.dumps(code), file=forks.stdin, flush=True)
+            status, said = json.loads(forks.stdout.readline())
+            assert status == 0, said
+            return said.strip()
+
+        yield run
+        forks.stdin.close()
+
+
+def test_importing_flexclear_imports_neither_diffusers_nor_torchao_and_does_not_initialise_cuda(python):
     heavy = python(
         "import sys, flexclear, flexclear.masks, flexclear.compile, flexclear.embedded, torch\n"
         "heavy = {'diffusers', 'torchao', 'transformers', 'torch._inductor', 'rich', 'typer'} & set(sys.modules)\n"
@@ -27,7 +64,7 @@ def test_importing_flexclear_imports_neither_diffusers_nor_torchao_and_does_not_
     assert heavy == "[] False"
 
 
-def test_importing_flexclear_loads_few_modules_beyond_torch():
+def test_importing_flexclear_loads_few_modules_beyond_torch(python):
     # Under 0.5 s is asked for. A clock would make this test depend on the machine; modules do not.
     loaded = int(
         python("import sys, torch\nbefore = set(sys.modules)\nimport flexclear\nprint(len(set(sys.modules) - before))")
@@ -35,7 +72,7 @@ def test_importing_flexclear_loads_few_modules_beyond_torch():
     assert loaded <= 5
 
 
-def test_names_load_on_first_use_whatever_was_imported_before():
+def test_names_load_on_first_use_whatever_was_imported_before(python):
     assert python("import flexclear; print(callable(flexclear.transform), callable(flexclear.restore))") == "True True"
     assert python("import flexclear.convert, flexclear; print(callable(flexclear.transform))") == "True"
     assert python("from flexclear import transform, masks; print(masks.Layout(2, 3).image_len)") == "6"
@@ -56,7 +93,7 @@ def public_packages():
     return sorted(inside - INTERNAL | {"compile", "masks"})
 
 
-def test_every_public_name_resolves_after_import_flexclear_alone():
+def test_every_public_name_resolves_after_import_flexclear_alone(python):
     # The module's own __getattr__ is asked: an attribute may be there because some other module has been imported.
     told = python(
         "import flexclear\n"
@@ -70,7 +107,7 @@ def test_every_public_name_resolves_after_import_flexclear_alone():
     assert (shown, listed) == ("True", "['testing']"), "testing needs an extra, which a star import must not"
 
 
-def test_every_name_that_the_readme_writes_resolves():
+def test_every_name_that_the_readme_writes_resolves(python):
     names = documented_names()
     assert {"transform", "compile.report", "parallel.enable_dense"} <= set(names)
     missing = python(
@@ -98,5 +135,5 @@ def test_every_name_in_a_package_s_all_is_there(package):
     assert [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)] == []
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error(python):
     assert python("import flexclear; print(hasattr(flexclear, 'transfrom'))") == "False"

@@ -73,7 +73,7 @@ def test_a_restored_pipeline_draws_bit_for_bit_what_it_drew_before(pipe):
 
 
 def test_the_pipeline_s_own_batching_is_windowed(pipe):
-    flexclear.transform(pipe, r=3)
+    flexclear.transform(pipe, r=3, backend="sdpa")
     prompts = ["a red apple on a blue background", "a sunflower on a white background"]
 
     def draw(prompts, seeds):
@@ -120,7 +120,7 @@ def test_a_controlnet_s_residuals_follow_the_token_order(pipe):
     guided.set_progress_bar_config(disable=True)
     extra = {"control_image": Image.radial_gradient("L").resize((128, 96)).convert("RGB")}
     expected = under_the_dense_mask(guided, 96, 128, **extra)
-    flexclear.transform(guided, r=3)
+    flexclear.transform(guided, r=3, backend="sdpa")
     assert (picture(guided, 96, 128, **extra) - expected).abs().max() <= 1e-3
 
 
