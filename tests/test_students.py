@@ -106,7 +106,7 @@ def test_what_ships_is_nearer_to_the_model_that_ships_than_its_own_weights_are()
     requests = held_out_requests(vocabulary, 1, seed=7)[::10]
 
     def drawn(pipe):
-        return generate(pipe, vocabulary, requests, steps=8)
+        return generate(pipe, vocabulary, requests, steps=4)
 
     plain = drawn(embedded.pipeline())
     for student in found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import _disable_current_modes
 
 import flexclear
 from flexclear.compile import why_not_compiled
@@ -26,14 +25,8 @@ def on_a_device(monkeypatch):
 
 @pytest.fixture
 def kernels_unseen(monkeypatch):
-    """FlexAttention's kernel is one call, and is not compiled under a mode that counts operators."""
-    compiled = attention.compiled_flex_attention
-
-    def unseen(*args):
-        with _disable_current_modes():
-            return compiled(*args)
-
-    monkeypatch.setattr(attention, "compiled_flex_attention", unseen)
+    """FlexAttention's kernel is one call: what is in it is not counted, nor does it matter to the rest what comes out."""
+    monkeypatch.setattr(attention, "compiled_flex_attention", lambda query, *others: query.clone())
 
 
 def backend_of(mode):
