@@ -38,16 +38,24 @@ def pytest_addoption(parser):
 
 
 LONGEST = (
-    "parallel/test_two_processes.py",
-    "compile/test_flex.py",
+    "parallel/test_ends.py",
+    "parallel/test_more_processes.py",
+    "test_kernels_without_gpu.py",
     "compile/test_text_lengths.py",
     "contract/test_compile.py",
-    "compile/test_modes.py",
+    "compile/test_flex.py",
+    "test_on_paper.py",
     "compile/test_regional.py",
-    "test_kernels_without_gpu.py",
+    "compile/test_modes.py",
     "compile/test_quantize_together.py",
-    "masks/test_apart.py",
+    "parallel/test_two_processes.py",
+    "test_synchronisation.py",
+    "test_reliability.py",
     "compile/test_hooks.py",
+    "test_students.py",
+    "test_way_back.py",
+    "masks/test_apart.py",
+    "test_quiet.py",
 )
 """Files that take longest, in falling order. Processes that take a file each (``make test``) begin with them, so that none is
 left with one of these alone at the end."""
