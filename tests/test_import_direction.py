@@ -30,7 +30,7 @@ PARTS: dict[str, tuple[str, ...] | None] = {
     "optimization": ("compile", "runtime", "families", "convert"),
     "weights": ("common", "masks", "compile", "runtime", "families", "convert"),
     "rates": ("common", "masks", "compile"),
-    "explanation": ("masks", "compile", "runtime", "families", "images", "rates"),
+    "explanation": ("common", "masks", "compile", "runtime", "families", "images", "rates"),
     "embedded": BELOW,
     "alternatives.properties": BELOW,
     "analysis": BELOW,

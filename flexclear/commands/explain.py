@@ -12,23 +12,55 @@ def explain(
     height: Annotated[int, typer.Option(min=1, help="Image height in pixels.")],
     width: Annotated[int, typer.Option(min=1, help="Image width in pixels.")],
     r: Annotated[int, typer.Option("--r", min=1, help="Window radius in tokens.")] = 16,
-    text_len: Annotated[int, typer.Option(min=0, help="Text tokens: 512 for FLUX.1, 333 for SD3.")] = 512,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: an image.")] = None,
+    frame_radius: Annotated[
+        str | None,
+        typer.Option(help="Of a video: frames after its VAE on either side that a window sees, or 'all'."),
+    ] = None,
+    frames_per_token: Annotated[
+        int, typer.Option(min=1, help="Frames that the VAE makes one of, after the first: 4, of LTX 8.")
+    ] = 4,
+    text_len: Annotated[
+        int | None,
+        typer.Option(min=0, help="Text tokens in attention: 512 for FLUX.1, 333 for SD3. Default: 512, of a video 0."),
+    ] = None,
     px_per_token: Annotated[int, typer.Option(min=1, help="Pixels per token and side; 1: sizes are in tokens.")] = 16,
+    channels: Annotated[
+        int, typer.Option(min=1, help="Heads times head dimension: 3072 for FLUX.1, 5120 for Wan 14B.")
+    ] = 3072,
     png: Annotated[Path | None, typer.Option(help="Draw one query's window and the block map into this file.")] = None,
     table: Annotated[
         bool, typer.Option(help="Add a table over image sizes, and where dense attention is faster.")
     ] = False,
 ) -> None:
-    """Print density, full, partial and skipped blocks and the predicted work of one attention layer."""
+    """Print density, full, partial and skipped blocks and the predicted work of one attention layer, of an image or a video."""
     for option, value in (("height", height), ("width", width)):
         if value < px_per_token:
             raise ValueError(f"--{option} must be at least one token's {px_per_token} pixels, got {value}")
 
-    from flexclear.explanation.window import explain_window, resolution_table
+    if num_frames is not None and table:
+        raise ValueError("--table is over sizes of images; leave it out, or --num-frames")
+    from flexclear.common.choices import parse_frame_radius
 
-    told = explain_window(height, width, r, text_len=text_len, px_per_token=px_per_token)
+    seen = None if frame_radius is None else parse_frame_radius(frame_radius)
+
+    from flexclear.explanation.window import TEXT_LEN, explain_window, resolution_table
+
+    told = explain_window(
+        height,
+        width,
+        r,
+        num_frames=num_frames,
+        frame_radius=seen,
+        frames_per_token=frames_per_token,
+        text_len=text_len,
+        px_per_token=px_per_token,
+        channels=channels,
+    )
     print(told)
     if table:
-        print("\n" + resolution_table(r, text_len=text_len, px_per_token=px_per_token))
+        print(
+            "\n" + resolution_table(r, text_len=TEXT_LEN if text_len is None else text_len, px_per_token=px_per_token)
+        )
     if png is not None:
         print(f"picture: {told.save(png)}")

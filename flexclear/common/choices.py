@@ -34,6 +34,12 @@ EXCHANGES = ("sync", "stale")
 METRICS = ("fid", "is", "lpips", "clip-i", "clip-t", "dino", "psnr", "ssim", "rmse")
 """Keys of ``flexclear.evaluation.METRICS``."""
 
+VIDEO_FORMATS = ("gif", "mp4", "png")
+"""What a video is written as: an animated GIF, an MP4 file (extra ``video``), or a folder of PNG frames."""
+
+ALL_FRAMES = "all"
+"""The frame radius of a window over every frame."""
+
 LARGEST_SEED = 2**64 - 1
 """Of ``torch.Generator``, which keeps 64 bits."""
 
@@ -116,3 +122,18 @@ def parse_sizes(text: str) -> tuple[int | tuple[int, int], ...]:
                 f"sizes are written 1024,2048,4096 (the longer side) or 1024x768,2048x1536 (HEIGHTxWIDTH), got {text!r}"
             ) from error
     return tuple(sizes)
+
+
+def parse_frame_radius(text: str) -> int | str:
+    """The number of frames, or ``"all"``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text == ALL_FRAMES:
+        return text
+    if re.fullmatch(r"\d{1,9}", text.strip()) is None:
+        raise ValueError(
+            f"--frame-radius is a number of frames of the latents on either side, 0 or more, or {ALL_FRAMES!r}; got {text!r}"
+        )
+    return int(text)

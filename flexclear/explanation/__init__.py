@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
-from flexclear.explanation.window import PX_PER_TOKEN, Explanation, explain_window
+from flexclear.explanation.window import FRAMES_PER_TOKEN, PX_PER_TOKEN, Explanation, explain_window
 
 if TYPE_CHECKING:
     from flexclear.explanation.model import ModelExplanation
@@ -16,7 +16,10 @@ def explain(
     width: int,
     r: int = 16,
     *,
-    text_len: int = 512,
+    num_frames: int | None = None,
+    frame_radius: int | str | None = None,
+    frames_per_token: int = FRAMES_PER_TOKEN,
+    text_len: int | None = None,
     text_first: bool = True,
     px_per_token: int = PX_PER_TOKEN,
     channels: int = 3072,
@@ -33,8 +36,8 @@ def explain(
 def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
     """Say what will happen, before anything runs. ``print`` the result.
 
-    ``explain(height, width, r)``: what a window of radius r costs for an image of that many pixels; arguments as in
-    ``flexclear.explanation.window.explain_window``.
+    ``explain(height, width, r)``: what a window of radius r costs for an image of that many pixels, or with ``num_frames=`` and
+    ``frame_radius=`` for a video; arguments as in ``flexclear.explanation.window.explain_window``.
 
     ``explain(model_or_pipe)``: what each attention layer of a model does, transformed or not; with ``height=`` and
     ``width=`` in pixels (and ``text_len=``, 512 by default) also what that costs. Of a pipeline, its VAE says how many pixels

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from flexclear.common.choices import ALL_FRAMES
 from flexclear.compile.files import whole_file
 from flexclear.compile.tuned import choose_tuned
 from flexclear.images.sheet import side_by_side
-from flexclear.masks import Cost, Disc, Layout, block_pairs, cost
+from flexclear.masks import Cost, Disc, Layout, Window, all_frames, block_pairs, cost, cylinder, suited
 from flexclear.masks.blocks import check_block_size, default_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.pictures import block_picture, window_picture
@@ -24,6 +25,12 @@ PX_PER_TOKEN = 16
 
 CHANNELS, HEAD_DIM = 3072, 128
 """Of FLUX.1."""
+
+TEXT_LEN = 512
+"""Text tokens of FLUX.1. A video's are none, as in Wan, where text reaches a video by cross-attention."""
+
+FRAMES_PER_TOKEN = 4
+"""Frames that the VAE of Wan, HunyuanVideo and CogVideoX makes one of, after the first."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +44,16 @@ class Explanation:
         cost: in the layout's own order.
         raster_cost: with tokens row by row in 128 x 128 blocks, as in the paper's code.
         rates: that times are predicted by.
+        num_frames: of a video, before the VAE; None: of an image.
     """
 
     layout: Layout
-    window: Disc
+    window: Window
     block_size: tuple[int, int]
     cost: Cost
     raster_cost: Cost
     rates: Rates
+    num_frames: int | None = None
 
     @property
     def layer(self) -> Seconds:
@@ -55,10 +64,20 @@ class Explanation:
         layout, spent = self.layout, self.cost
         blocks = spent.full + spent.partial + spent.skipped
         layer, executed = self.layer, 1 / spent.predicted_speedup
+        text = f"{layout.text_len} of text ({'text first' if layout.text_first else 'text last'})"
+        if isinstance(self.window, Disc):
+            tokens = f"{layout.height} x {layout.width} image tokens"
+            seen = f"window radius {self.window.radius}, {layout.order} order"
+        else:
+            tokens = (
+                f"{self.num_frames} frames, {layout.frames} after the VAE: {layout.frames} x {layout.height} x {layout.width} = "
+                f"{layout.image_len} video tokens"
+            )
+            text = text if layout.text_len else "no text in attention"
+            seen = f"window {self.window.name}, tokens in bands of {layout.order[0]} frames x {layout.order[1]} rows"
+        head = f"{tokens} and {text}, {seen}, blocks {self.block_size[0]} x {self.block_size[1]}"
         lines = [
-            f"{layout.height} x {layout.width} image tokens and {layout.text_len} of text "
-            f"({'text first' if layout.text_first else 'text last'}), window radius {self.window.radius}, "
-            f"{layout.order} order, blocks {self.block_size[0]} x {self.block_size[1]}",
+            head,
             f"density           {spent.density:8.2%}  of {spent.dense_pairs:.3g} pairs",
             f"arithmetic        {spent.flops / 1e9:8.1f}  GFLOPs per layer at {spent.channels} channels "
             f"(dense {spent.dense_flops / 1e9:.1f})",
@@ -85,7 +104,8 @@ class Explanation:
         pairs = block_pairs(self.layout, self.window, self.block_size)
         window = window_picture(self.layout, self.window)
         titles = [
-            f"what one query sees of {self.layout.height} x {self.layout.width} tokens: {self.window.name}",
+            f"what one query sees of {' x '.join(map(str, self.layout.shape[self.num_frames is None :]))} tokens: "
+            f"{self.window.name}",
             f"{pairs.q_blocks} x {pairs.kv_blocks} blocks: {pairs.full_count} full (dark), {pairs.partial_count} partial",
         ]
         with whole_file(path) as beside:
@@ -167,13 +187,16 @@ def explain_window(
     width: int,
     r: int = 16,
     *,
-    text_len: int = 512,
+    num_frames: int | None = None,
+    frame_radius: int | str | None = None,
+    frames_per_token: int = FRAMES_PER_TOKEN,
+    text_len: int | None = None,
     text_first: bool = True,
     px_per_token: int = PX_PER_TOKEN,
     channels: int = CHANNELS,
     block_size: int | tuple[int, int] | None = None,
 ) -> Explanation:
-    """What CLEAR's window of radius ``r`` costs for an image of ``height`` x ``width`` pixels.
+    """What CLEAR's window of radius ``r`` costs for an image of ``height`` x ``width`` pixels, or a video.
 
     >>> print(explain_window(1024, 1024, r=8))                            # doctest: +ELLIPSIS
     64 x 64 image tokens and 512 of text (text first), window radius 8, tiled order, blocks 128 x 64
@@ -183,10 +206,14 @@ def explain_window(
     Args:
         height, width: image size in pixels; a remainder below ``px_per_token`` is cut off, as pipelines do.
         r: window radius in tokens.
-        text_len: text tokens: 512 for FLUX.1, 333 for SD3.
+        num_frames: frames of a video, before the VAE; None: an image.
+        frame_radius: of a video, as ``flexclear.transform`` takes it: frames after the VAE on either side, or ``"all"``.
+        frames_per_token: frames that the VAE makes one of, after the first: 4, of LTX 8.
+        text_len: text tokens in attention's sequence: 512 for FLUX.1, 333 for SD3, none for Wan; 512, or 0 of a video, by
+            default.
         text_first: whether text precedes the image.
         px_per_token: pixels per token and side; 1 if height and width are in tokens.
-        channels: heads times head dimension: 3072 for FLUX.1.
+        channels: heads times head dimension: 3072 for FLUX.1, 5120 for Wan 14B.
         block_size: tokens per block, or a (query, key-value) pair; what attention in bfloat16 has here otherwise.
 
     Raises:
@@ -194,10 +221,14 @@ def explain_window(
     """
     for name, value in (("height", height), ("width", width)):
         check_int(name, value, px_per_token, None, "in pixels")
-    layout = Layout(height // px_per_token, width // px_per_token, text_len, text_first)
-    window = Disc(r)
+    frames = 1 if num_frames is None else latent_frames(num_frames, frames_per_token)
+    if text_len is None:
+        text_len = TEXT_LEN if num_frames is None else 0
+    window = _window(r, num_frames, frames, frame_radius)
+    layout = Layout(height // px_per_token, width // px_per_token, text_len, text_first, frames=frames)
     rates = _rates()
     pair = _block_size(layout, r, rates) if block_size is None else check_block_size(block_size)
+    layout = suited(layout, window)
     return Explanation(
         layout=layout,
         window=window,
@@ -205,4 +236,54 @@ def explain_window(
         cost=cost(layout, window, channels=channels, block_size=pair),
         raster_cost=cost(layout.with_order("raster"), window, channels=channels, block_size=128),
         rates=rates,
+        num_frames=num_frames,
     )
+
+
+def latent_frames(num_frames: int, frames_per_token: int) -> int:
+    """Frames after a VAE that makes one of the first and one of every ``frames_per_token`` after it.
+
+    >>> latent_frames(81, 4)
+    21
+
+    Raises:
+        TypeError, ValueError: it takes no such number; the message names the nearest ones.
+    """
+    check_int("frames_per_token", frames_per_token, 1, None)
+    check_int("num_frames", num_frames, 1, None, "before the VAE")
+    whole, rest = divmod(num_frames - 1, frames_per_token)
+    if rest:
+        low = whole * frames_per_token + 1
+        raise ValueError(
+            f"num_frames must be {frames_per_token} n + 1, of which the VAE makes n + 1, got {num_frames}; near it: {low} and "
+            f"{low + frames_per_token}"
+        )
+    return whole + 1
+
+
+def _window(r: int, num_frames: int | None, frames: int, frame_radius: int | str | None) -> Window:
+    """The window of a radius, in the frames that it is seen in.
+
+    Raises:
+        TypeError, ValueError: these are not said, or make no sense.
+    """
+    if num_frames is None:
+        if frame_radius is not None:
+            raise ValueError(f"frame_radius={frame_radius!r} is of a video; give num_frames too, or leave it out")
+        return Disc(r)
+    if frame_radius is None:
+        raise ValueError(
+            f"num_frames={num_frames} and no frame_radius, which says in which frames a radius is seen: a number of frames after "
+            f"the VAE on either side, or {ALL_FRAMES!r}"
+        )
+    if frame_radius == ALL_FRAMES:
+        return all_frames(r)
+    if isinstance(frame_radius, str):
+        raise ValueError(f"frame_radius must be a number of frames or {ALL_FRAMES!r}, got {frame_radius!r}")
+    check_int("frame_radius", frame_radius, 0, None, "in frames after the VAE")
+    if frame_radius >= max(frames, 2):
+        raise ValueError(
+            f"frame_radius={frame_radius}: {num_frames} frames are {frames} after the VAE, so that a window would see all of "
+            f"them; {ALL_FRAMES!r} says so"
+        )
+    return cylinder(r, frame_radius)
