@@ -6,28 +6,11 @@ moves. Names begin with the gap that they stand for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One edit.
-
-    Attributes:
-        name: short label.
-        file: path from the root of the project.
-        old, new: what is replaced by what.
-        effect: what is wrong then.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    effect: str
-
+from bench.masks.clip_faults import CLIP_FAULTS
+from bench.masks.fault import Fault
 
 FAULTS = (
+    *CLIP_FAULTS,
     # Rules: every mask, the dense one too, is made from them.
     Fault(
         "rule-disc-not-strict",
@@ -38,23 +21,23 @@ FAULTS = (
     ),
     Fault(
         "rule-square-not-strict-in-y",
-        "masks/shapes.py",
-        "((y_q - y_k).abs() < radius) & ",
-        "((y_q - y_k).abs() <= radius) & ",
+        "masks/neighborhoods.py",
+        "return lambda query, key: (query - key).abs() < radius",
+        "return lambda query, key: (query - key).abs() <= radius",
         "the square is two rows taller than wide",
     ),
     Fault(
         "rule-neighborhood-even-kernel",
-        "masks/shapes.py",
-        "number(self.kernel), number(self.kernel // 2), number(0)",
-        "number(self.kernel), number((self.kernel - 1) // 2), number(0)",
+        "masks/neighborhoods.py",
+        "return Axis(side, size, size // 2, stride, dilation)",
+        "return Axis(side, size, (size - 1) // 2, stride, dilation)",
         "neighborhoods of even kernels lie one token too far down and right",
     ),
     Fault(
         "rule-neighborhood-sides-swapped",
-        "masks/shapes.py",
-        "last_y, last_x = number(layout.height - self.kernel)",
-        "last_x, last_y = number(layout.height - self.kernel)",
+        "masks/neighborhoods.py",
+        "zip(layout.shape, sizes, strides, dilations, strict=True)",
+        "zip((layout.frames, layout.width, layout.height), sizes, strides, dilations, strict=True)",
         "on rectangles neighborhoods are shifted by the other side's border",
     ),
     Fault(
@@ -74,30 +57,30 @@ FAULTS = (
     Fault(
         "rule-either-is-both",
         "masks/windows.py",
-        "a(y_q, x_q, y_k, x_k) | b(y_q, x_q, y_k, x_k)",
-        "a(y_q, x_q, y_k, x_k) & b(y_q, x_q, y_k, x_k)",
+        "a(query, key) | b(query, key)",
+        "a(query, key) & b(query, key)",
         "a union is an intersection",
     ),
     # Boxes: which blocks are needed, and which are full.
     Fault(
         "block-disc-full-off-by-one",
         "masks/shapes.py",
-        "_span(*query[:2], *key[:2]), _span(*query[2:], *key[2:])\n        return dy * dy + dx * dx < self._square()",
-        "_span(*query[:2], *key[:2]), _span(*query[2:], *key[2:])\n        return dy * dy + dx * dx <= self._square()",
+        "dy, dx = span(query[1], key[1]), span(query[2], key[2])\n        return dy * dy + dx * dx < self._square()",
+        "dy, dx = span(query[1], key[1]), span(query[2], key[2])\n        return dy * dy + dx * dx <= self._square()",
         "a block whose farthest pair is at distance r is called full",
     ),
     Fault(
         "block-disc-axes-swapped",
         "masks/shapes.py",
-        "_gap(*query[:2], *key[:2]), _gap(*query[2:], *key[2:])",
-        "_gap(*query[:2], *key[2:]), _gap(*query[2:], *key[:2])",
+        "dy, dx = gap(query[1], key[1]), gap(query[2], key[2])",
+        "dy, dx = gap(query[1], key[2]), gap(query[2], key[1])",
         "needed blocks are missed: rows are compared with columns",
     ),
     Fault(
         "block-neighborhood-axes-swapped",
         "masks/boxes.py",
-        "y, x = tokens >> 16, tokens & 0xFFFF",
-        "x, y = tokens >> 16, tokens & 0xFFFF",
+        "box=(frames, rows, columns),",
+        "box=(frames, columns, rows),",
         "boxes are transposed, which only windows notice that treat the axes differently",
     ),
     Fault(
@@ -109,7 +92,7 @@ FAULTS = (
     ),
     Fault(
         "block-strided-first-multiple",
-        "masks/shapes.py",
+        "masks/places.py",
         "(multiple >= least)",
         "(multiple > least)",
         "a block is missed where only its least offset is a multiple of the stride",
@@ -175,22 +158,22 @@ FAULTS = (
     Fault(
         "side-columns-wrap-at-64",
         "masks/coordinates.py",
-        "Place(found >> 16, found & 0xFFFF, found < 0",
-        "Place(found >> 16, found & 0x3F, found < 0",
+        "return Place(packing.unpack(found), found < 0",
+        "return Place((*packing.unpack(found)[:2], found & 0x3F), found < 0",
         "column 64 is taken for column 0",
     ),
     Fault(
         "side-span-clamped",
-        "masks/shapes.py",
-        "torch.maximum(high_a - low_b, high_b - low_a).clamp_(0, MAX_SIDE)",
-        "torch.maximum(high_a - low_b, high_b - low_a).clamp_(0, 40)",
+        "masks/places.py",
+        "torch.maximum(query[1] - key[0], key[1] - query[0]).clamp_(0, _MOST)",
+        "torch.maximum(query[1] - key[0], key[1] - query[0]).clamp_(0, 40)",
         "blocks more than 40 tokens apart are called full",
     ),
     Fault(
         "side-distance-in-16-bits",
         "masks/shapes.py",
-        "            dy, dx = y_q - y_k, x_q - x_k",
-        "            dy, dx = (y_q - y_k).to(torch.int16), (x_q - x_k).to(torch.int16)",
+        "            dy, dx = query[1] - key[1], query[2] - key[2]",
+        "            dy, dx = ((query[axis] - key[axis]).to(torch.int16) for axis in (1, 2))",
         "squares overflow beyond 181 tokens, and far keys are seen",
     ),
     Fault(
@@ -203,8 +186,8 @@ FAULTS = (
     Fault(
         "side-box-columns-in-8-bits",
         "masks/boxes.py",
-        "tokens >> 16, tokens & 0xFFFF",
-        "tokens >> 16, tokens & 0xFF",
+        "for axis in packing.unpack(tokens)",
+        "for axis in (*packing.unpack(tokens)[:2], tokens & 0xFF)",
         "blocks right of column 255 are looked for at the left border",
     ),
     # Reference grids.
@@ -218,22 +201,22 @@ FAULTS = (
     Fault(
         "reference-rows-not-from-0",
         "masks/layout.py",
-        "walks = [(walk, width) for (walk, _), (_, width)",
-        "walks = [(walk + start, width) for (walk, start), (_, width)",
+        "for (walk, _), (height, width) in zip(self._walks(), self.grids, strict=True):",
+        "for (walk, height), (_, width) in zip(self._walks(), self.grids, strict=True):\n            walk, height = walk + height, 10**6",
         "a reference's rows go on where the image's end",
     ),
     Fault(
         "reference-has-the-image-width",
         "masks/layout.py",
-        "walks = [(walk, width) for (walk, _), (_, width)",
-        "walks = [(walk, self.width) for (walk, _), (_, _)",
+        "(walk // (height * width), walk // width % height, walk % width)",
+        "(walk // (height * width), walk // self.width, walk % self.width)",
         "a reference's coordinates are computed with the image's width",
     ),
     Fault(
         "reference-warning-transposed",
         "flexclear/runtime/reach.py",
-        "box(0, rows - 1, 0, columns - 1)",
-        "box(0, columns - 1, 0, rows - 1)",
+        "box((0, 0), (0, rows - 1), (0, columns - 1))",
+        "box((0, 0), (0, columns - 1), (0, rows - 1))",
         "a reference that the window hides is not warned of, one that it reaches is",
     ),
     # Padded text.
@@ -283,8 +266,8 @@ FAULTS = (
     Fault(
         "grouped-box-too-small",
         "masks/boxes.py",
-        "return rows[0].amin(1), rows[1].amax(1), rows[2]",
-        "return rows[0].amin(1), rows[1].amin(1), rows[2]",
+        "((first.amin(1), last.amax(1)) for first, last in groups)",
+        "((first.amin(1), last.amin(1)) for first, last in groups)",
         "boxes around groups are too low, and needed blocks are missed",
     ),
     Fault(
@@ -422,8 +405,8 @@ FAULTS = (
     Fault(
         "long-rows-wrap",
         "masks/layout.py",
-        "torch.cat([walk // width for walk, width in walks])",
-        "torch.cat([(walk & 0xFFFF) // width for walk, width in walks])",
+        "walk // width % height, walk % width))",
+        "(walk & 0xFFFF) // width % height, walk % width))",
         "rows begin again at token 65,536",
     ),
     Fault(
@@ -457,14 +440,14 @@ FAULTS = (
     # The last band of the token order.
     Fault(
         "band-remainder-dropped",
-        "masks/layout.py",
+        "masks/orders.py",
         "for index, (top, bottom) in enumerate(itertools.pairwise(band_edges(len(grid)))):",
         "for index, (top, bottom) in enumerate(itertools.pairwise(range(0, len(grid) + 1, BAND))):",
         "rows below the last whole band are lost",
     ),
     Fault(
         "band-remainder-overlaps",
-        "masks/layout.py",
+        "masks/orders.py",
         "columns = grid[top:bottom].T",
         "columns = grid[len(grid) - (bottom - top) if bottom > len(grid) - BAND else top :][: bottom - top].T",
         "bands that end less than 8 rows from the border are walked at the border, so that rows come twice",
@@ -473,8 +456,8 @@ FAULTS = (
     Fault(
         "ranks-packed-by-height",
         "flexclear/parallel/planning.py",
-        "(place // width) << 16 | place % width",
-        "(place // height) << 16 | place % height",
+        "pack(torch.zeros_like(place), place // width, place % width)",
+        "pack(torch.zeros_like(place), place // height, place % height)",
         "on rectangles a rank's keys are elsewhere",
     ),
     Fault(
