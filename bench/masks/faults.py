@@ -10,7 +10,6 @@ from bench.masks.clip_faults import CLIP_FAULTS
 from bench.masks.fault import Fault
 
 FAULTS = (
-    *CLIP_FAULTS,
     # Rules: every mask, the dense one too, is made from them.
     Fault(
         "rule-disc-not-strict",
@@ -202,7 +201,8 @@ FAULTS = (
         "reference-rows-not-from-0",
         "masks/layout.py",
         "for (walk, _), (height, width) in zip(self._walks(), self.grids, strict=True):",
-        "for (walk, height), (_, width) in zip(self._walks(), self.grids, strict=True):\n            walk, height = walk + height, 10**6",
+        "for (walk, height), (_, width) in zip(self._walks(), self.grids, strict=True):\n"
+        "            walk, height = walk + height, 10**6",
         "a reference's rows go on where the image's end",
     ),
     Fault(
@@ -467,4 +467,5 @@ FAULTS = (
         "with_text_mask_at(mask, 0, keep)",
         "a rank hides image keys in place of padding",
     ),
+    *CLIP_FAULTS,
 )
