@@ -10,7 +10,7 @@ from flexclear.masks.cost import Cost, cost
 from flexclear.masks.dense import dense_mask
 from flexclear.masks.downsampled import Downsampled
 from flexclear.masks.factories import disc, full, neighborhood, square, strided, swin, with_downsampled
-from flexclear.masks.layout import Layout
+from flexclear.masks.layout import Layout, PackedLayout
 from flexclear.masks.neighborhoods import Neighborhood, Square
 from flexclear.masks.padding import with_text_mask
 from flexclear.masks.shapes import Disc, Full, Strided, Swin
@@ -31,6 +31,7 @@ __all__ = [
     "Layout",
     "MaskMod",
     "Neighborhood",
+    "PackedLayout",
     "Square",
     "Strided",
     "Swin",

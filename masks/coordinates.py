@@ -70,7 +70,7 @@ def float_number(device: torch.device | str) -> Number:
 
 def can_compute(layout: Layout, key_len: int) -> bool:
     """Whether ``computed`` knows the layout's positions and is exact on ``key_len`` of them."""
-    return not layout.references and key_len <= MAX_COMPUTED
+    return not layout.is_packed and not layout.references and key_len <= MAX_COMPUTED
 
 
 def computed(layout: Layout, reads: Reads, device: torch.device | str, first: int | None = None) -> Places:

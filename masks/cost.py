@@ -82,7 +82,8 @@ def cost(
     """
     blocks = block_pairs(layout, window, block_size)
     text, image = layout.text_len, layout.image_len
-    image_pairs = None if is_plain(window) else as_window(window).image_pairs(layout)
+    counts = layout.is_full and not is_plain(window)
+    image_pairs = as_window(window).image_pairs(layout) if counts else None
     if image_pairs is None:
         mask_mod = window if is_plain(window) else as_window(window).mask_mod(layout)
         key_len = layout.seq_len if is_plain(window) else as_window(window).key_len(layout)

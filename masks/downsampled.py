@@ -52,6 +52,8 @@ class Downsampled(Window):
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
+        if layout.is_packed:
+            raise ValueError("pooled keys are defined for the grid of an image, not for a packed sequence")
         self.window.check(layout)
 
     def rule(self, layout: Layout, number: Number) -> Rule:

@@ -22,8 +22,18 @@ from torch import Tensor
 
 from flexclear.masks.checks import check_int
 from flexclear.masks.defaults import independent
-from flexclear.masks.orders import ORDERS, Bands, ClipBands, Order, bands_of, clip_bands, walk_of_clip
-from flexclear.masks.places import CLIPS, IMAGES, Coordinates, Packing
+from flexclear.masks.orders import (
+    BAND,
+    ORDERS,
+    Bands,
+    ClipBands,
+    Order,
+    bands_of,
+    clip_bands,
+    place_in_walk,
+    walk_of_clip,
+)
+from flexclear.masks.places import CLIPS, IMAGES, TEXT, Coordinates, Packing
 
 MAX_SIDE = 16384
 """Largest height or width in tokens. Keeps a squared distance inside 32 bits."""
@@ -145,6 +155,38 @@ class Layout:
         """How several frames are walked in bands."""
         return clip_bands(*self.shape, self.order)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there is a token at every place of the grid."""
+        return True
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether tokens say where they are, see ``from_positions``."""
+        return False
+
+    @classmethod
+    def from_positions(cls, positions: Tensor, local: Tensor) -> PackedLayout:
+        """The layout of a packed sequence, whose tokens say themselves where they are.
+
+        >>> positions = torch.tensor([[0, 0, 0], [0, 4, 7], [0, 4, 8], [0, 5, 7], [9, 9, 9]])
+        >>> packed = Layout.from_positions(positions, torch.tensor([False, True, True, True, False]))
+        >>> packed.shape, packed.image_len, packed.text_len, packed.is_full
+        ((1, 2, 2), 3, 2, False)
+
+        Args:
+            positions: frame, row and column of every token, or row and column, of any integer type, ``[N, 3]`` or ``[N, 2]``.
+                They may begin anywhere.
+            local: which tokens lie on the grid, bool ``[N]``. The others see and are seen by all, and their positions are
+                not looked at.
+
+        Raises:
+            TypeError: ``positions`` are no integers, or ``local`` is not bool.
+            ValueError: shapes do not belong together, no token is on the grid, two are at the same place, or the grid is
+                larger than a layout may be.
+        """
+        return _packed_layout(positions.detach().cpu(), local.detach().cpu())
+
     def with_order(self, order: Order) -> Layout:
         """The same tokens in another order."""
         return replace(self, order=order)
@@ -186,6 +228,12 @@ class Layout:
         frame, row, column = (torch.cat(axis) for axis in zip(*places, strict=True))
         return frame, row, column
 
+    @independent
+    def whole_permutation(self) -> Tensor:
+        """Which token of a sequence with its image in raster order is at each sequence position: int64 ``[seq_len]``."""
+        text, image = torch.arange(self.text_len), self.permutation()
+        return torch.cat([text, image + self.text_len] if self.text_first else [image, text + self.image_len])
+
     def packed_coordinates(self) -> Tensor:
         """Place at each sequence position in one int32 (``packing``), of images ``y << 16 | x``; -1 marks text.
         ``[seq_len]``."""
@@ -199,3 +247,86 @@ def _packed_coordinates(layout: Layout) -> Tensor:
     packed = torch.full((layout.seq_len,), -1, dtype=torch.int32)
     packed[layout.image_start : layout.image_start + layout.image_len] = places.to(torch.int32)
     return packed
+
+
+@dataclass(frozen=True)
+class PackedLayout(Layout):
+    """A sequence whose tokens say where they are (``Layout.from_positions``). Tokens of the grid come first in sequence order,
+    walked in bands, and the others, as ``text_len`` tokens of text, behind. "Raster" is the order in which they were given.
+
+    Attributes:
+        places: where each token is, one int32 in the order given (``packing``), -1 for those that are not on the grid.
+    """
+
+    places: bytes = b""
+
+    def _given(self) -> Tensor:
+        return torch.frombuffer(bytearray(self.places), dtype=torch.int32)
+
+    @property
+    def image_len(self) -> int:
+        return len(self.places) // 4 - self.text_len
+
+    @property
+    def is_packed(self) -> bool:
+        return True
+
+    @property
+    def is_full(self) -> bool:
+        return self.image_len == self.frames * self.height * self.width
+
+    @independent
+    def permutation(self) -> Tensor:
+        given = self._given()
+        frame, row, column = (axis.long() for axis in self.packing.unpack(given[given >= 0]))
+        if self.order == "raster":
+            return torch.arange(len(frame))
+        bands = clip_bands(*self.shape, (1, BAND) if self.frames == 1 else self.order)
+        return torch.argsort(place_in_walk(bands, frame, row, column))
+
+    @independent
+    def whole_permutation(self) -> Tensor:
+        given = self._given()
+        local, others = (torch.nonzero(some)[:, 0] for some in (given >= 0, given < 0))
+        return torch.cat([local[self.permutation()], others])
+
+    @independent
+    def coordinates(self) -> Coordinates:
+        given = self._given()
+        places = given[given >= 0][self.permutation()]
+        frame, row, column = (axis.long() for axis in self.packing.unpack(places))
+        return frame, row, column
+
+
+@independent
+def _packed_layout(positions: Tensor, local: Tensor) -> PackedLayout:
+    shape = tuple(positions.shape)
+    if positions.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+        raise TypeError(f"positions must be whole numbers, got {positions.dtype}; round them if they are")
+    if local.dtype != torch.bool:
+        raise TypeError(f"local must be bool, got {local.dtype}")
+    if len(shape) != 2 or shape[1] not in (2, 3) or tuple(local.shape) != shape[:1]:
+        raise ValueError(
+            f"positions must be [N, 3] (frame, row, column) or [N, 2] (row, column) and local [N], got {list(shape)} and "
+            f"{list(local.shape)}"
+        )
+    if not bool(local.any()):
+        raise ValueError(f"none of {shape[0]} packed tokens lies on the grid: local is False everywhere")
+    on_grid = positions[local].long()
+    if shape[1] == 2:
+        on_grid = torch.cat([torch.zeros_like(on_grid[:, :1]), on_grid], dim=1)
+    least = on_grid.amin(0)
+    frames, height, width = (on_grid.amax(0) - least + 1).tolist()
+    layout = Layout(height, width, int((~local).sum()), False, frames=frames)  # checks the sides
+    _, counts = (found := torch.unique(on_grid, dim=0, return_counts=True))
+    if bool((counts > 1).any()):
+        place = found[0][counts > 1][0].tolist()
+        raise ValueError(
+            f"packed positions repeat: {int(counts[counts > 1][0])} tokens are at {tuple(place[-shape[1] :])}. Tokens of several "
+            "images or clips need frames of their own"
+        )
+    places = torch.full((shape[0],), TEXT, dtype=torch.int32)
+    places[local] = layout.packing.pack(*(on_grid - least).to(torch.int32).unbind(1))
+    return PackedLayout(
+        height, width, layout.text_len, False, frames=frames, places=places.contiguous().numpy().tobytes()
+    )

@@ -166,3 +166,18 @@ def walk_of_clip(frames: int, height: int, width: int, order: Order) -> Tensor:
             columns = some[:, top:bottom].permute(2, 0, 1)
             walk.append((columns.flip(0) if len(walk) % 2 else columns).reshape(-1))
     return torch.cat(walk)
+
+
+def place_in_walk(bands: ClipBands, frame: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Numbers that grow along the walk of some of a grid's tokens, int64; of all tokens, their places in ``walk_of_clip``."""
+    frame_edges, row_edges = (torch.tensor(steps.edges()) for steps in (bands.frames, bands.rows))
+    stretch = torch.bucketize(frame, frame_edges, right=True) - 1
+    height = int(row_edges[-1])
+    row = torch.where(stretch % 2 == 1, height - 1 - row, row)
+    band = torch.bucketize(row, row_edges, right=True) - 1
+    backwards = (stretch * bands.rows.count + band) % 2 == 1
+    column = torch.where(backwards, bands.width - 1 - column, column)
+    depth = (frame_edges[1:] - frame_edges[:-1])[stretch]
+    tall = (row_edges[1:] - row_edges[:-1])[band]
+    before = frame_edges[stretch] * height * bands.width + depth * row_edges[band] * bands.width
+    return before + (column * depth + frame - frame_edges[stretch]) * tall + row - row_edges[band]

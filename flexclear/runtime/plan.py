@@ -61,13 +61,11 @@ class Plan:
         inverse, int64 ``[seq_len]``; None where that is the order."""
         if self.order is None or self.inverse is None:
             return None
-        text = torch.arange(self.layout.text_len, device=self.order.device)
-        parts = []
-        for image in (self.order, self.inverse):
-            after, before = text + self.layout.image_len, image + self.layout.text_len
-            parts.append(torch.cat([text, before] if self.layout.text_first else [image, after]))
-            mark_symbolic(parts[-1], [0])
-        return parts[0], parts[1]
+        there = self.layout.whole_permutation().to(self.order.device)
+        back = torch.argsort(there)
+        for order in (there, back):
+            mark_symbolic(order, [0])
+        return there, back
 
     def adjoining_order(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """``whole_order`` of samples whose image follows the text that they ``keep`` at once, and their padding the image:
@@ -165,7 +163,7 @@ def build_plan(
         )
     else:
         mask = of_any_text_length(dense_mask(layout, window, device=device))
-    raster = layout.order == "raster"
+    raster = layout.order == "raster" and not (layout.is_packed and mask is not None)
     _, y, x = layout.coordinates()
     return Plan(
         layout=layout,
