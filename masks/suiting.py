@@ -2,7 +2,7 @@
 
 Attention executes whole blocks of consecutive tokens, so that what it executes depends on their shape, and the best shape on the
 window's: of one that sees every frame at the own place, blocks through all frames; of one that sees a frame or two, flat ones.
-One order for all would execute up to twice as much (``bench/results/clips.md``).
+One order for all would execute up to 1.8 times as much (``bench/results/clips.md``).
 """
 
 from __future__ import annotations
