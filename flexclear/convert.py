@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from flexclear.alternatives.names import named
 from flexclear.common.choices import BACKENDS
 from flexclear.compile.kernels import check_kernel_options
 from flexclear.families import FAMILIES, Family, Layer, family_of
-from flexclear.families.target import below_compile, model_of
+from flexclear.families.target import below_compile, models_of
 from flexclear.masks import Downsampled, Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
@@ -28,6 +29,7 @@ from flexclear.runtime.exchange import (
     replaced_by,
 )
 from flexclear.runtime.facts import Settings
+from flexclear.runtime.frames import in_frames, refuse_image_windows, refuse_on_video
 from flexclear.runtime.hooks import EntryHook, check_formula, entry_hook_of
 from flexclear.runtime.mechanism import Formula, Mechanism, WindowMechanism
 from flexclear.runtime.modes import forget_cached_tokens, refuse_context_parallelism
@@ -50,6 +52,7 @@ def transform(
     model_or_pipe: Target,
     r: Radii = DEFAULT_RADIUS,
     *,
+    frame_radius: int | str | None = None,
     attention: str | Mechanism = "clear",
     down_factor: int | None = None,
     dense_steps: tuple[int, int] = (0, 0),
@@ -74,10 +77,13 @@ def transform(
 
     Args:
         model_or_pipe: a model of a supported class (``flexclear.families``), or a diffusers pipeline that holds one as
-            ``transformer``.
+            ``transformer``; with one as ``transformer_2`` too, as Wan 2.2's have, both are transformed.
         r: window radius in tokens (16 px each in FLUX.1), 1 or more; published radii: 8, 16, 32. Or one per attention
             layer: a sequence, a mapping from layer numbers or module names (or their beginnings, or ``"default"``), or a
             function of (number, name). None leaves a layer dense; a window of ``flexclear.masks`` is taken as it is.
+        frame_radius: of a video model, which frames a radius of ``r`` is seen in: n, the query's own and n on either side, 2 n
+            + 1 in all; ``"all"``, every one. Frames are those of the latents: Wan's VAE makes 21 of 81. Other shapes in time
+            are windows of ``flexclear.masks`` (``cylinder``, ``all_frames``, ``ball``, ``radial``, ``Tube``), given as ``r``.
         attention: ``"clear"``, the windows of ``r``, or what the paper compares it with, in its settings at 1024 px; other
             sizes by the classes of ``flexclear.alternatives``, such as ``SwinAttention(size=8)``. ``r`` and
             ``down_factor`` are CLEAR's. Masks, on every model: ``"strided"`` (sparse transformers, arXiv 1904.10509),
@@ -112,11 +118,12 @@ def transform(
             something of its own, or an argument of the wrong type.
         ValueError: an argument out of range, or a model without the blocks of its class.
 
-    Whatever is raised, Ctrl-C included, the model is as it was.
+    Whatever is raised, Ctrl-C included, the model is as it was, or both are.
     """
-    model = model_of(model_or_pipe)
-    family = family_of(model)
-    refuse_context_parallelism(model)
+    models = models_of(model_or_pipe)
+    families = [family_of(model) for model in models]
+    for model in models:
+        refuse_context_parallelism(model)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
     if order not in ORDERS:
@@ -126,9 +133,10 @@ def transform(
     if down_factor is not None:
         check_int("down_factor", down_factor, 1, MAX_SIDE, "in tokens")
     switches = Switches(ntk_factor, proportional_attention, dense_steps)
-    if switches.ntk_factor != 1 and not family.rope:
-        raise ValueError(f"ntk_factor={ntk_factor}: {type(model).__name__} has no rotary positions")
-    steps = StepCounter(None if model_or_pipe is model else model_or_pipe)
+    for model, family in zip(models, families, strict=True):
+        if switches.ntk_factor != 1 and not family.rope:
+            raise ValueError(f"ntk_factor={ntk_factor}: {type(model).__name__} {family.no_ntk}")
+    steps = StepCounter(None if isinstance(model_or_pipe, nn.Module) else model_or_pipe)
     if switches.dense_steps != (0, 0):
         steps.current()
     asked = None if block_size is None else check_block_size(block_size)
@@ -138,50 +146,74 @@ def transform(
     formula = mechanism if isinstance(mechanism, Formula) else None
     check_formula(formula, switches)
 
-    layers = list(family.layers(model))
-    if isinstance(mechanism, WindowMechanism):
-        r = [mechanism.window(number) for number in range(len(layers))]
-    elif formula is not None:
-        r = None
-    windows = resolve(int(r) if r is DEFAULT_RADIUS else r, layers, down_factor)
-    settings = Settings(
-        windows={layer.name: window for layer, window in zip(layers, windows, strict=True)},
-        slots=slots(layers, windows),
-        backend=backend,
-        order=order,
-        block_size=asked,
-        kernel_options=options,
-        head_dim=layers[0].head_dim,
-        exact_position_ids=exact_position_ids,
-        switches=switches,
-        steps=steps,
-        formula=formula,
-    )
-    _convert(model, family, layers, settings)
+    changes = []
+    for model, family in zip(models, families, strict=True):
+        layers = list(family.layers(model))
+        made = in_frames(frame_radius, family, model)
+        radii = int(r) if r is DEFAULT_RADIUS else r
+        if isinstance(mechanism, WindowMechanism):
+            refuse_on_video(mechanism, family, model)
+            radii = [mechanism.window(number) for number in range(len(layers))]
+        elif formula is not None:
+            radii = None
+        windows = resolve(radii, layers, down_factor, made)
+        if formula is None:
+            made.check_used()
+        settings = Settings(
+            windows={layer.name: window for layer, window in zip(layers, windows, strict=True)},
+            slots=slots(layers, windows),
+            backend=backend,
+            order=order,
+            block_size=asked,
+            kernel_options=options,
+            head_dim=layers[0].head_dim,
+            exact_position_ids=exact_position_ids,
+            switches=switches,
+            steps=steps,
+            formula=formula,
+        )
+        changes.append(_Change(model, family, layers, settings))
+    _make(changes)
     return model_or_pipe
 
 
-def _convert(model: nn.Module, family: Family, layers: Sequence[Layer], settings: Settings) -> None:
-    """Give a model processors and hooks for these settings, in place of those of an earlier transform, or leave it as it is.
+class _Change:
+    """Processors and hooks of a model for some settings, in place of those of an earlier transform; not made yet.
 
     Raises:
         ValueError: the model cannot have them.
     """
-    pooled = any(isinstance(window, Downsampled) for window in settings.windows.values())
-    if pooled and not family.pools:
-        able = ", ".join(known.model_class for known in FAMILIES if known.pools)
-        raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
-    before = entry_hook_of(model)
-    processors = [_processor(family, layer, settings) for layer in layers]
-    entry = EntryHook(family, settings, None if before is None else before.parallel)
-    if entry.parallel is not None:
-        entry.parallel.check(model, family, settings)
-    with all_or_nothing(model):
-        if before is None or before.settings.order != settings.order:
-            forget_cached_tokens(model)
-        for layer, processor in zip(layers, processors, strict=True):
-            put_processor(layer.module, processor)
-        put_hooks(model, entry)
+
+    def __init__(self, model: nn.Module, family: Family, layers: Sequence[Layer], settings: Settings) -> None:
+        pooled = any(isinstance(window, Downsampled) for window in settings.windows.values())
+        if pooled and not family.pools:
+            able = ", ".join(known.model_class for known in FAMILIES if known.pools)
+            raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
+        refuse_image_windows(settings.windows.values(), family, model)
+        before = entry_hook_of(model)
+        self.model = model
+        self.processors = [(layer.module, _processor(family, layer, settings)) for layer in layers]
+        self.entry = EntryHook(family, settings, None if before is None else before.parallel)
+        self.reorders = before is None or before.settings.order != settings.order
+        if self.entry.parallel is not None:
+            self.entry.parallel.check(model, family, settings)
+
+    def make(self) -> None:
+        """Make it."""
+        if self.reorders:
+            forget_cached_tokens(self.model)
+        for module, processor in self.processors:
+            put_processor(module, processor)
+        put_hooks(self.model, self.entry)
+
+
+def _make(changes: Sequence[_Change]) -> None:
+    """Make the changes of all models of a pipeline, or leave each as it is."""
+    with contextlib.ExitStack() as kept:
+        for change in changes:
+            kept.enter_context(all_or_nothing(change.model))
+        for change in changes:
+            change.make()
 
 
 def _processor(family: Family, layer: Layer, settings: Settings) -> Any:
@@ -206,19 +238,53 @@ def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] 
     Raises:
         ValueError: the model is not transformed.
     """
-    model = model_of(model_or_pipe)
-    before = entry_hook_of(model)
-    if before is None:
-        raise ValueError(f"this {type(model).__name__} is not transformed; flexclear.transform(model, r=...) first")
-    family, settings = family_of(model), before.settings
-    layers = list(family.layers(model))
-    if windows is not None:
-        radii: dict[int | str, Radius] = dict(windows.items())
-        found = resolve(radii, layers)
-        named = {layer.name: window for layer, window in zip(layers, found, strict=True)}
-        settings = replace(settings, windows=named, slots=slots(layers, found), formula=None)
-    _convert(model, family, layers, settings)
+    changes = []
+    for model in models_of(model_or_pipe):
+        before = entry_hook_of(model)
+        if before is None:
+            raise ValueError(f"this {type(model).__name__} is not transformed; flexclear.transform(model, r=...) first")
+        family, settings = family_of(model), before.settings
+        layers = list(family.layers(model))
+        if windows is not None:
+            radii: dict[int | str, Radius] = dict(windows.items())
+            found = resolve(radii, layers)
+            named = {layer.name: window for layer, window in zip(layers, found, strict=True)}
+            settings = replace(settings, windows=named, slots=slots(layers, found), formula=None)
+        changes.append(_Change(model, family, layers, settings))
+    _make(changes)
     return model_or_pipe
+
+
+def transform_as(model: nn.Module, windows: Mapping[str, Window | None], pipe: Any = None) -> None:
+    """Transform a model with these windows by layer name; else with the settings that it has, or the default ones.
+
+    Args:
+        model: transformed or not.
+        windows: of each layer.
+        pipe: the pipeline that it is of, whose scheduler counts steps, or None.
+
+    Raises:
+        TypeError, ValueError: see ``transform``.
+    """
+    if entry_hook_of(model) is not None:
+        transform_again(model, windows)
+        return
+    family = family_of(model)
+    refuse_context_parallelism(model)
+    layers = list(family.layers(model))
+    settings = Settings(
+        windows=dict(windows),
+        slots=slots(layers, [windows[layer.name] for layer in layers]),
+        backend="auto",
+        order="tiled",
+        block_size=None,
+        kernel_options=check_kernel_options(None),
+        head_dim=layers[0].head_dim,
+        exact_position_ids=True,
+        switches=Switches(),
+        steps=StepCounter(pipe),
+    )
+    _make([_Change(model, family, layers, settings)])
 
 
 def _keep_trained_pooling(old: Any, new: Any) -> None:
@@ -265,7 +331,12 @@ def restore(model_or_pipe: Target) -> Target:
     Warns:
         UserWarning: a processor that is not flexclear's stays.
     """
-    model, _ = below_compile(model_or_pipe)
+    for model, _ in below_compile(model_or_pipe):
+        _restore(model)
+    return model_or_pipe
+
+
+def _restore(model: nn.Module) -> None:
     entry = entry_hook_of(model)
     stay = {} if entry is None else _others(model, entry.settings.windows)
     with all_or_nothing(model):
@@ -281,9 +352,8 @@ def restore(model_or_pipe: Target) -> Target:
         warnings.warn(
             f"flexclear.restore has left what was put on this {type(model).__name__} after flexclear.transform: {names}. "
             "Nothing of flexclear is left; model.set_attn_processor puts others in their place",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model_or_pipe
 
 
 def _others(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:

@@ -27,12 +27,13 @@ from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantize
 from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.regional import check_compiler, check_max_sizes, check_mode
 from flexclear.convert import transform_again
-from flexclear.families.target import model_of
+from flexclear.families import family_of
+from flexclear.families.target import models_of
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.runtime.switches import in_force
 
 Target = TypeVar("Target")
-Size = tuple[int, int]
+Size = tuple[int, ...]
 
 logger = logging.getLogger("flexclear")
 
@@ -41,6 +42,9 @@ FUSED_PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 WARM_UP_PROMPT = "a photograph of a landscape"
 """What sizes are warmed with. Of several tokens, since graphs are made for a text of none or one by themselves."""
+
+MOST_STEPS = 64
+"""That are tried until both of two transformers have run."""
 
 REGIONS = ("blocks", "whole")
 """What ``compile=`` may name: every repeated block by itself, or the model as one graph."""
@@ -58,7 +62,7 @@ def optimize(
     fuse_qkv: bool = False,
     vae: bool = False,
     sizes: Sequence[Size] = (),
-    warm_up: Callable[[int, int], Any] | None = None,
+    warm_up: Callable[..., Any] | None = None,
     warm_start: str | Path | None = None,
     min_features: int = MIN_FEATURES,
     progress: bool = True,
@@ -74,7 +78,7 @@ def optimize(
     >>> flexclear.optimize(pipe, fp8=True, sizes=[(1024, 1024), (2048, 2048)])      # doctest: +SKIP
 
     Args:
-        model_or_pipe: a pipeline, or its transformer.
+        model_or_pipe: a pipeline, or its transformer; of a pipeline with two, both.
         fp8: True: FP8 products with one scale per row. Or a name of ``flexclear.compile.RECIPES``. False: none.
         device: with ``fp8``, for a model that is on the CPU because its original weights do not fit the card: it is moved
             there linear by linear as it is quantised (``flexclear.compile.quantize``). The rest of a pipeline stays where it
@@ -89,10 +93,10 @@ def optimize(
             originals in memory beside them. LoRA must be fused and unloaded before; one that is loaded on these
             projections later makes calls raise, since it would have no effect.
         vae: compile the pipeline's VAE decoder as well.
-        sizes: (height, width) in pixels that are compiled now, with a progress bar.
-        warm_up: makes one image of a (height, width); by default the pipeline is called with a short prompt and one step,
-            or one more than ``dense_steps`` has. The graphs hold for prompts of every length. Give one for pipelines that
-            need more than a prompt.
+        sizes: (height, width) in pixels that are compiled now, with a progress bar; of a video model, (frames, height, width).
+        warm_up: makes one image of a (height, width), or one video of a (frames, height, width); by default the pipeline is
+            called with a short prompt and one step, or one more than ``dense_steps`` has, or as many as it takes for both of
+            two transformers. The graphs hold for prompts of every length. Give one for pipelines that need more than a prompt.
         warm_start: a file of ``flexclear.compile.save_artifacts`` to load first; a stale or damaged one is logged and
             not used.
         min_features: linears with fewer input or output features are not quantised.
@@ -109,7 +113,7 @@ def optimize(
             is quantised, by whatever library, ``fuse_qkv`` with a LoRA or quantised weights, ``device`` without ``fp8`` or
             with ``sizes``. Nothing is changed then.
     """
-    model = model_of(model_or_pipe)
+    models = models_of(model_or_pipe)
     if compile not in (True, False, *REGIONS):
         raise ValueError(f"compile must be True, False or one of {list(REGIONS)}, got {compile!r}")
     check_mode(mode)
@@ -119,41 +123,44 @@ def optimize(
         raise ValueError(
             f"device={device!r} is where FP8 weights are made; without fp8, move the model: pipe.to({device!r})"
         )
-    if compile or vae:
-        check_compiler(model, backend, target)
-    if compile and compile != "whole":
-        check_no_hooks(model)
-    recipe = _recipe(fp8, target or next(model.parameters()).device)
-    checked = [_size(size) for size in sizes]
-    if (checked or vae) and model_or_pipe is model:
+    for model in models:
+        if compile or vae:
+            check_compiler(model, backend, target)
+        if compile and compile != "whole":
+            check_no_hooks(model)
+    recipe = _recipe(fp8, target or next(models[0].parameters()).device)
+    checked = [_size(size, family_of(models[0]).video) for size in sizes]
+    if (checked or vae) and isinstance(model_or_pipe, nn.Module):
         raise ValueError("sizes and vae need the pipeline, got its transformer alone: flexclear.optimize(pipe, ...)")
     if checked and target is not None:
         raise ValueError(
             f"sizes are warmed with the whole pipeline, and device={device!r} moves the transformer alone. Leave sizes out, move "
             "or offload the rest (pipe.enable_model_cpu_offload()), and call the pipeline once at each size"
         )
-    if fuse_qkv and not hasattr(model, "fuse_qkv_projections"):
-        raise ValueError(f"{type(model).__name__} has no fuse_qkv_projections; leave fuse_qkv out")
-    if fuse_qkv:
-        _check_fusable(model)
-    if recipe is not None:
-        choose_linears(model, recipe, min_features, device=target)
+    for model in models:
+        if fuse_qkv and not hasattr(model, "fuse_qkv_projections"):
+            raise ValueError(f"{type(model).__name__} has no fuse_qkv_projections; leave fuse_qkv out")
+        if fuse_qkv:
+            _check_fusable(model)
+        if recipe is not None:
+            choose_linears(model, recipe, min_features, device=target)
 
     if warm_start is not None:
-        _say(load_artifacts(warm_start, artifact_configuration(model, recipe, mode, dynamic)), warm_start)
-    if fuse_qkv:
-        _fuse(model)
-    if recipe is not None:
-        logger.info("flexclear: %s", quantize(model, recipe, min_features=min_features, device=target))
-    if compile:
-        uncompile(model)
-        region = compile_whole if compile == "whole" else compile_blocks
-        region(model, mode=mode, dynamic=dynamic, max_sizes=max_sizes, backend=backend)
-        _watch(model)
+        _say(load_artifacts(warm_start, artifact_configuration(models[0], recipe, mode, dynamic)), warm_start)
+    for model in models:
+        if fuse_qkv:
+            _fuse(model)
+        if recipe is not None:
+            logger.info("flexclear: %s", quantize(model, recipe, min_features=min_features, device=target))
+        if compile:
+            uncompile(model)
+            region = compile_whole if compile == "whole" else compile_blocks
+            region(model, mode=mode, dynamic=dynamic, max_sizes=max_sizes, backend=backend)
+            _watch(model)
     if vae:
         model_or_pipe.vae.decoder.compile(dynamic=dynamic, backend=backend)  # type: ignore[attr-defined]
     if checked:
-        _warm(model_or_pipe, checked, warm_up, progress)
+        _warm(model_or_pipe, models, checked, warm_up, progress)
     return model_or_pipe
 
 
@@ -182,14 +189,17 @@ def _recipe(fp8: bool | str, device: torch.device) -> str | None:
     return check_recipe(fp8, device)
 
 
-def _size(size: Any) -> Size:
+def _size(size: Any, video: bool) -> Size:
     if (
         not isinstance(size, tuple | list)
-        or len(size) != 2
+        or len(size) != 2 + video
         or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in size)
     ):
-        raise ValueError(f"sizes must be (height, width) pairs in pixels, got {size!r}")
-    return size[0], size[1]
+        wanted = (
+            "(frames, height, width), frames of the video and pixels," if video else "(height, width) pairs in pixels,"
+        )
+        raise ValueError(f"sizes must be {wanted} got {size!r}")
+    return tuple(size)
 
 
 def _check_fusable(model: nn.Module) -> None:
@@ -240,28 +250,60 @@ def _say(result: WarmStart, path: str | Path) -> None:
         logger.warning("flexclear: no warm start, everything is compiled anew: %s", result.reason)
 
 
-def _warm(pipe: Any, sizes: Sequence[Size], warm_up: Callable[[int, int], Any] | None, progress: bool) -> None:
+def _warm(
+    pipe: Any, models: Sequence[nn.Module], sizes: Sequence[Size], warm_up: Callable[..., Any] | None, progress: bool
+) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    def by_default(height: int, width: int) -> None:
+    def by_default(*size: int) -> None:
         # With dense steps at either end, one in between, which has the windows.
-        entry = entry_hook_of(model_of(pipe))
-        steps = 1 if entry is None else 1 + sum(in_force(entry.settings.switches).dense_steps)
+        entries = [entry for entry in map(entry_hook_of, models) if entry is not None]
+        steps = max((1 + sum(in_force(entry.settings.switches).dense_steps) for entry in entries), default=1)
+        frames = {"num_frames": size[0]} if len(size) == 3 else {}
         shown = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(**{**shown, "disable": True})
+        checks = [RunCheck() for _ in models]
+        handles = [
+            model.register_forward_pre_hook(check, prepend=True)
+            for model, check in zip(models, checks, strict=True)
+            if len(models) > 1
+        ]
         try:
-            pipe(prompt=WARM_UP_PROMPT, height=height, width=width, num_inference_steps=steps)
+            while True:
+                pipe(prompt=WARM_UP_PROMPT, height=size[-2], width=size[-1], num_inference_steps=steps, **frames)
+                if not handles or all(check.ran for check in checks):
+                    return
+                steps *= 2
+                if steps > MOST_STEPS:
+                    raise ValueError(
+                        f"{steps // 2} steps of this {type(pipe).__name__} do not run each of its transformers with "
+                        "its windows. Give warm_up, which does"
+                    )
         finally:
+            for handle in handles:
+                handle.remove()
             pipe.set_progress_bar_config(**shown)
 
     # Standard output is the program's own.
     with Progress(console=Console(stderr=True), disable=not progress, redirect_stdout=False) as bar:
         task = bar.add_task("compiling", total=len(sizes))
-        for height, width in sizes:
-            bar.update(task, description=f"compiling {height} x {width}")
-            (warm_up or by_default)(height, width)
+        for size in sizes:
+            bar.update(task, description=f"compiling {' x '.join(map(str, size))}")
+            (warm_up or by_default)(*size)
             bar.advance(task)
+
+
+class RunCheck:
+    """Forward pre-hook: notes that a model runs, and in no dense step."""
+
+    ran = False
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        entry = entry_hook_of(model)
+        dense = entry is not None and entry.settings.steps.is_dense(in_force(entry.settings.switches).dense_steps)
+        self.ran = self.ran or not dense
 
 
 class CompileWatch:

@@ -114,7 +114,7 @@ class PlanWithoutMask:
     """The part of a plan that ids go through; a dense mask over 512 x 512 tokens would be 69 GB."""
 
     def __init__(self, height, width):
-        y, x = Layout(height, width, order="raster").coordinates()
+        _, y, x = Layout(height, width, order="raster").coordinates()
         self.base = SimpleNamespace(rows=y.float(), columns=x.float())
 
     def to_image_order(self, tokens, dim=1):

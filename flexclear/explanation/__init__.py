@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 from flexclear.explanation.window import FRAMES_PER_TOKEN, PX_PER_TOKEN, Explanation, explain_window
@@ -29,7 +30,12 @@ def explain(
 
 @overload
 def explain(
-    model_or_pipe: Any, *, height: int | None = None, width: int | None = None, text_len: int = 512
+    model_or_pipe: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    text_len: int = 512,
 ) -> ModelExplanation: ...
 
 
@@ -41,7 +47,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
 
     ``explain(model_or_pipe)``: what each attention layer of a model does, transformed or not; with ``height=`` and
     ``width=`` in pixels (and ``text_len=``, 512 by default) also what that costs. Of a pipeline, its VAE says how many pixels
-    make a token; of a model alone, the VAE that its family was published with (16 pixels a side).
+    make a token; of a model alone, the VAE that its family was published with (16 pixels a side). Of a video model, costs need
+    ``num_frames=`` besides, frames of the video. Of a pipeline with two transformers, both are explained.
 
     >>> print(explain(1024, 1024, r=16))                            # doctest: +ELLIPSIS
     64 x 64 image tokens and 512 of text (text first), window radius 16, tiled order, blocks 128 x 64
@@ -62,13 +69,22 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
 
 
 def _explain_model(
-    model_or_pipe: Any, *, height: int | None = None, width: int | None = None, text_len: int = 512
+    model_or_pipe: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    text_len: int = 512,
 ) -> ModelExplanation:
     from flexclear.explanation.model import explain_model
     from flexclear.families import family_of
-    from flexclear.families.target import model_of, px_per_token
+    from flexclear.families.target import latent_frames, models_of, px_per_token
     from flexclear.runtime.hooks import entry_hook_of
 
-    model = model_of(model_or_pipe)
     px = px_per_token(model_or_pipe)
-    return explain_model(model, family_of(model), entry_hook_of(model), height, width, text_len, px)
+    frames = None if num_frames is None else latent_frames(model_or_pipe, num_frames)
+    found = [
+        explain_model(model, family_of(model), entry_hook_of(model), height, width, text_len, px, num_frames, frames)
+        for model in models_of(model_or_pipe)
+    ]
+    return replace(found[0], others=tuple(found[1:]))

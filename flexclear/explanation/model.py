@@ -10,7 +10,7 @@ from torch import nn
 
 from flexclear.compile import tuned
 from flexclear.explanation.work import linear_flops
-from flexclear.masks import Cost, Full, Layout, Window, cost
+from flexclear.masks import Cost, Full, Layout, Window, cost, suited
 from flexclear.masks.checks import check_int
 from flexclear.rates.kept import rates_for
 from flexclear.rates.rates import Rates, Seconds
@@ -57,6 +57,7 @@ class ModelExplanation:
         size: the image that costs are for, as text; empty without one.
         seconds: of a step at that size, predicted; None without a size, and where a formula attends.
         rates: that it is predicted by; None where it is not.
+        others: the same of the pipeline's second transformer, which runs in the steps that this one does not; else empty.
     """
 
     model: str
@@ -65,6 +66,7 @@ class ModelExplanation:
     size: str
     seconds: Seconds | None = None
     rates: Rates | None = None
+    others: tuple[ModelExplanation, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -107,6 +109,7 @@ class ModelExplanation:
             )
         if self.seconds is not None:
             lines += [f"one step, predicted: {self.seconds}", f"rates: {self.rates}"]
+        lines += [f"\nsecond transformer: {other}" for other in self.others]
         return "\n".join(lines)
 
 
@@ -131,8 +134,11 @@ def explain_model(
     width: int | None,
     text_len: int,
     px: int,
+    num_frames: int | None = None,
+    frames: int | None = None,
 ) -> ModelExplanation:
-    """The explanation of ``model``; ``height`` and ``width`` in pixels, both or neither, ``px`` of them per token and side.
+    """The explanation of ``model``; ``height`` and ``width`` in pixels, both or neither, ``px`` of them per token and side, and
+    ``num_frames`` of a video, which are ``frames`` in tokens.
 
     Raises:
         TypeError, ValueError: a size makes no sense, or only one is given.
@@ -143,6 +149,11 @@ def explain_model(
     for name, side in (("height", height), ("width", width)):
         if side is not None:
             check_int(name, side, px, None, "in pixels")
+    if family.video and (height is None) != (num_frames is None):
+        raise ValueError(
+            f"give height, width and num_frames of a video, or none of them; got height={height!r} and num_frames={num_frames!r}"
+        )
+    depth = frames or 1
     grid = None if height is None or width is None else (height // px, width // px)
     windows = {} if entry is None else entry.settings.windows
     order = "tiled" if entry is None else entry.settings.order
@@ -155,7 +166,10 @@ def explain_model(
         if grid is not None and layer.scope != REFERENCES:
             key = (layer.scope, window, channels)
             if key not in costs:
-                layout = Layout(*grid, text_len if layer.scope == JOINT else 0, family.text_first, order)
+                own_text = text_len if layer.scope == JOINT and family.joins else 0
+                layout = Layout(*grid, own_text, family.text_first, order, frames=depth)
+                if depth > 1 and order == "tiled":
+                    layout = layout.with_order("raster") if window is None else suited(layout, window)
                 size = None if entry is None else _block_size(model, entry, layout)
                 costs[key] = cost(layout, Full() if window is None else window, channels=channels, block_size=size)
             spent = costs[key]
@@ -164,21 +178,31 @@ def explain_model(
                 flops = formula.flops(Layout(*grid, text_len), channels, layer.heads, number)
         processor = type(layer.module.processor).__name__
         layers.append(LayerExplanation(layer.name, layer.scope, window, processor, spent, formula, flops))
-    seconds, rates = (None, None) if grid is None else _predict(model, family, layers, grid, text_len)
+    seconds, rates = (
+        (None, None) if grid is None else _predict(model, family, layers, depth * math.prod(grid), text_len)
+    )
     return ModelExplanation(
         model=type(model).__name__,
         settings=() if entry is None else _settings(model, entry),
         layers=tuple(layers),
-        size=""
-        if grid is None
-        else f"at {height} x {width} px: {grid[0]} x {grid[1]} image tokens, {text_len} of text",
+        size="" if grid is None else _size((num_frames, height, width), (depth, *grid), text_len, family.joins),
         seconds=seconds,
         rates=rates,
     )
 
 
+def _size(pixels: tuple[int | None, ...], tokens: tuple[int, ...], text_len: int, joins: bool) -> str:
+    """The size that costs are for, in words: frames of a video, height and width."""
+    beside = f"{text_len} of text" + ("" if joins else " by cross-attention")
+    frames, height, width = pixels
+    if frames is None:
+        return f"at {height} x {width} px: {tokens[1]} x {tokens[2]} image tokens, {beside}"
+    sides = " x ".join(map(str, tokens))
+    return f"{frames} frames of {height} x {width} px: {sides} = {math.prod(tokens)} video tokens, {beside}"
+
+
 def _predict(
-    model: nn.Module, family: Any, layers: list[LayerExplanation], grid: tuple[int, int], text_len: int
+    model: nn.Module, family: Any, layers: list[LayerExplanation], image_len: int, text_len: int
 ) -> tuple[Seconds | None, Rates | None]:
     """A step of one sample, by the rates of where the model is; nothing where a formula attends, which has none."""
     spent = [layer for layer in layers if layer.cost is not None]
@@ -192,7 +216,7 @@ def _predict(
         for layer, taken in zip(spent, dense, strict=True)
     ]
     values = sum(math.isqrt(layer.cost.dense_pairs) * layer.cost.channels for layer in spent if layer.cost is not None)
-    linears = linear_flops(model, family, grid[0] * grid[1], text_len)
+    linears = linear_flops(model, family, image_len, text_len)
     return Seconds(sum(own), sum(dense), rates.rest_s(linears, values)), rates
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 _ONCE = re.compile(r"norm|mod(?![a-z]*el)|time|temb|guidance|adaln|pooled|(?<!con)text_embedder", re.IGNORECASE)
+_CROSS = re.compile(r"(attn2|cross_attn)\.to_[kv]$")
+_SOUND = re.compile(r"audio_(attn|ff|proj|caption)|audio_to_video_attn\.to_[kv]|video_to_audio_attn\.to_(q|out)")
 _TEXT = re.compile(r"add_|_add|context|txt|encoder|caption|cap_", re.IGNORECASE)
 
 
@@ -15,7 +17,8 @@ def linear_flops(model: nn.Module, family: Any, image_len: int, text_len: int) -
     """FLOPs of all linears in one step of one sample.
 
     A block with linears of their own for text has its other ones over image tokens alone, a block without has them over both.
-    What modulates blocks runs once a sample. Which is which is read off the names that diffusers gives. All experts of a
+    Where text is reached by cross-attention, that has keys and values of it alone. What modulates blocks runs once a sample, and
+    sound, of which there is little, counts like it. Which is which is read off the names that diffusers gives. All experts of a
     mixture count as if they ran.
 
     Args:
@@ -36,11 +39,11 @@ def linear_flops(model: nn.Module, family: Any, image_len: int, text_len: int) -
     for name, linear in named:
         block = _block_of(name, stacks)
         inside = name if block is None else name[len(block) + 1 :]
-        if _ONCE.search(inside):
+        if _ONCE.search(inside) or _SOUND.search(name):
             tokens = 1
-        elif _TEXT.search(inside):
+        elif _TEXT.search(inside) or (not family.joins and _CROSS.search(inside)):
             tokens = text_len
-        elif block is None or two_streams[block]:
+        elif block is None or two_streams[block] or not family.joins:
             tokens = image_len
         else:
             tokens = image_len + text_len

@@ -20,6 +20,7 @@ from flexclear.families.qwen import QWEN
 from flexclear.families.qwen21 import QWEN_IMAGE21
 from flexclear.families.sd3 import SD3
 from flexclear.families.tokens import TokensFamily
+from flexclear.families.wan import WAN, WAN_VACE
 from flexclear.families.zimage import ZIMAGE
 from flexclear.runtime.checks import refuse_other_forward
 from flexclear.runtime.facts import Call, Layer
@@ -46,6 +47,8 @@ FAMILIES: list[Family] = [
     FIBO,
     KREA2,
     FLUX3,
+    WAN,
+    WAN_VACE,
 ]
 """Those that there are; ``register`` adds to them."""
 

@@ -1,4 +1,4 @@
-"""Models that take latents ``[B, C, H, W]``, and make tokens and positions of them themselves."""
+"""Models that take latents, ``[B, C, H, W]`` or a video's ``[B, C, F, H, W]``, and make tokens and positions themselves."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ class StretchHook(Hook):
 
 @dataclass(frozen=True)
 class LatentsFamily(Family):
-    """A model whose image tokens are the patches of its latents, row by row, with one text before or behind them.
+    """A model whose image tokens are the patches of its latents, frame by frame and row by row, with one text before or
+    behind them, or none where text reaches them by cross-attention, which stays as it is.
 
-    They stay in raster order, but for attention.
+    They stay in raster order, but for attention. Its patches are ``patch_size``, with ``patch_size_t`` frames if there is
+    such a thing.
 
     Attributes:
         embedder: path of the module that makes the rotary embedding and has its base as ``theta``; the first carrier by default.
@@ -65,28 +67,33 @@ class LatentsFamily(Family):
         for name, why in self.refuses.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"a transformed {type(model).__name__} takes no {name}: {why}")
-        return Call(latents, (self.grid(model, latents),), {JOINT: text.shape[1] + self.registers})
+        frames, height, width = self.sides(model, latents)
+        text_len = text.shape[1] if self.joins else 0
+        return Call(latents, ((height, width),), {JOINT: text_len + self.registers}, frames=frames)
 
-    def grid(self, model: nn.Module, latents: Tensor) -> tuple[int, int]:
-        """Height and width in tokens.
+    def sides(self, model: nn.Module, latents: Tensor) -> tuple[int, int, int]:
+        """Frames, height and width in tokens; 1 frame of an image.
 
         Raises:
-            ValueError: the latents have another shape or several frames, do not divide into patches, or have more tokens
-                to a side than the model has positions.
+            ValueError: the latents have another shape, or several frames where the model knows images alone, do not divide
+                into patches, or have more tokens to a side than the model has positions.
         """
-        *frames, tall, wide = patch_of(model)
-        if latents.ndim != 4 + len(frames) or any(frames != 1 for frames in (*latents.shape[2:-2], *frames)):
-            expected = ", ".join(("batch", "channels", *(("1 frame",) if frames else ()), "height", "width"))
+        patch = patch_of(model)
+        several = self.video or all(count == 1 for count in (*latents.shape[2:-2], *patch[:-2]))
+        if latents.ndim != 2 + len(patch) or not several:
+            inner = [("frames" if self.video else "1 frame"), "height", "width"][-len(patch) :]
             raise ValueError(
-                f"a transformed {type(model).__name__} whose patches are {patch_of(model)} takes latents of one image, "
-                f"[{expected}], got {list(latents.shape)}"
+                f"a transformed {type(model).__name__} whose patches are {patch} takes latents of one "
+                f"{'video' if self.video else 'image'}, [{', '.join(['batch', 'channels', *inner])}], got "
+                f"{list(latents.shape)}"
             )
-        (height, rest), (width, beside) = divmod(latents.shape[-2], tall), divmod(latents.shape[-1], wide)
-        if rest or beside or not height or not width:
+        given = tuple(latents.shape[2:])
+        if any(side % part or not side for side, part in zip(given, patch, strict=True)):
             raise ValueError(
-                f"latents of {latents.shape[-2]} x {latents.shape[-1]} do not divide into the patches of {tall} x {wide} of "
+                f"latents of {' x '.join(map(str, given))} do not divide into the patches of {' x '.join(map(str, patch))} of "
                 f"this {type(model).__name__}"
             )
+        *frames, height, width = (side // part for side, part in zip(given, patch, strict=True))
         if self.positions is not None:
             most = int(attrgetter(self.positions)(model) ** 0.5)
             if max(height, width) > most:
@@ -97,7 +104,7 @@ class LatentsFamily(Family):
                     f"({most * px} x {most * px} px; {self.positions}={most**2}). Choose a smaller image; a window does not "
                     "extend positions"
                 )
-        return height, width
+        return (frames or [1])[0], height, width
 
     def enter(
         self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
@@ -105,7 +112,7 @@ class LatentsFamily(Family):
         if switches.ntk_factor == 1:
             return kwargs, plan
         if not self.rope:
-            raise ValueError(f"ntk_factor={switches.ntk_factor}: {type(model).__name__} has no rotary positions")
+            raise ValueError(f"ntk_factor={switches.ntk_factor}: {type(model).__name__} {self.no_ntk}")
         return kwargs, replace(plan, embedder=self.stretched(model, switches.ntk_factor))
 
     def stretched(self, model: nn.Module, factor: float) -> Any:
@@ -127,7 +134,13 @@ def patch_of(model: nn.Module) -> tuple[int, ...]:
     """Sides of a patch in latents: height and width, of some models frames before them."""
     config: Any = model.config
     given = config.patch_size
-    return (given, given) if isinstance(given, int) else tuple(given)
+    sides = (given, given) if isinstance(given, int) else tuple(given)
+    return (config.patch_size_t or 1, *sides) if "patch_size_t" in config and len(sides) == 2 else sides
+
+
+def frames_of_patch(model: nn.Module) -> int:
+    """Frames of latents in a patch."""
+    return patch_of(model)[-3] if len(patch_of(model)) > 2 else 1
 
 
 AURAFLOW = LatentsFamily(

@@ -7,46 +7,93 @@ from typing import Any
 from torch import nn
 
 from flexclear.families import FAMILIES, Family, family_of
+from flexclear.families.latents import frames_of_patch
+from flexclear.masks.checks import check_int
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""What pipelines call their models; some have one of each, for the first and the later denoising steps (Wan 2.2)."""
 
 
 def model_of(model_or_pipe: Any) -> nn.Module:
-    """The transformer itself: ``model_or_pipe``, or the ``transformer`` of a diffusers pipeline.
+    """The transformer itself: ``model_or_pipe``, or the only one of a diffusers pipeline.
 
     Raises:
-        TypeError: neither, or a wrapper around the model; the message names what was given and what would do.
+        TypeError: neither, or a wrapper around the model, or a pipeline with two; the message names what was given and what
+            would do.
     """
-    model, compiled = below_compile(model_or_pipe)
-    if compiled:
+    found = models_of(model_or_pipe)
+    if len(found) > 1:
         raise TypeError(
-            f"the {type(model).__name__} given is already wrapped by torch.compile(model). Transform first, then "
-            "compile: model.compile_repeated_blocks(fullgraph=True) or torch.compile"
+            f"this {type(model_or_pipe).__name__} has two transformers, and this works on one: give pipe.transformer or "
+            "pipe.transformer_2"
         )
-    return model
+    return found[0]
 
 
-def below_compile(model_or_pipe: Any) -> tuple[nn.Module, bool]:
-    """The same below ``torch.compile(model)`` too, and whether that is where it is.
+def models_of(model_or_pipe: Any) -> list[nn.Module]:
+    """The transformers of a diffusers pipeline, one or two; of a model, itself.
 
     Raises:
-        TypeError: see ``model_of``.
+        TypeError: neither, or a wrapper around a model; the message names what was given and what would do.
     """
-    from torch._dynamo.eval_frame import OptimizedModule
+    found = below_compile(model_or_pipe)
+    for model, compiled in found:
+        if compiled:
+            raise TypeError(
+                f"the {type(model).__name__} given is already wrapped by torch.compile(model). Transform first, then "
+                "compile: model.compile_repeated_blocks(fullgraph=True) or torch.compile"
+            )
+    return [model for model, _ in found]
 
+
+def names_of(model_or_pipe: Any) -> list[str]:
+    """What the pipeline calls each of ``models_of``; of a model, the name of the first."""
+    if isinstance(model_or_pipe, nn.Module):
+        return [TRANSFORMERS[0]]
+    return [name for name, _ in _transformers(model_or_pipe)]
+
+
+def below_compile(model_or_pipe: Any) -> list[tuple[nn.Module, bool]]:
+    """``models_of`` below ``torch.compile(model)`` too, and whether that is where each is.
+
+    Raises:
+        TypeError: see ``models_of``.
+    """
     bare = isinstance(model_or_pipe, nn.Module)
-    model: Any = model_or_pipe if bare else getattr(model_or_pipe, "transformer", None)
-    compiled = isinstance(model, OptimizedModule)
-    model = model._orig_mod if compiled else model
-    if not isinstance(model, nn.Module):
+    found = (
+        [("model", model_or_pipe)]
+        if bare
+        else [(f"pipe.{name}", model) for name, model in _transformers(model_or_pipe)]
+    )
+    if not found:
         supported = ", ".join(family.model_class for family in FAMILIES)
         raise TypeError(
             f"expected a diffusers model or a pipeline with a transformer, got {type(model_or_pipe).__name__}. "
             f"Supported models: {supported}"
         )
+    return [_below_compile(model, name) for name, model in found]
+
+
+def _transformers(pipe: Any) -> list[tuple[str, nn.Module]]:
+    """The models of a pipeline by name, each once."""
+    found: list[tuple[str, nn.Module]] = []
+    for name in TRANSFORMERS:
+        model = getattr(pipe, name, None)
+        if isinstance(model, nn.Module) and all(model is not other for _, other in found):
+            found.append((name, model))
+    return found
+
+
+def _below_compile(model: Any, where: str) -> tuple[nn.Module, bool]:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    compiled = isinstance(model, OptimizedModule)
+    model = model._orig_mod if compiled else model
     inside, path = _inside(model)
     if path:
         raise TypeError(
             f"the {type(model).__name__} given wraps a {type(inside).__name__}, and flexclear works on the model itself. Give "
-            f"it before it is wrapped, or give {'model' if bare else 'pipe.transformer'}{path}"
+            f"it before it is wrapped, or give {where}{path}"
         )
     return model, compiled
 
@@ -74,12 +121,37 @@ def px_per_token(model_or_pipe: Any) -> int:
     Raises:
         TypeError: neither a model that flexclear supports nor a pipeline with one.
     """
-    factor = getattr(model_or_pipe, "vae_scale_factor", None)
-    if factor is not None and getattr(model_or_pipe, "transformer", None) is None:
+    factor = _of_vae(model_or_pipe, "vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    if factor is not None and not _transformers(model_or_pipe):
         return factor * getattr(
             model_or_pipe, "patch_size", Family.latents_per_token
         )  # one that has not been loaded yet
-    family = family_of(_inside(below_compile(model_or_pipe)[0])[0])
+    family = family_of(below_compile(model_or_pipe)[0][0])
     if factor is None:
         return family.px_per_token
     return factor * getattr(model_or_pipe, "patch_size", family.latents_per_token)
+
+
+def latent_frames(model_or_pipe: Any, num_frames: int) -> int:
+    """Frames in tokens of a video of so many: of a pipeline's VAE, for a model alone of its family's published one, and of its
+    patches.
+
+    Raises:
+        TypeError: neither a model that flexclear supports nor a pipeline with one.
+        ValueError: the model makes images.
+    """
+    model = below_compile(model_or_pipe)[0][0]
+    family = family_of(model)
+    if not family.video:
+        raise ValueError(
+            f"num_frames={num_frames}: {type(model).__name__} makes images, which have no frames. Leave it out"
+        )
+    check_int("num_frames", num_frames, 1, None, "in frames of the video")
+    factor = _of_vae(model_or_pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    latents = (num_frames - 1) // (factor or family.frames_per_latent) + 1
+    return -(-latents // frames_of_patch(model))
+
+
+def _of_vae(pipe: Any, *names: str) -> int | None:
+    """What a pipeline says of its VAE under the first of these names that it has; None where it says nothing."""
+    return next((found for found in (getattr(pipe, name, None) for name in names) if isinstance(found, int)), None)

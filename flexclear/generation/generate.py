@@ -108,14 +108,19 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
         _window(pipe, settings, setup, say)
     if setup.recipe is not None:
         from flexclear.compile import quantize
+        from flexclear.families.target import models_of
 
         try:
             # Before the pipeline is moved: the original weights need not fit the device.
-            report = quantize(pipe.transformer, setup.recipe, min_features=_min_features(settings), device=setup.device)
+            reports = [
+                quantize(model, setup.recipe, min_features=_min_features(settings), device=setup.device)
+                for model in models_of(pipe)
+            ]
         except ValueError as error:
             hint = f". --min-features (now {_min_features(settings)}) says what is tiny" if "tiny" in str(error) else ""
             raise ValueError(f"{error}{hint}") from error
-        say(str(report))
+        for report in reports:
+            say(str(report))
     pipe.to(setup.device)
     if settings.parallel:
         from flexclear import parallel
@@ -163,9 +168,11 @@ def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> No
 
 
 def _windows(pipe: Any) -> dict[Any, Any]:
+    from flexclear.families.target import models_of
     from flexclear.runtime.hooks import entry_hook_of
 
-    entry = entry_hook_of(pipe.transformer) if hasattr(pipe, "transformer") else None
+    # A second transformer has those of the first.
+    entry = entry_hook_of(models_of(pipe)[0]) if hasattr(pipe, "transformer") else None
     return {} if entry is None else dict(entry.settings.windows)
 
 

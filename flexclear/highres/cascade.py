@@ -299,7 +299,7 @@ class _Planner:
         if not self.family.rope:
             if asked["ntk_factor"] not in (None, 1):
                 raise ValueError(
-                    f"ntk_factor={factor!r}: {type(self.pipe.transformer).__name__} has no rotary positions; leave it out"
+                    f"ntk_factor={factor!r}: {type(self.pipe.transformer).__name__} {self.family.no_ntk}; leave it out"
                 )
             factor = 1.0
         if self.entry is not None and self.entry.settings.formula is not None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from flexclear.common.choices import EXCHANGES, TEXTS
-from flexclear.families.target import model_of
+from flexclear.families.target import model_of, models_of
 from flexclear.parallel.decoding import split_decoding
 from flexclear.parallel.dense import disable_dense, refuse_other_parallelism
 from flexclear.parallel.ends import session_of, watch_calls
@@ -144,12 +144,12 @@ def disable(model_or_pipe: Target) -> Target:
     Returns:
         What was given.
     """
-    model = model_of(model_or_pipe)
-    entry = entry_hook_of(model)
-    if entry is not None and entry.parallel is not None:
-        _let(model, entry, None)
-        entry.parallel.close()
-    disable_dense(model)
+    for model in models_of(model_or_pipe):
+        entry = entry_hook_of(model)
+        if entry is not None and entry.parallel is not None:
+            _let(model, entry, None)
+            entry.parallel.close()
+        disable_dense(model)
     return model_or_pipe
 
 

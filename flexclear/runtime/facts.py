@@ -69,6 +69,7 @@ class Call:
             is behind the image.
         order: token order of a call that cannot have the one that ``transform`` was given, else None.
         own_grids: those of a scope, where they are others than ``grids``.
+        frames: of a video, each of which has the image's grid, after the VAE and after patching; 1: an image.
     """
 
     tokens: Tensor
@@ -78,6 +79,7 @@ class Call:
     text_adjoins: bool = False
     order: str | None = None
     own_grids: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    frames: int = 1
 
     def grids_of(self, scope: str) -> tuple[tuple[int, int], ...]:
         """Grids whose tokens a scope's layers attend over, in their order."""

@@ -42,16 +42,20 @@ class Family(ABC):
         block_argument: name of the blocks' argument that carries a plan on to their attention in whole graphs, of a model whose
             attention gets none of what carries it to the blocks; see ``BlockHook``.
         text_first: whether text precedes the image in the attention's sequence.
+        joins: whether text is part of attention's sequence; elsewhere it is reached by cross-attention, which stays as it is.
         scopes: which tokens an attention module attends over, by its name or by its stack's, where that is not ``JOINT``.
         given: what the processors' code gets for arguments of these names, such as None for masks of padding; see
             ``WindowProcessor``.
         raster: whether image tokens reach attention in raster order, because the model makes them and their positions itself.
             Attention then puts them in the layout's order and back.
+        video: whether its images have frames, so that a radius alone does not say what is seen (``frame_radius``).
         px_per_token: pixels per token and side.
         latents_per_token: the ``vae_scale_factor`` of its pipelines times this are pixels per token and side, where they do
             not say otherwise (``patch_size``).
+        frames_per_latent: frames of a video that a frame of its latents stands for, all but the first, which is one.
         pools: whether down-sampled keys (``down_factor``) are known for it.
         rope: whether positions are rotary, so that an NTK factor has a meaning.
+        no_ntk: why it has none elsewhere.
         clips_ntk: whether ``ntk_floor`` is known for it.
         idles: whether its model runs without any image tokens, as ranks do that get no part of a small image.
         pipelines: diffusers pipelines that its tests run end to end, for the support table.
@@ -65,13 +69,17 @@ class Family(ABC):
     carrier_argument: str | None = None
     block_argument: str | None = None
     text_first: bool = True
+    joins: bool = True
     scopes: Mapping[str, str] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     raster: bool = False
+    video: bool = False
     px_per_token: int = 16
     latents_per_token: int = 2
+    frames_per_latent: int = 4
     pools: bool = False
     rope: bool = True
+    no_ntk: str = "has no rotary positions"
     clips_ntk: bool = False
     idles: bool = True
     pipelines: tuple[str, ...] = ()
@@ -129,7 +137,7 @@ class Family(ABC):
         if formula is not None:
             raise ValueError(
                 f"attention={formula.kind!r} is defined for FluxTransformer2DModel, got {self.model_class}. The alternatives "
-                "that are masks ('strided', 'swin', 'neighborhood') run on every model"
+                "that are masks ('strided', 'swin', 'neighborhood') run on every model of images"
             )
         return window_processor(original, slot, given=self.given, shared=layer.shared)
 

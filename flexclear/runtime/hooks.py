@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from flexclear.compile import why_not_compiled
 from flexclear.compile.calls import mark
 from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
-from flexclear.masks import Layout, Window
+from flexclear.masks import Layout, Window, suited
 from flexclear.runtime.attention import Mask, choose_backend
 from flexclear.runtime.call_plan import LOCALLY, ByFormula, CallPlan, InBand, Means, SlotPlan
 from flexclear.runtime.carrying import Hook, enter, leave
@@ -171,7 +171,13 @@ class EntryHook(Hook):
         def plan_of(scope: str, window: Window | None) -> Plan:
             text_len = call.text_lens[scope]
             (height, width), *references = call.grids_of(scope)
-            layout = Layout(height, width, text_len, self.family.text_first, order, tuple(references))
+            layout = Layout(
+                height, width, text_len, self.family.text_first, order, tuple(references), frames=call.frames
+            )
+            if order == "tiled" and call.frames > 1:
+                # Tokens that enter in the layout's order have one for all windows.
+                suits = window if self.family.raster else next(filter(None, (each for _, each in settings.slots)), None)
+                layout = layout.with_order("raster") if suits is None else suited(layout, suits)
             backward = needs_grad and backend == "flex"
             text_padded = scope in call.keep
             kernel = settings.kernel(backend, device, dtype, layout.seq_len, backward, text_padded)

@@ -19,7 +19,7 @@ from flexclear.masks.lengths import mark_symbolic, of_any_text_length
 from flexclear.masks.windows import captured_tensors
 from flexclear.runtime.attention import Mask
 from flexclear.runtime.pooling import Pooling, make_pooling
-from flexclear.runtime.reach import warn_of_unreached
+from flexclear.runtime.reach import warn_of_depth, warn_of_unreached
 
 MAX_DENSE_BYTES = 1 << 32
 """Largest dense boolean mask that masked SDPA may ask for."""
@@ -128,11 +128,12 @@ def build_plan(
         ValueError: the dense mask of masked SDPA would be larger than ``MAX_DENSE_BYTES``.
 
     Warns:
-        UserWarning: the window keeps part of the image from a reference image.
+        UserWarning: the window keeps part of the image from a reference image, or is deeper than the clip.
     """
     mask: Mask
     if window is not None:
         warn_of_unreached(layout, window)
+        warn_of_depth(layout, window)
     if window is None:
         every = torch.ones(1, layout.seq_len, dtype=torch.bool, device=device)
         mask = of_any_text_length(every) if text_padded else None

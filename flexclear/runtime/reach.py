@@ -1,4 +1,4 @@
-"""A warning where a window keeps part of the image from a reference image altogether."""
+"""Warnings of windows that do not fit what they are over: references out of reach, frames that a clip does not have."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from flexclear.masks import Layout, Window
+from flexclear.masks import Layout, Tube, Window
 from flexclear.masks.places import Box
 
 
@@ -37,3 +37,21 @@ def warn_of_unreached(layout: Layout, window: Window) -> None:
                 "Give the reference the image's size, or a larger r",
                 stacklevel=2,
             )
+
+
+def warn_of_depth(layout: Layout, window: Window) -> None:
+    """Warn of a number of frames that a clip does not have: every query sees all frames then, and was probably meant to see
+    fewer, counted before the VAE.
+
+    Warns:
+        UserWarning: naming both.
+    """
+    if not isinstance(window, Tube) or window.repeat_last or len(set(window.squared_radii)) != 1:
+        return
+    depth = len(window.squared_radii) - 1
+    if 1 < layout.frames <= depth:
+        warnings.warn(
+            f"flexclear: frame_radius={depth}, and this clip has {layout.frames} frames of latents: every query sees all of "
+            f"them. frame_radius counts frames after the VAE; 'all' says all",
+            stacklevel=2,
+        )

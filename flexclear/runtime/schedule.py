@@ -18,7 +18,9 @@ REST = "default"
 """Key of a mapping for all layers that no other key names."""
 
 
-def resolve(r: Radii, layers: Sequence[Layer], down_factor: int | None = None) -> list[Window | None]:
+def resolve(
+    r: Radii, layers: Sequence[Layer], down_factor: int | None = None, made: Callable[[int], Window] = Disc
+) -> list[Window | None]:
     """The window of each layer, in order; None where it stays dense.
 
     Args:
@@ -29,6 +31,7 @@ def resolve(r: Radii, layers: Sequence[Layer], down_factor: int | None = None) -
             a function of (index, module name).
         layers: the model's attention layers.
         down_factor: side in tokens of the cells that are pooled into further keys, or None.
+        made: the window of a radius.
 
     Raises:
         TypeError: a radius is none.
@@ -40,7 +43,7 @@ def resolve(r: Radii, layers: Sequence[Layer], down_factor: int | None = None) -
             window = radius
         else:
             try:
-                window = Disc(radius)
+                window = made(radius)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{error} (for {layer.name})" if not _is_radius(r) else str(error)) from None
         windows.append(window if window is None or down_factor is None else Downsampled(window, down_factor))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+FRAMES_APART = "SkyReelsV2DiffusionForcing"
+"""What names of pipelines begin with that denoise each frame by a copy of the scheduler, and leave that where it is."""
+
 
 class StepCounter:
     """Knows the step of a pipeline's current call; knows nothing where there is no pipeline.
@@ -52,6 +55,11 @@ class StepCounter:
                 "counts them, and the pipeline must still exist; the bare model does not know its step"
             )
         timesteps = getattr(scheduler, "timesteps", None)
+        if type(pipeline).__name__.startswith(FRAMES_APART):
+            raise ValueError(
+                f"dense_steps counts denoising steps by the pipeline's scheduler, and a {type(pipeline).__name__} has one of its "
+                "own for each frame, which is at another step. Leave dense_steps out"
+            )
         if timesteps is None or not hasattr(scheduler, "step_index"):
             raise ValueError(
                 f"dense_steps needs a scheduler that counts steps (step_index); {type(scheduler).__name__} does not"

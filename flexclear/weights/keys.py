@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flexclear.families import Layer
+from flexclear.families.target import TRANSFORMERS, names_of
 from flexclear.masks import Downsampled, Window
 from flexclear.weights.files import FLOATS, Header
 
@@ -19,6 +20,11 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 POOLING = "processor.spatial_weight"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHOWN = 4
+
+
+def prefixes(model_or_pipe: Any) -> list[str]:
+    """What the names of each of ``models_of`` begin with in a file: nothing for the first transformer of a pipeline."""
+    return ["" if name == TRANSFORMERS[0] else f"{name}." for name in names_of(model_or_pipe)]
 
 
 def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flexclear.compile.undoing import undo
-from flexclear.convert import transform, transform_again
+from flexclear.convert import transform_as
 from flexclear.families import Layer, family_of
-from flexclear.families.target import below_compile
+from flexclear.families.target import TRANSFORMERS, below_compile
 from flexclear.masks import Disc, Downsampled, Window
 from flexclear.runtime.exchange import all_or_nothing
 from flexclear.runtime.hooks import EntryHook, entry_hook_of
@@ -67,7 +67,8 @@ def load_weights(
     >>> flexclear.load_weights(pipe, "owner/name", filename="clear_local_8_down_4.safetensors")     # doctest: +SKIP
 
     Args:
-        model_or_pipe: a model of a supported class, or a pipeline with one as ``transformer``.
+        model_or_pipe: a model of a supported class, or a pipeline with one as ``transformer``; a pipeline with two needs a
+            file of both.
         path: a local safetensors file; or a folder or hub id, with the file in it as ``filename``; or ``"embedded"``: the
             folder of the embedded model's distilled weights.
         filename: see ``path``.
@@ -85,63 +86,95 @@ def load_weights(
         ValueError: a pickle, a damaged file, keys or shapes that do not fit, another base model, fused or quantised
             projections, or a file that does not say its radius and a model that is not transformed.
     """
-    model, compiled = below_compile(model_or_pipe)
-    family = family_of(model)
-    layers = list(family.layers(model))
-    parameters = keys.projections(model, layers)
+    parts = [
+        _Part(prefix, model, compiled)
+        for prefix, (model, compiled) in zip(keys.prefixes(model_or_pipe), below_compile(model_or_pipe), strict=True)
+    ]
+    pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
     file = files.locate(path, filename, revision, cache_dir, token, local_files_only)
     header = files.read_header(file, Path(filename or file).name)
     stated = metadata.read(header)
-    entry = entry_hook_of(model)
-
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    keys.check_base(header, stated.base, model, shapes)
-    windows = _windows(header, stated, layers, entry)
-    keys.check_keys(header, {**shapes, **keys.pooling_shapes(windows)})
-    anew = entry is None or dict(entry.settings.windows) != windows
-    if anew and compiled:
+    shapes = {part.prefix + name: tuple(each.shape) for part in parts for name, each in part.parameters.items()}
+    keys.check_base(header, stated.base, parts[0].model, shapes)
+    for part in parts:
+        part.windows = _windows(header, stated, part)
+        shapes |= {part.prefix + name: shape for name, shape in keys.pooling_shapes(part.windows).items()}
+    keys.check_keys(header, shapes)
+    anew = [part for part in parts if part.entry is None or dict(part.entry.settings.windows) != part.windows]
+    if any(part.compiled for part in anew):
         raise ValueError(
             f"{header.path} is for another window than the compiled model has, or it has none. Load weights first, then "
             "torch.compile"
         )
 
-    if anew and entry is not None:
+    if any(part.entry is not None for part in anew):
         # Before any change: where warnings are errors, this one leaves the model as it was too.
         warnings.warn(
             f"flexclear: {header.name} was trained for another window than the model has, and the model is transformed "
             "anew with the file's. flexclear.transform again to run these weights under a window of your own",
             stacklevel=2,
         )
-    with all_or_nothing(model), _numbers_put_back_on_error() as write:
-        if anew:
-            _transform(model_or_pipe, model, windows, entry)
-        for name in keys.pooling_shapes(windows):
-            parameters[name] = model.get_submodule(name.rpartition(".")[0]).spatial_weight  # type: ignore[assignment]
-        with safe_open(file, framework="pt") as tensors:
-            for name, parameter in parameters.items():
-                write(name, parameter, tensors.get_tensor(name))
-    distinct = set(windows.values())
+    distinct = {window for part in parts for window in part.windows.values()}
     window = distinct.pop() if len(distinct) == 1 else None
     inner = window.window if isinstance(window, Downsampled) else window
-    return LoadedWeights(
+    result = LoadedWeights(
         path=file,
         radius=inner.radius if isinstance(inner, Disc) else None,
         down_factor=window.factor if isinstance(window, Downsampled) else None,
         base=stated.base,
-        tensors=len(parameters),
+        tensors=len(shapes),
     )
+    with contextlib.ExitStack() as kept:
+        for part in parts:
+            kept.enter_context(all_or_nothing(part.model))
+        write = kept.enter_context(_numbers_put_back_on_error())
+        for part in anew:
+            transform_as(part.model, part.windows, pipe)
+        for part in parts:
+            for name in keys.pooling_shapes(part.windows):
+                part.parameters[name] = part.model.get_submodule(name.rpartition(".")[0]).spatial_weight  # type: ignore[assignment]
+        with safe_open(file, framework="pt") as tensors:
+            for part in parts:
+                for name, parameter in part.parameters.items():
+                    write(part.prefix + name, parameter, tensors.get_tensor(part.prefix + name))
+    return result
 
 
-def _windows(
-    header: files.Header, stated: metadata.Stated, layers: Sequence[Layer], entry: EntryHook | None
-) -> dict[str, Window | None]:
+class _Part:
+    """A model that is to be loaded, and what is known of it before the file is read.
+
+    Attributes:
+        prefix: of its names in the file.
+        windows: that it is to have.
+    """
+
+    def __init__(self, prefix: str, model: nn.Module, compiled: bool) -> None:
+        self.prefix, self.model, self.compiled = prefix, model, compiled
+        self.layers: list[Layer] = list(family_of(model).layers(model))
+        self.parameters = keys.projections(model, self.layers)
+        self.entry: EntryHook | None = entry_hook_of(model)
+        self.windows: dict[str, Window | None] = {}
+
+    def own(self, by_name: Mapping[Any, Any]) -> dict[Any, Any]:
+        """What is said of its layers where names of all models' are given."""
+        others = () if self.prefix else tuple(f"{name}." for name in TRANSFORMERS[1:])
+        return {
+            name.removeprefix(self.prefix): said
+            for name, said in by_name.items()
+            if name.startswith(self.prefix) and not name.startswith(others)
+        }
+
+
+def _windows(header: files.Header, stated: metadata.Stated, part: _Part) -> dict[str, Window | None]:
     """The window of each layer by name: what the file says, else the model's with the down factor of the file.
 
     Raises:
         ValueError: neither says one.
     """
+    layers, entry = part.layers, part.entry
     if stated.windows is not None:
-        found = resolve(stated.windows, layers)
+        own = part.own(stated.windows) if isinstance(stated.windows, Mapping) else stated.windows
+        found = resolve(own, layers)
         return {layer.name: window for layer, window in zip(layers, found, strict=True)}
     if entry is None:
         raise ValueError(
@@ -153,18 +186,9 @@ def _windows(
     for layer in layers:
         window = entry.settings.windows[layer.name]
         window = window.window if isinstance(window, Downsampled) else window
-        factor = keys.factor_of(header.shapes.get(f"{layer.name}.{keys.POOLING}"))
+        factor = keys.factor_of(header.shapes.get(f"{part.prefix}{layer.name}.{keys.POOLING}"))
         windows[layer.name] = window if window is None or factor is None else Downsampled(window, factor)
     return windows
-
-
-def _transform(
-    model_or_pipe: Any, model: nn.Module, windows: Mapping[str, Window | None], entry: EntryHook | None
-) -> None:
-    if entry is None:
-        transform(model_or_pipe, windows)  # type: ignore[arg-type]
-        return
-    transform_again(model_or_pipe, windows)
 
 
 @contextlib.contextmanager

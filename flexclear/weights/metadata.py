@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexclear.masks import (
+    Anchors,
     Both,
     Disc,
     Downsampled,
@@ -19,6 +20,8 @@ from flexclear.masks import (
     Square,
     Strided,
     Swin,
+    TileWindow,
+    Tube,
     Window,
 )
 from flexclear.runtime.schedule import Radii
@@ -30,7 +33,7 @@ FORMAT = "1"
 RELEASED = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?\.safetensors")
 """Names of the released files: radius, and down factor where there are pooled keys."""
 
-PLAIN = {kind.__name__: kind for kind in (Disc, Square, Neighborhood, Swin, Strided, Full)}
+PLAIN = {kind.__name__: kind for kind in (Disc, Square, Neighborhood, Swin, Strided, Full, Tube, TileWindow, Anchors)}
 COMPOSED = {kind.__name__: kind for kind in (Both, Either)}
 
 
@@ -145,4 +148,6 @@ def decode(found: Any) -> Window | None:
         return COMPOSED[kind](*(decode(part) for part in fields["parts"]))  # type: ignore[arg-type]
     if kind not in PLAIN:
         raise ValueError(f"{kind!r} is no window that this flexclear knows")
-    return PLAIN[kind](**fields)
+    # JSON has lists for tuples.
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return PLAIN[kind](**given)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flexclear.common.versions import VERSION
 from flexclear.compile.files import whole_file
 from flexclear.families import family_of
-from flexclear.families.target import model_of
+from flexclear.families.target import models_of
+from flexclear.masks import Window
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.weights import keys, metadata
 from flexclear.weights.files import SUFFIX
@@ -23,7 +26,7 @@ def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = Non
     appears whole or not at all. Of a model with LoRA layers the weights below them are written.
 
     Args:
-        model_or_pipe: a transformed model, or a pipeline with one.
+        model_or_pipe: a transformed model, or a pipeline with one, or with two, which go into one file.
         path: the file, ``.safetensors``; folders on the way are made, a file that is there is replaced.
         base: base model to name in the metadata; what the model was loaded from otherwise.
 
@@ -42,7 +45,30 @@ def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = Non
     path = Path(path).expanduser()
     if path.suffix != SUFFIX or path.is_dir():
         raise ValueError(f"path must be a file whose name ends in {SUFFIX}, got {path}")
-    model = model_of(model_or_pipe)
+    models = models_of(model_or_pipe)
+    windows: dict[str, Window | None] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    for prefix, model in zip(keys.prefixes(model_or_pipe), models, strict=True):
+        own, trained = _of_model(model)
+        windows |= {prefix + name: window for name, window in own.items()}
+        parameters |= {prefix + name: parameter for name, parameter in trained.items()}
+    said = metadata.write(
+        windows,
+        base if base is not None else getattr(getattr(models[0], "config", None), "_name_or_path", None),
+        {"flexclear": VERSION, "torch": torch.__version__, "diffusers": version("diffusers")},
+    )
+    tensors = {name: parameter.detach().to("cpu").contiguous() for name, parameter in parameters.items()}
+    with whole_file(path) as beside:
+        save_file(tensors, beside, metadata=said)
+    return path
+
+
+def _of_model(model: nn.Module) -> tuple[Mapping[str, Window | None], dict[str, nn.Parameter]]:
+    """Windows by layer name, and trained parameters by their released names.
+
+    Raises:
+        ValueError: see ``save_weights``.
+    """
     layers = list(family_of(model).layers(model))
     entry = entry_hook_of(model)
     if entry is None:
@@ -56,16 +82,7 @@ def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = Non
             "loaded, it would run another attention than it was trained for. Save model.state_dict(), and load it into a "
             "model that is transformed alike"
         )
-    windows = entry.settings.windows
     parameters = keys.projections(model, layers)
-    for name in keys.pooling_shapes(windows):
+    for name in keys.pooling_shapes(entry.settings.windows):
         parameters[name] = model.get_submodule(name.rpartition(".")[0]).spatial_weight  # type: ignore[assignment]
-    said = metadata.write(
-        windows,
-        base if base is not None else getattr(getattr(model, "config", None), "_name_or_path", None),
-        {"flexclear": VERSION, "torch": torch.__version__, "diffusers": version("diffusers")},
-    )
-    tensors = {name: parameter.detach().to("cpu").contiguous() for name, parameter in parameters.items()}
-    with whole_file(path) as beside:
-        save_file(tensors, beside, metadata=said)
-    return path
+    return entry.settings.windows, parameters

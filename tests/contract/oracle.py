@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .row import Row
+from .row import FRAME_RADIUS, Row
 from .shapes import Shape
 
 RADIUS = 3
@@ -32,10 +32,12 @@ MATTERS = 2.0**-10
 
 
 def window(shape: Shape, text_len: int, text_first: bool, r: int) -> Tensor:
-    """Bool ``[N, N]``, raster order: text sees all and is seen by all; image tokens see those closer than ``r``."""
-    grids = ((shape.height, shape.width), *shape.references)
-    places = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in grids])
-    near = (places[:, None] - places[None]).square().sum(-1) < r * r
+    """Bool ``[N, N]``, raster order: text sees all and is seen by all; image tokens see those closer than ``r``, of a video
+    in frames not further than ``FRAME_RADIUS``."""
+    grids, frames = ((shape.height, shape.width), *shape.references), torch.arange(shape.frames or 1)
+    places = torch.cat([torch.cartesian_prod(frames, torch.arange(h), torch.arange(w)) for h, w in grids])
+    apart = (places[:, None] - places[None]).abs()
+    near = (apart[..., 1:].square().sum(-1) < r * r) & (apart[..., 0] <= FRAME_RADIUS)
     text = (text_len, 0) if text_first else (0, text_len)
     return F.pad(near, (*text, *text), value=True)
 
@@ -71,7 +73,7 @@ def under(
         all_used: whether each of those sequences must be attended over.
     """
     shape = row.fitted(shape)
-    image_len = sum(h * w for h, w in ((shape.height, shape.width), *shape.references))
+    image_len = (shape.frames or 1) * sum(h * w for h, w in ((shape.height, shape.width), *shape.references))
     windows = {image_len + text: window(shape, text, row.text_first, r) for text in row.text_lens(shape)}
     for part in row.parts(shape):
         alone = window(part, 0, row.text_first, r)
@@ -82,7 +84,7 @@ def under(
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options):
         length = key.shape[-2]
         mask = windows.get(length)
-        if mask is None:
+        if mask is None or (row.alone and query.shape[-2] != length):
             return plain(query, key, value, attn_mask=attn_mask, **options)
         used.add(length)
         mask = mask[-query.shape[-2] :]  # or of the image's rows alone

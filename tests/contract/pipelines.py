@@ -29,11 +29,15 @@ def shape_of(row: Row, model, call) -> Shape:
         return Shape(height, width, call["encoder_hidden_states"].shape[1] + places, len(call["hidden_states"]))
     latents, patch = call["hidden_states"], model.config.patch_size
     side = patch if isinstance(patch, int) else patch[-1]
+    if row.video and "num_frames" in call:
+        sizes = (call["height"], call["width"], call["encoder_hidden_states"].shape[1], len(latents))
+        return Shape(*sizes, frames=call["num_frames"])
     text = next(
         call[name] for name in ("encoder_hidden_states", "text_bth", "encoder_hidden_states_t5") if name in call
     )
     text_len = int(call["encoder_attention_mask"].sum(1).max()) if row.adjoins else text.shape[1]
-    return Shape(latents.shape[-2] // side, latents.shape[-1] // side, text_len, len(latents))
+    frames = latents.shape[2] // patch[0] if row.video else None
+    return Shape(latents.shape[-2] // side, latents.shape[-1] // side, text_len, len(latents), frames=frames)
 
 
 @contextlib.contextmanager
@@ -67,11 +71,14 @@ def check_windowed(
         assert differ(found, expected) <= STEPS * TOLERANCE, (what, differ(found, expected))
 
     def expected() -> torch.Tensor:
-        with windowed(row, pipe.transformer):
+        with contextlib.ExitStack() as windows:
+            for name in ("transformer", "transformer_2"):
+                if getattr(pipe, name, None) is not None:
+                    windows.enter_context(windowed(row, getattr(pipe, name)))
             return draw(pipe, **options)
 
     def transformed() -> torch.Tensor:
-        flexclear.transform(pipe, r=RADIUS, backend="sdpa")
+        flexclear.transform(pipe, r=RADIUS, **row.frames, backend="sdpa")
         return draw(pipe, **options)
 
     dense, plain = draw(pipe, **options), expected()

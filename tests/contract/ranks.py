@@ -16,7 +16,7 @@ def contract_against_the_dense_mask(name: str, shape: Shape, residuals: bool) ->
     model = row.build()
     call = row.call(shape) | (row.residuals(shape) if residuals else {})
     reference, dense = expected(row, model, shape, call), run(model, call)
-    parallel.enable(flexclear.transform(model, r=RADIUS, backend="sdpa"))
+    parallel.enable(flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa"))
     shared = run(model, call)
     flexclear.restore(model)
     return {

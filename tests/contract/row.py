@@ -8,6 +8,9 @@ from typing import Any
 
 from .shapes import Shape
 
+FRAME_RADIUS = 1
+"""Frames on either side that a window of a video sees."""
+
 ABILITIES = {
     "references": "reference images",
     "padding": "padded text in a batch",
@@ -80,6 +83,8 @@ class Row:
         abilities: those of ``ABILITIES`` that it has.
         refuses: those that raise. An ability in neither is one that diffusers' model cannot be asked for: ``lacks``.
         lacks: why not.
+        video: whether its calls have frames, and its windows therefore too.
+        alone: whether attention of other queries is over as many keys, and stays as it is.
         brief: whether the suite runs only the tests marked so for it, and leaves the others to ``make contract``.
     """
 
@@ -111,6 +116,8 @@ class Row:
     fusing_replaces: bool = False
     refuses: Mapping[str, Refused] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
+    video: bool = False
+    alone: bool = False
     brief: bool = False
     one_graph: bool = True
 
@@ -118,6 +125,11 @@ class Row:
     def abilities(self) -> frozenset[str]:
         """What it supports."""
         return frozenset(ABILITIES) - self.refuses.keys() - self.lacks.keys()
+
+    @property
+    def frames(self) -> dict[str, int]:
+        """What ``transform`` is told of frames."""
+        return {"frame_radius": FRAME_RADIUS} if self.video else {}
 
     def build(self, head_64: bool = False, one_block: bool = False, **config) -> Any:
         """A small model with random weights, in eval mode."""

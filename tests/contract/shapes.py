@@ -18,6 +18,7 @@ class Shape:
         references: (height, width) of each reference image.
         padding: which samples' text ends early, by kind (``Row.paddings``); None where all text is there.
         seed: of the random inputs.
+        frames: of a video, in tokens; None: of an image, or as many as the row's videos have.
     """
 
     height: int = 9
@@ -27,6 +28,7 @@ class Shape:
     references: tuple[Grid, ...] = ()
     padding: str | None = None
     seed: int = 0
+    frames: int | None = None
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -37,6 +39,7 @@ class Shape:
     def __str__(self) -> str:
         grids = "+".join(f"{height}x{width}" for height, width in ((self.height, self.width), *self.references))
         padded = f" {self.padding}" if self.padding else ""
+        grids = grids if self.frames is None else f"{self.frames}x{grids}"
         return f"{grids} text{self.text_len} batch{self.batch}{padded}"
 
 

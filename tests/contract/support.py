@@ -132,7 +132,7 @@ def refusal(row: Row, ability: str) -> str:
     try:
         if asked.prepare is not None:
             asked.prepare(model)
-        flexclear.transform(model, **({"r": 3} if asked.call or asked.afterwards else asked.transform))
+        flexclear.transform(model, **row.frames, **({"r": 3} if asked.call or asked.afterwards else asked.transform))
         if asked.afterwards is not None:
             asked.afterwards(model)
         if asked.call is not None:

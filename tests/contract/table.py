@@ -32,6 +32,7 @@ from .pieces import (
 )
 from .row import Refused, Row
 from .rows_latents import ROWS as LATENTS
+from .rows_video import ROWS as VIDEO
 from .shapes import Shape
 from helpers import models
 
@@ -267,7 +268,7 @@ ZIMAGE = Row(
     lacks={"ids": NO_IDS, "fuse": NO_FUSING, "ip-adapter": NO_ADAPTER},
 )
 
-ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE, *rows_packed.ROWS, *LATENTS)
+ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE, *rows_packed.ROWS, *LATENTS, *VIDEO)
 
 
 def cases(shapes: Callable[[Row], list[Shape]], *abilities: str) -> pytest.MarkDecorator:

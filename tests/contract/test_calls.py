@@ -18,7 +18,7 @@ from .table import cases, every
 
 
 def transformed(row, **options):
-    return flexclear.transform(row.build(), **{"r": RADIUS, "backend": "sdpa", **options})
+    return flexclear.transform(row.build(), **{"r": RADIUS, "backend": "sdpa", **row.frames, **options})
 
 
 def padded(row):
@@ -51,7 +51,7 @@ def test_the_result_comes_as_the_caller_asks_for_it_and_the_arguments_stay_the_c
 @every()
 def test_sizes_and_texts_alternate_and_come_back_to_the_same_bits(row):
     model, plain = twins(row)
-    flexclear.transform(model, r=RADIUS, backend="sdpa")
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa")
     found = []
     for shape in ALTERNATING:
         found.append(run(model, row.call(shape)))
@@ -65,7 +65,7 @@ def test_restore_is_bit_identical_and_leaves_nothing_behind(row):
     model = row.build()
     call = row.call(padded(row))
     before, processors, keys = run(model, call), processors_of(model), list(model.state_dict())
-    assert flexclear.transform(model, r=RADIUS, backend="sdpa") is model
+    assert flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa") is model
     assert list(model.state_dict()) == keys
     assert processors_of(model).keys() == processors.keys()
     far(run(model, call), before, "the window")
@@ -90,7 +90,9 @@ def test_the_last_transform_holds(row):
     model, plain = twins(row)
     shape = Shape()
     hooks = len([hook for module in transformed(row).modules() for hook in module._forward_pre_hooks])
-    flexclear.transform(flexclear.transform(model, r=2, backend="sdpa"), r=5, backend="sdpa")
+    flexclear.transform(
+        flexclear.transform(model, r=2, **row.frames, backend="sdpa"), r=5, **row.frames, backend="sdpa"
+    )
     assert len([hook for module in model.modules() for hook in module._forward_pre_hooks]) == hooks
     same(run(model, row.call(shape)), expected(row, plain, shape, r=5))
     flexclear.restore(model)
@@ -101,7 +103,7 @@ def test_the_last_transform_holds(row):
 def test_a_deep_copy_is_transformed_and_restored_on_its_own(row):
     model, call = row.build(), row.call(padded(row))
     dense = run(model, call)
-    local = run(flexclear.transform(model, r=RADIUS, backend="sdpa"), call)
+    local = run(flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa"), call)
     copied = copy.deepcopy(model)
     flexclear.restore(model)
     assert torch.equal(run(copied, call), local)
@@ -113,7 +115,7 @@ def test_a_deep_copy_is_transformed_and_restored_on_its_own(row):
 def test_a_pickled_model_is_windowed_and_can_be_restored(row):
     model, call = row.build(), row.call(padded(row))
     dense = run(model, call)
-    local = run(flexclear.transform(model, r=RADIUS, backend="sdpa"), call)
+    local = run(flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa"), call)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -151,7 +153,7 @@ def test_training_has_the_gradients_of_the_dense_mask_with_and_without_checkpoin
         model, plain = twins(row)
         if ntk_factor != 1:
             row.stretch(plain, ntk_factor)
-        flexclear.transform(model.train(), r=RADIUS, ntk_factor=ntk_factor)
+        flexclear.transform(model.train(), r=RADIUS, **row.frames, ntk_factor=ntk_factor)
         with under(row, shape):
             theirs = gradients(plain.train(), call)
         ours = again = gradients(model, call)

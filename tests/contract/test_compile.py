@@ -35,7 +35,7 @@ def graphs():
 @pytest.mark.usefixtures("graphs")
 def test_blocks_compile_to_whole_graphs_that_serve_another_size(row):
     model, plain = twins(row, one_block=True)
-    flexclear.transform(model, r=RADIUS, backend="sdpa")
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa")
     flexclear.optimize(model, backend="eager", dynamic=True)
     padding = next(iter(row.paddings), None)
     made = []
@@ -57,7 +57,7 @@ def test_checkpointed_blocks_compile_to_whole_graphs_with_the_gradients_of_the_d
     call = row.call(shape)
     with under(row, shape):
         theirs = gradients(plain.train(), call)
-    flexclear.transform(model.train(), r=RADIUS, backend="sdpa").enable_gradient_checkpointing()
+    flexclear.transform(model.train(), r=RADIUS, **row.frames, backend="sdpa").enable_gradient_checkpointing()
     flexclear.optimize(model, backend="eager")
     largest = max(gradient.abs().max() for gradient in theirs if gradient is not None)
     for mine, right in zip(gradients(model, call), theirs, strict=True):
@@ -75,7 +75,7 @@ def test_the_whole_model_compiles_to_one_graph(row):
     call = row.call(shape)
     takes = inspect.signature(type(model).forward).parameters
     empty = {name: {} for name in ("joint_attention_kwargs", "attention_kwargs") if name in takes}
-    flexclear.transform(model, r=RADIUS, backend="sdpa").compile(fullgraph=True, backend="eager")
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa").compile(fullgraph=True, backend="eager")
     for given in (call, {**call, **empty}):
         same(run(model, given), expected(row, plain, shape, call))
 
@@ -91,7 +91,7 @@ compiles = pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_
 
 def check_kernels(row, shape, **config):
     model, plain = twins(row, head_64=True, **config)
-    flexclear.transform(model, r=RADIUS, backend="flex")
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="flex")
     for each in (shape, dataclasses.replace(shape, height=16, width=11, references=())):
         same(run(model, row.call(each)), expected(row, plain, each), str(each))
 
@@ -118,6 +118,6 @@ def test_compiled_flex_attention_of_every_kind_of_block_does_so_too(row, shape):
 @every("pooled keys")
 def test_compiled_flex_attention_lets_image_queries_alone_see_the_mean_of_each_cell(row):
     model, plain = twins(row, head_64=True, one_block=True)
-    flexclear.transform(model, r=RADIUS, backend="flex", down_factor=4)
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="flex", down_factor=4)
     shape = Shape(9, 13, batch=2)
     same(run(model, row.call(shape)), expected(row, plain, shape, down_factor=4))

@@ -28,7 +28,7 @@ def both_orders(model, row, shape, reference, call=None, **options):
     """The model transformed in each token order equals ``reference``."""
     call = row.call(shape) if call is None else call
     for order in ("tiled", "raster"):
-        flexclear.transform(model, r=RADIUS, backend="sdpa", order=order, **options)
+        flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa", order=order, **options)
         same(run(model, call), reference, (order, str(shape)))
 
 
@@ -77,7 +77,7 @@ def test_layers_left_dense_keep_the_padding(row, shape):
 
 @cases(lambda row: [row.padded(kind) for kind, hidden in row.paddings.items() if hidden], "padding")
 def test_text_that_is_hidden_has_no_say(row, shape):
-    model, call = flexclear.transform(row.build(), r=RADIUS, backend="sdpa"), row.call(shape)
+    model, call = flexclear.transform(row.build(), r=RADIUS, **row.frames, backend="sdpa"), row.call(shape)
     before = run(model, call)
     text = next((name for name in ("encoder_hidden_states", "text_bth") if name in call), None)
     if text is not None:
@@ -97,7 +97,7 @@ def test_controlnet_residuals_follow_the_token_order(row):
     call = {**row.call(shape), **copy.deepcopy(residuals)}
     reference = expected(row, plain, shape, call)
     far(expected(row, plain, shape), reference, "the ControlNet")
-    flexclear.transform(model, r=RADIUS, backend="sdpa")
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa")
     same(run(model, call), reference)
     assert all(
         torch.equal(one, other)
@@ -116,7 +116,7 @@ def test_an_ntk_factor_is_a_larger_base_of_the_rotary_frequencies(row, shape):
     call, reference = row.call(shape), expected(row, stretched, shape)
     far(expected(row, plain, shape), reference, "the factor")
     both_orders(model, row, shape, reference, ntk_factor=10.0)
-    flexclear.transform(model, r=RADIUS, backend="sdpa")
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa")
     before = run(model, call)
     with flexclear.override(ntk_factor=10.0):
         same(run(model, call), reference)
@@ -126,7 +126,7 @@ def test_an_ntk_factor_is_a_larger_base_of_the_rotary_frequencies(row, shape):
 @cases(Row.texts)
 def test_proportional_attention_scales_the_scores_and_not_what_a_mask_adds(row, shape):
     model, plain = twins(row)
-    flexclear.transform(model, r=RADIUS, backend="sdpa", proportional_attention=True)
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa", proportional_attention=True)
     call, reference = row.call(shape), expected(row, plain, shape, proportional=True)
     same(run(model, call), reference)
     with flexclear.override(proportional_attention=False):
@@ -139,24 +139,24 @@ def test_positions_above_256_stay_exact_although_bfloat16_rounds_the_ids(row):
     shape = Shape(270, 6, 4)
     call, reference = row.call(shape), expected(row, plain, shape)
     call[row.ids] = call[row.ids].to(torch.bfloat16)
-    same(run(flexclear.transform(model, r=RADIUS, backend="sdpa"), call), reference)
-    flexclear.transform(model, r=RADIUS, backend="sdpa", exact_position_ids=False)
+    same(run(flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa"), call), reference)
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa", exact_position_ids=False)
     far(run(model, call), reference, "rounding of ids")
 
 
 @every("fuse")
 def test_fused_projections_are_windowed_whenever_they_were_fused(row):
     early, plain = twins(row)
-    late = flexclear.transform(copy.deepcopy(early), r=RADIUS, backend="sdpa")
+    late = flexclear.transform(copy.deepcopy(early), r=RADIUS, **row.frames, backend="sdpa")
     shape = Shape(batch=2)
     call, reference = row.call(shape), expected(row, plain, shape)
     row.fuse(early)
-    same(run(flexclear.transform(early, r=RADIUS, backend="sdpa"), call), reference)
+    same(run(flexclear.transform(early, r=RADIUS, **row.frames, backend="sdpa"), call), reference)
     row.fuse(late)
     if row.fusing_replaces:
         with pytest.raises(RuntimeError, match=r"was given a Fused\w+ after .*transform\(model"):
             run(late, call)
-        flexclear.transform(late, r=RADIUS, backend="sdpa")
+        flexclear.transform(late, r=RADIUS, **row.frames, backend="sdpa")
     same(run(late, call), reference)
 
 
@@ -181,7 +181,7 @@ def test_an_ip_adapter_of_as_many_tokens_as_the_image_is_told_apart_from_it(row,
     images = {"ip_hidden_states": [noise(shape.batch, shape.height * shape.width, 12)]}
     call = {**row.call(shape), "joint_attention_kwargs": images}
     reference = expected(row, copy.deepcopy(model), shape, call)
-    flexclear.transform(model, r=RADIUS, backend="sdpa")
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa")
     if backend == "traced":
         flexclear.optimize(model, backend="eager")
     same(run(model, call), reference)
@@ -206,7 +206,7 @@ def test_bfloat16_errs_no_more_than_the_plain_model_in_bfloat16(row):
     half = {name: lower(value) for name, value in call.items()}
     plain = row.build().to(torch.bfloat16)
     theirs = (expected(row, plain, shape, half).float() - exact).norm()
-    ours = (run(flexclear.transform(plain, r=RADIUS, backend="sdpa"), half).float() - exact).norm()
+    ours = (run(flexclear.transform(plain, r=RADIUS, **row.frames, backend="sdpa"), half).float() - exact).norm()
     assert ours <= 1.5 * theirs
     assert theirs < 0.1 * exact.norm()
 

@@ -40,9 +40,9 @@ def test_what_a_family_does_not_support_is_refused_by_name(row, ability):
     if refusal.prepare is not None:
         refusal.prepare(model)
     if refusal.call is None and refusal.afterwards is None:
-        refused(model, refusal.error, refusal.says, **refusal.transform)
+        refused(model, refusal.error, refusal.says, **{**row.frames, **refusal.transform})
         return
-    flexclear.transform(model, r=RADIUS, backend="sdpa")
+    flexclear.transform(model, r=RADIUS, **row.frames, backend="sdpa")
     before = run(model, row.call(shape))
     with pytest.raises(refusal.error, match=refusal.says):
         refusal.afterwards(model) if refusal.call is None else run(model, {**row.call(shape), **refusal.call(shape)})
@@ -52,7 +52,7 @@ def test_what_a_family_does_not_support_is_refused_by_name(row, ability):
 def test_an_ntk_factor_of_one_call_is_refused_too():
     for row in ROWS:
         if "ntk" in row.refuses:
-            model = flexclear.transform(row.build(), r=RADIUS, backend="sdpa")
+            model = flexclear.transform(row.build(), r=RADIUS, **row.frames, backend="sdpa")
             with flexclear.override(ntk_factor=2.0), pytest.raises(ValueError, match=row.refuses["ntk"].says):
                 run(model, row.call(Shape()))
 
@@ -76,7 +76,7 @@ def test_foreign_processors_and_blocks_are_refused(row):
 @pytest.mark.brief
 @every()
 def test_an_input_that_is_missing_is_named(row):
-    model = flexclear.transform(row.build(), r=RADIUS, backend="sdpa")
+    model = flexclear.transform(row.build(), r=RADIUS, **row.frames, backend="sdpa")
     call = row.call(Shape(8, 6, 5))
     texts = (
         "encoder_hidden_states",

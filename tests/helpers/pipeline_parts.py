@@ -88,13 +88,14 @@ def quiet(pipe):
 
 
 def draw(pipe, *, prompt=PROMPTS, seed: int = 2, **options) -> torch.Tensor:
-    """The images of two steps, ``[B, 3, H, W]`` from 0 to 1."""
+    """The images of two steps, ``[B, 3, H, W]`` from 0 to 1, or the videos, ``[B, F, 3, H, W]``."""
     if prompt is not None:
         options["prompt"] = list(prompt) if isinstance(prompt, tuple) else prompt
     torch.manual_seed(seed)  # what a pipeline samples without the generator
-    images = pipe(
+    output = pipe(
         **{"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed), "output_type": "pt", **options}
-    ).images
+    )
+    images = output.images if hasattr(output, "images") else output.frames
     assert images.isfinite().all()
     return images
 

@@ -122,8 +122,10 @@ def test_every_window_of_the_package_survives_json():
     windows = [
         masks.Disc(3), masks.Square(2), masks.Neighborhood(5), masks.Swin(8, 3), masks.Strided(4), masks.Full(),
         masks.Disc(3) & (masks.Square(2) | masks.Strided(2)), masks.Downsampled(masks.Disc(8), 4), None,
+        masks.cylinder(4, 2) | masks.Anchors((0, 3)), masks.radial(8), masks.TileWindow((2, 4, 4), 3),
+        masks.Neighborhood((3, 5, 7), dilation=(1, 2, 1)),
     ]  # fmt: skip
-    exported = {type(w) for w in windows} | {masks.Both, masks.Either, type(None)}
+    exported = {type(w) for w in windows} | {masks.Both, masks.Either, masks.Tube, masks.Anchors, type(None)}
     public = [getattr(masks, name) for name in masks.__all__]
     assert {kind for kind in public if isinstance(kind, type) and issubclass(kind, Window)} - {Window} <= exported
     assert [decode(json.loads(json.dumps(encode(window, "here")))) for window in windows] == windows

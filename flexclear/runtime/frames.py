@@ -1,0 +1,108 @@
+"""How many frames of a video a radius is seen in (``frame_radius``), and whether windows are a video's or an image's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from flexclear.masks import Disc, Window, all_frames, cylinder
+from flexclear.masks.checks import check_int
+from flexclear.masks.layout import MAX_CLIP_SIDE
+from flexclear.runtime.family import Family
+from flexclear.runtime.mechanism import WindowMechanism
+
+ALL = "all"
+"""The ``frame_radius`` of a window over every frame."""
+
+
+class InFrames:
+    """Makes the window of a radius, and remembers whether it was asked for one.
+
+    Attributes:
+        frame_radius: what ``transform`` was given.
+        video: whether the model is one of videos.
+        model: name of its class.
+        asked: whether there was a radius.
+    """
+
+    def __init__(self, frame_radius: int | str | None, video: bool, model: str) -> None:
+        self.frame_radius, self.video, self.model, self.asked = frame_radius, video, model, False
+
+    def __call__(self, radius: int) -> Window:
+        """The window of a radius.
+
+        Raises:
+            TypeError, ValueError: it is none, or its frames are not known.
+        """
+        disc = Disc(radius)
+        self.asked = True
+        if not self.video:
+            return disc
+        if self.frame_radius is None:
+            raise ValueError(
+                f"r={radius} does not say which frames of a video are seen, and {self.model} is a video model. Give "
+                f"frame_radius=n for the query's own frame and n on either side, frame_radius={ALL!r} for every one, or a window "
+                "of flexclear.masks as r, such as radial(32)"
+            )
+        return all_frames(radius) if self.frame_radius == ALL else cylinder(radius, int(self.frame_radius))
+
+    def check_used(self) -> None:
+        """Raise if frames were given and no radius.
+
+        Raises:
+            ValueError: they were.
+        """
+        if self.frame_radius is not None and not self.asked:
+            raise ValueError(
+                f"frame_radius={self.frame_radius!r} says in which frames a radius is seen, and r holds no radius: windows of "
+                "flexclear.masks say so themselves. Leave it out"
+            )
+
+
+def in_frames(frame_radius: Any, family: Family, model: nn.Module) -> InFrames:
+    """What makes windows of radii for a model.
+
+    Raises:
+        TypeError, ValueError: ``frame_radius`` is none, or the model's images have no frames.
+    """
+    name = type(model).__name__
+    if frame_radius is not None and not family.video:
+        raise ValueError(
+            f"frame_radius={frame_radius!r}: {name} makes images, which have no frames. Leave it out; r is the radius in tokens"
+        )
+    if frame_radius is not None and frame_radius != ALL:
+        if isinstance(frame_radius, str):
+            raise ValueError(f"frame_radius must be a number of frames or {ALL!r}, got {frame_radius!r}")
+        check_int("frame_radius", frame_radius, 0, MAX_CLIP_SIDE - 1, "in frames of the latents")
+    return InFrames(frame_radius, family.video, name)
+
+
+def refuse_on_video(mechanism: WindowMechanism, family: Family, model: nn.Module) -> None:
+    """Raise if an alternative that is a mask of images is to run on a video model.
+
+    Raises:
+        ValueError: it is.
+    """
+    if family.video:
+        raise ValueError(
+            f"attention={mechanism.kind!r} is defined for images, and {type(model).__name__} is a video model. Give r and "
+            "frame_radius, or a window of flexclear.masks as r"
+        )
+
+
+def refuse_image_windows(windows: Iterable[Window | None], family: Family, model: nn.Module) -> None:
+    """Raise if a video model is to have a window of images.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not family.video:
+        return
+    for window in dict.fromkeys(windows):
+        if window is not None and not window.knows_frames:
+            raise ValueError(
+                f"{window!r} is a window of images, and {type(model).__name__} is a video model: it does not say which frames "
+                "are seen. cylinder, all_frames, ball, radial and Tube of flexclear.masks do, or r=radius with frame_radius"
+            )
