@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flexclear.families.sharing import GatherHook, OrderHook, RowsHook
 from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.carrying import Hook, here
 from flexclear.runtime.checks import refuse_mask, required_tensor
@@ -52,6 +53,8 @@ class LatentsFamily(Family):
         registers: tokens of the model's own that go with the text.
         positions: path of the number of learned positions, which are a square grid's; None where no size is too large.
         refuses: arguments that a call must not have, and why.
+        rows: axis of what the embedder returns along which there is a row for each image token, of a model that several ranks
+            can share: its blocks get tokens first, and ``proj_out`` makes patches of them.
     """
 
     raster: bool = True
@@ -60,6 +63,7 @@ class LatentsFamily(Family):
     registers: int = 0
     positions: str | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
+    rows: int | None = None
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         latents, text = (required_tensor(kwargs, name, model) for name in ("hidden_states", self.text))
@@ -124,6 +128,21 @@ class LatentsFamily(Family):
     def embedder_of(self, model: nn.Module) -> nn.Module:
         """The module that makes the rotary embedding."""
         return model.get_submodule(self.embedder or self.carriers[0])
+
+    def why_not_parallel(self, model: nn.Module) -> str | None:
+        return super().why_not_parallel(model) if self.rows is None else None
+
+    def why_not_parallel_call(self, model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+        times = kwargs.get("timestep")
+        if isinstance(times, Tensor) and times.ndim > 1:
+            return "it has a time for each token or frame, which ranks do not share"
+        return None
+
+    def parallel_hooks(self, model: nn.Module, current: Any) -> InnerHooks:
+        assert self.rows is not None
+        first: Any = model.get_submodule(f"{next(iter(self.stacks))}.0")
+        out = model.get_submodule("proj_out")
+        return [(self.embedder_of(model), RowsHook(self.rows)), (first, OrderHook()), (out, GatherHook(current))]
 
     def hooks(self, model: nn.Module, names: Iterable[str]) -> InnerHooks:
         stretching: InnerHooks = [(self.embedder_of(model), StretchHook())] if self.rope else []

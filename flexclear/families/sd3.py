@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexclear.families.sharing import GatherHook, OrderHook
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.carrying import Hook, carried_by
 from flexclear.runtime.checks import refuse_mask, required_tensor
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family, InnerHooks
@@ -25,36 +25,6 @@ IMAGE = "image"
 
 PX_PER_LATENT = 8
 """Pixels per latent and side of the VAE that SD3 and SD3.5 have."""
-
-
-class OrderHook(Hook):
-    """Forward pre-hook of the first block: image tokens, which have their positions by now, into the plan's order.
-
-    Blocks are called by name, and by position with the image first under gradient checkpointing.
-    """
-
-    def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        plan = carried_by((*args, *kwargs.values()))
-        if plan is None:
-            return args, kwargs  # the block alone: its attention says what is missing
-        if args:
-            return (plan.to_image_order(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
-
-
-class GatherHook(Hook):
-    """Forward hook of the last layer before patches become an image: the tokens of all ranks, in raster order."""
-
-    after = True
-
-    def __init__(self, current: Any) -> None:
-        self.current = current
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        call = self.current()
-        return output if call is None else call.gather(output)
 
 
 class FusedJointAttnProcessor:

@@ -65,6 +65,7 @@ WAN = WanFamily(
     carriers=("rope",),
     joins=False,
     video=True,
+    rows=1,
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     notes=(
         "Wan 2.1 and 2.2, text, image and video to video, a time for each token (TI2V), both transformers of the A14B; "
@@ -90,6 +91,7 @@ SKYREELS_V2 = WanFamily(
     carriers=("rope",),
     joins=False,
     video=True,
+    rows=1,
     pipelines=(
         "SkyReelsV2Pipeline",
         "SkyReelsV2ImageToVideoPipeline",

@@ -41,7 +41,8 @@ def enable(
 ) -> Target:
     """Share each image among the ranks of a group; call it on every rank, after ``flexclear.transform``.
 
-    The token grid is cut along its longer side into bands, in multiples of 8 lines. In each attention layer a rank's image
+    The token grid is cut along its longer side into bands, in multiples of 8 lines; a video along its rows, columns or frames,
+    where the layers' windows let the fewest keys pass. In each attention layer a rank's image
     queries see its own keys, all text, and border keys that its neighbours send: as far as the layer's window reaches,
     from several neighbours where bands are thinner than that. Text is computed on every rank. Outside of the transformer
     every rank does the same; the result is the same image everywhere.

@@ -16,7 +16,7 @@ from flexclear.masks.coordinates import int_number
 from flexclear.masks.defaults import independent
 from flexclear.masks.padding import with_text_mask_at
 from flexclear.masks.places import POOLED, TEXT
-from flexclear.parallel.planning import Bands, Part, gathered_order, packed_raster, part_of
+from flexclear.parallel.planning import Bands, Part, gathered_order, line_sizes, packed_raster, part_of, sides
 from flexclear.runtime.plan import MAX_DENSE_BYTES, Plan
 from flexclear.runtime.pooling import Pooling
 
@@ -155,8 +155,8 @@ def build_band_plan(
 def part_of_size(layout: Layout, bands: Bands, rank: int) -> int:
     """Number of image tokens of a rank."""
     first, stop = bands.run(rank)
-    axis = bands.axis
-    return sum(max(min(stop, grid[axis]) - first, 0) * grid[1 - axis] for grid in layout.grids)
+    lines = zip(sides(layout, bands.axis), line_sizes(layout, bands.axis), strict=True)
+    return sum(max(min(stop, side) - first, 0) * size for side, size in lines)
 
 
 def _size_of(plan: BandPlan) -> int:

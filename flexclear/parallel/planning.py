@@ -2,13 +2,15 @@
 
 The token grid is cut into bands of lines, rows or columns, whichever are more, at multiples of 8 lines, so that every
 band begins with whole tiles of the token order. Lines go by their number in each grid: a band of lines is a band of every
-grid of the layout, the reference pictures' too, because a window sees the same rows and columns of all of them.
+grid of the layout, the reference pictures' too, because a window sees the same rows and columns of all of them. Several frames
+are cut along rows, columns or frames, where the windows let the least pass, at any line: their order has no tiles.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from flexclear.masks import Downsampled, Layout, Window
 from flexclear.masks.defaults import independent
-from flexclear.masks.orders import BAND, ORDERS, band_edges
+from flexclear.masks.orders import BAND, ORDERS, band_edges, walk_of_clip
 from flexclear.masks.places import Box
 
 TOO_SMALL = ("raise", "fewer")
@@ -30,7 +32,7 @@ class Bands:
     """Which lines each rank has.
 
     Attributes:
-        axis: 0 where lines are rows, 1 where they are columns.
+        axis: of ``Layout.shape``: 0 where lines are frames, 1 rows, 2 columns.
         edges: rank i has the lines from ``edges[i]`` to before ``edges[i + 1]``; none where they are equal.
     """
 
@@ -54,12 +56,22 @@ class Bands:
 
 def sides(layout: Layout, axis: int) -> tuple[int, ...]:
     """Number of lines of each grid."""
-    return tuple(grid[axis] for grid in layout.grids)
+    return tuple(shape[axis] for shape in shapes(layout))
+
+
+def shapes(layout: Layout) -> list[tuple[int, int, int]]:
+    """Frames, rows and columns of each grid."""
+    return [(layout.frames, *grid) for grid in layout.grids]
+
+
+def line_sizes(layout: Layout, axis: int) -> tuple[int, ...]:
+    """Tokens of one line of each grid."""
+    return tuple(math.prod(shape) // shape[axis] for shape in shapes(layout))
 
 
 def long_axis(layout: Layout) -> int:
-    """Axis along which there are more lines, which keeps borders short; rows where there are as many."""
-    return 0 if max(sides(layout, 0)) >= max(sides(layout, 1)) else 1
+    """Axis of an image along which there are more lines, which keeps borders short; rows where there are as many."""
+    return 1 if max(sides(layout, 1)) >= max(sides(layout, 2)) else 2
 
 
 def check_shares(shares: Sequence[float] | None, ranks: int) -> tuple[float, ...]:
@@ -78,11 +90,17 @@ def check_shares(shares: Sequence[float] | None, ranks: int) -> tuple[float, ...
     return given
 
 
-def cut(layout: Layout, ranks: int, shares: Sequence[float] | None = None, too_small: str = "raise") -> Bands:
-    """Cut an image into one band per rank.
+def cut(
+    layout: Layout,
+    ranks: int,
+    shares: Sequence[float] | None = None,
+    too_small: str = "raise",
+    windows: Iterable[Window | None] = (),
+) -> Bands:
+    """Cut an image or a clip into one band per rank.
 
     >>> cut(Layout(64, 48), 3)
-    Bands(axis=0, edges=(0, 24, 40, 64))
+    Bands(axis=1, edges=(0, 24, 40, 64))
 
     Args:
         layout: the sequence.
@@ -91,6 +109,7 @@ def cut(layout: Layout, ranks: int, shares: Sequence[float] | None = None, too_s
             lines, so shares are met as well as these allow.
         too_small: what happens where there are fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last
             ranks get no lines.
+        windows: those of the layers, of several frames: where the image is cut depends on what they let pass.
 
     Raises:
         ValueError: the grid is too small, or an argument makes no sense.
@@ -98,23 +117,65 @@ def cut(layout: Layout, ranks: int, shares: Sequence[float] | None = None, too_s
     if too_small not in TOO_SMALL:
         raise ValueError(f"too_small must be one of {list(TOO_SMALL)}, got {too_small!r}")
     wanted = check_shares(shares, ranks)
+    if layout.frames > 1:
+        return _cut_clip(layout, ranks, wanted, too_small, set(windows))
     axis = long_axis(layout)
     units = band_edges(max(sides(layout, axis)))
-    count = len(units) - 1
-    if count < ranks:
-        if too_small == "raise":
-            raise ValueError(
-                f"an image of {layout.height} x {layout.width} tokens has {count} bands of {BAND} lines along its longer "
-                f"side, too few for {ranks} ranks. Use at most {count} ranks, a larger image, or "
-                "flexclear.parallel.enable(..., too_small='fewer'), which leaves the others idle"
-            )
-        busy = cut(layout, count, wanted[:count])
-        return Bands(axis, busy.edges + (units[-1],) * (ranks - count))
+    if len(units) <= ranks:
+        return _fewer(layout, axis, units, wanted, too_small, f"bands of {BAND} lines along its longer side")
+    return _cut_along(layout, axis, units, wanted)
+
+
+def _cut_clip(
+    layout: Layout, ranks: int, wanted: tuple[float, ...], too_small: str, windows: set[Window | None]
+) -> Bands:
+    """Several frames, cut along the axis where the fewest tokens are sent; rows before columns before frames where as many."""
+    found = []
+    for axis in (1, 2, 0):
+        units = [*range(layout.shape[axis] + 1)]
+        if len(units) <= ranks and layout.shape[axis] < max(layout.shape):
+            continue
+        if len(units) <= ranks:
+            return _fewer(layout, axis, units, wanted, too_small, "lines along its longest side")
+        bands = _cut_along(layout, axis, units, wanted)
+        size = line_sizes(layout, axis)[0]
+        sent = sum(
+            size * (stop - first)
+            for window in windows
+            for runs in borders(layout, window, bands).values()
+            for first, stop in runs
+        )
+        found.append((sent, bands))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _fewer(
+    layout: Layout, axis: int, units: Sequence[int], wanted: tuple[float, ...], too_small: str, what: str
+) -> Bands:
+    """Bands for as many ranks as there are units.
+
+    Raises:
+        ValueError: ``too_small`` says so.
+    """
+    ranks, count = len(wanted), len(units) - 1
+    if count < ranks and too_small == "raise":
+        sides = " x ".join(map(str, layout.shape if layout.frames > 1 else layout.shape[1:]))
+        raise ValueError(
+            f"an image of {sides} tokens has {count} {what}, too few for {ranks} ranks. Use at most {count} ranks, a larger "
+            "image, or flexclear.parallel.enable(..., too_small='fewer'), which leaves the others idle"
+        )
+    busy = _cut_along(layout, axis, units, wanted[:count])
+    return Bands(axis, busy.edges + (units[-1],) * (ranks - count))
+
+
+def _cut_along(layout: Layout, axis: int, units: Sequence[int], wanted: tuple[float, ...]) -> Bands:
+    """Bands of whole units, each of as many tokens as is wanted, as well as units allow."""
+    ranks, count = len(wanted), len(units) - 1
     # Tokens before each unit, over all grids.
     before = [
-        sum(min(line, grid[axis]) * grid[1 - axis] for grid in layout.grids)
+        sum(min(line, side) * size for side, size in zip(sides(layout, axis), line_sizes(layout, axis), strict=True))
         for line in units
-    ]  # fmt: skip
+    ]
     total = sum(wanted)
     chosen = [0]
     for rank in range(1, ranks):
@@ -138,12 +199,14 @@ def reached(layout: Layout, window: Window | None, bands: Bands, rank: int) -> T
     if window is None:
         return torch.ones(count, dtype=torch.bool)
     number = torch.arange(count, dtype=torch.int32)
-    across = max(sides(layout, 1 - bands.axis)) - 1
+    most = [max(sides(layout, axis)) - 1 for axis in range(3)]
 
     def box(first: Tensor, last: Tensor) -> Box:
-        zero = torch.zeros_like(first)
-        along, beside = (first, last), (zero, torch.full_like(first, across))
-        return ((zero, zero), along, beside) if bands.axis == 0 else ((zero, zero), beside, along)
+        frames, rows, columns = (
+            (first, last) if axis == bands.axis else (torch.zeros_like(first), torch.full_like(first, most[axis]))
+            for axis in range(3)
+        )
+        return frames, rows, columns
 
     query = torch.full_like(number, first), torch.full_like(number, stop - 1)
     return window.touches(layout, box(*query), box(number, number))
@@ -182,18 +245,21 @@ def tokens_in(layout: Layout, axis: int, runs: Sequence[Run], start: int = 0) ->
     """
     found = []
     offset = 0
-    for height, width in layout.grids:
+    for shape in shapes(layout):
         for first, stop in runs:
-            stop = min(stop, height if axis == 0 else width)
+            stop = min(stop, shape[axis])
             if first >= stop:
                 continue
-            size = (stop - first, width) if axis == 0 else (height, stop - first)
-            walk = ORDERS[str(layout.order)](*size, start)
-            y, x = walk // size[1], walk % size[1]
-            y, x = (y + first, x) if axis == 0 else (y, x + first)
-            found.append(offset + y * width + x)
+            frames, height, width = (stop - first if number == axis else side for number, side in enumerate(shape))
+            if layout.frames > 1:
+                walk = walk_of_clip(frames, height, width, layout.order)
+            else:
+                walk = ORDERS[str(layout.order)](height, width, start)
+            places = [walk // (height * width), walk // width % height, walk % width]
+            places[axis] = places[axis] + first
+            found.append(offset + (places[0] * shape[1] + places[1]) * shape[2] + places[2])
             start += len(walk)
-        offset += height * width
+        offset += math.prod(shape)
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
 
@@ -201,9 +267,9 @@ def tokens_in(layout: Layout, axis: int, runs: Sequence[Run], start: int = 0) ->
 def packed_raster(layout: Layout) -> Tensor:
     """Place of every image token by raster index, as one number (``Layout.packing``), int32 ``[image_len]``."""
     parts = []
-    for height, width in layout.grids:
-        place = torch.arange(height * width)
-        parts.append(layout.packing.pack(torch.zeros_like(place), place // width, place % width))
+    for frames, height, width in shapes(layout):
+        place = torch.arange(frames * height * width)
+        parts.append(layout.packing.pack(place // (height * width), place // width % height, place % width))
     return torch.cat(parts).to(torch.int32)
 
 

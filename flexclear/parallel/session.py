@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +77,13 @@ class Session:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _no_session, ()
 
-    def bands(self, call: Call, text_first: bool) -> Bands:
+    def bands(self, layout: Layout, windows: Iterable[Window | None]) -> Bands:
         """Where the image of a call is cut.
 
         Raises:
             ValueError: it is too small for the ranks.
         """
-        (height, width), *references = call.grids
-        layout = Layout(height, width, 0, text_first, "raster", tuple(references))
-        return cut(layout, self.links.size, self.options.shares, self.options.too_small)
+        return cut(layout, self.links.size, self.options.shares, self.options.too_small, windows)
 
     def check(self, model: nn.Module, family: Family, settings: Settings) -> None:
         """Raise if a model that is transformed like this cannot be shared; see ``refuse_unshared``."""
@@ -148,7 +146,7 @@ class Session:
         if new_run and (step is not None or self._calls == 1):
             mine |= facts_of_model(model, settings, self.options)
         said, anew = self.links.meet(mine)
-        shape = (call.grids, tuple(sorted(call.text_lens.items())), tuple(call.tokens.shape))
+        shape = (call.grids, call.frames, tuple(sorted(call.text_lens.items())), tuple(call.tokens.shape))
         if anew:
             self._stale.clear()
         elif new_run or shape != self._shape:
@@ -162,8 +160,9 @@ class Session:
         refused = family.why_not_parallel_call(model, dict(kwargs)) or why_not_cached(model)
         if refused is not None:
             raise AgreedError(f"this call of {type(model).__name__} cannot be shared by several ranks: {refused}")
+        layout = Layout(*call.grids[0], 0, family.text_first, "raster", tuple(call.grids[1:]), frames=call.frames)
         try:
-            bands = self.bands(call, family.text_first)
+            bands = self.bands(layout, (window for _, window in settings.slots))
         except ValueError as error:
             raise AgreedError(str(error)) from None
         if bands.busy < bands.ranks and not family.idles:
@@ -172,7 +171,6 @@ class Session:
                 f"{bands.ranks} ranks idle (too_small='fewer'), and {type(model).__name__} cannot run without image tokens. "
                 f"Use {bands.busy} ranks, or a larger picture"
             )
-        layout = Layout(*call.grids[0], 0, family.text_first, "raster", call.grids[1:])
         self.current = BandCall(self, bands, layout, step, branch, family.text_first)
 
     def _step(self) -> int | None:

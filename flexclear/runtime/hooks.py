@@ -176,7 +176,8 @@ class EntryHook(Hook):
             )
             if order == "tiled" and call.frames > 1:
                 # Tokens that enter in the layout's order have one for all windows.
-                suits = window if self.family.raster else next(filter(None, (each for _, each in settings.slots)), None)
+                alone = self.family.raster and self.parallel is None
+                suits = window if alone else next(filter(None, (each for _, each in settings.slots)), None)
                 layout = layout.with_order("raster") if suits is None else suited(layout, suits)
             backward = needs_grad and backend == "flex"
             text_padded = scope in call.keep

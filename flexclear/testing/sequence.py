@@ -13,7 +13,7 @@ from flexclear.compile.kernels import Kernel
 from flexclear.masks import Downsampled, Layout, Window, block_mask, block_pairs, cost, dense_mask, with_text_mask
 from flexclear.masks.scan import ask
 from flexclear.parallel.masks import build_band_plan
-from flexclear.parallel.planning import cut, long_axis, part_of
+from flexclear.parallel.planning import cut, long_axis, part_of, sides
 from flexclear.runtime.call_plan import CallPlan, SlotPlan
 from flexclear.runtime.plan import build_plan
 from flexclear.runtime.pooling import make_pooling
@@ -183,7 +183,7 @@ def _with_pooled(layout: Layout, tokens: np.ndarray, factor: int, weight: np.nda
 
 def check_ranks(layout: Layout, window: Window, block_size: int | tuple[int, int]) -> None:
     """A rank's mask is its rows of the whole mask, and what it lacks no query of it sees."""
-    longest = max(grid[long_axis(layout)] for grid in layout.grids)
+    longest = max(sides(layout, long_axis(layout)))
     if longest < 16:
         return
     size = (block_size, block_size) if isinstance(block_size, int) else block_size

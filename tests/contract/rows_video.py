@@ -31,6 +31,8 @@ REFUSES = {
     "ranks": Refused("cannot be shared by several ranks: the model makes its tokens itself", afterwards=share),
 }
 
+WITHOUT_RANKS = {name: refused for name, refused in REFUSES.items() if name != "ranks"}
+
 
 def in_frames(shape: Shape) -> Shape:
     """The shape of a video, of as many frames as the rows have unless it says otherwise."""
@@ -81,14 +83,27 @@ BLOCKS = {
     "lacks": LACKS,
 }
 
-WAN = Row("wan", "Wan 2.1, 2.2", models.tiny_wan, shaped(models.wan_call), **BLOCKS)
+WAN = Row(
+    "wan",
+    "Wan 2.1, 2.2",
+    models.tiny_wan,
+    shaped(models.wan_call),
+    **{**BLOCKS, "refuses": WITHOUT_RANKS},
+)
+
+TIMES = {
+    **BLOCKS,
+    "joint_block": None,  # it would be Wan's
+    "refuses": WITHOUT_RANKS,
+    "lacks": {**LACKS, "ranks": "ranks do not share a time for each token or frame, and the call says so"},
+}
 
 WAN_TOKENS = Row(
     "wan_tokens",
     "Wan 2.2 TI2V",
     models.tiny_wan,
     shaped(models.wan_call, times="tokens"),
-    **{**BLOCKS, "joint_block": None},  # it would be Wan's
+    **TIMES,
 )
 
 
@@ -118,7 +133,7 @@ SKYREELS_V2 = Row(
     "SkyReels V2",
     models.tiny_skyreels,
     shaped(models.skyreels_call, times="frames"),
-    **{**BLOCKS, "joint_block": None},
+    **TIMES,
 )
 
 LTX = Row(

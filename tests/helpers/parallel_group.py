@@ -15,6 +15,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 CASES = (
     "helpers.parallel_cases",
+    "helpers.parallel_clips",
     "helpers.parallel_families",
     "helpers.parallel_pipelines",
     "helpers.parallel_faults",

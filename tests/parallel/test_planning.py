@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 
 from flexclear.compile.kernels import Kernel
 from flexclear.families.zimage_pads import room_for
-from flexclear.masks import Both, Disc, Downsampled, Layout, Neighborhood, Square, Strided, Swin, block_mask, dense_mask
+from flexclear.masks import (
+    Both,
+    Disc,
+    Downsampled,
+    Layout,
+    Neighborhood,
+    Square,
+    Strided,
+    Swin,
+    all_frames,
+    block_mask,
+    cylinder,
+    dense_mask,
+)
 from flexclear.masks.orders import BAND
 from flexclear.parallel.masks import build_band_plan, dense_band_mask, key_tokens, part_of_size
 from flexclear.parallel.planning import (
@@ -27,6 +40,8 @@ from flexclear.parallel.planning import (
     sides,
 )
 from flexclear.runtime.pooling import make_pooling
+from flexclear.testing.strategies import clips
+from flexclear.testing.strategies import windows as all_windows
 
 CPU = torch.device("cpu")
 
@@ -47,7 +62,7 @@ def pictures(draw, references=True, least=8):
     others = draw(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=2)) if references else []
     order = draw(st.sampled_from(["tiled", "raster"]))
     layout = Layout(height, width, draw(st.integers(0, 9)), draw(st.booleans()), order, tuple(others))
-    most = max(1, (max(max(sides(layout, 0)), max(sides(layout, 1))) + 4) // BAND)
+    most = max(1, (max(max(sides(layout, 1)), max(sides(layout, 2))) + 4) // BAND)
     return layout, draw(st.integers(1, min(most, 8)))
 
 
@@ -57,7 +72,7 @@ def test_bands_are_whole_tiles_along_the_longer_side_and_hold_every_token_once(p
     shares = data.draw(st.none() | st.lists(st.floats(0.1, 9), min_size=ranks, max_size=ranks))
     bands = cut(layout, ranks, shares)
     longest = max(sides(layout, bands.axis))
-    assert longest >= max(sides(layout, 1 - bands.axis))
+    assert longest >= max(sides(layout, 3 - bands.axis))
     assert bands.edges[0] == 0
     assert bands.edges[-1] == longest
     assert all(a < b for a, b in zip(bands.edges, bands.edges[1:], strict=False)), "every rank has lines"
@@ -79,7 +94,7 @@ def test_equal_bands_differ_by_one_tile_at_most(ranks, units):
 
 def test_shares_are_met_as_well_as_tiles_allow():
     assert cut(Layout(64, 8), 3, (2, 1, 1)).edges == (0, 32, 48, 64)
-    assert cut(Layout(8, 80), 2, (1, 4)) == Bands(1, (0, 16, 80))
+    assert cut(Layout(8, 80), 2, (1, 4)) == Bands(2, (0, 16, 80))
     assert cut(Layout(32, 8), 4, (100, 1, 1, 1)).edges == (0, 8, 16, 24, 32), "each rank has one tile at least"
 
 
@@ -212,6 +227,42 @@ def test_what_the_ranks_pool_adds_up_to_the_pooled_keys_of_the_whole_picture(pic
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@settings(max_examples=40)
+@given(clips(), st.integers(1, 4), st.data())
+def test_clips_are_cut_at_any_line_and_a_rank_gets_what_its_queries_see(layout, ranks, data):
+    window = data.draw(all_windows(layout))
+    if max(layout.shape) < ranks:
+        with pytest.raises(ValueError, match=f"too few for {ranks} ranks"):
+            cut(layout, ranks)
+        return
+    bands = cut(layout, ranks, windows=[window])
+    assert bands.edges[-1] == layout.shape[bands.axis]
+    raster = dense_mask(Layout(*layout.shape[1:], 0, order="raster", frames=layout.frames), window)
+    own = [own_tokens(layout, bands, rank) for rank in range(ranks)]
+    assert torch.equal(torch.cat(own)[gathered_order(layout, bands)], torch.arange(layout.image_len))
+    for rank, tokens in enumerate(own):
+        part = part_of(layout, window, bands, rank)
+        seen = raster[tokens].any(0)
+        seen[tokens] = False
+        received = torch.zeros_like(seen)
+        received[part.halo] = True
+        assert not (seen & ~received).any()
+        assert part_of_size(layout, bands, rank) == len(tokens)
+        plan = build_band_plan(layout, window, bands, rank, "flex", Kernel((16, 16)), CPU)
+        keys = torch.cat([tokens, part.halo])
+        here = torch.cat([torch.arange(len(tokens)), len(tokens) + layout.text_len + torch.arange(len(part.halo))])
+        asked = plan.mask.mask_mod(None, None, torch.arange(len(tokens))[:, None], here[None])
+        assert torch.equal(asked.expand(len(tokens), len(keys)), raster[tokens][:, keys])
+
+
+def test_a_clip_is_cut_where_the_window_lets_the_least_pass():
+    layout = Layout(45, 80, 0, frames=21)
+    assert cut(layout, 2, windows=[cylinder(16, 4)]).axis == 2, "15 of 80 columns, of 21 x 45 each"
+    assert cut(layout, 2, windows=[cylinder(16, 1)]).axis == 0, "one frame"
+    assert cut(layout, 2, windows=[all_frames(8)]).axis == 2
+    assert cut(layout, 2, windows=[None]).axis == 1, "all the same"
+
+
 def test_a_picture_that_is_too_small_is_an_error_or_leaves_ranks_idle():
     layout = Layout(16, 12)
     with pytest.raises(
@@ -233,7 +284,7 @@ def test_shares_that_make_no_sense_are_refused(shares):
 
 def test_a_ranks_block_mask_of_the_whole_picture_is_the_mask_without_text_rows():
     layout = Layout(16, 16, 16, text_first=False)
-    plan = build_band_plan(layout, Disc(3), Bands(0, (0, 16)), 0, "flex", Kernel((128, 64)), CPU)
+    plan = build_band_plan(layout, Disc(3), Bands(1, (0, 16)), 0, "flex", Kernel((128, 64)), CPU)
     whole = block_mask(layout, Disc(3), block_size=(128, 64))
     assert torch.equal(plan.mask.kv_num_blocks[0, 0], whole.kv_num_blocks[0, 0, :2])
     assert torch.equal(plan.order, layout.permutation())

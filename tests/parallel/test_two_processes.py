@@ -93,6 +93,35 @@ def test_a_shared_model_equals_the_plain_one_under_the_dense_mask(two, row, shap
     assert largest(found, "after") == 0
 
 
+CLIPS = [
+    # Rows, columns, frames: where the window lets the least pass.
+    (("wan", (5, 9, 6), 7, 2), {"frame_radius": 2}, 1),
+    (("wan", (3, 5, 11), 7, 3), {"frame_radius": "all", "batch": 2}, 2),
+    (("wan", (12, 4, 5), 7, 3), {"frame_radius": 1, "enable_options": {"shares": (2.0, 1.0)}}, 0),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "axis"), CLIPS, ids=str)
+def test_a_shared_video_is_the_whole_one_and_sends_what_is_planned(two, arguments, options, axis):
+    found = two.results("clip_against_one", *arguments, **options)
+    assert largest(found, "error") <= EXACT
+    assert min(result["window"] for result in found) > 1e-3
+    assert largest(found, "after") == 0
+    assert len({result["sum"] for result in found}) == 1
+    for result in found:
+        assert result["axis"] == axis
+        assert result["border"] == result["planned border"] > 0
+        assert result["output"] == result["planned output"]
+
+
+def test_a_time_for_each_token_is_not_shared(two):
+    for kind, message in two.errors(
+        "clip_against_one", "wan", (4, 6, 5), 7, 2, frame_radius=1, call_options={"times": "tokens"}
+    ):
+        assert kind == "AgreedError"
+        assert "a time for each token" in message
+
+
 @pytest.mark.parametrize("kind", ["no pads", "no refiner", "as large as positions go"])
 def test_a_shared_z_image_is_the_whole_one_whatever_its_pads(two, kind):
     found = two.results("family_against_one", f"zimage, {kind}", {"r": 3})
