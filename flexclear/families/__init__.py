@@ -14,13 +14,14 @@ from flexclear.families.hidream import HIDREAM
 from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
 from flexclear.families.krea2 import KREA2
 from flexclear.families.latents import AURAFLOW, COGVIEW4, LatentsFamily
+from flexclear.families.ltx import LTX, LTX2
 from flexclear.families.lumina2 import LUMINA2
 from flexclear.families.packed import BRIA, FIBO, LONGCAT, OVIS
 from flexclear.families.qwen import QWEN
 from flexclear.families.qwen21 import QWEN_IMAGE21
 from flexclear.families.sd3 import SD3
 from flexclear.families.tokens import TokensFamily
-from flexclear.families.wan import WAN, WAN_VACE
+from flexclear.families.wan import SKYREELS_V2, WAN, WAN_VACE
 from flexclear.families.zimage import ZIMAGE
 from flexclear.runtime.checks import refuse_other_forward
 from flexclear.runtime.facts import Call, Layer
@@ -49,6 +50,9 @@ FAMILIES: list[Family] = [
     FLUX3,
     WAN,
     WAN_VACE,
+    SKYREELS_V2,
+    LTX,
+    LTX2,
 ]
 """Those that there are; ``register`` adds to them."""
 

@@ -36,10 +36,10 @@ def test_text_to_video_is_windowed_and_saved(monkeypatch, tmp_path):
     check_windowed(pipe, WAN, load, pipe.unload_lora_weights, **SIZE, **GUIDED)
     flexclear.transform(pipe, r=RADIUS, frame_radius=1, backend="sdpa")
     videos = draw(pipe, **SIZE, **GUIDED)
-    assert videos.shape == (2, 9, 3, 64, 96)
+    assert videos.shape == (2, 9, 3, 48, 64)
     for number, video in enumerate(videos):
         found = saved(video, tmp_path / f"{number}.gif")
-        assert [each.size for each in found] == [(96, 64)] * 9
+        assert [each.size for each in found] == [(64, 48)] * 9
 
 
 def test_the_first_transform_of_a_pipeline_counts_every_frame_of_the_latents(monkeypatch):
@@ -72,7 +72,7 @@ def test_video_to_video_is_windowed(monkeypatch):
         flow_shift=3.0, prediction_type="flow_prediction", use_flow_sigmas=True
     )
     pipe = quiet(WanVideoToVideoPipeline(**parts))
-    check_windowed(pipe, WAN, video=clip(), height=64, width=96, num_inference_steps=3, **ONE)
+    check_windowed(pipe, WAN, video=clip(), height=48, width=64, num_inference_steps=3, **ONE)
 
 
 def test_a_time_for_each_token_is_windowed_from_text_and_from_an_image(monkeypatch):
@@ -89,19 +89,19 @@ def test_a_time_for_each_token_is_windowed_from_text_and_from_an_image(monkeypat
     )
     options = {**SIZE, **ONE, "image": picture()}
     check_windowed(pipe, WAN_TOKENS, **options)
-    # The first frame, 4 x 6 tokens, is the image: it is at time 0, in raster order, in which tokens reach the model.
-    assert all(times.shape == (1, 72) and not times[:, :24].any() and times[:, 24:].all() for times in seen)
+    # The first frame, 3 x 4 tokens, is the image: it is at time 0, in raster order, in which tokens reach the model.
+    assert all(times.shape == (1, 36) and not times[:, :12].any() and times[:, 12:].all() for times in seen)
 
 
 def test_a_vae_of_other_factors_is_read_off_the_latents(monkeypatch):
     """Wan 2.2's 5B has one that makes 16 pixels one, and patches besides."""
     vae = wan_vae(patch_size=2, scale_factor_spatial=16, in_channels=12, out_channels=12)
     pipe = text_to_video(monkeypatch, vae=vae)
-    check_windowed(pipe, WAN, **{**SIZE, "height": 128, "width": 192}, **GUIDED)
+    check_windowed(pipe, WAN, **{**SIZE, "height": 96, "width": 128}, **GUIDED)
     explained = flexclear.explain(
-        flexclear.transform(pipe, r=RADIUS, frame_radius=1), height=128, width=192, num_frames=9
+        flexclear.transform(pipe, r=RADIUS, frame_radius=1), height=96, width=128, num_frames=9
     )
-    assert "3 x 4 x 6 = 72 video tokens" in str(explained)
+    assert "3 x 3 x 4 = 36 video tokens" in str(explained)
 
 
 def test_vace_is_windowed_with_its_control_video_and_reference_images(monkeypatch):
