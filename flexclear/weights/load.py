@@ -94,6 +94,7 @@ def load_weights(
     file = files.locate(path, filename, revision, cache_dir, token, local_files_only)
     header = files.read_header(file, Path(filename or file).name)
     stated = metadata.read(header)
+    _check_transformers(header, [part.prefix for part in parts])
     shapes = {part.prefix + name: tuple(each.shape) for part in parts for name, each in part.parameters.items()}
     keys.check_base(header, stated.base, parts[0].model, shapes)
     for part in parts:
@@ -163,6 +164,24 @@ class _Part:
             for name, said in by_name.items()
             if name.startswith(self.prefix) and not name.startswith(others)
         }
+
+
+def _check_transformers(header: files.Header, prefixes: list[str]) -> None:
+    """Raise if the file is of another transformer of a pipeline, or of more or fewer of them.
+
+    Raises:
+        ValueError: it is.
+    """
+    others = [f"{name}." for name in TRANSFORMERS[1:]]
+    found = [prefix for prefix in others if any(key.startswith(prefix) for key in header.shapes)]
+    if any(not key.startswith(tuple(others)) for key in header.shapes):
+        found = ["", *found]
+    if found != prefixes:
+        named = [" and ".join(prefix.rstrip(".") or TRANSFORMERS[0] for prefix in each) for each in (found, prefixes)]
+        raise ValueError(
+            f"{header.path} holds weights of {named[0]}, and they are asked for {named[1]}. Give the pipeline for a file of both "
+            "transformers, and pipe.transformer or pipe.transformer_2 for a file of one. Nothing was changed"
+        )
 
 
 def _windows(header: files.Header, stated: metadata.Stated, part: _Part) -> dict[str, Window | None]:
