@@ -38,6 +38,7 @@ def pytest_addoption(parser):
 
 
 LONGEST = (
+    "distill/test_students_again.py",
     "parallel/test_ends.py",
     "parallel/test_more_processes.py",
     "test_kernels_without_gpu.py",
@@ -91,7 +92,9 @@ def left_out_of_the_suite(item):
 def _alone():
     """Each test has its seed, and leaves to the next one what it has found."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)  # which commands set that are run in this process
     found = torch.is_grad_enabled(), torch.get_default_dtype()
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)

@@ -43,11 +43,11 @@ def invoke(source: Path, *more: str):
         app,
         [
             "--steps",
-            "3",
+            "2",
             "--batch-size",
             "2",
             "--pictures",
-            "6",
+            "4",
             "--measure",
             "2",
             "--threads",
@@ -65,6 +65,8 @@ def invoke(source: Path, *more: str):
 
 def test_students_go_on_from_their_weights_one_process_after_the_other(source, monkeypatch):
     monkeypatch.setattr(bench, "DENOISING", 2)
+    # Masked SDPA: kernels for two windows would take longer than all the rest.
+    monkeypatch.setattr("flexclear.compile.flex._why_not_compiled_on_cpu", lambda: "none are compiled for this test")
     before = {name: load_file(source / name) for name in NAMES}
     assert invoke(source, "--draw-only").exit_code == 0
     first = invoke(source, "--only", NAMES[0])
@@ -80,7 +82,7 @@ def test_students_go_on_from_their_weights_one_process_after_the_other(source, m
         after = load_file(source / name)
         assert after.keys() == before[name].keys()
         moved = torch.stack([(after[k].float() - before[name][k].float()).abs().max() for k in after])
-        assert 0 < moved.max() < 0.02, name  # Three steps on from its own weights, not from the teacher's.
+        assert 0 < moved.max() < 0.02, name  # Two steps on from its own weights, not from the teacher's.
     report = json.loads((source.parent / "out" / "students.json").read_text())
     assert report["settings"]["teacher"] == teacher_fingerprint()
     assert list(report["students"]) == ["r = 2, distilled", "r = 2 + pooled 4 x 4, distilled"]
@@ -91,7 +93,7 @@ def test_students_go_on_from_their_weights_one_process_after_the_other(source, m
     assert "r = 2 + pooled 4 x 4, distilled" in page
     assert teacher_fingerprint() in page
 
-    with pytest.raises(ValueError, match=r"steps: 3 then, 4 now"):
+    with pytest.raises(ValueError, match=r"steps: 2 then, 4 now"):
         raise invoke(source, "--steps", "4").exception
 
 
