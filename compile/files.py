@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -87,6 +88,44 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
                 _publish_new(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
+    """Gives a folder to write files into; what is in it at the end becomes ``path``. After an exception nothing is left.
+
+    Args:
+        path: the folder.
+        overwrite: whether one that exists is replaced, with all that is in it: it is gone for a moment, and back if the new one
+            cannot take its place.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``overwrite`` is false; of several writers one succeeds.
+        OSError: writing failed, such as on a full disk.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    try:
+        with write_errors(path):
+            beside.mkdir()
+            yield beside
+            for file in beside.iterdir():
+                with file.open("r+b") as stream:
+                    os.fsync(stream.fileno())
+            if overwrite and path.exists():
+                path.rename(old)
+            try:
+                beside.rename(path)  # onto a folder that has something in it: an error, whoever made it
+            except OSError as error:
+                if old.exists():
+                    old.rename(path)
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise FileExistsError(errno.EEXIST, "the folder exists already", str(path)) from None
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -170,7 +170,7 @@ def test_every_number_of_the_command_line_is_checked_for_nan():
                 assert rest[0].callback is finite, (command.callback.__name__, parameter.name)
                 checked.append(parameter.name)
     assert sorted(checked) == [
-        *("growth", "guidance", "guidance", "seconds", "seconds", "seconds", "shift", "strength", "tune_seconds")
+        *("fps", "growth", "guidance", "guidance", "seconds", "seconds", "seconds", "shift", "strength", "tune_seconds")
     ]
 
 

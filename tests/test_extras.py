@@ -26,6 +26,7 @@ BLOCKED = (
     "peft",
     "prodigyopt",
     "fontTools",
+    "av",
     "deepspeed",
 )
 """As they are imported; the distributions are named alike but for two."""

@@ -50,6 +50,20 @@ def generate(
     down_factor: Annotated[
         int | None, typer.Option(min=1, help="Side in tokens of cells that are pooled into further keys.")
     ] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the pipeline's.")] = None,
+    frame_radius: Annotated[
+        str | None,
+        typer.Option(help="Frames of the latents on either side that a video's window sees: a number, or 'all'."),
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(callback=finite, help="Frames per second that a video is written with. Default: 16.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="Of videos: gif, png (a folder of frames), or mp4 (extra video). Default: as --out ends, or gif."
+        ),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Weights for local attention: a file, FOLDER_OR_HUB_ID:FILE, or embedded:FILE.")
     ] = None,
@@ -88,7 +102,9 @@ def generate(
     exchange: Annotated[
         str, typer.Option(help="Of --parallel: sync, or stale: borders of the step before while new ones travel.")
     ] = "sync",
-    out: Annotated[Path, typer.Option(help="Folder, or a .png file for one image.")] = Path("pictures"),
+    out: Annotated[
+        Path, typer.Option(help="Folder, or a .png file for one image, a .gif or .mp4 file for one video.")
+    ] = Path("pictures"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Number from 1 and replace. Else a folder's numbers go on.")
     ] = False,
@@ -98,12 +114,12 @@ def generate(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON per image on standard output.")] = False,
 ) -> None:
-    """Draw every prompt at every size with every seed. Each PNG carries its settings; same seed, same image.
+    """Draw every prompt at every size with every seed. Each file carries its settings; same seed, same image or video.
 
     A file that exists is never replaced unless --overwrite says so: in a folder numbers go on after the highest one,
     a single file is an error. Ctrl-C keeps what is finished; the same command with --resume completes the set.
     """
-    from flexclear.common.choices import parse_sizes
+    from flexclear.common.choices import parse_frame_radius, parse_sizes
     from flexclear.generation.settings import GenerateSettings, parse_radius
 
     settings = GenerateSettings(
@@ -134,6 +150,10 @@ def generate(
         parallel=parallel,
         text=parallel_text,
         exchange=exchange,
+        num_frames=num_frames,
+        frame_radius=None if frame_radius is None else parse_frame_radius(frame_radius),
+        fps=fps,
+        format=format,
     )
     settings.check()
 
@@ -141,7 +161,7 @@ def generate(
     from flexclear.parallel import ParallelError, leave
 
     silent = parallel and int(os.environ.get("RANK", "0")) != 0  # the first process speaks for all
-    setup = job.check(settings)
+    setup = job.check(settings, videos=True)
     lines = console(quiet=silent)
     if model == EMBEDDED:
         from flexclear.embedded import unknown_words
@@ -174,8 +194,9 @@ def generate(
                 done += 1
                 progress.update(pictures, completed=done)
                 pace = drawn.median_step_seconds
+                frames = "" if drawn.frames is None else f"{drawn.frames} frames of "
                 line = (
-                    f"{drawn.path}: {drawn.height} x {drawn.width}, seed {drawn.seed}, {drawn.steps} steps in "
+                    f"{drawn.path}: {frames}{drawn.height} x {drawn.width}, seed {drawn.seed}, {drawn.steps} steps in "
                     f"{drawn.seconds:.2f} s" + ("" if pace is None else f", {pace:.3f} s each (median)")
                 )
                 if json:

@@ -13,6 +13,7 @@ EXTRAS = {
     "peft": ("peft", "train"),
     "prodigyopt": ("prodigyopt", "train"),
     "fontTools": ("fonttools", "train"),
+    "av": ("av", "video"),
 }
 """(distribution, extra of flexclear that installs it) by the name that is imported."""
 

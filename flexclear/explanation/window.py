@@ -221,7 +221,7 @@ def explain_window(
     """
     for name, value in (("height", height), ("width", width)):
         check_int(name, value, px_per_token, None, "in pixels")
-    frames = 1 if num_frames is None else latent_frames(num_frames, frames_per_token)
+    frames = 1 if num_frames is None else frames_after_vae(num_frames, frames_per_token)
     if text_len is None:
         text_len = TEXT_LEN if num_frames is None else 0
     window = _window(r, num_frames, frames, frame_radius)
@@ -240,10 +240,10 @@ def explain_window(
     )
 
 
-def latent_frames(num_frames: int, frames_per_token: int) -> int:
+def frames_after_vae(num_frames: int, frames_per_token: int) -> int:
     """Frames after a VAE that makes one of the first and one of every ``frames_per_token`` after it.
 
-    >>> latent_frames(81, 4)
+    >>> frames_after_vae(81, 4)
     21
 
     Raises:

@@ -16,6 +16,7 @@ from flexclear.common.choices import DTYPES
 from flexclear.common.fingerprints import fingerprint_files, fingerprint_pipeline
 from flexclear.families import FAMILIES
 from flexclear.families.target import px_per_token
+from flexclear.generation.clips import check_clip, check_images, check_videos, draws_videos, suffix_of
 from flexclear.generation.settings import BEST, DENSE, GenerateSettings, model_folder
 from flexclear.images.files import Target
 from flexclear.masks import Disc, Downsampled
@@ -37,8 +38,12 @@ class Setup:
     fingerprints: tuple[str, ...] = ()
 
 
-def check(settings: GenerateSettings) -> Setup:
+def check(settings: GenerateSettings, videos: bool = False) -> Setup:
     """Everything that can be known before weights are read; makes the folder for the images.
+
+    Args:
+        settings: what to draw.
+        videos: whether a model of videos will do.
 
     Raises:
         FileNotFoundError: there is no such model or weights file.
@@ -54,9 +59,10 @@ def check(settings: GenerateSettings) -> Setup:
     dtype = choose_dtype(settings.dtype, device)
     recipe = _recipe(settings.recipe, device, dtype)
     folder = model_folder(settings.model)
-    _check_model(folder, settings)
+    video = _check_model(folder, settings, videos)
     weights = None if settings.weights is None else _weights(settings.weights)
-    target = Target.of(settings.out, settings.pictures, settings.overwrite, settings.resume)
+    suffix = suffix_of(settings) if video else ".png"
+    target = Target.of(settings.out, settings.pictures, settings.overwrite, settings.resume, suffix)
     fingerprints = [fingerprint_pipeline(Path(folder))] if Path(folder).is_dir() else []
     if weights is not None:
         fingerprints.append(fingerprint_files(weights.parent, [weights]))
@@ -109,12 +115,17 @@ def _recipe(name: str | None, device: torch.device, dtype: torch.dtype) -> str |
     return name
 
 
-def _check_model(folder: str, settings: GenerateSettings) -> None:
-    """What the configuration files say, before the weights are read: a few kilobytes, on the hub too."""
-    from diffusers import DiffusionPipeline
+def _check_model(folder: str, settings: GenerateSettings, videos: bool) -> bool:
+    """What the configuration files say, before the weights are read: a few kilobytes, on the hub too. Returns whether the
+    pipeline draws videos."""
+    import diffusers
 
     with loading(settings.model):
-        config = DiffusionPipeline.load_config(folder)
+        config = diffusers.DiffusionPipeline.load_config(folder)
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    video = kind is not None and draws_videos(kind)
+    if video and not videos:
+        raise TypeError(f"{settings.model} draws videos ({config['_class_name']}), and this command is for images")
     if settings.r != DENSE:
         library, name = (config.get("transformer") or (None, None))[:2]
         known = [family.model_class for family in FAMILIES]
@@ -124,13 +135,26 @@ def _check_model(folder: str, settings: GenerateSettings) -> None:
                 f"{settings.model} {has}, which flexclear cannot transform; --r dense draws with the plain model. "
                 f"Supported: {', '.join(known)}"
             )
-    if settings.sizes or settings.highres or settings.text_len is not None:
+    (check_videos if video else check_images)(str(config.get("_class_name")), settings)
+    if settings.sizes or settings.highres or settings.text_len is not None or video:
         with loading(settings.model):
             skeleton = skeleton_of(folder, config)
         if skeleton is not None:
             check_sizes(skeleton, settings)
+            if video:
+                check_clip(skeleton, _transformer_config(folder, config), settings)
             if settings.text_len is not None:
                 check_text_len(skeleton, settings.text_len)
+    return video
+
+
+def _transformer_config(folder: str, config: dict[str, Any]) -> Any:
+    """The configuration of a pipeline's transformer; an empty one where diffusers does not know the class."""
+    import diffusers
+
+    library, name = (config.get("transformer") or (None, None))[:2]
+    kind = getattr(diffusers, str(name), None) if library == "diffusers" else None
+    return {} if kind is None else kind.load_config(folder, subfolder="transformer")
 
 
 def skeleton_of(folder: str, config: dict[str, Any]) -> Any:

@@ -23,9 +23,11 @@ from flexclear.common.choices import EMBEDDED, parse_size
 from flexclear.common.foreign import from_pretrained
 from flexclear.common.versions import versions
 from flexclear.generation.check import Setup, check, check_sizes, loading
+from flexclear.generation.clips import check_clip, draws_videos, format_of, fps_of
 from flexclear.generation.resuming import find_finished
 from flexclear.generation.settings import DENSE, GenerateSettings, parse_radius, read_prompts
 from flexclear.images.files import png_bytes, slug
+from flexclear.images.videos import video_content
 from flexclear.masks import Disc, Downsampled
 
 __all__ = [
@@ -44,20 +46,24 @@ __all__ = [
 EMBEDDED_DEFAULTS = {"num_inference_steps": 16, "max_sequence_length": 64}
 """Of the embedded pipeline, where FLUX.1's own defaults take longer and draw nothing better."""
 
+RADIUS = 16
+"""Of the window unless told otherwise."""
+
 Say = Callable[[str], None]
 OnStep = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image on disk.
+    """One image or video on disk.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder of a video's frames.
         prompt, height, width, seed, steps: what it is.
         seconds: of the pipeline's call, from prompt to image; a first one holds what is compiled in it.
         step_seconds: of each denoising step but the first.
         peak_memory_bytes: of the CUDA device's allocator while this image was drawn; None on other devices.
+        frames: of a video; None of an image.
     """
 
     path: Path
@@ -69,6 +75,7 @@ class Drawn:
     seconds: float
     step_seconds: tuple[float, ...]
     peak_memory_bytes: int | None
+    frames: int | None = None
 
     @property
     def median_step_seconds(self) -> float | None:
@@ -103,6 +110,8 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
 
             pipe = from_pretrained(DiffusionPipeline, setup.folder, setup.dtype)
     check_sizes(pipe, settings)
+    if draws_videos(type(pipe)):
+        check_clip(pipe, pipe.transformer.config, settings)
     pipe.set_progress_bar_config(disable=True)
     if settings.r != DENSE:
         _window(pipe, settings, setup, say)
@@ -146,10 +155,11 @@ def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> No
     from flexclear.convert import transform
     from flexclear.weights import load_weights
 
-    r, down_factor = settings.r, settings.down_factor
+    r, down_factor, frame_radius = settings.r, settings.down_factor, settings.frame_radius
     asked = setup.weights is None or r is not None
+    options: dict[str, Any] = {"backend": settings.backend, "frame_radius": frame_radius}
     if asked:
-        transform(pipe, 16 if r is None else r, down_factor=down_factor, backend=settings.backend)  # type: ignore[arg-type]
+        transform(pipe, RADIUS if r is None else r, down_factor=down_factor, **options)  # type: ignore[arg-type]
     if setup.weights is None:
         return
     with warnings.catch_warnings():
@@ -160,7 +170,7 @@ def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> No
     if asked:
         # The file's window came with it; this one was asked for. Pooling weights stay where the factor is the same.
         factor = loaded.down_factor if down_factor is None else down_factor
-        transform(pipe, r, down_factor=factor, backend=settings.backend)  # type: ignore[arg-type]
+        transform(pipe, r, down_factor=factor, **options)  # type: ignore[arg-type]
         if loaded.radius is not None and loaded.radius != r:
             say(f"these weights were trained for r = {loaded.radius} and run with r = {r}, as asked")
     elif settings.backend != "auto":
@@ -206,6 +216,7 @@ def draw(
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
+    video = draws_videos(type(pipe))
     if settings.model == EMBEDDED:
         defaults |= EMBEDDED_DEFAULTS
     fixed = _call_arguments(type(pipe).__name__, settings, defaults)
@@ -248,31 +259,39 @@ def draw(
         stages: dict[str, Any] = {}
         if settings.highres:
             picture, stages = _cascade(pipe, settings, prompt, seed, fixed.get("max_sequence_length"), ended)
+            pictures = [picture]
         else:
-            picture = pipe(
+            made = pipe(
                 prompt=prompt,
                 generator=torch.Generator().manual_seed(seed),
                 callback_on_step_end=step_end,
                 **({} if size is None else {"height": size[0], "width": size[1]}),
+                **({"output_type": "pil"} if video else {}),
                 **fixed,
-            ).images[0]
+            )
+            pictures = made.frames[0] if video else made.images[:1]
         synchronize(setup.device)
         seconds = time.perf_counter() - begin
         peak = torch.cuda.max_memory_allocated(setup.device) if setup.device.type == "cuda" else None
         if settings.parallel and torch.distributed.get_rank() != 0:
             continue
-        told = {"prompt": prompt, "height": picture.height, "width": picture.width, "seed": seed, **common, **stages}
-        path = target.write(number, prompt, png_bytes(picture, told, versions()))
+        width, height = pictures[0].size
+        told = {"prompt": prompt, "height": height, "width": width, "seed": seed, **common, **stages}
+        if video:
+            content = video_content(format_of(settings), pictures, common["fps"], told, versions())
+        else:
+            content = png_bytes(pictures[0], told, versions())
         yield Drawn(
-            path=path,
+            path=target.write(number, prompt, content),
             prompt=prompt,
-            height=picture.height,
-            width=picture.width,
+            height=height,
+            width=width,
             seed=seed,
             steps=max(1, len(ends)) if settings.highres else fixed["num_inference_steps"],
             seconds=seconds,
             step_seconds=tuple(b - a for a, b in itertools.pairwise(ends)),
             peak_memory_bytes=peak,
+            frames=len(pictures) if video else None,
         )
 
 
@@ -312,6 +331,9 @@ def _call_arguments(kind: str, settings: GenerateSettings, defaults: dict[str, A
         ValueError: the pipeline has no such argument.
     """
     asked: dict[str, Any] = {"num_inference_steps": settings.steps, "max_sequence_length": settings.text_len}
+    asked |= {"num_frames": settings.num_frames}
+    if "frame_rate" in defaults:  # LTX, whose positions in time depend on it
+        asked |= {"frame_rate": settings.fps}
     if settings.guidance is not None:
         if defaults.get("guidance_scale", 0) is None and "true_cfg_scale" in defaults:
             # Qwen-Image: guidance is between a prompt and another one, of which there must be some.
@@ -337,7 +359,7 @@ def _metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: di
         **(_highres(settings) if settings.highres else {}),
         "model": settings.model,
         "pipeline": type(pipe).__name__,
-        "r": DENSE if settings.r == DENSE else inner.radius if isinstance(inner, Disc) else None,
+        "r": DENSE if settings.r == DENSE else inner.radius if isinstance(inner, Disc) else _asked_radius(settings),
         "down_factor": window.factor if isinstance(window, Downsampled) else None,
         "window": _window_names(pipe),
         "weights": settings.weights,
@@ -349,7 +371,22 @@ def _metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: di
         "device": str(setup.device),
         "backend": None if settings.r == DENSE else settings.backend,
         "compile": settings.compile,
+        **(_clip(settings, arguments) if draws_videos(type(pipe)) else {}),
         **(_ranks(settings) if settings.parallel else {}),
+    }
+
+
+def _asked_radius(settings: GenerateSettings) -> int | str | None:
+    """The radius of a video's window, which has others in further frames; None where the weights file says it."""
+    return RADIUS if settings.r is None and settings.weights is None else settings.r
+
+
+def _clip(settings: GenerateSettings, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_frames": arguments.get("num_frames"),
+        "frame_radius": settings.frame_radius,
+        "fps": float(arguments.get("frame_rate") or fps_of(settings)),
+        "format": format_of(settings),
     }
 
 
@@ -381,5 +418,5 @@ def generate(
         say: called with lines for people.
         on_step: see ``draw``.
     """
-    setup = check(settings)
+    setup = check(settings, videos=True)
     yield from draw(load(settings, setup, say), settings, setup, on_step)

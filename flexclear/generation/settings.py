@@ -16,6 +16,7 @@ from flexclear.common.choices import (
     METHODS,
     RECIPES,
     TEXTS,
+    VIDEO_FORMATS,
     check_choice,
     check_finite,
     check_seeds,
@@ -56,6 +57,10 @@ class GenerateSettings:
         parallel: share each image among the processes that torchrun has started (``flexclear.parallel``); the first one
             writes it.
         text, exchange: of ``flexclear.parallel.enable``.
+        num_frames: of a video; None: the pipeline's own number.
+        frame_radius: of ``flexclear.transform``, for a video model: frames of the latents on either side, or ``"all"``.
+        fps: frames per second that a video is written with; None: 16.
+        format: a name of ``flexclear.common.choices.VIDEO_FORMATS``; None: as ``out`` ends, or else a GIF.
     """
 
     model: str
@@ -85,6 +90,10 @@ class GenerateSettings:
     parallel: bool = False
     text: str = "exact"
     exchange: str = "sync"
+    num_frames: int | None = None
+    frame_radius: int | str | None = None
+    fps: float | None = None
+    format: str | None = None
 
     @property
     def pictures(self) -> int:
@@ -103,19 +112,24 @@ class GenerateSettings:
             check_unicode(prompt, "a prompt")
         for seed in self.seeds:
             check_seeds("--seed", seed)
-        for option in ("guidance", "strength", "shift"):
+        for option in ("guidance", "strength", "shift", "fps"):
             check_finite(f"--{option}", getattr(self, option))
         check_choice("--backend", self.backend, BACKENDS)
         check_choice("--dtype", self.dtype, ("auto", *DTYPES))
         if self.recipe not in (None, BEST):
             check_choice("--recipe", self.recipe, RECIPES)
-        for name, value in (("weights", self.weights), ("down-factor", self.down_factor)):
+        if self.format is not None:
+            check_choice("--format", self.format, VIDEO_FORMATS)
+        windowed = {"weights": self.weights, "down-factor": self.down_factor, "frame-radius": self.frame_radius}
+        for name, value in windowed.items():
             if self.r == DENSE and value is not None:
                 raise ValueError(
                     f"--{name} {value} is for windowed attention, --r dense is the plain model; leave one out"
                 )
         if self.weights is not None and self.down_factor is not None and self.r is None:
             raise ValueError("--weights brings its own window; give --r as well to choose --down-factor yourself")
+        if self.weights is not None and self.frame_radius is not None and self.r is None:
+            raise ValueError("--weights brings its own window; give --r as well to choose --frame-radius yourself")
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps the finished images, --overwrite replaces them; leave one out")
         if self.resume and self.parallel:

@@ -1,4 +1,4 @@
-"""Images on disk that carry their settings: PNG text chunks, file names, and no file overwritten by accident."""
+"""Images and videos on disk that carry their settings: text chunks, file names, and no file overwritten by accident."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flexclear.common.reading import parse_json
-from flexclear.compile.files import whole_file
-from flexclear.images.reading import png_text
+from flexclear.compile.files import whole_file, whole_folder
+from flexclear.images.reading import gif_comment, mp4_comment, png_text
 
 CHUNK = "flexclear"
 """Name of the text chunk that holds settings and versions in JSON."""
@@ -25,7 +25,27 @@ CHUNK = "flexclear"
 READABLE_CHUNK = "parameters"
 """Name of the text chunk that holds the same for people; other programs write and show one of this name."""
 
-OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl")
+SUFFIXES = (".png", ".gif", ".mp4")
+"""Of files that carry settings: an image, and videos."""
+
+FRAME = "frame_{:04d}.png"
+"""Name of a frame, from 1, of a video that is a folder of them."""
+
+OTHER_FORMATS = (
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".jxl",
+    ".webm",
+    ".mov",
+    ".mkv",
+    ".avi",
+)
 
 SLUG_LENGTH = 48
 
@@ -41,10 +61,15 @@ def slug(prompt: str) -> str:
     return text or "".join(words)[: SLUG_LENGTH // 2] or "picture"
 
 
+def settings_text(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """What a file carries for ``read_settings``, in ASCII."""
+    return json.dumps({"settings": dict(settings), "versions": dict(versions)})
+
+
 def png_bytes(picture: Image.Image, settings: Mapping[str, Any], versions: Mapping[str, str]) -> bytes:
     """An image as PNG with its settings, among them ``prompt``, in text chunks. Equal arguments give equal bytes."""
     info = PngInfo()
-    info.add_text(CHUNK, json.dumps({"settings": dict(settings), "versions": dict(versions)}))
+    info.add_text(CHUNK, settings_text(settings, versions))
     rest = {name: value for name, value in settings.items() if name != "prompt" and value is not None}
     lines = [
         str(settings["prompt"]),
@@ -58,27 +83,36 @@ def png_bytes(picture: Image.Image, settings: Mapping[str, Any], versions: Mappi
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """``{"settings": ..., "versions": ...}`` of a PNG that flexclear wrote.
+    """``{"settings": ..., "versions": ...}`` of a PNG, GIF or MP4 that flexclear wrote, or of a folder of a video's frames.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no PNG, is damaged, or carries no settings of flexclear.
+        ImportError: an MP4, and PyAV is not installed.
+        ValueError: it is of another kind, is damaged, or carries no settings of flexclear.
     """
-    text = png_text(Path(path), CHUNK)
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".gif":
+        text, where = gif_comment(path), "comment"
+    elif kind == ".mp4":
+        text, where = mp4_comment(path), "comment"
+    else:
+        path = path / FRAME.format(1) if path.is_dir() else path
+        text, where = png_text(path, CHUNK), f"text chunk {CHUNK!r}"
     if text is None:
-        raise ValueError(f"{path} has no text chunk {CHUNK!r}: it was not written by flexclear generate")
+        raise ValueError(f"{path} has no {where}: it was not written by flexclear generate")
     try:
         found = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path} has a damaged text chunk {CHUNK!r}: {error}") from error
+        raise ValueError(f"{path} has a damaged {where}: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-        raise ValueError(f"{path} has a text chunk {CHUNK!r} without settings")
+        raise ValueError(f"{path} has a {where} without settings")
     return found
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where images go.
+    """Where images or videos go.
 
     Attributes:
         path: a folder, or a file for one image.
@@ -86,16 +120,18 @@ class Target:
         overwrite: replace files that are there. Without it a folder's images are numbered on from the highest number
             in it, and a file that exists is an error.
         first: number of a resumed set's first image in its folder; None: of no resumed set.
+        suffix: of each file in the folder; empty: a folder of frames each.
     """
 
     path: Path
     is_file: bool
     overwrite: bool
     first: int | None = None
+    suffix: str = ".png"
 
     @classmethod
-    def of(cls, out: Path, pictures: int, overwrite: bool, resume: bool = False) -> Target:
-        """The target that ``out`` names: a file if it ends in ``.png`` and is no folder, else a folder, made if missing.
+    def of(cls, out: Path, pictures: int, overwrite: bool, resume: bool = False, suffix: str = ".png") -> Target:
+        """The target that ``out`` names: a file if it ends in ``suffix`` and is no folder, else a folder, made if missing.
 
         ``resume`` permits a file that exists; ``flexclear.generation.resuming`` compares it with what was asked for.
 
@@ -104,9 +140,12 @@ class Target:
         """
         out = out.expanduser()
         kind = out.suffix.lower()
-        is_file = not out.is_dir() and kind == ".png"
-        if not out.is_dir() and kind in OTHER_FORMATS:
-            raise ValueError(f"--out must end in .png, the format that carries the settings, or be a folder; got {out}")
+        is_file = not out.is_dir() and bool(kind) and kind == suffix
+        if not out.is_dir() and not is_file and kind in (*SUFFIXES, *OTHER_FORMATS):
+            named = (
+                f"end in {suffix}, the format that carries the settings," if suffix == ".png" else f"end in {suffix},"
+            )
+            raise ValueError(f"--out must {named if suffix else 'not be a file,'} or be a folder; got {out}")
         if is_file and pictures > 1:
             raise ValueError(f"--out names one file, {out}, for {pictures} images; name a folder")
         if is_file and out.exists() and not overwrite and not resume:
@@ -118,10 +157,15 @@ class Target:
                 pass
         except OSError as error:
             raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
-        return cls(out, is_file, overwrite)
+        return cls(out, is_file, overwrite, suffix=suffix)
 
-    def write(self, number: int, prompt: str, content: bytes) -> Path:
-        """Write image ``number`` of a run, from 1; the file appears whole or not at all. Returns its path.
+    def write(self, number: int, prompt: str, content: bytes | Mapping[str, bytes]) -> Path:
+        """Write image ``number`` of a run, from 1; it appears whole or not at all. Returns its path.
+
+        Args:
+            number: of the image.
+            prompt: for its name.
+            content: of a file, or by name of the files of a folder.
 
         Raises:
             FileExistsError: someone else has written the file ``path`` since.
@@ -129,26 +173,36 @@ class Target:
         if self.is_file:
             return write_whole(self.path, content, self.overwrite)
         if self.overwrite:
-            return write_whole(self.path / f"{number:04d}_{slug(prompt)}.png", content, True)
+            return write_whole(self._named(number, prompt), content, True)
         taken = {number for number, _ in numbered(self.path)}
         place = 0 if self.first is None else self.first + number - 1
         if self.first is None or place in taken:
             place = max(taken, default=0) + 1
         while True:
             try:
-                return write_whole(self.path / f"{place:04d}_{slug(prompt)}.png", content, False)
+                return write_whole(self._named(place, prompt), content, False)
             except FileExistsError:  # Another process has taken the name since.
                 place = max([place, *(number for number, _ in numbered(self.path))]) + 1
 
+    def _named(self, number: int, prompt: str) -> Path:
+        return self.path / f"{number:04d}_{slug(prompt)}{self.suffix}"
+
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Number and path of the images of ``flexclear generate`` in a folder, by number."""
-    found = ((re.match(r"(\d+)_.*\.png$", entry.name), entry) for entry in folder.iterdir())
+    """Number and path of the images and videos of ``flexclear generate`` in a folder, by number."""
+    ours = (entry for entry in folder.iterdir() if entry.suffix in SUFFIXES or (entry / FRAME.format(1)).is_file())
+    found = ((re.match(r"(\d+)_", entry.name), entry) for entry in ours)
     return sorted((int(match[1]), entry) for match, entry in found if match)
 
 
-def write_whole(path: Path, content: bytes, overwrite: bool) -> Path:
-    """Write a file that appears whole or not at all; without ``overwrite`` a FileExistsError if it is there already."""
+def write_whole(path: Path, content: bytes | Mapping[str, bytes], overwrite: bool) -> Path:
+    """Write a file, or a folder of files by name, that appears whole or not at all; without ``overwrite`` a FileExistsError if
+    it is there already."""
+    if isinstance(content, Mapping):
+        with whole_folder(path, overwrite) as beside:
+            for name, part in content.items():
+                (beside / name).write_bytes(part)
+        return path
     with whole_file(path, overwrite) as beside:
         beside.write_bytes(content)
     return path

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
+
+from flexclear.common.extras import require
 
 
 def read_image(source: Path | bytes, name: str | None = None) -> Image.Image:
@@ -61,6 +64,37 @@ def png_text(path: Path, chunk: str) -> str | None:
     with _decoding(path), path.open("rb") as stream, PngImageFile(stream) as opened:
         text = opened.info.get(chunk)
     return text if isinstance(text, str) else None
+
+
+def gif_comment(path: Path) -> str | None:
+    """The comment of a GIF that comes before its pixels, which are not decoded; None if there is none.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no GIF or is damaged.
+    """
+    with _decoding(path), path.open("rb") as stream, GifImageFile(stream) as opened:
+        text = opened.info.get("comment")
+        return text.decode("utf-8") if isinstance(text, bytes) else None
+
+
+def mp4_comment(path: Path) -> str | None:
+    """The comment of an MP4 file, of which no frame is decoded; None if there is none.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        OSError: the file cannot be read.
+        ValueError: it is no MP4 or is damaged.
+    """
+    require("av", f"reading {path}")
+    import av
+
+    with path.open("rb") as stream:
+        try:
+            with av.open(stream, format="mp4") as container:
+                return container.metadata.get("comment")
+        except av.error.FFmpegError as error:
+            raise ValueError(f"{path} cannot be read as a video: {error.strerror}") from error
 
 
 def _stream(source: Path | bytes) -> Path | io.BytesIO:
