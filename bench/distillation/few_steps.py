@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from flexclear.distill.batches import Batch, Order
-from flexclear.distill.losses import flux_call, pack
+from flexclear.distill.calls import flux_call, pack
 from flexclear.distill.samples import CachedSamples, stack
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexclear.distill.config import TimestepConfig
-from flexclear.distill.samples import Samples, stack
+from flexclear.distill.samples import Factor, Samples, stack
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,18 @@ class Batch:
     """What teacher and student are given, on the CPU in float32 until ``to``.
 
     Attributes:
-        latents: clean, normalised, ``[B, C, h, w]``.
+        latents: clean, normalised, ``[B, C, h, w]``, of a video ``[B, C, F, h, w]``.
         noise: standard normal, the same shape.
         sigmas: noise levels from 0 to 1, ``[B]``.
         prompt_embeds: ``[B, T, D]``.
-        pooled: ``[B, P]``.
+        pooled: ``[B, P]``, or None where the model takes none.
     """
 
     latents: Tensor
     noise: Tensor
     sigmas: Tensor
     prompt_embeds: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """On a device; what the model reads only is cast, latents and noise are kept for the losses."""
@@ -39,8 +39,14 @@ class Batch:
             self.noise.to(device),
             self.sigmas.to(device),
             self.prompt_embeds.to(device, dtype),
-            self.pooled.to(device, dtype),
+            None if self.pooled is None else self.pooled.to(device, dtype),
         )
+
+
+def noisy(batch: Batch) -> Tensor:
+    """Latents on the straight way to the noise, each as far as its noise level."""
+    sigmas = batch.sigmas.view(-1, *[1] * (batch.latents.ndim - 1))
+    return (1 - sigmas) * batch.latents + sigmas * batch.noise
 
 
 class Order:
@@ -112,7 +118,7 @@ class BatchMaker:
             torch.randn(latents.shape, generator=generator),
             given.shift * u / (1 + (given.shift - 1) * u),
             tensors["prompt_embeds"],
-            tensors["pooled"],
+            tensors.get("pooled"),
         )
 
 
@@ -147,7 +153,7 @@ def held_out_batches(
             tensors = stack(samples[index] for index in chosen)
             sigmas = torch.tensor([levels[index] for index in chosen])
             batches.append(
-                Batch(torch.cat(parts), torch.cat(noise), sigmas, tensors["prompt_embeds"], tensors["pooled"])
+                Batch(torch.cat(parts), torch.cat(noise), sigmas, tensors["prompt_embeds"], tensors.get("pooled"))
             )
     return batches
 
@@ -159,9 +165,17 @@ def _generator(name: str) -> torch.Generator:
 def _latents(
     samples: Samples, indices: Sequence[int], generator: torch.Generator, drawn: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents drawn from the moments, or their means, ``[B, C, h, w]`` float32, and all tensors of the samples."""
+    """Latents drawn from the moments, or their means, float32, and all tensors of the samples."""
     tensors = stack(samples[index] for index in indices)
     mean, logvar = tensors["mean"].float(), tensors["logvar"].float()
     noise = torch.randn(mean.shape, generator=generator)
     latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise if drawn else mean
-    return (latents - samples.shift_factor) * samples.scaling_factor, tensors
+    shift, scaling = (_per_channel(factor, latents.ndim) for factor in (samples.shift_factor, samples.scaling_factor))
+    return (latents - shift) * scaling, tensors
+
+
+def _per_channel(factor: Factor, dimensions: int) -> Tensor | float:
+    """A number, or one of each channel of latents ``[B, C, ...]``."""
+    if isinstance(factor, float | int):
+        return factor
+    return torch.tensor(factor).view(-1, *[1] * (dimensions - 2))

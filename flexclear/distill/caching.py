@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexclear.common.reading import parse_json, read_text
 from flexclear.compile.files import whole_file
-from flexclear.distill.models import check_class, fingerprint, load_pipeline, pipeline_folder, transformer_class
+from flexclear.distill.models import check_encoded, fingerprint, load_pipeline, pipeline_folder, transformer_class
 from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSamples, Sample, check_sample, shape_of
 from flexclear.distill.sources import Item, Skipped, find_items
 from flexclear.generation.check import check_text_len, skeleton_of
@@ -81,7 +81,7 @@ def cache(
     """
     out = Path(out).expanduser()
     folder = pipeline_folder(model)
-    check_class(transformer_class(folder))
+    check_encoded(transformer_class(folder))
     whole = skeleton_of(str(folder), parse_json(read_text(folder / "model_index.json")))
     if whole is not None:
         check_text_len(whole, text_len)

@@ -23,7 +23,8 @@ class Captured:
 
     Attributes:
         outputs: its output, or outputs: text and image together in single-stream blocks; image, then text elsewhere.
-        plan: the call's plan where the layer is windowed, else None: raster order.
+        plan: the call's plan where the output is in its order, else None: raster order, in which a dense layer's are, and all
+            of a family whose tokens are (``Family.raster``).
     """
 
     outputs: tuple[Tensor, ...]
@@ -58,12 +59,13 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Captur
     Calls of other threads leave no trace in it, nor does what gradient checkpointing computes again later.
     """
     found: dict[str, Captured] = {}
-    thread = threading.get_ident()
+    thread, raster = threading.get_ident(), family_of(model).raster
 
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if threading.get_ident() == thread:
-                found[name] = Captured(output if isinstance(output, tuple) else (output,), plan_here())
+                outputs = output if isinstance(output, tuple) else (output,)
+                found[name] = Captured(outputs, None if raster else plan_here())
 
         return hook
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexclear.alternatives.names import named
-from flexclear.common.choices import BACKENDS
+from flexclear.common.choices import ALL_FRAMES, BACKENDS
 from flexclear.common.extras import require
 from flexclear.common.reading import check_unicode, parse_yaml, read_text, shown
 from flexclear.masks import Disc, Downsampled
@@ -190,8 +190,8 @@ class DistillConfig:
         model: pipeline folder, hub id, or ``"embedded"``; not needed where a pipeline is handed over.
         data: folder of ``flexclear data cache``, or images with captions as that command takes them, which one process
             encodes into ``output/cache`` first; not needed where samples are handed over.
-        r, down_factor, backend, attention: of ``flexclear.transform``, for a model that is not transformed; ``sizes`` are
-            those of ``attention``. r None: 16.
+        r, frame_radius, down_factor, backend, attention: of ``flexclear.transform``, for a model that is not transformed;
+            ``sizes`` are those of ``attention``. r None: 16.
         initial_weights: a weights file that the student starts from, or None: the teacher's weights.
         train: ``"projections"``, with pooling weights, or ``"lora"``.
         teacher: ``"shared"``: its frozen weights are the student's own; ``"copy"``: a model of its own, for sharding
@@ -215,6 +215,7 @@ class DistillConfig:
     model: str | None = None
     data: Path | None = None
     r: int | None = None
+    frame_radius: int | str | None = None
     down_factor: int | None = None
     backend: str = "auto"
     attention: str = "clear"
@@ -270,6 +271,8 @@ class DistillConfig:
         Disc(self.radius)
         if self.down_factor is not None:
             Downsampled(Disc(self.radius), self.down_factor)
+        if isinstance(self.frame_radius, str) and self.frame_radius != ALL_FRAMES:
+            raise ValueError(f"frame_radius must be a number of frames or {ALL_FRAMES!r}, got {self.frame_radius!r}")
         _one_of("backend", self.backend, BACKENDS)
         _one_of("train", self.train, TRAIN)
         _one_of("teacher", self.teacher, TEACHERS)
@@ -416,7 +419,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
-    (hint,) = [option for option in options if option is not type(None)]
+    hint, *others = [option for option in options if option is not type(None)]
+    if others:
+        hint = next((option for option in (hint, *others) if isinstance(value, option)), hint)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where + ".")
     if typing.get_origin(hint) is tuple:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexclear.distill.batches import Batch
+from flexclear.distill.calls import caller_of
 from flexclear.distill.capture import Captured, capture, compared_layers
 from flexclear.distill.config import LossConfig
 
@@ -34,39 +35,6 @@ class Losses:
         """Those that there are, without their graphs."""
         parts = {"loss": self.total, "flow": self.flow, "prediction": self.prediction, "attention": self.attention}
         return {name: value.detach() for name, value in parts.items() if value is not None}
-
-
-def pack(latents: Tensor) -> Tensor:
-    """``[B, C, h, w]`` into tokens of 2 x 2 latents in raster order, ``[B, h/2 * w/2, 4 C]``."""
-    batch, channels, height, width = latents.shape
-    cells = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
-
-
-def flux_call(model: Any, batch: Batch, guidance: float) -> dict[str, Any]:
-    """Arguments of a FLUX transformer's call on the batch's noisy latents.
-
-    Args:
-        model: for its configuration.
-        batch: on the model's device, text in the type that the model computes in.
-        guidance: ignored where the model has no guidance embedding.
-    """
-    device, dtype = batch.latents.device, batch.prompt_embeds.dtype
-    sigmas = batch.sigmas.view(-1, 1, 1, 1)
-    count, (height, width) = len(batch.latents), (side // 2 for side in batch.latents.shape[-2:])
-    ids = torch.zeros(height, width, 3, device=device)
-    ids[..., 1] = torch.arange(height, device=device)[:, None]
-    ids[..., 2] = torch.arange(width, device=device)[None]
-    return {
-        "hidden_states": pack((1 - sigmas) * batch.latents + sigmas * batch.noise).to(dtype),
-        "encoder_hidden_states": batch.prompt_embeds,
-        "pooled_projections": batch.pooled,
-        "timestep": batch.sigmas.to(dtype),
-        "guidance": torch.full((count,), guidance, device=device) if model.config.guidance_embeds else None,
-        "img_ids": ids.reshape(-1, 3),
-        "txt_ids": torch.zeros(batch.prompt_embeds.shape[1], 3, device=device),
-        "return_dict": False,
-    }
 
 
 def attention_loss(student: dict[str, Captured], teacher: dict[str, Captured]) -> Tensor:
@@ -108,7 +76,7 @@ class Objective:
         student: the bare model, for its layers and configuration.
         teacher: dense and frozen.
         weights: of the losses.
-        guidance: see ``flux_call``.
+        guidance: see ``flexclear.distill.calls.Caller``.
         autocast: gives a context for both models' calls.
     """
 
@@ -121,6 +89,7 @@ class Objective:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._student, self._teacher, self._weights = student, teacher, weights
+        self._caller = caller_of(student)
         self._guidance, self._autocast = guidance, autocast
         self._layers = compared_layers(student, weights.attention_every) if weights.attention else []
 
@@ -132,13 +101,13 @@ class Objective:
             forward: what is called for the student, where it is wrapped; the bare model otherwise.
         """
         weights = self._weights
-        call = flux_call(self._student, batch, self._guidance)
+        call = self._caller.call(self._student, batch, self._guidance)
         with capture(self._student, self._layers) as own, self._autocast():
             predicted = (forward or self._student)(**call)[0]
         predicted = predicted.to(_wide(predicted))
         flow = prediction = attention = None
         if weights.flow:
-            flow = F.mse_loss(predicted, pack(batch.noise - batch.latents).to(predicted.dtype))
+            flow = F.mse_loss(predicted, self._caller.velocity(self._student, batch).to(predicted.dtype))
         if weights.prediction or weights.attention:
             with torch.no_grad(), capture(self._teacher, self._layers) as theirs, self._autocast():
                 taught = self._teacher(**call)[0]

@@ -12,9 +12,10 @@ from flexclear.common.choices import EMBEDDED, HUB_ID
 from flexclear.common.fingerprints import counts, fingerprint_files
 from flexclear.common.foreign import from_pretrained
 from flexclear.common.shipped import model_directory
+from flexclear.distill.calls import CALLERS
 
-SUPPORTED = ("FluxTransformer2DModel",)
-"""Classes whose calls the trainer makes."""
+ENCODED = ("FluxTransformer2DModel",)
+"""Classes whose pipelines ``flexclear data cache`` encodes images with."""
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -54,8 +55,22 @@ def check_class(name: str | None) -> None:
     Raises:
         TypeError: it cannot.
     """
-    if name not in SUPPORTED:
-        raise TypeError(f"distillation trains {' or '.join(SUPPORTED)}; this is a {name}")
+    if name not in CALLERS:
+        raise TypeError(f"distillation trains {' or '.join(CALLERS)}; this is a {name}")
+
+
+def check_encoded(name: str | None) -> None:
+    """Raise unless images can be encoded with a pipeline whose transformer is of this class.
+
+    Raises:
+        TypeError: they cannot.
+    """
+    if name in CALLERS and name not in ENCODED:
+        raise TypeError(
+            f"images with captions are encoded for {' or '.join(ENCODED)}; this is a {name}, for which samples are handed over: "
+            "distill(pipe, config, MemorySamples([...]))"
+        )
+    check_class(name)
 
 
 def transformer_class(folder: Path) -> str | None:

@@ -12,12 +12,13 @@ from torch import nn
 
 from flexclear.common.extras import require
 from flexclear.distill.batches import held_out_indices
+from flexclear.distill.calls import caller_of, check_samples, class_name
 from flexclear.distill.capture import compared_layers
 from flexclear.distill.config import DistillConfig
 from flexclear.distill.encoding import samples_of
-from flexclear.distill.models import SUPPORTED, check_class, fingerprint, pipeline_folder, skeleton
+from flexclear.distill.models import check_class, fingerprint, pipeline_folder, skeleton
 from flexclear.distill.optimizers import check_optimizer
-from flexclear.distill.samples import Samples, check_samples
+from flexclear.distill.samples import Samples
 from flexclear.families.target import model_of
 
 
@@ -62,11 +63,12 @@ def prepare(
         made = fingerprint(folder)
     else:
         model = model_of(model_or_pipe)
-        check_class(
-            next((base.__name__ for base in type(model).__mro__ if base.__name__ in SUPPORTED), type(model).__name__)
-        )
+        check_class(class_name(model))
         if config.model is not None:
             made = fingerprint(pipeline_folder(config.model))
+    video = caller_of(model).video
+    if config.sheets.every and video:
+        raise ValueError(f"sheets.every draws images, and {type(model).__name__} is a video model; leave it out")
     if config.losses.attention:
         compared_layers(model, config.losses.attention_every)
     if data is None:

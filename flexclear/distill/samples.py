@@ -23,24 +23,27 @@ TENSORS = ("mean", "logvar", "prompt_embeds", "pooled")
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its caption, encoded.
+    """One image or video with its caption, encoded.
 
     Attributes:
-        mean, logvar: moments of the VAE's posterior, ``[C, h, w]``.
+        mean, logvar: moments of the VAE's posterior, ``[C, h, w]``, of a video ``[C, F, h, w]``.
         prompt_embeds: ``[T, D]``.
-        pooled: pooled text embedding, ``[P]``.
+        pooled: pooled text embedding, ``[P]``; None for a model that takes none.
         caption: for people.
     """
 
     mean: Tensor
     logvar: Tensor
     prompt_embeds: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
     caption: str = ""
 
 
 Shape = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Shapes of moments, text embeddings and pooled embedding. Samples of one batch share it."""
+"""Shapes of moments, text embeddings and pooled embedding, ``()`` without one. Samples of one batch share it."""
+
+Factor = float | tuple[float, ...]
+"""One number, or one for each channel of the latents."""
 
 
 class Samples(Protocol):
@@ -48,13 +51,18 @@ class Samples(Protocol):
 
     Attributes:
         scaling_factor, shift_factor: latents = (drawn from the moments - shift) * scaling, as the VAE's configuration
-            has them.
+            has them: a number, or one for each channel.
         fingerprint: of the parts that encoded them, or None: not known.
     """
 
-    scaling_factor: float
-    shift_factor: float
-    fingerprint: str | None
+    @property
+    def scaling_factor(self) -> Factor: ...
+
+    @property
+    def shift_factor(self) -> Factor: ...
+
+    @property
+    def fingerprint(self) -> str | None: ...
 
     def __len__(self) -> int: ...
 
@@ -64,7 +72,10 @@ class Samples(Protocol):
 
 
 NUMBERS = {"mean": 3, "logvar": 3, "prompt_embeds": 2, "pooled": 1}
-"""Dimensions of each tensor of a sample."""
+"""Dimensions of each tensor of an image's sample."""
+
+FRAMES = {**NUMBERS, "mean": 4, "logvar": 4}
+"""And of a video's."""
 
 
 def check_sample(sample: Sample) -> None:
@@ -74,8 +85,10 @@ def check_sample(sample: Sample) -> None:
         TypeError: one is no floating-point tensor.
         ValueError: one has another shape, or holds a number that is not finite, as a VAE in float16 makes them.
     """
-    for name, dimensions in NUMBERS.items():
+    for name, dimensions in (FRAMES if getattr(sample.mean, "ndim", 3) == FRAMES["mean"] else NUMBERS).items():
         tensor = getattr(sample, name)
+        if name == "pooled" and tensor is None:
+            continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
@@ -92,7 +105,8 @@ def _check_shape(name: str, shape: tuple[int, ...], dimensions: int) -> None:
 
 
 def shape_of(sample: Sample) -> Shape:
-    return tuple(sample.mean.shape), tuple(sample.prompt_embeds.shape), tuple(sample.pooled.shape)
+    pooled = () if sample.pooled is None else tuple(sample.pooled.shape)
+    return tuple(sample.mean.shape), tuple(sample.prompt_embeds.shape), pooled
 
 
 @dataclass
@@ -100,12 +114,13 @@ class MemorySamples:
     """Samples in memory.
 
     Raises:
-        TypeError, ValueError: see ``check_sample``; the message names the sample.
+        TypeError, ValueError: see ``check_sample``; the message names the sample. Or a factor is not finite, or there is not one
+            for each channel.
     """
 
     samples: list[Sample]
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
+    scaling_factor: Factor = 1.0
+    shift_factor: Factor = 0.0
     fingerprint: str | None = None
     _shapes: list[Shape] = field(init=False, repr=False)
 
@@ -116,6 +131,16 @@ class MemorySamples:
             except (TypeError, ValueError) as error:
                 raise type(error)(f"sample {index}: {error}") from error
         self._shapes = [shape_of(sample) for sample in self.samples]
+        for name in ("scaling_factor", "shift_factor"):
+            self._check_factor(name, getattr(self, name))
+
+    def _check_factor(self, name: str, factor: Factor) -> None:
+        numbers = factor if isinstance(factor, tuple) else (factor,)
+        if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
+            raise ValueError(f"{name} must be a finite number, or a tuple of one for each channel, got {factor!r}")
+        for index, (latents, _, _) in enumerate(self._shapes):
+            if isinstance(factor, tuple) and len(factor) != latents[0]:
+                raise ValueError(f"{name} has {len(factor)} numbers, and sample {index} {latents[0]} channels")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -217,45 +242,11 @@ class CachedSamples:
             raise ValueError(f"{self.folder / name} is damaged: {error}. Delete it and cache again") from error
 
 
-def check_samples(samples: Samples, model: Any, fingerprint: str | None = None, name: str = "the data") -> None:
-    """Raise unless the samples are what ``model`` takes.
-
-    Args:
-        samples: all of them.
-        model: a FLUX transformer.
-        fingerprint: of the pipeline's encoders, or None: not known.
-        name: of the samples, for the message.
-
-    Raises:
-        ValueError: other encoders made them, or sizes do not fit; the message says which.
-    """
-    if not len(samples):
-        raise ValueError(f"{name}: no samples")
-    if fingerprint is not None and samples.fingerprint is not None and samples.fingerprint != fingerprint:
-        made = getattr(samples, "model", "another model")
-        raise ValueError(
-            f"{name} was encoded by other encoders than the model has (by {made}; fingerprint {samples.fingerprint}, the "
-            f"model's is {fingerprint}). flexclear data cache again with this model"
-        )
-    config = model.config
-    for index in range(len(samples)):
-        (channels, height, width), (_, text), (pooled,) = samples.shape(index)
-        for what, given, wanted in (
-            ("latent channels", channels * 4, config.in_channels),
-            ("text features", text, config.joint_attention_dim),
-            ("pooled features", pooled, config.pooled_projection_dim),
-        ):
-            if given != wanted:
-                packed = " (4 x the latents' channels)" if what.startswith("latent") else ""
-                raise ValueError(
-                    f"{name} does not fit the {type(model).__name__}: sample {index} has {given} {what}{packed}, the model "
-                    f"takes {wanted}"
-                )
-        if height % 2 or width % 2:
-            raise ValueError(f"{name}: sample {index} has {height} x {width} latents; even sides are packed 2 x 2")
-
-
 def stack(samples: Iterable[Sample]) -> dict[str, Tensor]:
-    """Tensors of a batch by name, each with the batch in front."""
+    """Tensors of a batch by name, each with the batch in front; without a pooled embedding where samples have none."""
     chosen = list(samples)
-    return {name: torch.stack([getattr(sample, name) for sample in chosen]) for name in TENSORS}
+    return {
+        name: torch.stack([getattr(sample, name) for sample in chosen])
+        for name in TENSORS
+        if getattr(chosen[0], name) is not None
+    }

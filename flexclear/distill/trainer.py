@@ -117,7 +117,13 @@ def distill(
     if entry_hook_of(model) is None:
         mechanism = config.mechanism
         if mechanism is None:
-            transform(model_or_pipe, config.radius, down_factor=config.down_factor, backend=config.backend)
+            transform(
+                model_or_pipe,
+                config.radius,
+                frame_radius=config.frame_radius,
+                down_factor=config.down_factor,
+                backend=config.backend,
+            )
         else:
             transform(model_or_pipe, attention=mechanism, backend=config.backend)
     with as_found(model):

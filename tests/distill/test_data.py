@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import flexclear
 from flexclear.distill import CachedSamples, MemorySamples, Sample
 from flexclear.distill.caching import _fitted, cache
+from flexclear.distill.calls import check_samples
 from flexclear.distill.models import fingerprint, pipeline_folder
-from flexclear.distill.samples import check_samples
 from flexclear.distill.sources import find_items
 
 from helpers.full_disk import largest_file

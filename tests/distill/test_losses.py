@@ -11,9 +11,10 @@ from torch import nn
 
 import flexclear
 from flexclear.distill.batches import Batch, BatchMaker
+from flexclear.distill.calls import flux_call, pack
 from flexclear.distill.capture import Captured, capture, compared_layers
 from flexclear.distill.config import LossConfig, TimestepConfig
-from flexclear.distill.losses import Objective, attention_loss, flux_call, pack
+from flexclear.distill.losses import Objective, attention_loss
 from flexclear.distill.students import add_lora, make_teacher, trained_parameters
 from flexclear.masks import Disc, Layout, dense_mask
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flexclear import embedded
-from flexclear.distill.losses import pack
+from flexclear.distill.calls import pack
 from flexclear.distill.model_state import write_weights
 from flexclear.distill.samples import CachedSamples
 from flexclear.distill.students import trained_parameters
