@@ -14,7 +14,10 @@ from flexclear.runtime.hooks import entry_hook_of
 from helpers import models_video
 from helpers.parallel_cases import run
 
-MODELS = {"wan": (models_video.tiny_wan, models_video.WAN_64, models_video.wan_call, 0)}
+MODELS = {
+    "wan": (models_video.tiny_wan, models_video.WAN_64, models_video.wan_call, 0),
+    "skyreels": (models_video.tiny_skyreels, models_video.WAN_64, models_video.skyreels_call, 0),
+}
 """Ways to a model with heads of 64, and to a call, and how many text tokens of one are in the sequence."""
 
 
