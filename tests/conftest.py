@@ -38,28 +38,28 @@ def pytest_addoption(parser):
 
 
 LONGEST = (
-    "distill/test_students_again.py",
-    "parallel/test_ends.py",
-    "parallel/test_more_processes.py",
     "test_kernels_without_gpu.py",
-    "distill/test_processes.py",
     "compile/test_text_lengths.py",
     "contract/test_compile.py",
     "compile/test_flex.py",
     "test_on_paper.py",
-    "compile/test_regional.py",
-    "compile/test_modes.py",
+    "distill/test_students_again.py",
+    "embedded/test_pictures.py",
+    "plugins/test_compile_whole.py",
+    "parallel/test_ends.py",
     "compile/test_quantize_together.py",
-    "distill/test_deepspeed.py",
-    "parallel/test_two_processes.py",
+    "parallel/test_more_processes.py",
+    "distill/test_processes.py",
+    "test_soak.py",
+    "compile/test_modes.py",
+    "compile/test_regional.py",
+    "testing/test_fuzzing.py",
+    "distill/test_trainer.py",
+    "test_reliability.py",
     "distill/test_config.py",
     "test_synchronisation.py",
-    "test_reliability.py",
-    "compile/test_hooks.py",
     "test_students.py",
-    "test_way_back.py",
-    "masks/test_apart.py",
-    "test_quiet.py",
+    "distill/test_deepspeed.py",
 )
 """Files that take longest, in falling order. Processes that take a file each (``make test``) begin with them, so that none is
 left with one of these alone at the end."""
@@ -67,6 +67,7 @@ left with one of these alone at the end."""
 
 def pytest_collection_modifyitems(config, items):
     place = {os.path.join(os.path.dirname(__file__), *name.split("/")): rank for rank, name in enumerate(LONGEST)}
+    assert all(map(os.path.isfile, place)), "a file of LONGEST is gone"
     items.sort(key=lambda item: place.get(str(item.path), len(place)))
     if config.getoption("--whole"):
         return
