@@ -111,7 +111,7 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
             pipe = from_pretrained(DiffusionPipeline, setup.folder, setup.dtype)
     check_sizes(pipe, settings)
     if draws_videos(type(pipe)):
-        check_clip(pipe, pipe.transformer.config, settings)
+        check_clip(pipe, getattr(getattr(pipe, "transformer", None), "config", {}), settings)
     pipe.set_progress_bar_config(disable=True)
     if settings.r != DENSE:
         _window(pipe, settings, setup, say)
