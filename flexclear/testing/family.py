@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flexclear.convert import restore, transform
 from flexclear.families import family_of
-from flexclear.masks import Disc, Layout
+from flexclear.masks import Disc, Layout, Window, cylinder
 from flexclear.runtime.facts import Call
 from flexclear.runtime.family import Family, block_of
 from flexclear.runtime.grid import GridReader
@@ -51,7 +51,7 @@ class FamilyReport:
 
 
 def check_family(
-    model: nn.Module, call: Mapping[str, Any], *, grid: tuple[int, int] | Sequence[tuple[int, int]], r: int = 3
+    model: nn.Module, call: Mapping[str, Any], *, grid: tuple[int, ...] | Sequence[tuple[int, int]], r: int = 3
 ) -> FamilyReport:
     """Assert that ``transform`` does to a model what its family declares.
 
@@ -68,9 +68,9 @@ def check_family(
             nothing: give it other weights.
         call: arguments of one call by name. Best are a grid that is not square, two samples, and padded text where the model
             knows that.
-        grid: height and width in tokens of the image of that call, or of the image and of each reference image. The family
-            reads it from the call itself; here is said what is right.
-        r: radius of the window; the grid must be larger.
+        grid: height and width in tokens of the image of that call, or of the image and of each reference image; of a video
+            model, frames, height and width in tokens. The family reads it from the call itself; here is said what is right.
+        r: radius of the window; the grid must be larger. Of a video, the frame before and the one after are seen.
 
     Returns:
         The differences found.
@@ -85,9 +85,11 @@ def check_family(
     if any(parameter.dtype != torch.float32 for parameter in model.parameters() if parameter.is_floating_point()):
         raise ValueError("check_family needs a model in float32: in a lower precision rounding hides what is wrong")
     facts = family.read(model, dict(call), GridReader())
-    grids = ((grid[0], grid[1]),) if isinstance(grid[0], int) else tuple(grid)
+    grids: Any = tuple(grid) if not isinstance(grid[0], int) else (grid[-2:],)
+    frames = grid[0] if family.video else 1
     assert facts.grids == grids, f"the family reads the grids {facts.grids} off this call, and they are {grids}"
-    checks = _Checks(family, model, call, facts, Disc(r))
+    assert facts.frames == frames, f"the family reads {facts.frames} frames off this call, and there are {frames}"
+    checks = _Checks(family, model, call, facts, r)
     checks.outputs()
     checks.gradients()
     checks.graphs()
@@ -95,8 +97,9 @@ def check_family(
 
 
 class _Checks:
-    def __init__(self, family: Family, model: nn.Module, call: Mapping[str, Any], facts: Call, window: Disc) -> None:
-        self.family, self.model, self.call, self.facts, self.window = family, model, call, facts, window
+    def __init__(self, family: Family, model: nn.Module, call: Mapping[str, Any], facts: Call, radius: int) -> None:
+        self.family, self.model, self.call, self.facts = family, model, call, facts
+        self.window, self.wider = (cylinder(r, 1) if family.video else Disc(r) for r in (radius, radius + 1))
         self.errors: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
 
@@ -106,7 +109,7 @@ class _Checks:
         dense = _run(self.model, self.call)
         with _under(self.family, self.facts, self.window):
             right = _run(self.model, self.call)
-        with _under(self.family, self.facts, Disc(self.window.radius + 1)):
+        with _under(self.family, self.facts, self.wider):
             wider = _run(self.model, self.call)
         for name, other in (("the window", dense), ("one token more of radius", wider)):
             least = min(_differ(mine, theirs) for mine, theirs in zip(other, right, strict=True))
@@ -166,7 +169,7 @@ class _Checks:
 
     @contextlib.contextmanager
     def _transformed(self, order: str = "tiled") -> Iterator[None]:
-        transform(self.model, self.window.radius, backend="sdpa", order=order)
+        transform(self.model, self.window, backend="sdpa", order=order)
         try:
             yield
         finally:
@@ -214,7 +217,7 @@ CHECKPOINTING = (
 
 
 @contextlib.contextmanager
-def _under(family: Family, facts: Call, window: Disc) -> Iterator[None]:
+def _under(family: Family, facts: Call, window: Window) -> Iterator[None]:
     """Scaled-dot-product attention under the window's dense mask, where a sequence is one of the family's.
 
     Raises:
@@ -226,7 +229,7 @@ def _under(family: Family, facts: Call, window: Disc) -> Iterator[None]:
         apart = facts.text_adjoins and scope in facts.keep
         own = []
         for length in facts.keep[scope].sum(1).tolist() if apart else [text_len]:
-            layout = Layout(height, width, length, family.text_first, "raster", tuple(references))
+            layout = Layout(height, width, length, family.text_first, "raster", tuple(references), frames=facts.frames)
             padding = text_len - length
             own.append(F.pad(oracle.expected_rows(layout, window), (0, padding, 0, padding), value=True))
         masks[own[0].shape[-1]] = torch.stack(own)[:, None] if apart else own[0]
@@ -234,7 +237,8 @@ def _under(family: Family, facts: Call, window: Disc) -> Iterator[None]:
 
     def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any):
         mask = masks.get(key.shape[-2])
-        if mask is not None:
+        # Attention of something else over the video, such as sound, is not windowed.
+        if mask is not None and (family.joins or query.shape[-2] == key.shape[-2]):
             used.add(key.shape[-2])
             mask = mask[..., -query.shape[-2] :, :].to(query.device)  # or of the last rows alone
             if attn_mask is None:

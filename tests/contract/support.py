@@ -170,10 +170,15 @@ def support() -> str:
     families = {(family := family_of(row.build())).model_class: family for row in ROWS}
     for family in families.values():
         pipelines = ", ".join(f"`{name}`" for name in family.pipelines)
-        text += (
-            f"| `{family.model_class}` | {'first' if family.text_first else 'last'} | {pipelines} | {family.notes} |\n"
-        )
+        text += f"| `{family.model_class}` | {_text(family)} | {pipelines} | {family.notes} |\n"
     return text
+
+
+def _text(family) -> str:
+    """Where text is in attention's sequence."""
+    if not family.joins:
+        return "by cross-attention"
+    return "first" if family.text_first else "last"
 
 
 if __name__ == "__main__":

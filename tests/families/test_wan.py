@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import flexclear
-from flexclear.masks import Disc, cylinder
+from flexclear.compile import why_not_compiled
+from flexclear.families import FAMILIES, family_of, register
+from flexclear.masks import Disc, all_frames, cylinder
+from flexclear.runtime.hooks import entry_hook_of
+from flexclear.testing import check_family
 
 from contract.oracle import RADIUS, expected, far, run, same
 from contract.pipelines import check_windowed
@@ -116,7 +122,7 @@ def test_vace_is_windowed_with_its_control_video_and_reference_images(monkeypatc
 
 def test_an_image_is_a_video_of_one_frame(monkeypatch):
     pipe = text_to_video(monkeypatch)
-    check_windowed(pipe, WAN, **{**SIZE, "num_frames": 1}, **GUIDED)
+    check_windowed(pipe, WAN, **{**SIZE, "num_frames": 1}, **{**GUIDED, "max_sequence_length": 14})
 
 
 def test_wide_windows_see_all_and_give_the_dense_model():
@@ -231,3 +237,41 @@ def test_an_order_of_rows_is_the_same_in_time_whatever_the_window(monkeypatch):
     assert where[2, 4:6, 8:10].all()
     where[2, 4:6, 8:10] = False
     assert not where.any()
+
+
+@pytest.fixture
+def families():
+    """Those that there are, afterwards as before."""
+    before = list(FAMILIES)
+    yield FAMILIES
+    FAMILIES[:] = before
+
+
+def test_check_family_finds_text_or_frames_that_a_declaration_counts_wrongly(families):
+    model, call = tiny_wan(num_layers=1), wan_call(3, 8, 9, 5, 2)
+    report = check_family(model, call, grid=(3, 8, 9))
+    assert len(report.errors) == 5
+    with pytest.raises(AssertionError, match=r"the family reads 3 frames off this call, and there are 9"):
+        check_family(model, call, grid=(9, 8, 9))
+    with pytest.raises(AssertionError, match=r"the family reads the grids \(\(8, 9\),\) off this call, and they are"):
+        check_family(model, call, grid=(3, 16, 18))
+    right = family_of(model)
+    register(dataclasses.replace(right, joins=True), replace=True)
+    with pytest.raises(AssertionError, match="attends over no sequence of 221 tokens, which the family says there is"):
+        check_family(model, call, grid=(3, 8, 9))
+
+
+@pytest.mark.skipif(why_not_compiled(torch.device("cpu")) is not None, reason="no compiler")
+def test_compiled_flex_attention_has_windows_of_other_orders_in_one_model():
+    """And for clips of other sizes."""
+    model, plain = (tiny_wan(attention_head_dim=64) for _ in range(2))
+    windows = [cylinder(4, 0), all_frames(2)]
+    flexclear.transform(model, r=windows, backend="flex")
+    flexclear.transform(plain, r=windows, backend="sdpa")
+    for sizes in ((8, 16, 9), (7, 11, 12)):
+        call = wan_call(*sizes, 7, 2)
+        same(run(model, call), run(plain, call), sizes)
+    entry = entry_hook_of(model)
+    made = entry.plan(model, entry.family.read(model, call, entry._reader), entry.settings.switches, False)
+    orders = [slot.order[0] for slot in made.slots]
+    assert not torch.equal(orders[0], orders[1]), "both layers have one order"
