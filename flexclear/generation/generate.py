@@ -111,7 +111,9 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
             pipe = from_pretrained(DiffusionPipeline, setup.folder, setup.dtype)
     check_sizes(pipe, settings)
     if draws_videos(type(pipe)):
-        check_clip(pipe, getattr(getattr(pipe, "transformer", None), "config", {}), settings)
+        # Wan 2.2's may have either transformer alone.
+        model = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+        check_clip(pipe, getattr(model, "config", {}), settings)
     pipe.set_progress_bar_config(disable=True)
     if settings.r != DENSE:
         _window(pipe, settings, setup, say)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import flexclear
-from flexclear.compile import why_not_compiled
+from flexclear.compile import report, why_not_compiled
 from flexclear.families import FAMILIES, family_of, register
-from flexclear.masks import Disc, all_frames, cylinder
+from flexclear.masks import Anchors, Disc, all_frames, cylinder
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.testing import check_family
 
@@ -249,8 +249,7 @@ def families():
 
 def test_check_family_finds_text_or_frames_that_a_declaration_counts_wrongly(families):
     model, call = tiny_wan(num_layers=1), wan_call(3, 8, 9, 5, 2)
-    report = check_family(model, call, grid=(3, 8, 9))
-    assert len(report.errors) == 5
+    assert len(check_family(model, call, grid=(3, 8, 9)).errors) == 5
     with pytest.raises(AssertionError, match=r"the family reads 3 frames off this call, and there are 9"):
         check_family(model, call, grid=(9, 8, 9))
     with pytest.raises(AssertionError, match=r"the family reads the grids \(\(8, 9\),\) off this call, and they are"):
@@ -275,3 +274,38 @@ def test_compiled_flex_attention_has_windows_of_other_orders_in_one_model():
     made = entry.plan(model, entry.family.read(model, call, entry._reader), entry.settings.switches, False)
     orders = [slot.order[0] for slot in made.slots]
     assert not torch.equal(orders[0], orders[1]), "both layers have one order"
+
+
+def test_compiled_blocks_serve_clips_of_other_lengths_and_windows_of_each_layer():
+    """Whose orders differ: one graph for each window, of layers that are equal otherwise."""
+    model, plain = (tiny_wan() for _ in range(2))
+    for each in (model, plain):
+        flexclear.transform(each, r=[cylinder(4, 0), all_frames(2)], backend="sdpa")
+    torch.compiler.reset()
+    before = report()
+    try:
+        flexclear.optimize(model, backend="eager", dynamic=True)
+        made = []
+        for sizes in ((8, 16, 9), (7, 11, 12), (2, 6, 23)):
+            call = wan_call(*sizes, 70, 2)
+            same(run(model, call), run(plain, call), sizes)
+            made.append(len(report().since(before).graphs))
+        assert made == [2, 2, 2]
+    finally:
+        torch.compiler.reset()
+
+
+def test_reference_frames_stay_in_sight_by_anchors():
+    """As frames they are seen from as far as others: from further away, each with a window that anchors them."""
+    model = tiny_wan(num_layers=1)
+    call = wan_call(6, 5, 6, 3)
+    changed = call["hidden_states"].clone()
+    changed[:, :, 0] += 1
+
+    def reached(window):
+        flexclear.transform(model, r=window, backend="sdpa")
+        moved = run(model, {**call, "hidden_states": changed}) - run(model, call)
+        return (moved.abs().amax((0, 1, 3, 4)) > 0).tolist()
+
+    assert reached(cylinder(2, 1)) == [True, True, False, False, False, False]
+    assert reached(cylinder(2, 1) | Anchors((0,))) == [True] * 6
