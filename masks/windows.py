@@ -9,6 +9,7 @@ device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,20 +204,57 @@ class Window(ABC):
         return mask_mod
 
 
-def _check_parts(verb: str, parts: tuple[Window, ...]) -> None:
-    if len(parts) < 2:
-        raise ValueError(f"{verb} takes two windows or more, got {len(parts)}")
-    for part in parts:
-        if not isinstance(part, Window):
-            raise TypeError(f"{verb} takes windows of flexclear.masks such as Disc(16), got {part!r}")
-        if part.pools:
-            raise TypeError(
-                f"{verb} takes windows without pooled keys; add them last: Downsampled({verb}(...), factor)"
-            )
+class _Composed(Window):
+    """Windows whose answers are joined, pair by pair."""
+
+    parts: tuple[Window, ...]
+
+    @staticmethod
+    @abstractmethod
+    def _join(first: Tensor, second: Tensor) -> Tensor:
+        """Two answers joined, element by element."""
+
+    def __init__(self, *parts: Window) -> None:
+        verb = type(self).__name__
+        if len(parts) < 2:
+            raise ValueError(f"{verb} takes two windows or more, got {len(parts)}")
+        for part in parts:
+            if not isinstance(part, Window):
+                raise TypeError(f"{verb} takes windows of flexclear.masks such as Disc(16), got {part!r}")
+            if part.pools:
+                raise TypeError(
+                    f"{verb} takes windows without pooled keys; add them last: Downsampled({verb}(...), factor)"
+                )
+        object.__setattr__(self, "parts", parts)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.parts))})"
+
+    @property
+    def reads(self) -> Reads:
+        return least_convenient(part.reads for part in self.parts)
+
+    @property
+    def knows_frames(self) -> bool:
+        return all(part.knows_frames for part in self.parts)
+
+    def check(self, layout: Layout) -> None:
+        for part in self.parts:
+            part.check(layout)
+
+    def rule(self, layout: Layout, number: Number) -> Rule:
+        rules = [part.rule(layout, number) for part in self.parts]
+        return functools.reduce(functools.partial(_joined, self._join), rules)
+
+    def touches(self, layout: Layout, query: Box, key: Box) -> Tensor:
+        return functools.reduce(self._join, [part.touches(layout, query, key) for part in self.parts])
+
+    def covers(self, layout: Layout, query: Box, key: Box) -> Tensor:
+        return functools.reduce(self._join, [part.covers(layout, query, key) for part in self.parts])
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Both(Window):
+class Both(_Composed):
     """A key is seen if every part allows it: the intersection of windows.
 
     Args:
@@ -225,54 +263,21 @@ class Both(Window):
 
     parts: tuple[Window, ...]
 
-    def __init__(self, *parts: Window) -> None:
-        _check_parts("Both", parts)
-        object.__setattr__(self, "parts", parts)
-
-    def __repr__(self) -> str:
-        return f"Both({', '.join(map(repr, self.parts))})"
+    @staticmethod
+    def _join(first: Tensor, second: Tensor) -> Tensor:
+        return first & second
 
     @property
     def name(self) -> str:
         return "_and_".join(part.name for part in self.parts)
 
     @property
-    def reads(self) -> Reads:
-        return least_convenient(part.reads for part in self.parts)
-
-    @property
-    def knows_frames(self) -> bool:
-        return all(part.knows_frames for part in self.parts)
-
-    def check(self, layout: Layout) -> None:
-        for part in self.parts:
-            part.check(layout)
-
-    @property
     def reach(self) -> int | None:
         return min((part.reach for part in self.parts if part.reach is not None), default=None)
 
-    def rule(self, layout: Layout, number: Number) -> Rule:
-        first, *others = (part.rule(layout, number) for part in self.parts)
-        for other in others:
-            first = _and(first, other)
-        return first
-
-    def touches(self, layout: Layout, query: Box, key: Box) -> Tensor:
-        found = self.parts[0].touches(layout, query, key)
-        for part in self.parts[1:]:
-            found = found & part.touches(layout, query, key)
-        return found
-
-    def covers(self, layout: Layout, query: Box, key: Box) -> Tensor:
-        found = self.parts[0].covers(layout, query, key)
-        for part in self.parts[1:]:
-            found = found & part.covers(layout, query, key)
-        return found
-
 
 @dataclass(frozen=True, init=False, repr=False)
-class Either(Window):
+class Either(_Composed):
     """A key is seen if any part allows it: the union of windows.
 
     Args:
@@ -281,59 +286,22 @@ class Either(Window):
 
     parts: tuple[Window, ...]
 
-    def __init__(self, *parts: Window) -> None:
-        _check_parts("Either", parts)
-        object.__setattr__(self, "parts", parts)
-
-    def __repr__(self) -> str:
-        return f"Either({', '.join(map(repr, self.parts))})"
+    @staticmethod
+    def _join(first: Tensor, second: Tensor) -> Tensor:
+        return first | second
 
     @property
     def name(self) -> str:
         return "_or_".join(part.name for part in self.parts)
 
     @property
-    def reads(self) -> Reads:
-        return least_convenient(part.reads for part in self.parts)
-
-    @property
-    def knows_frames(self) -> bool:
-        return all(part.knows_frames for part in self.parts)
-
-    def check(self, layout: Layout) -> None:
-        for part in self.parts:
-            part.check(layout)
-
-    @property
     def reach(self) -> int | None:
         reaches = [part.reach for part in self.parts if part.reach is not None]
         return max(reaches) if len(reaches) == len(self.parts) else None
 
-    def rule(self, layout: Layout, number: Number) -> Rule:
-        first, *others = (part.rule(layout, number) for part in self.parts)
-        for other in others:
-            first = _or(first, other)
-        return first
 
-    def touches(self, layout: Layout, query: Box, key: Box) -> Tensor:
-        found = self.parts[0].touches(layout, query, key)
-        for part in self.parts[1:]:
-            found = found | part.touches(layout, query, key)
-        return found
-
-    def covers(self, layout: Layout, query: Box, key: Box) -> Tensor:
-        found = self.parts[0].covers(layout, query, key)
-        for part in self.parts[1:]:
-            found = found | part.covers(layout, query, key)
-        return found
-
-
-def _and(a: Rule, b: Rule) -> Rule:
-    return lambda query, key: a(query, key) & b(query, key)
-
-
-def _or(a: Rule, b: Rule) -> Rule:
-    return lambda query, key: a(query, key) | b(query, key)
+def _joined(join: Callable[[Tensor, Tensor], Tensor], first: Rule, second: Rule) -> Rule:
+    return lambda query, key: join(first(query, key), second(query, key))
 
 
 def captured_tensors(mask_mod: object) -> list[Tensor]:

@@ -56,8 +56,8 @@ FAULTS = (
     Fault(
         "rule-either-is-both",
         "masks/windows.py",
-        "a(query, key) | b(query, key)",
-        "a(query, key) & b(query, key)",
+        "return first | second",
+        "return first & second",
         "a union is an intersection",
     ),
     # Boxes: which blocks are needed, and which are full.
@@ -99,15 +99,15 @@ FAULTS = (
     Fault(
         "block-both-full-where-either-is",
         "masks/windows.py",
-        "found = found & part.covers(layout, query, key)",
-        "found = found | part.covers(layout, query, key)",
+        "functools.reduce(self._join, [part.covers(layout, query, key) for part in self.parts])",
+        "functools.reduce(torch.logical_or, [part.covers(layout, query, key) for part in self.parts])",
         "a block of an intersection is called full where one part covers it",
     ),
     Fault(
         "block-either-needed-where-both-are",
         "masks/windows.py",
-        "found = found | part.touches(layout, query, key)",
-        "found = found & part.touches(layout, query, key)",
+        "functools.reduce(self._join, [part.touches(layout, query, key) for part in self.parts])",
+        "functools.reduce(torch.logical_and, [part.touches(layout, query, key) for part in self.parts])",
         "a block of a union is missed where one part alone needs it",
     ),
     Fault(
@@ -456,8 +456,8 @@ FAULTS = (
     Fault(
         "ranks-packed-by-height",
         "flexclear/parallel/planning.py",
-        "pack(torch.zeros_like(place), place // width, place % width)",
-        "pack(torch.zeros_like(place), place // height, place % height)",
+        "pack(place // (height * width), place // width % height, place % width)",
+        "pack(place // (height * width), place // height % height, place % height)",
         "on rectangles a rank's keys are elsewhere",
     ),
     Fault(
