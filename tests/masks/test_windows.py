@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from flexclear import masks
 from flexclear.masks import (
+    Anchors,
     Both,
     Disc,
     Downsampled,
@@ -19,6 +20,8 @@ from flexclear.masks import (
     Square,
     Strided,
     Swin,
+    TileWindow,
+    Tube,
     cost,
     dense_mask,
 )
@@ -37,15 +40,25 @@ def swin_cell(place, window, shift):
     return 0 if shift and place < shift else 1 + (place - shift) // window
 
 
+def seen_along(place, side, keys, step, phases, shifted):
+    """Places of an axis that one of them sees, by NATTEN's definition."""
+    own = range(place % phases, side, phases)
+    number = own.index(place)
+    first = min(number - number % step + step // 2, len(own) - 1) - keys // 2
+    if shifted:
+        first = min(max(first, 0), len(own) - keys)
+    return own[max(first, 0) : max(first + keys, 0)]
+
+
 def allowed(window, layout, query, key):
     """Whether an image query sees an image key, by the definition of each window."""
     (yq, xq), (yk, xk) = query, key
     match window:
         case Disc(radius):
             return (yq - yk) ** 2 + (xq - xk) ** 2 < radius**2
-        case Square(radius):
+        case Square(int(radius), 1, 1):
             return max(abs(yq - yk), abs(xq - xk)) < radius
-        case Neighborhood(kernel):
+        case Neighborhood(int(kernel), 1, 1):
             from_y = yk - neighborhood_start(yq, layout.height, kernel)
             from_x = xk - neighborhood_start(xq, layout.width, kernel)
             return 0 <= from_y < kernel and 0 <= from_x < kernel
@@ -54,8 +67,24 @@ def allowed(window, layout, query, key):
             return rows and swin_cell(xq, side, shift) == swin_cell(xk, side, shift)
         case Strided(stride):
             return yq % stride == yk % stride and xq % stride == xk % stride
-        case Full():
+        case Full() | Anchors():
             return True
+        case Tube((first, *_), _):
+            return (yq - yk) ** 2 + (xq - xk) ** 2 < first
+        case Square(size, stride, dilation) | Neighborhood(size, stride, dilation):
+            numbers = [(n, n) if isinstance(n, int) else n for n in (size, stride, dilation)]
+            sides, shifted = (layout.height, layout.width), isinstance(window, Neighborhood)
+            return all(
+                key in seen_along(place, side, keys if shifted else 2 * keys - 1, step, phases, shifted)
+                for place, key, side, keys, step, phases in zip((yq, xq), (yk, xk), sides, *numbers, strict=True)
+            )
+        case TileWindow(tile, tiles):
+            numbers = [(n, n) if isinstance(n, int) else n for n in (tile, tiles)]
+            sides = (layout.height, layout.width)
+            return all(
+                key // size in seen_along(place // size, max(-(-side // size), count), count, 1, 1, True)
+                for place, key, side, size, count in zip((yq, xq), (yk, xk), sides, *numbers, strict=True)
+            )
         case Both():
             return all(allowed(part, layout, query, key) for part in window.parts)
         case Either():
