@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -23,37 +23,55 @@ FAR = 1 << 20
 """An empty interval goes from FAR to -FAR."""
 
 
-@dataclass(frozen=True)
-class Packing:
-    """How many bits of an int32 the row and the column have; what is left is the frame's, in front.
+class Packing(ABC):
+    """How a place is one int32: the frame in front, then the row, then the column.
 
     >>> IMAGES.unpack(torch.tensor(3 << 16 | 5))
     (tensor(0), tensor(3), tensor(5))
 
+    Shifts are literals. Read from attributes they would be symbols of the compiled kernel: one more argument, and the mask of
+    some bits a power in float64, for every pair of a partial block.
+
     Attributes:
-        row_bits, column_bits: of each.
         has_frames: whether there is more than frame 0.
     """
 
-    row_bits: int
-    column_bits: int
     has_frames: bool
 
+    @abstractmethod
     def pack(self, frame: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """The place as one number."""
-        packed = row << self.column_bits | column
-        return frame << (self.row_bits + self.column_bits) | packed if self.has_frames else packed
 
+    @abstractmethod
     def unpack(self, packed: Tensor) -> Coordinates:
         """What ``pack`` was given; of tokens that are no image tokens, anything."""
-        row, column = packed >> self.column_bits, packed & ((1 << self.column_bits) - 1)
-        if not self.has_frames:
-            return torch.zeros_like(packed), row, column
-        return packed >> (self.row_bits + self.column_bits), row & ((1 << self.row_bits) - 1), column
 
 
-IMAGES, CLIPS = Packing(15, 16, False), Packing(10, 10, True)
-"""Of one frame, and of several."""
+class _OfImages(Packing):
+    """Of one frame: 15 bits of the row, 16 of the column."""
+
+    has_frames = False
+
+    def pack(self, frame: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return row << 16 | column
+
+    def unpack(self, packed: Tensor) -> Coordinates:
+        return torch.zeros_like(packed), packed >> 16, packed & 0xFFFF
+
+
+class _OfClips(Packing):
+    """Of several frames: 10 bits of each axis."""
+
+    has_frames = True
+
+    def pack(self, frame: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return frame << 20 | row << 10 | column
+
+    def unpack(self, packed: Tensor) -> Coordinates:
+        return packed >> 20, packed >> 10 & 0x3FF, packed & 0x3FF
+
+
+IMAGES, CLIPS = _OfImages(), _OfClips()
 
 
 def gap(query: Interval, key: Interval) -> Tensor:

@@ -304,13 +304,13 @@ def _joined(join: Callable[[Tensor, Tensor], Tensor], first: Rule, second: Rule)
     return lambda query, key: join(first(query, key), second(query, key))
 
 
-def captured_tensors(mask_mod: object) -> list[Tensor]:
-    """Tensors that a ``mask_mod`` captures, those of functions inside it included, each once."""
-    found: dict[int, Tensor] = {}
-    for cell in getattr(mask_mod, "__closure__", None) or ():
-        content = cell.cell_contents
-        found.update((id(t), t) for t in ([content] if isinstance(content, Tensor) else captured_tensors(content)))
-    return list(found.values())
+def captured_tensors(captured: object) -> list[Tensor]:
+    """Tensors that a ``mask_mod`` captures, those of functions, tuples and lists inside it included, each once."""
+    if isinstance(captured, Tensor):
+        return [captured]
+    inside = [cell.cell_contents for cell in getattr(captured, "__closure__", None) or ()]
+    contents = captured if isinstance(captured, list | tuple) else inside
+    return list({id(tensor): tensor for content in contents for tensor in captured_tensors(content)}.values())
 
 
 def is_plain(window: Window | MaskMod) -> TypeGuard[MaskMod]:

@@ -13,7 +13,7 @@ import re
 import pytest
 
 from fakegpu import assemble, device, worker
-from fakegpu.cases import Case
+from fakegpu.cases import CLIPS, Case
 
 ADA, HOPPER = (8, 9), (9, 0)
 HEAD_DIMS = (64, 128)
@@ -36,9 +36,17 @@ APART, TABLE, COMPUTED = (
     Case(head_dim=128, **kind) for kind in ({"apart": True}, {"coordinates": "packed"}, {"coordinates": "computed"})
 )
 GROUPED = Case(head_dim=128, heads=8, key_heads=2)
-FLASH = [
-    Case(head_dim=64, options={"BACKEND": "FLASH"}, **kind) for kind in ({}, {"pooled": 4}, {"padding": (512, 77)})
-]
+OF_CLIPS = {name: Case(head_dim=128, **CLIPS[name]) for name in ("clip, cylinder", "clip, radial")}
+FLASH = {
+    name: Case(head_dim=64, options={"BACKEND": "FLASH"}, **kind)
+    for name, kind in (
+        ("disc", {}),
+        ("pooled keys", {"pooled": 4}),
+        ("padded text", {"padding": (512, 77)}),
+        ("clip, cylinder", CLIPS["clip, cylinder"]),
+        ("clip, radial", CLIPS["clip, radial"]),
+    )
+}
 IMPOSSIBLE = Case(head_dim=64, block_size=(128, 64), options={"BLOCK_N": 128}, exact=True)
 
 
@@ -46,7 +54,8 @@ IMPOSSIBLE = Case(head_dim=64, block_size=(128, 64), options={"BLOCK_N": 128}, e
 def results(capability):
     cases = [*CASES, Case(head_dim=UNEVEN[capability], text_len=500)]
     cases += [Case(head_dim=head_dim, padding=(512, 77)) for head_dim in PADDED[capability]]
-    cases += [GROUPED, *FLASH, APART, TABLE, COMPUTED, IMPOSSIBLE] if capability == HOPPER else []
+    if capability == HOPPER:
+        cases += [GROUPED, *FLASH.values(), *OF_CLIPS.values(), APART, TABLE, COMPUTED, IMPOSSIBLE]
     return dict(zip(cases, worker.run(capability, cases), strict=True))
 
 
@@ -113,9 +122,21 @@ def test_coordinates_cost_no_more_registers_than_a_table():
         assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
 
 
-@pytest.mark.parametrize("case", FLASH, ids=["disc", "pooled keys", "padded text"])
-def test_flash_attention_is_generated_of_what_its_language_has(case):
-    result = results(HOPPER)[case]
+@pytest.mark.parametrize("name", OF_CLIPS)
+def test_a_mask_of_several_frames_spills_nothing_and_costs_full_blocks_nothing(name):
+    kernel, of_image = (compiled(HOPPER, 128, "forward", **kind) for kind in (CLIPS[name], {}))
+    assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0)
+    assert 0 < kernel["shared"] <= device.GPUS[HOPPER][2]
+    (partial, full), (partial_of_image, full_of_image) = (
+        [loop["instructions"] for loop in one["loops"]] for one in (kernel, of_image)
+    )
+    assert partial > partial_of_image
+    assert full <= full_of_image * 1.05  # moves of registers differ
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention_is_generated_of_what_its_language_has(name):
+    result = results(HOPPER)[FLASH[name]]
     assert result["status"] == "ok", result["reason"]
     assert "flex_attention" in (result.get("compiled") or result["generated"])
 
@@ -130,8 +151,14 @@ LAYOUTS = {
     "image alone, a band of 9 rows": Case(
         heads=1, height=17, width=11, text_len=128, r=4, coordinates="computed", apart=True
     ),
+    "clip, text last": Case(
+        heads=1, frames=3, height=6, width=8, text_len=5, text_first=False, made_by=("cylinder", 3, 1)
+    ),
+    "clip without text, a table of radii": Case(
+        heads=1, frames=6, height=5, width=8, text_len=0, made_by=("radial", 4)
+    ),
 }
-INFERENCE = [name for name, case in LAYOUTS.items() if case.coordinates == "computed"]
+INFERENCE = [name for name, case in LAYOUTS.items() if case.coordinates == "computed" or case.made_by == ("radial", 4)]
 
 
 @functools.cache

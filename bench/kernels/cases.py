@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fakegpu.cases import MASKS, Case
+from fakegpu.cases import CLIPS, MASKS, Case
 
 Capability = tuple[int, int]
 
@@ -14,7 +14,7 @@ CAPABILITIES: tuple[Capability, ...] = ((9, 0), (8, 9), (10, 0), (8, 0))
 
 CHECKPOINTS = {
     64: "SD3-medium, SD3.5-medium, SD3.5-large",
-    128: "FLUX.1, FLUX.2, Qwen-Image, Chroma, Z-Image",
+    128: "FLUX.1, FLUX.2, Qwen-Image, Chroma, Z-Image; of video models Wan, HunyuanVideo",
     256: "AuraFlow (no family of flexclear: its own attention may call compiled_flex_attention)",
 }
 """Head dims of published checkpoints, and whose."""
@@ -47,6 +47,11 @@ LAYOUTS = {
     "pooled keys, padded text last": Case(
         height=11, width=13, text_len=30, text_first=False, r=3, pooled=4, padding=(1, 30)
     ),
+    "clip, text last": Case(frames=5, height=7, width=9, text_len=5, text_first=False, made_by=("cylinder", 4, 1)),
+    "clip without text, a table of radii": Case(frames=6, height=5, width=8, text_len=0, made_by=("radial", 4)),
+    "clip, computed coordinates": Case(
+        frames=5, height=7, width=9, text_len=5, made_by=("ball", 4, 2), coordinates="computed"
+    ),
 }
 """Small enough for an interpreter, of every kind that a mask may be of."""
 
@@ -77,12 +82,14 @@ def jobs() -> Iterator[Job]:
 
     ``attention``: head dims of checkpoints, three types, inference and training, every mask. ``every``: what the first
     leaves out of head dims 32 to 128. ``options``: those that a caller may choose. ``interpreter``: layouts, in float32.
+    ``clips``: masks of several frames beside the image's, in bfloat16.
     """
     for head_dim in (64, 128):
         for name, layout in LAYOUTS.items():
             changes = {"head_dim": head_dim, "dtype": "float32", "heads": 1, "backward": not layout.apart}
             if head_dim == 64 or name in ("odd sizes, text first", "pooled keys"):
                 yield Job("interpreter", name, INTERPRETED_FOR, dataclasses.replace(layout, **changes))
+    yield from _clips()
     first = {"disc": MASKS["disc"]}
     others = {name: mask for name, mask in MASKS.items() if name != "disc"}
     for masks, dtypes in ((first, HALF), (first, ("float32",)), (others, HALF), (others, ("float32",))):
@@ -109,3 +116,19 @@ def _options() -> Iterator[Job]:
                 if capability >= (9, 0) or not options.keys() & {"USE_TMA", "BACKEND"}:
                     name = ", ".join(f"{key}={value}" for key, value in options.items())
                     yield Job("options", name, capability, Case(head_dim=head_dim, options=options))
+
+
+def _clips() -> Iterator[Job]:
+    for capability in ((9, 0), (8, 9), (8, 0)):
+        for head_dim in (64, 128):
+            for name, mask in {"disc": MASKS["disc"], **CLIPS}.items():
+                for backward in (False, True) if name in TRAINED else (False,):
+                    yield Job("clips", name, capability, Case(head_dim=head_dim, backward=backward, **mask))
+            if capability == (9, 0):
+                for name in ("clip, cylinder", "clip, radial"):
+                    case = Case(head_dim=head_dim, options={"BACKEND": "FLASH"}, **CLIPS[name])
+                    yield Job("clips", f"{name}, BACKEND=FLASH", capability, case)
+
+
+TRAINED = ("disc", "clip, cylinder", "clip, radial")
+"""Masks of ``clips`` that are compiled for training too."""

@@ -35,7 +35,7 @@ console = Console(stderr=True)
 
 def main(
     section: Annotated[
-        list[str] | None, typer.Option(help="attention, every, options or interpreter; repeatable")
+        list[str] | None, typer.Option(help="attention, every, options, clips or interpreter; repeatable")
     ] = None,
     capability: Annotated[list[str] | None, typer.Option(help="such as 9.0; repeatable")] = None,
     mask: Annotated[list[str] | None, typer.Option(help="name of a mask, options or layout; repeatable")] = None,

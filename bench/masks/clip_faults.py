@@ -92,9 +92,9 @@ CLIP_FAULTS = (
     Fault(
         "clip-frame-bits-overlap",
         "masks/places.py",
-        "IMAGES, CLIPS = Packing(15, 16, False), Packing(10, 10, True)",
-        "IMAGES, CLIPS = Packing(15, 16, False), Packing(3, 10, True)",
-        "row 8 is taken for row 0 of another frame",
+        "return frame << 20 | row << 10 | column",
+        "return frame << 13 | row << 10 | column",
+        "a frame's bits lie over those of row 8",
     ),
     Fault(
         "clip-box-without-frames",

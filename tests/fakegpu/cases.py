@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexclear import masks
 from flexclear.compile.kernels import Kernel, check_kernel_options, choose, with_kernel
-from flexclear.masks import Disc, Downsampled, Layout, Window, block_mask, dense_mask, with_text_mask
+from flexclear.masks import Downsampled, Layout, Window, block_mask, dense_mask, suited, with_text_mask
 from flexclear.masks.apart import text_apart
 from flexclear.masks.blocks import default_block_size
 from flexclear.masks.carried import KERNEL_OPTIONS
@@ -31,6 +32,24 @@ MASKS: dict[str, dict[str, Any]] = {
 the images of an editing model; image queries alone, and coordinates by arithmetic."""
 
 
+EVEN = {"frames": 16, "height": 16, "width": 16}
+"""As many tokens as the image of a case: kernels of clips differ from the image's by their masks alone."""
+
+UNEVEN = {"frames": 21, "height": 24, "width": 40, "text_len": 0}
+"""A clip of Wan's, whose length no block divides."""
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "clip, cylinder": {**EVEN, "made_by": ("cylinder", 6, 2)},
+    "clip, radial": {**EVEN, "made_by": ("radial", 8)},
+    "clip, cylinder, lengths that do not divide": {**UNEVEN, "made_by": ("cylinder", 8, 4)},
+    "clip, radial, lengths that do not divide": {**UNEVEN, "made_by": ("radial", 8)},
+    "clip, cylinder, apart": {**EVEN, "made_by": ("cylinder", 6, 2), "apart": True},
+    "clip, neighborhood": {**EVEN, "made_by": ("Neighborhood", (5, 7, 7))},
+}
+"""Masks of several frames. ``cylinder``, ``all_frames`` and ``ball`` are one kernel, whose numbers are tensors; ``radial`` reads
+a table of radii."""
+
+
 @dataclass(frozen=True)
 class Case:
     """Attention of one kind, as JSON can hold it.
@@ -39,7 +58,9 @@ class Case:
         head_dim, dtype, heads: of query, key and value.
         key_heads: of key and value, where these have fewer.
         backward: compile for training: the forward pass keeps the log-sum-exp, and the backward pass follows.
-        height, width, text_len, text_first, references, r: layout and window.
+        height, width, text_len, text_first, references, frames, r: layout and window, several frames in the order that suits
+            the window.
+        made_by: what makes another window, a name of ``flexclear.masks`` and its arguments, such as ``("cylinder", 16, 4)``.
         pooled: side in tokens of a cell of pooled keys, 0 for none.
         padding: text tokens that each sample of a batch keeps; none: one sample, all kept.
         apart: the image's part where text is attended apart, its lists as narrow as on a GPU.
@@ -59,7 +80,9 @@ class Case:
     text_len: int = 512
     text_first: bool = True
     references: tuple[tuple[int, int], ...] = ()
+    frames: int = 1
     r: int = 16
+    made_by: tuple[Any, ...] = ()
     pooled: int = 0
     padding: tuple[int, ...] = ()
     apart: bool = False
@@ -72,7 +95,8 @@ class Case:
     def from_json(cls, facts: dict[str, Any]) -> Case:
         """The case that ``to_json`` was made from: JSON has lists where this has tuples."""
         facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-        facts["references"] = tuple((height, width) for height, width in facts.get("references", ()))
+        for name in ("references", "made_by"):
+            facts[name] = tuple(tuple(part) if isinstance(part, list) else part for part in facts.get(name, ()))
         return cls(**facts)
 
     def to_json(self) -> dict[str, Any]:
@@ -88,11 +112,14 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.height, self.width, self.text_len, self.text_first, references=self.references)
+        grids = {"references": self.references, "frames": self.frames}
+        return suited(Layout(self.height, self.width, self.text_len, self.text_first, **grids), self.window)
 
     @property
     def window(self) -> Window:
-        return Downsampled(Disc(self.r), self.pooled) if self.pooled else Disc(self.r)
+        name, *arguments = self.made_by or ("Disc", self.r)
+        window: Window = getattr(masks, name)(*arguments)
+        return Downsampled(window, self.pooled) if self.pooled else window
 
     @property
     def keep(self) -> Tensor | None:
@@ -175,11 +202,13 @@ def _on_device(mask: BlockMask, moved: Callable[[Tensor], Tensor]) -> BlockMask:
 
 
 def _rebound(function: Any, moved: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a function that captures other tensors, in functions that it captures too."""
+    """A copy of a function that captures other tensors, in functions, tuples and lists that it captures too."""
 
     def other(content: Any) -> Any:
         if isinstance(content, Tensor):
             return moved(content)
+        if isinstance(content, list | tuple):
+            return type(content)(map(other, content))
         return _rebound(content, moved) if isinstance(content, FunctionType) else content
 
     cells = tuple(CellType(other(cell.cell_contents)) for cell in function.__closure__ or ())

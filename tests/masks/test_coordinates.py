@@ -18,9 +18,10 @@ from flexclear.masks import (
     Square,
     Strided,
     Swin,
+    TileWindow,
     dense_mask,
 )
-from flexclear.masks.coordinates import MAX_COMPUTED, can_compute, computed
+from flexclear.masks.coordinates import MAX_COMPUTED, can_compute, computed, float_number
 from flexclear.masks.orders import ORDERS
 from flexclear.masks.shapes import MAX_FLOAT_RADIUS
 from flexclear.masks.windows import captured_tensors
@@ -93,6 +94,12 @@ WINDOWS = (
 def test_no_window_captures_a_table(window):
     for layout in (Layout(9, 16, 5), Layout(16, 9, 5, text_first=False), Layout(9, 16, 5, order="raster")):
         assert all(tensor.ndim == 0 for tensor in captured_tensors(window.mask_mod(layout)))
+
+
+@pytest.mark.parametrize(("window", "per_axis"), [(Neighborhood(3), 9), (TileWindow((2, 3, 3), 3), 3)], ids=repr)
+def test_what_a_rule_captures_in_lists_and_tuples_is_found(window, per_axis):
+    rule = window.rule(Layout(9, 12, 5, frames=4), float_number("cpu"))
+    assert len(captured_tensors(rule)) == 3 * per_axis
 
 
 @pytest.mark.parametrize("radius", [1, 90, 2048, MAX_FLOAT_RADIUS, MAX_FLOAT_RADIUS + 1, 16384, 40000])
