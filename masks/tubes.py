@@ -12,13 +12,15 @@ from torch import Tensor
 from flexclear.masks.checks import check_int
 from flexclear.masks.coordinates import Number, Reads
 from flexclear.masks.layout import MAX_CLIP_SIDE, MAX_SIDE, Layout
-from flexclear.masks.lengths import mark_static
 from flexclear.masks.places import Box, Coordinates, gap, span
 from flexclear.masks.shapes import MAX_FLOAT_RADIUS, offset_pairs
 from flexclear.masks.windows import Rule, Window
 
 MAX_SQUARE = (2 * MAX_SIDE) ** 2
 """Beyond the largest diagonal every radius is the same window."""
+
+FEWEST_STEPS = 4
+"""Distances in time at which radii that follow no formula may change, at least."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Tube(Window):
         if squares[1] == 0:
             fall = 0
         if any(square != squares[0] - fall * away**2 for away, square in enumerate(squares[:depth])):
-            return self._from_table(first)
+            return self._in_steps(squares, number)
         # Frames beyond the last are left out by their distance; where the clip has none, the number says none is.
         per_frame, frames = number(fall), number(depth if depth < layout.frames else MAX_CLIP_SIDE)
 
@@ -110,14 +112,21 @@ class Tube(Window):
 
         return inside
 
-    def _from_table(self, like: Tensor) -> Rule:
-        """Radii that follow no formula, from a table of one length, so that every window has the same graph."""
-        table = torch.tensor(self.squares(MAX_CLIP_SIDE), dtype=like.dtype, device=like.device)
-        mark_static(table)
+    def _in_steps(self, squares: list[int], number: Number) -> Rule:
+        """Radii that follow no formula, step by step. A table of them would be a gather for every pair, which CUDA's kernels do
+        through shared memory: more than an sm_89 has. Steps that no clip reaches fill up, so that windows share graphs."""
+        first, *others = squares
+        falls = [(away, square) for away, square in enumerate(others, 1) if square != squares[away - 1]]
+        count = max(FEWEST_STEPS, 1 << (len(falls) - 1).bit_length())
+        falls += [(MAX_CLIP_SIDE, 0)] * (count - len(falls))
+        widest, steps = number(first), [(number(away), number(square)) for away, square in falls]
 
         def inside(query: Coordinates, key: Coordinates) -> Tensor:
-            away = (query[0] - key[0]).abs().to(torch.int32)
-            return _square(query, key) < table[away]
+            away = (query[0] - key[0]).abs()
+            limit = widest
+            for least, square in steps:
+                limit = torch.where(away >= least, square, limit)
+            return _square(query, key) < limit
 
         return inside
 

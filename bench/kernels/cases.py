@@ -48,7 +48,7 @@ LAYOUTS = {
         height=11, width=13, text_len=30, text_first=False, r=3, pooled=4, padding=(1, 30)
     ),
     "clip, text last": Case(frames=5, height=7, width=9, text_len=5, text_first=False, made_by=("cylinder", 4, 1)),
-    "clip without text, a table of radii": Case(frames=6, height=5, width=8, text_len=0, made_by=("radial", 4)),
+    "clip without text, radii in steps": Case(frames=6, height=5, width=8, text_len=0, made_by=("radial", 4)),
     "clip, computed coordinates": Case(
         frames=5, height=7, width=9, text_len=5, made_by=("ball", 4, 2), coordinates="computed"
     ),

@@ -46,8 +46,8 @@ CLIPS: dict[str, dict[str, Any]] = {
     "clip, cylinder, apart": {**EVEN, "made_by": ("cylinder", 6, 2), "apart": True},
     "clip, neighborhood": {**EVEN, "made_by": ("Neighborhood", (5, 7, 7))},
 }
-"""Masks of several frames. ``cylinder``, ``all_frames`` and ``ball`` are one kernel, whose numbers are tensors; ``radial`` reads
-a table of radii."""
+"""Masks of several frames. ``cylinder``, ``all_frames`` and ``ball`` are one kernel, whose numbers are tensors; ``radial``
+compares with the distances at which its radius falls."""
 
 
 @dataclass(frozen=True)
