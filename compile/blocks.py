@@ -8,27 +8,24 @@ from torch import nn
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of ``model`` in the order of the forward pass.
 
-    Where diffusers names their classes (``_repeated_blocks``), modules of these; elsewhere (SD3) the members of the
-    model's own lists of modules whose class is a transformer block, or that wrap one (HiDream).
+    Modules of the classes that diffusers names (``_repeated_blocks``), and the members of the model's own lists of modules
+    whose class is a transformer block, or that wrap one (HiDream): there may be no names (SD3), or others than the blocks
+    that a variant has (HunyuanVideo from an image). Without any, members whose class is a block (CogVideoX).
 
     Raises:
         ValueError: none is found.
     """
     names = set(getattr(model, "_repeated_blocks", None) or ())
+    members = [member for child in model.children() if isinstance(child, nn.ModuleList) for member in child]
+    listed = {type(block).__name__ for member in members for block in (member, *member.children())}
+    names |= {name for name in listed if name.endswith("TransformerBlock")}
     if not names:
-        names = {
-            type(block).__name__
-            for child in model.children()
-            if isinstance(child, nn.ModuleList)
-            for member in child
-            for block in (member, *member.children())
-            if type(block).__name__.endswith("TransformerBlock")
-        }
+        names = {type(member).__name__ for member in members if type(member).__name__.endswith("Block")}
     found = [module for module in model.modules() if type(module).__name__ in names]
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no repeated transformer blocks: neither _repeated_blocks nor a list of modules "
-            "whose class ends in TransformerBlock"
+            "whose class ends in Block"
         )
     return found
 

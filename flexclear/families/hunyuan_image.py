@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from flexclear.families.latents import LatentsFamily
-from flexclear.runtime.checks import required_tensor
+from flexclear.runtime.checks import required_mask
 from flexclear.runtime.facts import JOINT, Call
 from flexclear.runtime.grid import GridReader
 
@@ -27,7 +26,7 @@ class HunyuanImageFamily(LatentsFamily):
     def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:
         call = super().read(model, kwargs, grids)
         joined = model.context_embedder_2 is not None and kwargs.get("encoder_hidden_states_2") is not None
-        masks = [_mask(model, kwargs, *names) for names in list(TEXTS.items())[: 2 if joined else 1]]
+        masks = [required_mask(kwargs, name, text, model) for text, name in list(TEXTS.items())[: 2 if joined else 1]]
         text_len = sum(mask.shape[1] for mask in masks)
         call = replace(call, text_lens={JOINT: text_len})
         if all(grids.all_true(mask) for mask in masks):
@@ -37,20 +36,6 @@ class HunyuanImageFamily(LatentsFamily):
             lengths = sum(mask.bool().sum(1, keepdim=True) for mask in masks)
             keep = torch.arange(text_len, device=keep.device) < lengths
         return replace(call, keep={JOINT: keep})
-
-
-def _mask(model: nn.Module, kwargs: dict[str, Any], text: str, name: str) -> Tensor:
-    """The mask of a text, ``[B, tokens]``.
-
-    Raises:
-        ValueError: it is missing, or of another shape than the text.
-    """
-    mask, words = required_tensor(kwargs, name, model), required_tensor(kwargs, text, model)
-    if mask.shape != words.shape[:2]:
-        raise ValueError(
-            f"{name} must be of shape {tuple(words.shape[:2])} (batch, text tokens), as {text} is, got {tuple(mask.shape)}"
-        )
-    return mask
 
 
 HUNYUAN_IMAGE = HunyuanImageFamily(

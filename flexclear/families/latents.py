@@ -83,6 +83,8 @@ class LatentsFamily(Family):
                 into patches, or have more tokens to a side than the model has positions.
         """
         patch = patch_of(model)
+        if self.video and len(patch) == 2:
+            patch = (1, *patch)
         several = self.video or all(count == 1 for count in (*latents.shape[2:-2], *patch[:-2]))
         if latents.ndim != 2 + len(patch) or not several:
             inner = [("frames" if self.video else "1 frame"), "height", "width"][-len(patch) :]
@@ -159,7 +161,8 @@ def patch_of(model: nn.Module) -> tuple[int, ...]:
 
 def frames_of_patch(model: nn.Module) -> int:
     """Frames of latents in a patch."""
-    return patch_of(model)[-3] if len(patch_of(model)) > 2 else 1
+    config: Any = model.config
+    return patch_of(model)[-3] if "patch_size" in config and len(patch_of(model)) > 2 else 1
 
 
 AURAFLOW = LatentsFamily(

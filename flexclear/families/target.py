@@ -13,6 +13,10 @@ from flexclear.masks.checks import check_int
 TRANSFORMERS = ("transformer", "transformer_2")
 """What pipelines call their models; some have one of each, for the first and the later denoising steps (Wan 2.2)."""
 
+SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
+TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+"""What pipelines call pixels and frames that a latent stands for."""
+
 
 def model_of(model_or_pipe: Any) -> nn.Module:
     """The transformer itself: ``model_or_pipe``, or the only one of a diffusers pipeline.
@@ -121,7 +125,7 @@ def px_per_token(model_or_pipe: Any) -> int:
     Raises:
         TypeError: neither a model that flexclear supports nor a pipeline with one.
     """
-    factor = _of_vae(model_or_pipe, "vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    factor = _of_vae(model_or_pipe, *SPATIAL)
     if factor is not None and not _transformers(model_or_pipe):
         return factor * getattr(
             model_or_pipe, "patch_size", Family.latents_per_token
@@ -129,7 +133,8 @@ def px_per_token(model_or_pipe: Any) -> int:
     family = family_of(below_compile(model_or_pipe)[0][0])
     if factor is None:
         return family.px_per_token
-    return factor * getattr(model_or_pipe, "patch_size", family.latents_per_token)
+    patch = getattr(model_or_pipe, "patch_size", family.latents_per_token)
+    return factor * (patch if isinstance(patch, int) else patch[-1])
 
 
 def latent_frames(model_or_pipe: Any, num_frames: int) -> int:
@@ -147,8 +152,8 @@ def latent_frames(model_or_pipe: Any, num_frames: int) -> int:
             f"num_frames={num_frames}: {type(model).__name__} makes images, which have no frames. Leave it out"
         )
     check_int("num_frames", num_frames, 1, None, "in frames of the video")
-    factor = _of_vae(model_or_pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-    latents = (num_frames - 1) // (factor or family.frames_per_latent) + 1
+    factor = _of_vae(model_or_pipe, *TEMPORAL)
+    latents = family.latent_frames(num_frames, factor or family.frames_per_latent)
     return -(-latents // frames_of_patch(model))
 
 

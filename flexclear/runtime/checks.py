@@ -92,6 +92,20 @@ def required_tensor(kwargs: dict[str, Any], name: str, model: nn.Module) -> Tens
     return value
 
 
+def required_mask(kwargs: dict[str, Any], name: str, text: str, model: nn.Module) -> Tensor:
+    """The mask argument ``name`` of the text that the argument ``text`` has, ``[B, tokens]``.
+
+    Raises:
+        ValueError: one of them is missing, or the mask is of another shape than the text.
+    """
+    mask, words = required_tensor(kwargs, name, model), required_tensor(kwargs, text, model)
+    if mask.shape != words.shape[:2]:
+        raise ValueError(
+            f"{name} must be of shape {tuple(words.shape[:2])} (batch, text tokens), as {text} is, got {tuple(mask.shape)}"
+        )
+    return mask
+
+
 def refuse_mask(attention_kwargs: dict[str, Any], where: str) -> None:
     """Raise if the caller hands an attention mask to the processors.
 

@@ -46,8 +46,8 @@ class Layer:
     @property
     def heads(self) -> int:
         """Number of heads of its queries."""
-        own = getattr(self.module, "heads", None)
-        return own if isinstance(own, int) else self.module.num_heads
+        names = "heads", "num_heads", "num_attention_heads"
+        return next(own for own in (getattr(self.module, name, None) for name in names) if isinstance(own, int))
 
     @property
     def head_dim(self) -> int:
@@ -70,6 +70,8 @@ class Call:
         order: token order of a call that cannot have the one that ``transform`` was given, else None.
         own_grids: those of a scope, where they are others than ``grids``.
         frames: of a video, each of which has the image's grid, after the VAE and after patching; 1: an image.
+        start: place in attention's sequence where the image begins, of packed sequences, which have other tokens before it and
+            behind; None: all text is on one side, see ``Family.text_first``.
     """
 
     tokens: Tensor
@@ -80,6 +82,7 @@ class Call:
     order: str | None = None
     own_grids: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     frames: int = 1
+    start: int | None = None
 
     def grids_of(self, scope: str) -> tuple[tuple[int, int], ...]:
         """Grids whose tokens a scope's layers attend over, in their order."""

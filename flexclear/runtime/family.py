@@ -41,11 +41,14 @@ class Family(ABC):
             (DeepSpeed's ZeRO 3, reentrant checkpointing) leaves a dictionary as it is.
         block_argument: name of the blocks' argument that carries a plan on to their attention in whole graphs, of a model whose
             attention gets none of what carries it to the blocks; see ``BlockHook``.
+        tokens: argument with the image's tokens or latents, a tensor or a list of them.
         text_first: whether text precedes the image in the attention's sequence.
         joins: whether text is part of attention's sequence; elsewhere it is reached by cross-attention, which stays as it is.
         scopes: which tokens an attention module attends over, by its name or by its stack's, where that is not ``JOINT``.
         given: what the processors' code gets for arguments of these names, such as None for masks of padding; see
             ``WindowProcessor``.
+        unbuilt: names in the processors' code that nothing is assigned to, of masks of N x N that it would build in every
+            layer; see ``WindowProcessor``.
         raster: whether image tokens reach attention in raster order, because the model makes them and their positions itself.
             Attention then puts them in the layout's order and back.
         video: whether its images have frames, so that a radius alone does not say what is seen (``frame_radius``).
@@ -68,10 +71,12 @@ class Family(ABC):
     carriers: tuple[str, ...] = ()
     carrier_argument: str | None = None
     block_argument: str | None = None
+    tokens: str = "hidden_states"
     text_first: bool = True
     joins: bool = True
     scopes: Mapping[str, str] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
+    unbuilt: tuple[str, ...] = ()
     raster: bool = False
     video: bool = False
     px_per_token: int = 16
@@ -84,6 +89,10 @@ class Family(ABC):
     idles: bool = True
     pipelines: tuple[str, ...] = ()
     notes: str = ""
+
+    def latent_frames(self, num_frames: int, frames_per_latent: int) -> int:
+        """Frames of latents of a video of so many frames, by how many of them each stands for."""
+        return (num_frames - 1) // frames_per_latent + 1
 
     def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` is of this family, or of a subclass; does not import diffusers."""
@@ -139,7 +148,7 @@ class Family(ABC):
                 f"attention={formula.kind!r} is defined for FluxTransformer2DModel, got {self.model_class}. The alternatives "
                 "that are masks ('strided', 'swin', 'neighborhood') run on every model of images"
             )
-        return window_processor(original, slot, given=self.given, shared=layer.shared)
+        return window_processor(original, slot, given=self.given, shared=layer.shared, unbuilt=self.unbuilt)
 
     @abstractmethod
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: Any) -> Call:

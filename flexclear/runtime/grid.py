@@ -263,16 +263,18 @@ class GridReader:
         self._seen[tensor] = known = _Memory(tensor, read)
         return known.fact
 
-    def guarded(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments, with ``hidden_states`` NaN if the device finds that any of them was written to in place since
-        it was read: without a synchronisation nobody can raise in time, and a window of another grid would be wrong
-        without a word."""
+    def guarded(self, kwargs: dict[str, Any], name: str = "hidden_states") -> dict[str, Any]:
+        """A call's arguments, with the tensor ``name``, or those in the list, NaN if the device finds that any of them was
+        written to in place since it was read: without a synchronisation nobody can raise in time, and a window of another
+        grid would be wrong without a word."""
         for tensor in [value for value in tree_leaves(kwargs) if isinstance(value, Tensor)]:
             known = self._seen.get(tensor)
             if known is not None and known.written is not None:
-                tokens = kwargs["hidden_states"]
-                written = known.written.to(tokens.device, non_blocking=True)
-                kwargs = {**kwargs, "hidden_states": tokens.masked_fill(written, float("nan"))}
+                given = kwargs[name]
+                tokens = [given] if isinstance(given, Tensor) else given
+                written = known.written.to(tokens[0].device, non_blocking=True)
+                tokens = [each.masked_fill(written, float("nan")) for each in tokens]
+                kwargs = {**kwargs, name: tokens[0] if isinstance(given, Tensor) else tokens}
         return kwargs
 
     def __deepcopy__(self, memo: dict[int, object]) -> GridReader:

@@ -117,7 +117,7 @@ class EntryHook(Hook):
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         layers = self._layers(model)
         call = self.family.read(model, kwargs, self._reader)
-        kwargs = self._reader.guarded(kwargs)
+        kwargs = self._reader.guarded(kwargs, self.family.tokens)
         order = "raster" if self.family.raster else call.order or self.settings.order
         shared = self.parallel is not None
         refuse_raster_readers(model, layers, order, shared)
@@ -208,6 +208,8 @@ class EntryHook(Hook):
         def order_of(scope: str, plan: Plan) -> tuple[Tensor, Tensor] | None:
             if call.text_adjoins and scope in call.keep:
                 return plan.adjoining_order(call.keep[scope])
+            if call.start is not None:
+                return plan.packed_order(call.start)
             return plan.whole_order if self.family.raster else None
 
         orders = [order_of(scope, plan) for plan, (scope, _) in zip(plans, settings.slots, strict=True)]

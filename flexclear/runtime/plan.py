@@ -67,6 +67,20 @@ class Plan:
             mark_symbolic(order, [0])
         return there, back
 
+    def packed_order(self, start: int) -> tuple[Tensor, Tensor] | None:
+        """``whole_order`` of a sequence whose image begins at ``start``, with text before it and behind; text comes first."""
+        if start == self.layout.text_len:
+            return self.whole_order
+        count = self.layout.image_len
+        places = torch.arange(self.layout.seq_len, device=self.rows.device)
+        raster = places[start : start + count]
+        image = raster if self.order is None else raster[self.order]
+        there = torch.cat([places[:start], places[start + count :], image])
+        back = torch.empty_like(there).scatter_(0, there, places)
+        for order in (there, back):
+            mark_symbolic(order, [0])
+        return there, back
+
     def adjoining_order(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """``whole_order`` of samples whose image follows the text that they ``keep`` at once, and their padding the image:
         int64 ``[B, seq_len]``. ``keep`` is bool ``[B, text_len]``, and text comes first."""

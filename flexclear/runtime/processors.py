@@ -48,7 +48,8 @@ class WindowProcessor:
             the call leaves the argument out.
         shared: whether another model calls the layer too, without a plan, for which it attends as it did before.
         in_parts: whether its code attends over one part of the sequence after the other, and only the last, the image's rows
-            over all keys, is windowed. Its argument ``segments`` has those before, or is None.
+            over all keys, is windowed.
+        before: how many parts come before that one; where it is None, the argument ``segments`` has them, or is None.
         groups: how often the code repeats each head of keys and values, one after the other, before it asks for attention.
             Attention gets the first of each.
     """
@@ -62,10 +63,14 @@ class WindowProcessor:
     weight_name: ClassVar[str | None] = None
     """Name of the parameter that it has beside what that class has, or None."""
 
+    unbuilt: ClassVar[tuple[str, ...]] = ()
+    """Names that its code assigns nothing to; see ``with_attention_given``."""
+
     slot: int | None = None
     given: Mapping[str, Any] = {}
     shared: bool = False
     in_parts: bool = False
+    before: int | None = None
     groups: int = 1
 
     _replaced: tuple[Any, ...] = ()
@@ -125,7 +130,7 @@ class WindowProcessor:
         return weight
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self.stock, self.weight_name), vars(self).copy()
+        return _blank, (self.stock, self.weight_name, self.unbuilt), vars(self).copy()
 
     # diffusers assigns these two on every processor (set_attention_backend, enable_parallelism). Taking the value and
     # ignoring it would break silently.
@@ -182,6 +187,7 @@ def window_processor(
     given: Mapping[str, Any] | None = None,
     shared: bool = False,
     weight: tuple[str, Tensor] | None = None,
+    unbuilt: tuple[str, ...] = (),
 ) -> WindowProcessor:
     """A processor for the place of ``original``, which it remembers; see ``WindowProcessor``.
 
@@ -190,11 +196,12 @@ def window_processor(
         slot, given, shared: see ``WindowProcessor``.
         code: the class whose code runs, where that is not ``original``'s.
         weight: name and initial value of a parameter of its own, or None.
+        unbuilt: see ``WindowProcessor``.
 
     Raises:
         TypeError: its code calls no attention function that could be replaced.
     """
-    processor = _blank(type(original) if code is None else code, None if weight is None else weight[0])
+    processor = _blank(type(original) if code is None else code, None if weight is None else weight[0], unbuilt)
     if isinstance(original, nn.Module):
         # The same dictionaries, so that its parameters have the names that they had, and move with the model.
         for name in ("_parameters", "_buffers", "_modules"):
@@ -208,31 +215,32 @@ def window_processor(
     return processor
 
 
-def _blank(stock: type, weight_name: str | None) -> WindowProcessor:
-    kind = windowed(stock, weight_name)
+def _blank(stock: type, weight_name: str | None, unbuilt: tuple[str, ...] = ()) -> WindowProcessor:
+    kind = windowed(stock, weight_name, unbuilt)
     processor = kind.__new__(kind)
     if isinstance(processor, nn.Module):
         nn.Module.__init__(processor)
     return processor
 
 
-def windowed(stock: type, weight_name: str | None = None) -> type[WindowProcessor]:
+def windowed(stock: type, weight_name: str | None = None, unbuilt: tuple[str, ...] = ()) -> type[WindowProcessor]:
     """The class of windowed processors that run ``stock``'s code.
 
     Args:
         stock: class of a processor of diffusers.
         weight_name: of a parameter that its processors have besides.
+        unbuilt: see ``WindowProcessor``.
 
     Raises:
         TypeError: its code calls no attention function that could be replaced.
     """
-    return _windowed(stock, weight_name)
+    return _windowed(stock, weight_name, unbuilt)
 
 
 @functools.cache
-def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
+def _windowed(stock: type, weight_name: str | None, unbuilt: tuple[str, ...]) -> type[WindowProcessor]:
     call: Any = stock.__call__
-    own, theirs = with_attention_given(stock)
+    own, theirs = with_attention_given(stock, unbuilt)
     makers = {
         name: _Functional if value is F else functools.partial(_dispatching, value) for name, value in theirs.items()
     }
@@ -250,7 +258,9 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
                 given[name] = value
         if plan.rotary is not None and rotary is not None:
             given[rotary] = None
-        before = len(given["segments"] or ()) if self.in_parts else 0
+        before = self.before
+        if before is None:
+            before = len(given["segments"] or ()) if self.in_parts else 0
         attention = _Attention(self, plan, before, _length(given) if isinstance(self, _Adapted) else None)
         return own(self, **given, **rest, **{name: make(attention) for name, make in makers.items()})
 
@@ -267,6 +277,7 @@ def _windowed(stock: type, weight_name: str | None) -> type[WindowProcessor]:
         "stock": stock,
         "names": names,
         "weight_name": weight_name,
+        "unbuilt": unbuilt,
         "__call__": as_called(call, run, CARRIED),
     }
     kind: Any = type(f"Windowed{stock.__name__}", tuple(bases), body)

@@ -29,14 +29,18 @@ def why_not_windowed(stock: type) -> str | None:
     return None
 
 
-def with_attention_given(stock: type) -> tuple[Callable[..., Any], dict[str, Any]]:
+def with_attention_given(stock: type, unbuilt: tuple[str, ...] = ()) -> tuple[Callable[..., Any], dict[str, Any]]:
     """``stock.__call__`` with the names by which it calls attention as further keywords, and what they stand for in diffusers:
     its ``dispatch_attention_fn``, or ``torch.nn.functional``.
 
     The function is compiled from diffusers' own source, whose lines tracebacks show.
 
+    Args:
+        stock: class of a processor.
+        unbuilt: names that nothing is assigned to: those of masks that a plan stands for, and of what they are made from.
+
     Raises:
-        TypeError: it computes no attention there, or its source is not to be had.
+        TypeError: it computes no attention there or assigns nothing to such a name, or its source is not to be had.
     """
     reason = why_not_windowed(stock)
     if reason is not None:
@@ -53,6 +57,7 @@ def with_attention_given(stock: type) -> tuple[Callable[..., Any], dict[str, Any
     del space["__name__"]
     theirs = {name: space[name] for name in call.__code__.co_names if name == DISPATCH or space.get(name) is F}
     function = tree.body[0]
+    function.body = _without(function.body, unbuilt, stock)
     function.decorator_list, function.returns = [], None
     arguments = function.args
     for argument in (*arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
@@ -66,6 +71,28 @@ def with_attention_given(stock: type) -> tuple[Callable[..., Any], dict[str, Any
     own: Any = space[function.name]
     own.__defaults__, own.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
     return own, theirs
+
+
+def _without(body: list[ast.stmt], names: tuple[str, ...], stock: type) -> list[ast.stmt]:
+    """The statements that do not assign to one of ``names``.
+
+    Raises:
+        TypeError: none assigns to one of them.
+    """
+    kept, found = [], set()
+    for statement in body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        own = {target.id for target in targets if isinstance(target, ast.Name)}.intersection(names)
+        found |= own
+        if not own:
+            kept.append(statement)
+    missing = sorted(set(names) - found)
+    if missing:
+        raise TypeError(
+            f"{stock.__name__}.__call__ assigns nothing to {' and '.join(missing)}, by which flexclear knows the mask that it "
+            "need not build: another version of diffusers than it was written for"
+        )
+    return kept
 
 
 def as_called(call: Any, run: Callable[..., Any], more: str) -> Any:
