@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from flexclear.families.chroma import CHROMA
+from flexclear.families.cogvideox import COGVIDEOX
+from flexclear.families.cosmos3 import COSMOS3
 from flexclear.families.ernie_image import ERNIE_IMAGE
 from flexclear.families.flux import FLUX
 from flexclear.families.flux2 import FLUX2
@@ -12,10 +14,13 @@ from flexclear.families.flux3 import FLUX3
 from flexclear.families.glm_image import GLM_IMAGE
 from flexclear.families.hidream import HIDREAM
 from flexclear.families.hunyuan_image import HUNYUAN_IMAGE
+from flexclear.families.hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO15
 from flexclear.families.krea2 import KREA2
 from flexclear.families.latents import AURAFLOW, COGVIEW4, LatentsFamily
 from flexclear.families.ltx import LTX, LTX2
 from flexclear.families.lumina2 import LUMINA2
+from flexclear.families.minimax_h3 import MINIMAX_H3
+from flexclear.families.mochi import MOCHI
 from flexclear.families.packed import BRIA, FIBO, LONGCAT, OVIS
 from flexclear.families.qwen import QWEN
 from flexclear.families.qwen21 import QWEN_IMAGE21
@@ -53,6 +58,12 @@ FAMILIES: list[Family] = [
     SKYREELS_V2,
     LTX,
     LTX2,
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO15,
+    COGVIDEOX,
+    MINIMAX_H3,
+    COSMOS3,
+    MOCHI,
 ]
 """Those that there are; ``register`` adds to them."""
 

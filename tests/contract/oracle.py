@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -104,7 +105,8 @@ def under(
             sees = (torch.arange(length) >= text_len)[:, None].expand(-1, pooled[0].shape[2])
             mask = torch.cat([mask, sees], 1)
         if proportional:
-            options["scale"] = math.sqrt(math.log(length, 4608) / query.shape[-1])
+            keys = image_len + shape.text_len if row.ragged else length  # with the padding, as elsewhere
+            options["scale"] = math.sqrt(math.log(keys, 4608) / query.shape[-1])
         return plain(query, key, value, attn_mask=mask, **options)
 
     with mock.patch.object(F, "scaled_dot_product_attention", attend):
@@ -149,6 +151,8 @@ def run(model, call) -> Tensor:
 
 def expected(row: Row, model, shape: Shape, call=None, r: int = RADIUS, **options) -> Tensor:
     """What the stock ``model`` gives under the window."""
+    if row.ragged and not options.pop("padding", True):
+        shape = dataclasses.replace(shape, padding=None)
     with under(row, shape, r, **options):
         return run(model, row.call(shape) if call is None else call)
 

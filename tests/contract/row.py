@@ -69,6 +69,7 @@ class Row:
         other_lens: lengths of sequences that are not.
         image: what of a model's output is the image.
         fitted: the nearest shape that the model can have.
+        ragged: whether padding is in no sample's sequence, each of which is attended over alone.
         adjoins: whether each sample's image follows its own text at once, and padding is at the end.
         paddings: kinds of padded text, and whether what is padded is hidden; a mask that is added to scores hides nothing.
         keep: which text of a padded call is no padding, bool ``[B, text_len]``; None: the first of each sample.
@@ -104,6 +105,7 @@ class Row:
     other_lens: Callable[[Shape], tuple[int, ...]] = lambda shape: ()
     image: Callable[[Any, Shape], Any] = lambda output, shape: output
     fitted: Callable[[Shape], Shape] = lambda shape: shape
+    ragged: bool = False
     adjoins: bool = False
     paddings: Mapping[str, bool] = field(default_factory=dict)
     keep: Callable[[Shape], Any] | None = None

@@ -31,6 +31,7 @@ from .pieces import (
     with_mask,
 )
 from .row import Refused, Row
+from .rows_joint_video import ROWS as JOINT_VIDEO
 from .rows_latents import ROWS as LATENTS
 from .rows_video import ROWS as VIDEO
 from .shapes import Shape
@@ -268,7 +269,7 @@ ZIMAGE = Row(
     lacks={"ids": NO_IDS, "fuse": NO_FUSING, "ip-adapter": NO_ADAPTER},
 )
 
-ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE, *rows_packed.ROWS, *LATENTS, *VIDEO)
+ROWS = (FLUX, FLUX2, QWEN, SD3, SD35, CHROMA, ZIMAGE, *rows_packed.ROWS, *LATENTS, *VIDEO, *JOINT_VIDEO)
 
 
 def cases(shapes: Callable[[Row], list[Shape]], *abilities: str) -> pytest.MarkDecorator:

@@ -203,7 +203,7 @@ def test_bfloat16_errs_no_more_than_the_plain_model_in_bfloat16(row):
     shape = Shape(batch=2)
     call = row.call(shape)
     exact = expected(row, row.build(), shape)
-    half = {name: lower(value) for name, value in call.items()}
+    half = {name: value if name == "position_ids" else lower(value) for name, value in call.items()}
     plain = row.build().to(torch.bfloat16)
     theirs = (expected(row, plain, shape, half).float() - exact).norm()
     ours = (run(flexclear.transform(plain, r=RADIUS, **row.frames, backend="sdpa"), half).float() - exact).norm()

@@ -62,7 +62,7 @@ def test_foreign_processors_and_blocks_are_refused(row):
     refused(row.make(**row.no_block), ValueError, f"has no blocks in {'.*'.join(row.stacks)}: nothing to transform")
     for stack, name in row.stacks.items():
         model = row.build()
-        model.get_submodule(stack)[0].get_submodule(name).set_processor(lambda *args, **kwargs: None)
+        model.get_submodule(stack)[0].get_submodule(name).processor = lambda *args, **kwargs: None
         refused(model, TypeError, re.escape(f"{stack}[0].{name} has a function; flexclear replaces"))
         around, _, last = name.rpartition(".")
         setattr(model.get_submodule(stack)[0].get_submodule(around), last, torch.nn.Linear(2, 2))

@@ -1,0 +1,95 @@
+"""HunyuanVideo and HunyuanVideo 1.5: the video first, then the text, what is padding of it last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexclear.families.latents import LatentsFamily
+from flexclear.runtime.checks import required_mask, required_tensor
+from flexclear.runtime.facts import JOINT, Call
+from flexclear.runtime.grid import GridReader
+
+TEXT, MASK = "encoder_hidden_states", "encoder_attention_mask"
+
+
+def _keep(text_len: int, lengths: Tensor) -> Tensor:
+    """The first ``lengths`` ``[B]`` of each sample's text tokens, bool ``[B, text_len]``."""
+    return torch.arange(text_len, device=lengths.device) < lengths[:, None]
+
+
+@dataclass(frozen=True)
+class HunyuanVideoFamily(LatentsFamily):
+    """``HunyuanVideoTransformer3DModel``. Its refiner of the text attends over text alone, and stays as it is.
+
+    Of image to video, the first frame of the tokens is the image's, without noise and with a time of its own
+    (``token_replace``), or latents of the image are further channels (``latent_concat``): tokens in raster order, as the model
+    has them, and one grid.
+    """
+
+    def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:
+        call = super().read(model, kwargs, grids)
+        mask = required_mask(kwargs, MASK, TEXT, model)
+        if grids.all_true(mask):
+            return call
+        # The model counts what the mask keeps, and takes as many of the first tokens.
+        return replace(call, keep={JOINT: _keep(mask.shape[1], mask.sum(1, dtype=torch.int))})
+
+
+@dataclass(frozen=True)
+class HunyuanVideo15Family(LatentsFamily):
+    """``HunyuanVideo15Transformer3DModel``.
+
+    In each sample it joins an encoded image, quoted words and the prompt: first what counts of each, then what pads it. An
+    image that is all zeros, in the whole batch, is none.
+    """
+
+    def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:
+        call = super().read(model, kwargs, grids)
+        masks = [required_mask(kwargs, MASK + number, TEXT + number, model) for number in ("", "_2")]
+        image = required_tensor(kwargs, "image_embeds", model)
+        text_len = image.shape[1] + sum(mask.shape[1] for mask in masks)
+        call = replace(call, text_lens={JOINT: text_len})
+        seen = 0 if grids.once(image, _all_zeros) else image.shape[1]
+        if seen and all(grids.all_true(mask) for mask in masks):
+            return call
+        words, glyphs = (mask.bool().sum(1) for mask in masks)
+        return replace(call, keep={JOINT: _keep(text_len, seen + words + glyphs)})
+
+
+def _all_zeros(image: Tensor) -> bool:
+    return not bool(image.any())
+
+
+HUNYUAN_VIDEO = HunyuanVideoFamily(
+    model_class="HunyuanVideoTransformer3DModel",
+    processors=("HunyuanVideoAttnProcessor2_0",),
+    stacks={"transformer_blocks": "attn", "single_transformer_blocks": "attn"},
+    carriers=("rope",),
+    text_first=False,
+    given={"attention_mask": None},
+    video=True,
+    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+    notes="text and image to video, by a first frame that is given or by further channels; padded text is masked",
+)
+
+HUNYUAN_VIDEO15 = HunyuanVideo15Family(
+    model_class="HunyuanVideo15Transformer3DModel",
+    processors=("HunyuanVideo15AttnProcessor2_0",),
+    stacks={"transformer_blocks": "attn"},
+    carriers=("rope",),
+    text_first=False,
+    given={"attention_mask": None},
+    unbuilt=("attention_mask", "self_attn_mask_1", "self_attn_mask_2"),
+    video=True,
+    px_per_token=16,
+    latents_per_token=1,
+    pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+    notes=(
+        "text and image to video; padded text is masked, without the mask over all pairs of tokens that diffusers builds in "
+        "every layer"
+    ),
+)
