@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexclear.families.latents import LatentsFamily
 from flexclear.runtime.checks import required_mask, required_tensor
@@ -37,6 +37,12 @@ class HunyuanVideoFamily(LatentsFamily):
             return call
         # The model counts what the mask keeps, and takes as many of the first tokens.
         return replace(call, keep={JOINT: _keep(mask.shape[1], mask.sum(1, dtype=torch.int))})
+
+    def why_not_parallel(self, model: nn.Module) -> str | None:
+        config: Any = model.config
+        if config.image_condition_type == "token_replace":
+            return "it tells the tokens of the first frame, which have a time of their own, by their place"
+        return super().why_not_parallel(model)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ HUNYUAN_VIDEO = HunyuanVideoFamily(
     text_first=False,
     given={"attention_mask": None},
     video=True,
+    rows=0,
     pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
     notes="text and image to video, by a first frame that is given or by further channels; padded text is masked",
 )
@@ -85,6 +92,7 @@ HUNYUAN_VIDEO15 = HunyuanVideo15Family(
     given={"attention_mask": None},
     unbuilt=("attention_mask", "self_attn_mask_1", "self_attn_mask_2"),
     video=True,
+    rows=0,
     px_per_token=16,
     latents_per_token=1,
     pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),

@@ -104,6 +104,7 @@ MOCHI = MochiFamily(
     rope=False,
     no_ntk="learns its rotary frequencies, which have no base",
     video=True,
+    rows=0,
     frames_per_latent=6,
     pipelines=("MochiPipeline",),
     notes="padded text is masked, for all samples of a batch at once and without waiting for the device to count it",

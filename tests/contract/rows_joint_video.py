@@ -27,6 +27,8 @@ REFUSES = {
     "ranks": Refused("cannot be shared by several ranks: the model makes its tokens itself", afterwards=share),
 }
 
+WITHOUT_RANKS = {name: refused for name, refused in REFUSES.items() if name != "ranks"}
+
 VIDEO: dict[str, Any] = {
     "fitted": in_frames,
     "video": True,
@@ -67,7 +69,7 @@ HUNYUAN_VIDEO = Row(
     other_lens=lambda shape: (shape.text_len,),  # its refiner of the text
     paddings={"int": True},
     stretch=stretch,
-    refuses=REFUSES,
+    refuses=WITHOUT_RANKS,
     lacks={**LACKS, "fuse": NOT_FUSED},
 )
 
@@ -78,6 +80,7 @@ HUNYUAN_VIDEO_I2V = Row(
         "title": "HunyuanVideo I2V",
         "make": lambda **config: models.tiny_hunyuan_video(image_condition_type="token_replace", **config),
         "joint_block": None,  # it would be HunyuanVideo's
+        "refuses": {**REFUSES, "ranks": Refused("tells the tokens of the first frame.*by their place", afterwards=share)},
     }
 )
 
@@ -94,7 +97,7 @@ HUNYUAN_VIDEO15 = Row(
     other_lens=lambda shape: (shape.text_len,),
     paddings={"int": True},
     stretch=stretch,
-    refuses=REFUSES,
+    refuses=WITHOUT_RANKS,
     lacks={**LACKS, "fuse": NOT_FUSED},
     one_graph=False,
 )
@@ -184,7 +187,7 @@ MOCHI = Row(
     text_lens=lambda shape: tuple(sorted(set(shape.kept))),
     paddings={"bool": True},
     ragged=True,
-    refuses={**REFUSES, "ntk": Refused("learns its rotary frequencies", {"ntk_factor": 10.0})},
+    refuses={**WITHOUT_RANKS, "ntk": Refused("learns its rotary frequencies", {"ntk_factor": 10.0})},
     lacks={**LACKS, "fuse": NOT_FUSED},
     one_graph=False,  # it counts each sample's text on the host
 )
