@@ -80,7 +80,10 @@ HUNYUAN_VIDEO_I2V = Row(
         "title": "HunyuanVideo I2V",
         "make": lambda **config: models.tiny_hunyuan_video(image_condition_type="token_replace", **config),
         "joint_block": None,  # it would be HunyuanVideo's
-        "refuses": {**REFUSES, "ranks": Refused("tells the tokens of the first frame.*by their place", afterwards=share)},
+        "refuses": {
+            **REFUSES,
+            "ranks": Refused("tells the tokens of the first frame.*by their place", afterwards=share),
+        },
     }
 )
 

@@ -7,20 +7,28 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexclear
+from flexclear.compile import why_not_compiled
+from flexclear.compile.kernels import Kernel
 from flexclear.families import family_of
 from flexclear.families.target import latent_frames, px_per_token
-from flexclear.masks import all_frames, cylinder
+from flexclear.masks import Layout, all_frames, cylinder, dense_mask
 from flexclear.runtime.grid import GridReader
+from flexclear.runtime.plan import build_plan
 
 from contract import rows_joint_video as rows
 from contract.oracle import RADIUS, TOLERANCE, differ, expected, far, run, same, under
@@ -272,10 +280,10 @@ def test_positions_of_another_clip_are_refused():
         run(model, call)
 
 
-@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("video", rows.ROWS, ids=lambda video: video.name)
 @pytest.mark.parametrize("window", [all_frames(8), cylinder(8, 1)], ids=["all frames", "cylinder"])
-def test_a_window_over_everything_is_the_dense_model(row, window):
-    model, call = row.build(head_64=True), row.call(Shape(4, 5, 9, 2, frames=2))
+def test_a_window_over_everything_is_the_dense_model(video, window):
+    model, call = video.build(head_64=True), video.call(Shape(4, 5, 9, 2, frames=2))
     dense = run(model, call)
     same(run(flexclear.transform(model, r=window, backend="sdpa"), call), dense)
 
@@ -311,3 +319,186 @@ def test_the_image_of_cogvideox_is_further_channels_of_one_grid():
     reference = expected(row, copy.deepcopy(model), Shape(5, 7, 9, frames=3), call)
     flexclear.transform(model, r=RADIUS, frame_radius=FRAME_RADIUS, backend="sdpa")
     same(run(model, call), reference)
+
+
+class Squares(TorchDispatchMode):
+    """Counts the booleans over all pairs of tokens that are made."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length, self.count = length, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        pairs = isinstance(out, torch.Tensor) and out.dtype == torch.bool and out.numel() >= self.length**2
+        # A view is none, nor what was there before.
+        self.count += pairs and not any(out.untyped_storage() is each.untyped_storage() for each in _tensors(args))
+        return out
+
+
+def _tensors(values):
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def squares_of(model, call, length):
+    with torch.no_grad(), Squares(length) as seen:
+        model(**call)
+    return seen.count
+
+
+def test_hunyuan_video_15_builds_no_mask_of_all_pairs_in_its_layers():
+    call = models.hunyuan_video15_call(3, 8, 9, 20, 2, padded=True)
+    length, counts = 3 * 8 * 9 + 28, {}
+    for layers in (1, 3):
+        model = models.tiny_hunyuan_video15(num_layers=layers)
+        stock = squares_of(model, call, length)
+        flexclear.transform(model, r=RADIUS, frame_radius=1, backend="sdpa")
+        squares_of(model, call, length)
+        counts[layers] = stock, squares_of(model, call, length)
+    assert counts[3][0] - counts[1][0] >= 4, "diffusers has changed: it builds none, either"
+    assert counts[3][1] == counts[1][1] <= 3, "of the plan, once in a call"
+
+
+LARGE = """
+import resource, torch, flexclear
+from helpers import models_joint_video as models
+model = models.tiny_hunyuan_video15(num_layers=2, attention_head_dim=64, rope_axes_dim=(16, 24, 24))
+flexclear.transform(model, r=3, frame_radius=1, backend="flex")
+def run(side):
+    with torch.no_grad():
+        model(**models.hunyuan_video15_call(3, side, side, 20, padded=True))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(16)
+before = run(24)
+print(run(72) - before)
+"""
+
+
+@pytest.mark.skipif(why_not_compiled(torch.device("cpu")) is not None, reason="FlexAttention cannot be compiled here")
+def test_hunyuan_video_15_takes_less_memory_than_one_mask_of_all_pairs():
+    """Of 15,580 tokens it would be 231 MiB, of which diffusers holds three at a time in every layer."""
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tests)},
+        check=True,
+    )
+    kibibytes = int(done.stdout.split()[-1])
+    assert kibibytes * 1024 < (3 * 72 * 72) ** 2
+
+
+PACKED = {
+    "minimax_h3": (models.tiny_minimax_h3, models.minimax_h3_call),
+    "cosmos3": (models.tiny_cosmos3, models.cosmos3_call),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("minimax_h3", {"keyframes": ("first", "last")}), ("minimax_h3", {"sound": 3}), ("cosmos3", {"sound": 5})],
+    ids=str,
+)
+def test_a_packed_sequence_is_windowed_as_its_positions_say(kind, options):
+    """``Layout.from_positions`` of every token's own place, where the family gives a whole grid and where it begins."""
+    build, make = PACKED[kind]
+    found = facts(build(), make(3, 4, 5, 7, **options))
+    layout = Layout(4, 5, found.text_lens["joint"], order="raster", frames=found.frames)
+    length, count = layout.seq_len, 3 * 4 * 5
+    places = torch.full((length, 3), 99)
+    places[found.start : found.start + count] = torch.cartesian_prod(torch.arange(3), torch.arange(4), torch.arange(5))
+    local = torch.zeros(length, dtype=torch.bool)
+    local[found.start : found.start + count] = True
+    packed = Layout.from_positions(places, local).with_order("raster")
+    window = cylinder(2, 1)
+    wanted = torch.empty(length, length, dtype=torch.bool)
+    whole = packed.whole_permutation()
+    wanted[whole[:, None], whole] = dense_mask(packed, window)
+    plan = build_plan(layout, window, "sdpa", Kernel((32, 32)), torch.device("cpu"), backward=False)
+    there, _ = plan.packed_order(found.start) or (torch.arange(length),) * 2
+    ours = torch.empty_like(wanted)
+    ours[there[:, None], there] = plan.mask
+    assert torch.equal(ours, wanted)
+
+
+def test_keyframes_of_minimax_h3_are_no_frames_of_its_video():
+    """They share times and places with the first and the last, and see and are seen by all."""
+    for keyframes in ((), ("first",), ("first", "last")):
+        for sound in (0, 4):
+            call = models.minimax_h3_call(3, 4, 5, 7, sound=sound, keyframes=keyframes)
+            found = facts(models.tiny_minimax_h3(), call)
+            assert (found.frames, found.grids) == (3, ((4, 5),))
+            assert found.start == 7 + 20 * len(keyframes) + 2 * sound
+            assert found.text_lens == {"joint": found.start}
+
+
+def h3(**changes):
+    return lambda call: {name: change(call[name].clone()) for name, change in changes.items()}
+
+
+def shifted(positions):
+    positions[-1] = positions[-2]
+    return positions
+
+
+def twice(indices):
+    indices[-1] = indices[-2]
+    return indices
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (h3(position_ids=shifted), "each token at a position of its own"),
+        (h3(position_ids=lambda given: given[:-1]), "video_indices names number"),
+        (h3(video_indices=twice), "name a row of the sequence more than once"),
+        (h3(video_indices=lambda given: given[:0]), r"must be of shape \[tokens\] and not empty"),
+    ],
+)
+def test_packed_positions_that_are_no_video_are_refused(change, says):
+    model = flexclear.transform(models.tiny_minimax_h3(), r=RADIUS, frame_radius=1, backend="sdpa")
+    call = models.minimax_h3_call(3, 4, 5, 7)
+    with pytest.raises(ValueError, match=says):
+        run(model, {**call, **change(call)})
+    run(model, call)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"vision_tokens": []}, "needs vision_tokens as a list of latents"),
+        ({"vision_token_shapes": [(3, 5, 4), (3, 5, 4)]}, "takes one clip"),
+        ({"vision_token_shapes": [(3, 5, 5)]}, "3 x 5 x 5 = 75 places"),
+        ({"vision_sequence_indexes": torch.arange(3, 63)}, "not in the sequence of 67 tokens behind the 7"),
+        ({"vision_sequence_indexes": torch.arange(66, 6, -1)}, "are not one place after the other"),
+    ],
+)
+def test_calls_of_cosmos_3_that_do_not_fit_are_refused(change, says):
+    model = flexclear.transform(models.tiny_cosmos3(), r=RADIUS, frame_radius=1, backend="sdpa")
+    call = models.cosmos3_call(3, 4, 5, 7)
+    with pytest.raises(ValueError, match=says):
+        run(model, {**call, **change})
+    run(model, call)
+
+
+def test_a_sequence_of_cosmos_3_that_is_shared_out_is_refused():
+    model = flexclear.transform(models.tiny_cosmos3(), r=RADIUS, frame_radius=1, backend="sdpa")
+    model._cp_shard_fn = lambda *parts: parts
+    with pytest.raises(ValueError, match="shares its sequence out to several processes"):
+        run(model, models.cosmos3_call(3, 4, 5, 7))
+
+
+def test_text_that_is_padded_at_its_front_is_refused_by_mochi():
+    model = flexclear.transform(models.tiny_mochi(), r=RADIUS, frame_radius=1, backend="sdpa")
+    call = models.mochi_call(3, 4, 5, 7, 2, padded=True)
+    with pytest.raises(ValueError, match="padding before text or within it"):
+        run(model, {**call, "encoder_attention_mask": call["encoder_attention_mask"].flip(1)})
+
+
+def test_a_prompt_of_mochi_that_is_empty_leaves_the_video_alone():
+    model = models.tiny_mochi()
+    call = models.mochi_call(3, 4, 5, 7, 2)
+    call["encoder_attention_mask"][1] = False
+    dense = run(model, call)
+    same(run(flexclear.transform(model, r=all_frames(8), backend="sdpa"), call), dense)
