@@ -29,15 +29,15 @@ CLIP_FAULTS = (
     Fault(
         "clip-tube-table-shifted",
         "masks/tubes.py",
-        "return _square(query, key) < table[away]",
-        "return _square(query, key) < table[(away - 1).clamp(min=0)]",
+        "limit = torch.where(away >= least, square, limit)",
+        "limit = torch.where(away > least, square, limit)",
         "radii of tubes that follow no formula are one frame late",
     ),
     Fault(
         "clip-tube-past-alone",
         "masks/tubes.py",
-        "            away = (query[0] - key[0]).abs()\n",
-        "            away = (query[0] - key[0]).clamp(min=0)\n",
+        "away = (query[0] - key[0]).abs()\n            return",
+        "away = (query[0] - key[0]).clamp(min=0)\n            return",
         "all later frames are seen as the own",
     ),
     Fault(

@@ -68,6 +68,15 @@ def test_blocks_that_are_cuboids_are_classified_exactly(layout, data):
     assert torch.equal(full, blocks.all(-1).all(-1))
 
 
+def test_a_block_of_several_frames_is_full_only_where_the_farthest_see_each_other():
+    """Blocks of 2 frames x 4 rows x 2 columns, and a radius that is larger than the frame."""
+    pairs = block_pairs(Layout(4, 4, 0, frames=8, order=(2, 4)), cylinder(40, 2), 16)
+    found = {(int(q), int(kv)): bool(full) for q, kv, full in zip(pairs.q, pairs.kv, pairs.full, strict=True)}
+    assert found == {
+        (q, kv): abs(q // 2 - kv // 2) == 0 for q in range(8) for kv in range(8) if abs(q // 2 - kv // 2) < 2
+    }
+
+
 ATTENDED = [
     (Layout(9, 8, 0, frames=4, order=(2, 3)), ball(4, 2), 128),
     (Layout(7, 7, 30, False, frames=3), radial(4), 64),
