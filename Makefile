@@ -52,7 +52,7 @@ test: $(READY)
 
 # What every model family has to do, the costly cases of all of them included.
 contract: $(READY)
-	$(BIN)/python -m pytest --whole tests/contract tests/parallel/test_two_processes.py
+	$(BIN)/python -m pytest --whole tests/contract tests/parallel/test_two_processes.py tests/families tests/plugins
 
 # Writes docs/support.md.
 support: $(READY)

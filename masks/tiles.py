@@ -164,4 +164,4 @@ class Anchors(Window):
         return every & (query[0][0] <= query[0][1])
 
     def image_pairs(self, layout: Layout) -> int | None:
-        return len(self.frames) * layout.height * layout.width * layout.image_len
+        return len(self.frames) * (layout.image_len // layout.frames) * layout.image_len

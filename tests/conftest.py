@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import getpass
 import os
 import signal
@@ -78,8 +79,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def left_out_of_the_suite(item):
-    """Whether a test of the contract is left to ``--whole``: a costly one, of a family that its mark does not name, or one
-    of a brief family (``Row.brief``) and not marked to run for those, or not with these parameters."""
+    """Whether a test is left to ``--whole``: a case that its mark ``kept`` does not name; of the contract, a costly one, of a
+    family that its mark does not name, or one of a brief family (``Row.brief``) and not marked to run for those, or not with
+    these parameters."""
+    kept = item.get_closest_marker("kept")
+    if kept is not None:
+        case = item.callspec.id if hasattr(item, "callspec") else ""
+        return not any(fnmatch.fnmatchcase(case, pattern) for pattern in kept.args)
     row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
     if not hasattr(row, "brief"):  # none, or another kind of row
         return False

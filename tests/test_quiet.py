@@ -223,7 +223,7 @@ def test_warming_up_shows_its_progress_on_standard_error(capsys):
     from flexclear.optimization import _warm
 
     drawn = []
-    _warm(None, [(64, 64), (64, 96)], lambda height, width: drawn.append((height, width)), progress=True)
+    _warm(None, [], [(64, 64), (64, 96)], lambda height, width: drawn.append((height, width)), progress=True)
     captured = capsys.readouterr()
     assert drawn == [(64, 64), (64, 96)]
     assert captured.out == ""

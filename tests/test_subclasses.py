@@ -9,10 +9,15 @@ import torch
 
 import flexclear
 from flexclear.families import family_of
+from flexclear.masks import all_frames
+from flexclear.runtime.exchange import put_processor
 
 from contract.table import ROWS
 from helpers.interruptions import same, state_of
 from helpers.parallel_families import build
+
+WINDOW = all_frames(2)
+"""Of images and of videos."""
 
 
 @pytest.fixture(params=ROWS, ids=lambda row: row.name)
@@ -41,7 +46,7 @@ def kinds(model):
 def refused(model, message):
     before = state_of(model)
     with pytest.raises(TypeError, match=message):
-        flexclear.transform(model, r=2)
+        flexclear.transform(model, r=WINDOW)
     assert same(state_of(model), before)
 
 
@@ -49,18 +54,18 @@ def test_processors_that_derive_from_those_of_diffusers_are_refused(model):
     for layer in kinds(model):
         own = layer.module.processor
         for changes in ({"__call__": computing}, {}):
-            layer.module.set_processor(derived(own, **changes)())
+            put_processor(layer.module, derived(own, **changes)())
             refused(model, rf"has a Derived; flexclear replaces .*{type(own).__name__}.*, not what derives from them")
-        layer.module.set_processor(own)
-    flexclear.transform(model, r=2)
+        put_processor(layer.module, own)
+    flexclear.transform(model, r=WINDOW)
 
 
 def test_processors_that_derive_from_ours_are_refused_and_stay(model):
-    flexclear.transform(model, r=2)
+    flexclear.transform(model, r=WINDOW)
     layer = next(iter(kinds(model)))
     theirs = copy.copy(layer.module.processor)
     theirs.__class__ = derived(theirs)
-    layer.module.set_processor(theirs)
+    put_processor(layer.module, theirs)
     refused(model, "has a Derived; flexclear replaces")
     with pytest.warns(UserWarning, match=rf"Derived on {layer.name}\. "):
         flexclear.restore(model)
@@ -76,7 +81,7 @@ def test_a_forward_of_its_own_is_refused_and_a_subclass_without_is_what_its_base
         module.__class__ = derived(module, forward=computing)
         refused(model, rf"is a Derived, which has a forward of its own in place of {own.__name__}'s")
         module.__class__ = type("Harmless", (own,), {"note": "of somebody's own"})
-        flexclear.restore(flexclear.transform(model, r=2))
+        flexclear.restore(flexclear.transform(model, r=WINDOW))
         module.__class__ = own
 
 

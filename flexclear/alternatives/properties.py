@@ -208,7 +208,7 @@ def measure(captured: Captured, tokens: int = 16) -> Properties:
 
 
 def _locality(to_image: Tensor, layout: Layout) -> dict[str, Any]:
-    y, x = (axis.double() for axis in Layout(layout.height, layout.width, 0, order="raster").coordinates())
+    _, y, x = (axis.double() for axis in Layout(layout.height, layout.width, 0, order="raster").coordinates())
     distance = (y[:, None] - y).square().add((x[:, None] - x).square()).sqrt().to(to_image.device)
     bins = distance.long().flatten()
     mass = to_image.abs().sum(0)

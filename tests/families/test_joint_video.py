@@ -194,6 +194,7 @@ def windowed(case: Case, model):
         yield
 
 
+@pytest.mark.kept("hunyuan", "hunyuan 1.5", "cogvideox", "minimax h3", "mochi")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_pipeline_makes_the_video_that_the_plain_one_makes_under_the_dense_mask(case, tmp_path):
     """And restored the one that it made before, bit by bit; a LoRA counts alike if it is loaded before or after."""

@@ -38,6 +38,7 @@ def test_text_to_video_is_windowed(monkeypatch):
     check_windowed(pipe, SKYREELS_V2, **SIZE, **SHORT)
 
 
+@pytest.mark.kept
 def test_image_to_video_is_windowed_with_the_image_in_cross_attention(monkeypatch):
     model = tiny_skyreels(text_dim=TEXT, in_channels=12, image_dim=8, added_kv_proj_dim=40)
     pipe = pipeline("SkyReelsV2ImageToVideoPipeline", monkeypatch, model, **image_parts(8))
@@ -58,6 +59,7 @@ def test_diffusion_forcing_is_windowed_in_clips_that_overlap_and_saved(monkeypat
     assert [each.size for each in found] == [(64, 48)] * 17
 
 
+@pytest.mark.kept
 def test_diffusion_forcing_from_an_image_and_from_a_video_is_windowed(monkeypatch):
     pipe = pipeline("SkyReelsV2DiffusionForcingImageToVideoPipeline", monkeypatch)
     check_windowed(pipe, SKYREELS_V2, **SIZE, **SHORT, image=picture())
@@ -66,6 +68,7 @@ def test_diffusion_forcing_from_an_image_and_from_a_video_is_windowed(monkeypatc
     check_windowed(pipe, SKYREELS_V2, **options, **SHORT)
 
 
+@pytest.mark.kept
 def test_frames_that_are_denoised_one_after_the_other_are_windowed(monkeypatch):
     """Each at its own time, without causal blocks."""
     pipe = pipeline("SkyReelsV2DiffusionForcingPipeline", monkeypatch)
@@ -100,6 +103,7 @@ def test_times_of_frames_are_those_of_their_own_tokens():
     assert changed.tolist() == [False, False, True, False]
 
 
+@pytest.mark.kept
 def test_sample_rates_are_taken(monkeypatch):
     model = tiny_skyreels(text_dim=TEXT, inject_sample_info=True)
     pipe = pipeline("SkyReelsV2DiffusionForcingPipeline", monkeypatch, model)

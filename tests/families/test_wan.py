@@ -69,6 +69,7 @@ def test_image_to_video_is_windowed_with_the_image_in_cross_attention(monkeypatc
     assert (draw(pipe, **options) - other).abs().max() > 1e-3, "the image makes no difference"
 
 
+@pytest.mark.kept
 def test_video_to_video_is_windowed(monkeypatch):
     from diffusers import UniPCMultistepScheduler, WanVideoToVideoPipeline
 
@@ -99,6 +100,7 @@ def test_a_time_for_each_token_is_windowed_from_text_and_from_an_image(monkeypat
     assert all(times.shape == (1, 36) and not times[:, :12].any() and times[:, 12:].all() for times in seen)
 
 
+@pytest.mark.kept
 def test_a_vae_of_other_factors_is_read_off_the_latents(monkeypatch):
     """Wan 2.2's 5B has one that makes 16 pixels one, and patches besides."""
     vae = wan_vae(patch_size=2, scale_factor_spatial=16, in_channels=12, out_channels=12)

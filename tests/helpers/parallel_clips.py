@@ -11,12 +11,18 @@ from flexclear.parallel.costs import border_bytes, output_bytes
 from flexclear.parallel.planning import cut
 from flexclear.runtime.hooks import entry_hook_of
 
-from helpers import models_video
+from helpers import models_joint_video, models_video
 from helpers.parallel_cases import run
 
 MODELS = {
     "wan": (models_video.tiny_wan, models_video.WAN_64, models_video.wan_call, 0),
     "skyreels": (models_video.tiny_skyreels, models_video.WAN_64, models_video.skyreels_call, 0),
+    "hunyuan video": (
+        models_joint_video.tiny_hunyuan_video,
+        models_joint_video.ROPE_64,
+        models_joint_video.hunyuan_video_call,
+        1,
+    ),
 }
 """Ways to a model with heads of 64, and to a call, and how many text tokens of one are in the sequence."""
 

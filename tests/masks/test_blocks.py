@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -112,6 +112,7 @@ aligned = st.builds(
 @example((Layout(32, 48, 128), Disc(9)))
 def test_aligned_tiles_give_the_lists_of_create_block_mask(drawn):
     layout, window = drawn
+    assume(getattr(window, "dilation", 1) in (1, (1, 1)))  # of which boxes do not say which phases they hold
     ours = block_mask(layout, window, block_size=(128, 64))
     mask_mod, length = window.mask_mod(layout), layout.seq_len
     theirs = create_block_mask(mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=(128, 64))

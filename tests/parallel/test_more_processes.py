@@ -31,8 +31,12 @@ def test_three_bands_are_the_whole_picture(group):
         assert len({result["sum"] for result in found}) == 1
     found = group.results("average_against_eq_7", 24, 9, 7, 3, (0, 8, 16, 24))
     assert max(result["error"] for result in found) <= EXACT
-    for shape, r, frames in (((4, 10, 6), 3, 1), ((9, 5, 4), 4, 2)):
-        found = group.results("clip_against_one", "wan", shape, 7, r, frame_radius=frames)
+    for kind, shape, r, frames in (
+        ("wan", (4, 10, 6), 3, 1),
+        ("wan", (9, 5, 4), 4, 2),
+        ("hunyuan video", (4, 10, 6), 3, 1),
+    ):
+        found = group.results("clip_against_one", kind, shape, 7, r, frame_radius=frames)
         assert max(result["error"] for result in found) <= EXACT
         assert all(result["border"] == result["planned border"] > 0 for result in found)
     found = group.results("family_against_one", "sd3.5 with residuals", {"r": 3}, too_small="fewer")

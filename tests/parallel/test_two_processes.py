@@ -99,6 +99,7 @@ CLIPS = [
     (("wan", (3, 5, 11), 7, 3), {"frame_radius": "all", "batch": 2}, 2),
     (("wan", (12, 4, 5), 7, 3), {"frame_radius": 1, "enable_options": {"shares": (2.0, 1.0)}}, 0),
     (("skyreels", (4, 9, 6), 7, 2), {"frame_radius": 1}, 1),
+    (("hunyuan video", (5, 8, 6), 7, 2), {"frame_radius": 2, "batch": 2}, 1),
 ]
 
 

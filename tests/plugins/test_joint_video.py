@@ -37,6 +37,7 @@ def transformed(video, model):
     return flexclear.transform(model, r=RADIUS, **video.frames, backend="sdpa")
 
 
+@pytest.mark.kept("transform first-*-hunyuan_video", "offload first-groups of blocks-minimax_h3")
 @pytest.mark.parametrize("video", rows.ROWS, ids=lambda video: video.name)
 @pytest.mark.parametrize("kind", OFFLOADS)
 @pytest.mark.parametrize("events", ["transform first", "offload first"])
@@ -109,6 +110,7 @@ def cached_steps(video, model, name):
     return steps(video, model)
 
 
+@pytest.mark.kept("*-hunyuan_video", "*-cogvideox", "first block-*")
 @pytest.mark.parametrize("video", rows.ROWS, ids=lambda video: video.name)
 @pytest.mark.parametrize("name", ["first block", "magnitude", "pyramid attention broadcast", "taylor seer"])
 def test_a_cache_skips_on_the_transformed_model_what_it_skips_under_the_dense_mask(video, name):

@@ -79,6 +79,7 @@ def masked(video, model):
         return steps(video, model)
 
 
+@pytest.mark.kept("*-wan", "first block-transform first-*")
 @named
 @pytest.mark.parametrize("events", ["transform first", "cache first"])
 @pytest.mark.parametrize("name", ["first block", "pyramid attention broadcast", "magnitude", "taylor seer"])
@@ -107,6 +108,7 @@ def test_a_cache_that_does_not_know_the_stock_model_says_so_of_ours(video):
     assert said[0] == said[1]
 
 
+@pytest.mark.kept("*-wan")
 @every
 @pytest.mark.parametrize("events", ["transform first", "offload first"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "disk" not in kind])
