@@ -1,6 +1,6 @@
 """What a window is: a rule on the coordinates of an image query and an image key. Text sees and is seen by everything.
 
-"Image" includes the frames of a video: a token has a frame, a row and a column, and all frames of an image are frame 0.
+"Image" includes the frames of a video: a token has a frame, a row and a column, and all tokens of an image are in frame 0.
 
 A window is a frozen dataclass, hashable, that knows nothing of devices or token orders. ``window.mask_mod(layout,
 device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``. Its subclasses are in ``shapes.py`` and
