@@ -71,6 +71,16 @@ class Plan:
         """``whole_order`` of a sequence whose image begins at ``start``, with text before it and behind; text comes first."""
         if start == self.layout.text_len:
             return self.whole_order
+        if start not in self._packed_orders:
+            self._packed_orders[start] = self._make_packed_order(start)
+        return self._packed_orders[start]
+
+    @functools.cached_property
+    def _packed_orders(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    @independent
+    def _make_packed_order(self, start: int) -> tuple[Tensor, Tensor]:
         count = self.layout.image_len
         places = torch.arange(self.layout.seq_len, device=self.rows.device)
         raster = places[start : start + count]
