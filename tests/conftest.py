@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import getpass
+import logging
 import os
 import signal
+import sys
 import tempfile
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch: workers, and what they start, share the cores
@@ -95,14 +97,26 @@ def left_out_of_the_suite(item):
     return row.brief and (brief is None or not all(part in item.callspec.id for part in brief.args))
 
 
+def shared_settings():
+    """What a whole process shares and a test may not leave changed: the next one would see it."""
+    settings = {"gradients": torch.is_grad_enabled(), "default type": torch.get_default_dtype()}
+    for name in ("diffusers", "transformers"):
+        settings[name] = logging.WARNING, False, True  # as it comes: level, whether to propagate, progress bars
+        if (library := sys.modules.get(f"{name}.utils.logging")) is not None:
+            logger = logging.getLogger(name)
+            settings[name] = logger.level, logger.propagate, library.is_progress_bar_enabled()
+    return settings
+
+
 @pytest.fixture(autouse=True)
 def _alone():
     """Each test has its seed, and leaves to the next one what it has found."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    threads, before = torch.get_num_threads(), shared_settings()
     yield
     torch.set_num_threads(threads)  # which commands set that are run in this process
-    found = torch.is_grad_enabled(), torch.get_default_dtype()
-    torch.set_grad_enabled(True)
-    torch.set_default_dtype(torch.float32)
-    assert found == (True, torch.float32), "the test has left gradients off, or another default type"
+    after = shared_settings()
+    torch.set_grad_enabled(before["gradients"])
+    torch.set_default_dtype(before["default type"])
+    changed = {name: (value, after[name]) for name, value in before.items() if after[name] != value}
+    assert not changed, f"the test has changed for its whole process: {changed}"

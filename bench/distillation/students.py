@@ -12,20 +12,19 @@ of its own (``--only``); the last one that is done writes the results.
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import diffusers
 import torch
-import transformers
 import typer
 from rich.console import Console
 
 import flexclear
 from flexclear import embedded
 from flexclear.common.choices import EMBEDDED
+from flexclear.common.foreign import without_bars, without_diffusers_warnings
 from flexclear.common.shipped import students_directory
 from flexclear.compile.files import whole_file
 from flexclear.distill import DistillConfig, OptimizerConfig, distill
@@ -128,6 +127,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@without_bars
+@without_diffusers_warnings()
 def main(
     only: Annotated[list[str] | None, typer.Option("--only", help="File names; repeat. Default: all of them.")] = None,
     draw_only: Annotated[bool, typer.Option(help="Draw and encode the pictures, then stop.")] = False,
@@ -142,9 +143,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Distil the students again, measure them, and write them, their index, JSON and Markdown."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     place = students_directory() if source is None else source
     students = read_students(place, of_any_teacher=True)

@@ -10,7 +10,6 @@ single-threaded ones get through sooner than one process with as many threads.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -19,7 +18,6 @@ from typing import Annotated, Any
 
 import diffusers
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -35,6 +33,7 @@ from safetensors.torch import load_file, save_file
 import flexclear
 from flexclear import embedded
 from flexclear.common.choices import EMBEDDED
+from flexclear.common.foreign import without_bars, without_diffusers_warnings
 from flexclear.compile.files import whole_file
 from flexclear.distill import DistillConfig, LossConfig, OptimizerConfig, distill
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
@@ -361,6 +360,8 @@ def write(report: dict[str, Any], output: Path) -> None:
         beside.write_text(distillation_report.markdown(report), encoding="utf-8")
 
 
+@without_bars
+@without_diffusers_warnings()
 def main(
     rows: Annotated[list[str] | None, typer.Option("--rows", help="Which rows; repeat. Default: all of them.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 600,
@@ -380,9 +381,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Train and measure what is missing, and write JSON, Markdown and plots after each piece."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     todo = jobs(rows or ())
     settings = Settings(

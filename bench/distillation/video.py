@@ -23,6 +23,7 @@ import typer
 from torch import Tensor
 
 import flexclear
+from flexclear.common.foreign import without_bars
 from flexclear.distill import DistillConfig, MemorySamples, OptimizerConfig, Sample, distill
 from flexclear.distill.batches import Batch, BatchMaker, held_out_batches
 from flexclear.distill.calls import TRAINED_TIMES, wan_call
@@ -162,6 +163,7 @@ def config_of(output: Path, kind: str, steps: int, seed: int) -> DistillConfig:
     )
 
 
+@without_bars
 def main(
     teacher_steps: Annotated[int, typer.Option(min=1, help="Training steps of the teacher.")] = 600,
     steps: Annotated[int, typer.Option(min=1, help="Distillation steps of each student.")] = 150,
@@ -171,9 +173,6 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Train the teacher, distil every window into it, and write what came of it."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
     training, unseen = clips(training_clips, seed), clips(unseen_clips, seed + 1000)
     held_out = held_out_batches(unseen, range(len(unseen)), 16, seed, drawn=False)
     teacher = tiny_wan(seed)

@@ -7,7 +7,6 @@ the window, if any do: undistilled ones leave it undecided what to draw, and now
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import flexclear
 from flexclear import embedded
+from flexclear.common.foreign import without_diffusers_warnings
 from flexclear.common.shipped import students_directory
 from flexclear.compile import RECIPES, quantize, sqnr, weight_bytes, why_not_recipe
 from flexclear.embedded.evaluation import Request, generate, picture_psnr, trained_requests
@@ -66,6 +66,7 @@ class Tape:
                 handle.remove()
 
 
+@without_diffusers_warnings()
 def main(
     pictures: Annotated[int, typer.Option(min=1, help="Pictures per recipe and window.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 8,
@@ -76,7 +77,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Measure every recipe that the device can run and write JSON and Markdown."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     place = torch.device(device)
     vocabulary = read_vocabulary(embedded.model_directory())

@@ -73,7 +73,7 @@ def hush() -> None:
             logging.getLogger(logger).addFilter(_Known(text, meant))
 
 
-class _Bars:
+class _Bars(contextlib.ContextDecorator):
     """Progress bars of diffusers' and transformers' loading, switched off while any thread asks for it."""
 
     def __init__(self) -> None:
@@ -114,7 +114,22 @@ def _downloads_as_they_are() -> Iterator[None]:
 
 
 without_bars = _Bars()
-"""Context without the bars of loading; those of downloads stay, and the pipeline's own belong to the pipeline."""
+"""Context, or decorator of a function, without the bars of loading; those of downloads stay, and the pipeline's own
+belong to the pipeline."""
+
+
+@contextlib.contextmanager
+def without_diffusers_warnings() -> Iterator[None]:
+    """A block, or a function, in which diffusers logs errors only: every LoRA without weights for a text encoder is a
+    warning."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def from_pretrained(kind: Any, place: Any, dtype: Any = None, **options: Any) -> Any:

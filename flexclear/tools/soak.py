@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexclear.common.foreign import without_diffusers_warnings
 from flexclear.compile import repeated_blocks, report
 from flexclear.compile.regional import GRAPHS_PER_SIZE
 from flexclear.compile.report import remember_all_graphs
@@ -40,7 +41,6 @@ from flexclear.tools.soak_calls import (
     load,
     perform,
     set_up,
-    without_diffusers_warnings,
 )
 
 MEASURE_EVERY = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -83,20 +82,6 @@ class Call:
 
 class Stopped(Exception):
     """Raised in a step callback to interrupt a call."""
-
-
-@contextlib.contextmanager
-def without_diffusers_warnings() -> Iterator[None]:
-    """A block, or a function, in which diffusers logs errors only: every LoRA without weights for a text encoder is a
-    warning."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def load(settings: Settings) -> Any:
