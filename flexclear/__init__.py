@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from flexclear.explanation import explain
     from flexclear.optimization import optimize
     from flexclear.runtime.switches import override
+    from flexclear.saved.described import is_transformed, summary
+    from flexclear.saved.hub import push_to_hub
+    from flexclear.saved.loading import from_pretrained, transform_from_config
     from flexclear.weights import load_weights, save_weights
 
 __version__ = _VERSION
@@ -45,20 +48,30 @@ __all__ = [
     "evaluation",
     "explain",
     "families",
+    "from_pretrained",
     "highres",
+    "is_transformed",
     "load_weights",
     "masks",
     "optimize",
     "override",
     "parallel",
+    "push_to_hub",
     "restore",
     "save_weights",
+    "summary",
     "transform",
+    "transform_from_config",
     "weights",
 ]
 
 _HOME = {
     "explain": "flexclear.explanation",
+    "from_pretrained": "flexclear.saved.loading",
+    "is_transformed": "flexclear.saved.described",
+    "push_to_hub": "flexclear.saved.hub",
+    "summary": "flexclear.saved.described",
+    "transform_from_config": "flexclear.saved.loading",
     "load_weights": "flexclear.weights",
     "optimize": "flexclear.optimization",
     "override": "flexclear.runtime.switches",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,28 +12,27 @@ from torch import nn
 from flexclear.alternatives.names import named
 from flexclear.common.choices import BACKENDS
 from flexclear.compile.kernels import check_kernel_options
-from flexclear.families import FAMILIES, Family, Layer, family_of
+from flexclear.families import Family, Layer, family_of
+from flexclear.families.changes import Change, make
 from flexclear.families.target import below_compile, models_of
-from flexclear.masks import Downsampled, Window
+from flexclear.masks import Window
 from flexclear.masks.blocks import check_block_size
 from flexclear.masks.checks import check_int
 from flexclear.masks.layout import MAX_SIDE
 from flexclear.masks.orders import ORDERS
 from flexclear.runtime.exchange import (
     all_or_nothing,
-    put_hooks,
     put_originals,
-    put_processor,
     remove_hooks,
-    replaced_by,
 )
 from flexclear.runtime.facts import Settings
-from flexclear.runtime.frames import in_frames, refuse_image_windows, refuse_on_video
-from flexclear.runtime.hooks import EntryHook, check_formula, entry_hook_of
+from flexclear.runtime.frames import in_frames, refuse_on_video
+from flexclear.runtime.hooks import check_formula, entry_hook_of
 from flexclear.runtime.mechanism import Formula, Mechanism, WindowMechanism
 from flexclear.runtime.modes import forget_cached_tokens, refuse_context_parallelism
 from flexclear.runtime.processors import is_ours
 from flexclear.runtime.schedule import Radii, Radius, resolve, slots
+from flexclear.runtime.stated import forget
 from flexclear.runtime.steps import StepCounter
 from flexclear.runtime.switches import Switches
 
@@ -93,8 +91,8 @@ def transform(
             ``"agent"`` (2312.08874).
         down_factor: side d in tokens of cells whose pooled keys image queries see as well (method, section 4). Adds one
             parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only. ``save_pretrained`` writes them
-            too, but diffusers' ``from_pretrained`` leaves them out, with a warning: keep them by ``flexclear.save_weights``.
-            Nor does ``EMAModel.save_pretrained`` know them: ``ema.copy_to(model.parameters())``, then ``save_weights``.
+            too, and ``flexclear.from_pretrained`` reads them; diffusers' own leaves them out, with a warning.
+            ``EMAModel.save_pretrained`` does not know them: ``ema.copy_to(model.parameters())``, then ``save_weights``.
         dense_steps: (first, last): that many denoising steps at either end run dense attention. Needs the pipeline.
         ntk_factor: factor on the base of the rotary frequencies, for sizes beyond training; released setting: 10.
         proportional_attention: scale scores by sqrt(log_n0(n) / d) in place of sqrt(1 / d), n keys, n0 = 4608.
@@ -121,111 +119,124 @@ def transform(
     Whatever is raised, Ctrl-C included, the model is as it was, or both are.
     """
     models = models_of(model_or_pipe)
-    families = [family_of(model) for model in models]
-    for model in models:
-        refuse_context_parallelism(model)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {sorted(ORDERS)}, got {order!r}")
-    if not isinstance(exact_position_ids, bool):
-        raise TypeError(f"exact_position_ids must be True or False, got {exact_position_ids!r}")
-    if down_factor is not None:
-        check_int("down_factor", down_factor, 1, MAX_SIDE, "in tokens")
-    switches = Switches(ntk_factor, proportional_attention, dense_steps)
-    for model, family in zip(models, families, strict=True):
-        if switches.ntk_factor != 1 and not family.rope:
-            raise ValueError(f"ntk_factor={ntk_factor}: {type(model).__name__} {family.no_ntk}")
-    steps = StepCounter(None if isinstance(model_or_pipe, nn.Module) else model_or_pipe)
-    if switches.dense_steps != (0, 0):
-        steps.current()
-    asked = None if block_size is None else check_block_size(block_size)
-    options = check_kernel_options(kernel_options)
-
-    mechanism = _mechanism(attention, r, down_factor)
-    formula = mechanism if isinstance(mechanism, Formula) else None
-    check_formula(formula, switches)
-
-    changes = []
-    for model, family in zip(models, families, strict=True):
-        layers = list(family.layers(model))
-        made = in_frames(frame_radius, family, model)
-        radii = int(r) if r is DEFAULT_RADIUS else r
-        if isinstance(mechanism, WindowMechanism):
-            refuse_on_video(mechanism, family, model)
-            radii = [mechanism.window(number) for number in range(len(layers))]
-        elif formula is not None:
-            radii = None
-        windows = resolve(radii, layers, down_factor, made)
-        if formula is None:
-            made.check_used()
-        settings = Settings(
-            windows={layer.name: window for layer, window in zip(layers, windows, strict=True)},
-            slots=slots(layers, windows),
-            backend=backend,
-            order=order,
-            block_size=asked,
-            kernel_options=options,
-            head_dim=layers[0].head_dim,
-            exact_position_ids=exact_position_ids,
-            switches=switches,
-            steps=steps,
-            formula=formula,
-        )
-        changes.append(_Change(model, family, layers, settings))
-    _make(changes)
+    pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
+    asked = _Asked(
+        r=r,
+        frame_radius=frame_radius,
+        attention=attention,
+        down_factor=down_factor,
+        dense_steps=dense_steps,
+        ntk_factor=ntk_factor,
+        proportional_attention=proportional_attention,
+        backend=backend,
+        order=order,
+        block_size=block_size,
+        kernel_options=kernel_options,
+        exact_position_ids=exact_position_ids,
+    )
+    make(asked.changes(models, StepCounter(pipe)))
     return model_or_pipe
 
 
-class _Change:
-    """Processors and hooks of a model for some settings, in place of those of an earlier transform; not made yet.
+def transform_each(model_or_pipe: Any, options: Sequence[Mapping[str, Any] | None]) -> None:
+    """``transform`` with options of their own for each transformer of a pipeline: all of them, or none.
+
+    Args:
+        model_or_pipe: see ``transform``.
+        options: arguments of ``transform``, for each of ``models_of``; None for one that stays as it is.
 
     Raises:
-        ValueError: the model cannot have them.
+        TypeError, ValueError: see ``transform``.
     """
-
-    def __init__(self, model: nn.Module, family: Family, layers: Sequence[Layer], settings: Settings) -> None:
-        pooled = any(isinstance(window, Downsampled) for window in settings.windows.values())
-        if pooled and not family.pools:
-            able = ", ".join(known.model_class for known in FAMILIES if known.pools)
-            raise ValueError(f"down_factor: down-sampled keys are defined for {able}, got {type(model).__name__}")
-        refuse_image_windows(settings.windows.values(), family, model)
-        before = entry_hook_of(model)
-        self.model = model
-        self.processors = [(layer.module, _processor(family, layer, settings)) for layer in layers]
-        self.entry = EntryHook(family, settings, None if before is None else before.parallel)
-        self.reorders = before is None or before.settings.order != settings.order
-        if self.entry.parallel is not None:
-            self.entry.parallel.check(model, family, settings)
-
-    def make(self) -> None:
-        """Make it."""
-        if self.reorders:
-            forget_cached_tokens(self.model)
-        for module, processor in self.processors:
-            put_processor(module, processor)
-        put_hooks(self.model, self.entry)
+    models = models_of(model_or_pipe)
+    steps = StepCounter(None if isinstance(model_or_pipe, nn.Module) else model_or_pipe)
+    asked = [(model, _Asked(**own)) for model, own in zip(models, options, strict=True) if own is not None]
+    make([change for model, own in asked for change in own.changes([model], steps)])
 
 
-def _make(changes: Sequence[_Change]) -> None:
-    """Make the changes of all models of a pipeline, or leave each as it is."""
-    with contextlib.ExitStack() as kept:
-        for change in changes:
-            kept.enter_context(all_or_nothing(change.model))
-        for change in changes:
-            change.make()
+@dataclass(frozen=True)
+class _Asked:
+    """Arguments of ``transform``; what can be said of them without a model is checked when they are given."""
 
+    r: Radii = DEFAULT_RADIUS
+    frame_radius: int | str | None = None
+    attention: str | Mechanism = "clear"
+    down_factor: int | None = None
+    dense_steps: tuple[int, int] = (0, 0)
+    ntk_factor: float = 1.0
+    proportional_attention: bool = False
+    backend: str = "auto"
+    order: str = "tiled"
+    block_size: int | tuple[int, int] | None = None
+    kernel_options: Mapping[str, Any] | None = None
+    exact_position_ids: bool = True
 
-def _processor(family: Family, layer: Layer, settings: Settings) -> Any:
-    """A layer's processor for these settings, with the trained weights and the original of the one that it has."""
-    present = layer.module.processor
-    original = replaced_by(layer.module) if is_ours(present) else present
-    window = settings.windows[layer.name]
-    slot = settings.slots.index((layer.scope, window))
-    factor = window.factor if isinstance(window, Downsampled) else None
-    processor = family.processor(layer, original, slot, factor, settings.formula)
-    _keep_trained_pooling(present, processor)
-    return processor
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {self.backend!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {sorted(ORDERS)}, got {self.order!r}")
+        if not isinstance(self.exact_position_ids, bool):
+            raise TypeError(f"exact_position_ids must be True or False, got {self.exact_position_ids!r}")
+        if self.down_factor is not None:
+            check_int("down_factor", self.down_factor, 1, MAX_SIDE, "in tokens")
+
+    def changes(self, models: Sequence[nn.Module], steps: StepCounter) -> list[Change]:
+        """What they ask for of each model; nothing is made yet.
+
+        Raises:
+            TypeError, ValueError: see ``transform``.
+        """
+        families = [family_of(model) for model in models]
+        for model in models:
+            refuse_context_parallelism(model)
+        switches = Switches(self.ntk_factor, self.proportional_attention, self.dense_steps)
+        for model, family in zip(models, families, strict=True):
+            if switches.ntk_factor != 1 and not family.rope:
+                raise ValueError(f"ntk_factor={self.ntk_factor}: {type(model).__name__} {family.no_ntk}")
+        if switches.dense_steps != (0, 0):
+            steps.current()
+        block_size = None if self.block_size is None else check_block_size(self.block_size)
+        options = check_kernel_options(self.kernel_options)
+        mechanism = _mechanism(self.attention, self.r, self.down_factor)
+        formula = mechanism if isinstance(mechanism, Formula) else None
+        check_formula(formula, switches)
+
+        changes = []
+        for model, family in zip(models, families, strict=True):
+            layers = list(family.layers(model))
+            windows = self._windows(model, family, layers, mechanism)
+            settings = Settings(
+                windows={layer.name: window for layer, window in zip(layers, windows, strict=True)},
+                slots=slots(layers, windows),
+                backend=self.backend,
+                order=self.order,
+                block_size=block_size,
+                kernel_options=options,
+                head_dim=layers[0].head_dim,
+                exact_position_ids=self.exact_position_ids,
+                switches=switches,
+                steps=steps,
+                formula=formula,
+            )
+            changes.append(Change(model, family, layers, settings))
+        return changes
+
+    def _windows(
+        self, model: nn.Module, family: Family, layers: Sequence[Layer], mechanism: Mechanism | None
+    ) -> list[Window | None]:
+        """The window of each layer."""
+        made = in_frames(self.frame_radius, family, model)
+        radii: Radii = int(self.r) if self.r is DEFAULT_RADIUS else self.r
+        if isinstance(mechanism, WindowMechanism):
+            refuse_on_video(mechanism, family, model)
+            radii = [mechanism.window(number) for number in range(len(layers))]
+        elif mechanism is not None:
+            radii = None
+        windows = resolve(radii, layers, self.down_factor, made)
+        if mechanism is None or isinstance(mechanism, WindowMechanism):
+            made.check_used()
+        return windows
 
 
 def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] | None = None) -> Target:
@@ -250,8 +261,8 @@ def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] 
             found = resolve(radii, layers)
             named = {layer.name: window for layer, window in zip(layers, found, strict=True)}
             settings = replace(settings, windows=named, slots=slots(layers, found), formula=None)
-        changes.append(_Change(model, family, layers, settings))
-    _make(changes)
+        changes.append(Change(model, family, layers, settings))
+    make(changes)
     return model_or_pipe
 
 
@@ -284,15 +295,7 @@ def transform_as(model: nn.Module, windows: Mapping[str, Window | None], pipe: A
         switches=Switches(),
         steps=StepCounter(pipe),
     )
-    _make([_Change(model, family, layers, settings)])
-
-
-def _keep_trained_pooling(old: Any, new: Any) -> None:
-    """Pooling weights survive another transform with the same down-sampling factor, compression weights likewise."""
-    for name in ("spatial_weight", "compression_weight"):
-        trained, fresh = getattr(old, name, None), getattr(new, name, None)
-        if trained is not None and fresh is not None and trained.shape == fresh.shape:
-            setattr(new, name, trained)
+    make([Change(model, family, layers, settings)])
 
 
 def _mechanism(attention: Any, r: Radii, down_factor: int | None) -> Mechanism | None:
@@ -345,6 +348,7 @@ def _restore(model: nn.Module) -> None:
         remove_hooks(model)
         if entry is not None:
             forget_cached_tokens(model)
+            forget(model)
     if entry is not None and entry.parallel is not None:
         entry.parallel.close()
     if stay:

@@ -52,7 +52,7 @@ def put_hooks(model: nn.Module, entry: EntryHook) -> None:
             module.register_forward_hook(hook, with_kwargs=True)
         else:
             module.register_forward_pre_hook(hook, with_kwargs=True)
-    model.register_state_dict_pre_hook(SaveHook())
+    model.register_state_dict_pre_hook(SaveHook(entry.settings))
     model.register_forward_hook(ExitHook(entry.family), with_kwargs=True, always_call=True)
     model.register_forward_pre_hook(entry, with_kwargs=True)
 

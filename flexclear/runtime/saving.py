@@ -1,7 +1,9 @@
-"""``save_pretrained`` of a transformed model writes weights, not windows: what says so."""
+"""``save_pretrained`` of a transformed model: its window goes into the ``config.json`` beside the weights."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import warnings
 from types import FrameType
@@ -9,17 +11,23 @@ from typing import Any
 
 from torch import nn
 
+from flexclear.compile.files import whole_file
 from flexclear.runtime.carrying import Hook
+from flexclear.runtime.facts import Settings
+from flexclear.runtime.stated import KEY, state
 
 METHOD = "save_pretrained"
 
 
 class SaveHook(Hook):
-    """``state_dict`` pre-hook: warns where it is ``model.save_pretrained`` that asks, a pipeline's too.
+    """``state_dict`` pre-hook: writes the settings where it is ``model.save_pretrained`` that asks, a pipeline's too.
 
-    A hook, because it goes with the model wherever that goes: into copies, pickles, other pipelines. Other callers of
-    ``state_dict`` keep the model and its window, and are not warned.
+    A hook, because it goes with the model wherever that goes: into copies, pickles, other pipelines. diffusers has written
+    ``config.json`` when it asks for the weights. Other callers of ``state_dict`` see nothing of it.
     """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
 
     def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         level = 1
@@ -28,17 +36,33 @@ class SaveHook(Hook):
             level, frame = level + 1, frame.f_back
         if frame is None or not frame.f_locals.get("is_main_process", True):
             return
+        why = self._write(model, frame.f_locals.get("save_directory"))
+        if why is None:
+            return
         # Blame whoever called it, past the method of the same name that a pipeline has.
         while frame is not None and frame.f_code.co_name == METHOD:
             level, frame = level + 1, frame.f_back
-        name = type(model).__name__
         warnings.warn(
-            f"flexclear: save_pretrained writes the weights of this {name}, but not its window: from_pretrained will give a "
-            "dense model. Either flexclear.transform what was loaded with the same arguments; or flexclear.save_weights(model, "
-            "path) beside it, and flexclear.load_weights(model, path) then, which brings back windows and pooling weights "
-            "(down_factor) too",
+            f"flexclear: save_pretrained writes the weights of this {type(model).__name__}, but not its window: {why}. Loaded, "
+            "it will be dense; flexclear.transform it again with the same arguments",
             stacklevel=level,
         )
+
+    def _write(self, model: Any, directory: Any) -> str | None:
+        """Put the settings into the ``config.json`` of a folder; why not, where it cannot be done."""
+        try:
+            stated = state(model, self.settings)
+        except ValueError as error:
+            return str(error)
+        path = os.path.join(directory or "", getattr(model, "config_name", None) or "config.json")
+        if directory is None or not os.path.isfile(path):
+            return f"there is no {path} to write it to"
+        with open(path, encoding="utf-8") as stream:
+            config = json.load(stream)
+        with whole_file(path) as beside:
+            text = json.dumps({**config, KEY: stated}, indent=2, sort_keys=True)
+            beside.write_text(text + "\n", encoding="utf-8")
+        return None
 
 
 def _saves(frame: FrameType, model: Any) -> bool:

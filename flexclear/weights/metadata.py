@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from flexclear.masks import (
-    Anchors,
-    Both,
-    Disc,
-    Downsampled,
-    Either,
-    Full,
-    Neighborhood,
-    Square,
-    Strided,
-    Swin,
-    TileWindow,
-    Tube,
-    Window,
-)
+from flexclear.masks import Disc, Downsampled, Window
+from flexclear.masks.encoding import decode, encode
 from flexclear.runtime.schedule import Radii
 from flexclear.weights.files import Header
 
@@ -32,9 +17,6 @@ FORMAT = "1"
 
 RELEASED = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?\.safetensors")
 """Names of the released files: radius, and down factor where there are pooled keys."""
-
-PLAIN = {kind.__name__: kind for kind in (Disc, Square, Neighborhood, Swin, Strided, Full, Tube, TileWindow, Anchors)}
-COMPOSED = {kind.__name__: kind for kind in (Both, Either)}
 
 
 @dataclass(frozen=True)
@@ -112,42 +94,3 @@ def _number(header: Header, key: str) -> int | None:
     if not given.isascii() or not given.isdigit() or int(given) < 1:
         raise ValueError(f"{header.path} has metadata {key}={given!r}; a whole number of tokens from 1 on is expected")
     return int(given)
-
-
-def encode(window: Window | None, where: str) -> Any:
-    """A window as JSON can hold it; ``where`` is for the message.
-
-    Raises:
-        ValueError: its class is none of ``flexclear.masks``.
-    """
-    if window is None:
-        return None
-    kind = type(window).__name__
-    if type(window) is Downsampled:
-        return {"kind": kind, "window": encode(window.window, where), "factor": window.factor}
-    if isinstance(window, Both | Either) and type(window) is COMPOSED.get(kind):
-        return {"kind": kind, "parts": [encode(part, where) for part in window.parts]}
-    if type(window) is PLAIN.get(kind):
-        return {"kind": kind, **dataclasses.asdict(window)}
-    raise ValueError(f"{where} has the window {window!r}, which metadata cannot hold: it is none of flexclear.masks")
-
-
-def decode(found: Any) -> Window | None:
-    """The window that ``encode`` was given.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError: it describes none.
-    """
-    if found is None:
-        return None
-    kind, fields = found["kind"], {name: value for name, value in found.items() if name != "kind"}
-    if kind == "Downsampled":
-        inner = decode(fields["window"])
-        return Downsampled(inner, fields["factor"])  # type: ignore[arg-type]
-    if kind in COMPOSED:
-        return COMPOSED[kind](*(decode(part) for part in fields["parts"]))  # type: ignore[arg-type]
-    if kind not in PLAIN:
-        raise ValueError(f"{kind!r} is no window that this flexclear knows")
-    # JSON has lists for tuples.
-    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return PLAIN[kind](**given)

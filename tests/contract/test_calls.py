@@ -81,6 +81,18 @@ def test_restore_is_bit_identical_and_leaves_nothing_behind(row):
     assert torch.equal(run(model, call), before)
 
 
+@pytest.mark.brief
+@every()
+def test_a_saved_model_comes_back_with_its_window(row, tmp_path):
+    model = transformed(row)
+    call = row.call(padded(row))
+    model.save_pretrained(tmp_path)
+    loaded = flexclear.from_pretrained(type(model), tmp_path).eval()
+    assert repr(flexclear.summary(loaded)) == repr(flexclear.summary(model))
+    # Of a copy: weights in a file's memory lie where the header's length puts them, and BLAS sums by alignment.
+    assert torch.equal(run(copy.deepcopy(loaded), call), run(model, call))
+
+
 def processors_of(model):
     return {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
 

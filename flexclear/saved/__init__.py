@@ -1,0 +1,1 @@
+"""A transformed model saved, described, and loaded as it was."""
