@@ -1,4 +1,4 @@
-# make demo | test | contract | support | lint | bench : each sets itself up in .venv and works alone on a fresh machine.
+# make demo | test | contract | whole | support | lint | bench : each sets itself up in .venv and works alone on a fresh machine.
 #
 #   PYTHON=python3.12      interpreter to build .venv with (3.11 or later; default: python3.11, else python3)
 #   TORCH='torch==2.13.0'  what pip installs as torch; default: the CPU version that is tested here, or the newest
@@ -15,7 +15,7 @@ SHELL := /bin/bash
 # Whether torch names the Triton that it was made for, as its CUDA builds do; any other version would replace torch.
 PINS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
 
-.PHONY: demo test contract support lint bench setup clean
+.PHONY: demo test contract whole support lint bench setup clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -53,6 +53,11 @@ test: $(READY)
 # What every model family has to do, the costly cases of all of them included.
 contract: $(READY)
 	$(BIN)/python -m pytest --whole tests/contract tests/parallel/test_two_processes.py tests/families tests/plugins
+
+# All tests, with what the suite leaves out to stay under 15 minutes: the costly cases of families, and cases beside others
+# that find the same faults.
+whole: $(READY)
+	$(BIN)/python -m pytest --whole -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Writes docs/support.md.
 support: $(READY)

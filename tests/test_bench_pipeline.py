@@ -63,6 +63,7 @@ def test_a_variant_that_the_machine_cannot_run_says_why(tmp_path):
     assert "not run: FP8 products need a CUDA device" in (tmp_path / "pipeline-tiny-cpu.md").read_text()
 
 
+@pytest.mark.kept
 def test_a_size_that_the_model_has_no_positions_for_says_so_and_the_others_go_on(tmp_path):
     done, rows = run(tmp_path, model="tiny-sd3")
     assert done.exit_code == 0

@@ -40,6 +40,7 @@ def test_dozens_of_calls_with_swaps_and_interruptions_leave_everything_bounded_a
     assert (plans.max_bytes, logging.get_verbosity()) == before
 
 
+@pytest.mark.kept
 def test_graphs_are_counted_against_the_sizes_that_were_seen(monkeypatch):
     settings = replace(SMALL, sizes=1, compile=True, compile_backend="eager", lora=True)
     found = short(count=4, settings=settings)
@@ -64,6 +65,7 @@ def test_a_planted_leak_is_found(monkeypatch):
     assert "flexclear soak --seed 1 --calls 24" in str(found)
 
 
+@pytest.mark.kept
 def test_a_planted_wrong_picture_is_found_with_the_call_that_draws_it(monkeypatch):
     count = itertools.count()
 

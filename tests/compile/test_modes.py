@@ -22,6 +22,7 @@ def _fresh():
     torch.compiler.reset()
 
 
+@pytest.mark.kept("*cuda")
 @pytest.mark.parametrize(
     ("mode", "device"),
     [

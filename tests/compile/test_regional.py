@@ -71,6 +71,7 @@ def test_dynamic_graphs_serve_every_size(model):
     assert report().since(before).graphs == ()
 
 
+@pytest.mark.kept("blocks")
 @pytest.mark.parametrize("region", ["blocks", "whole"])
 def test_one_size_more_than_there_is_room_for_raises_and_says_what_makes_room(model, region):
     flexclear.optimize(model, compile=region, backend="eager", max_sizes=2)

@@ -109,6 +109,7 @@ def test_twenty_text_lengths_need_the_graphs_of_one(kind):
     check(model, plain, call, 3 if kind == "zimage" else len({type(block) for block in repeated_blocks(model)}))
 
 
+@pytest.mark.kept("flux")
 @pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
 @pytest.mark.parametrize("kind", ["qwen", "flux"])
 def test_kernels_of_one_text_length_serve_twenty(kind):

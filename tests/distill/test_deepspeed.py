@@ -61,6 +61,7 @@ def one(tmp_path_factory):
     }
 
 
+@pytest.mark.kept("2-projections", "3-lora")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("stage", "train"), [(2, "projections"), (2, "lora"), (3, "projections"), (3, "lora")])
 def test_deepspeed_trains_what_one_process_trains_and_goes_on(two, one, file, tmp_path, stage, train):
@@ -106,6 +107,7 @@ def test_deepspeed_in_bfloat16_trains_what_one_process_trains(two, file, tmp_pat
         assert {tensor.dtype for tensor in load_file(output / "weights.safetensors").values()} == {torch.bfloat16}
 
 
+@pytest.mark.kept
 @pytest.mark.filterwarnings("ignore")
 def test_sharded_weights_draw_sheets(two, file, tmp_path):
     expected = distill_cases.draw_sheets(tmp_path / "one")["sheet"]

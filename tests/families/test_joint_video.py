@@ -375,6 +375,7 @@ print(run(72) - before)
 """
 
 
+@pytest.mark.kept
 @pytest.mark.skipif(why_not_compiled(torch.device("cpu")) is not None, reason="FlexAttention cannot be compiled here")
 def test_hunyuan_video_15_takes_less_memory_than_one_mask_of_all_pairs():
     """Of 15,580 tokens it would be 231 MiB, of which diffusers holds three at a time in every layer."""

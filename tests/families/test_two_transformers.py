@@ -8,6 +8,7 @@ import torch
 import flexclear
 from flexclear.compile import report
 from flexclear.compile.quantize import is_quantized, quantize
+from flexclear.families import changes
 from flexclear.masks import cylinder
 from flexclear.runtime.hooks import entry_hook_of
 
@@ -146,14 +147,14 @@ class Interrupted(Exception):
 def test_an_interruption_between_the_two_leaves_both_as_they_were(monkeypatch):
     pipe = pipeline(monkeypatch)
     flexclear.transform(pipe, **WINDOW)
-    put = flexclear.convert.put_hooks
+    put = changes.put_hooks
 
     def interrupted(model, entry):
         if model is pipe.transformer_2:
             raise Interrupted
         put(model, entry)
 
-    monkeypatch.setattr(flexclear.convert, "put_hooks", interrupted)
+    monkeypatch.setattr(changes, "put_hooks", interrupted)
     with pytest.raises(Interrupted):
         flexclear.transform(pipe, r=2, frame_radius=0)
     monkeypatch.undo()

@@ -26,6 +26,7 @@ def check(processes, *options):
     return done.stdout
 
 
+@pytest.mark.kept
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device it runs on as many of these")
 def test_random_shared_models_are_the_whole_ones():
     said = check(2, "--cases", "4", "--seed", "3", "--backend", "sdpa")

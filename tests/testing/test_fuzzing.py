@@ -45,6 +45,7 @@ def forgotten_block(layout, window, **options):
     return mask
 
 
+@pytest.mark.kept("forgotten_block")
 @pytest.mark.parametrize("planted", [off_by_one_radius, swapped_sides, partial_called_full, forgotten_block])
 def test_a_planted_bug_is_found_shrunk_and_printed(planted, monkeypatch):
     monkeypatch.setattr(fuzzing, "SHRINKING", SECONDS)
