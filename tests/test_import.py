@@ -83,7 +83,18 @@ def documented_names():
     return sorted(set(re.findall(r"\bflexclear\.([a-z_]\w*(?:\.[a-z_]\w*)*)", (ROOT / "README.md").read_text())))
 
 
-INTERNAL = {"commands", "common", "explanation", "generation", "images", "measuring", "rates", "runtime", "saved", "tools"}
+INTERNAL = {
+    "commands",
+    "common",
+    "explanation",
+    "generation",
+    "images",
+    "measuring",
+    "rates",
+    "runtime",
+    "saved",
+    "tools",
+}
 """Packages that other packages use and users do not."""
 
 
