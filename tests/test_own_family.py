@@ -140,6 +140,22 @@ def test_a_wrong_declaration_is_found(name):
     assert model.blocks[0].attend.processor is before
 
 
+@pytest.mark.parametrize(
+    ("gone", "says"),
+    [
+        ("heads", "blocks.0.attend, a OwnAttention, needs an attribute heads"),
+        ("inner_dim", "needs an attribute head_dim, .* or inner_dim"),
+    ],
+)
+def test_attention_that_does_not_say_its_heads_is_refused(own, gone, says):
+    model = own_model()
+    delattr(model.blocks[0].attend, gone)
+    before = model.blocks[0].attend.processor
+    with pytest.raises(TypeError, match=says):
+        flexclear.transform(model, r=3)
+    assert model.blocks[0].attend.processor is before
+
+
 def test_a_grid_that_the_family_reads_otherwise_is_found(own):
     with pytest.raises(
         AssertionError, match=r"reads the grids \(\(9, 13\),\) off this call, and they are \(\(13, 9\),\)"

@@ -45,15 +45,36 @@ class Layer:
 
     @property
     def heads(self) -> int:
-        """Number of heads of its queries."""
-        names = "heads", "num_heads", "num_attention_heads"
-        return next(own for own in (getattr(self.module, name, None) for name in names) if isinstance(own, int))
+        """Number of heads of its queries.
+
+        Raises:
+            TypeError: the attention module does not say.
+        """
+        found = self._number("heads", "num_heads", "num_attention_heads")
+        if found is None:
+            raise TypeError(
+                f"{self.name}, a {type(self.module).__name__}, needs an attribute heads, the number of its heads"
+            )
+        return found
 
     @property
     def head_dim(self) -> int:
-        """Channels of each."""
-        own = getattr(self.module, "head_dim", None)
-        return own if isinstance(own, int) else self.module.inner_dim // self.heads
+        """Channels of each.
+
+        Raises:
+            TypeError: the attention module does not say.
+        """
+        own, inner = self._number("head_dim"), self._number("inner_dim")
+        if own is None and inner is None:
+            raise TypeError(
+                f"{self.name}, a {type(self.module).__name__}, needs an attribute head_dim, the channels of each head, or "
+                "inner_dim, those of all heads"
+            )
+        return own if own is not None else inner // self.heads  # type: ignore[operator]
+
+    def _number(self, *names: str) -> int | None:
+        """The first of these attributes of the module that is an int."""
+        return next((own for own in (getattr(self.module, name, None) for name in names) if isinstance(own, int)), None)
 
 
 @dataclass(frozen=True)
