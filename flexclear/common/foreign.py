@@ -1,6 +1,6 @@
 """Lines that other libraries print and that concern nobody here: kept out, exactly these and no others.
 
-Importing diffusers logs eight lines about parts of torchao, torch and transformers that neither flexclear nor its user
+Importing diffusers logs lines about parts of torchao, torch, transformers and bitsandbytes that neither flexclear nor its user
 has asked for, and loading a pipeline draws progress bars of two libraries. ``hush`` drops log records by logger and text; it
 changes no level and no filter of ``warnings``, so that everything else still comes through.
 """
@@ -39,6 +39,12 @@ KNOWN: tuple[tuple[str, str, Callable[[logging.LogRecord], bool]], ...] = (
     (
         "diffusers.quantizers.torchao.torchao_quantizer",
         r"Unable to import `torchao` Tensor objects\.",
+        lambda record: True,
+    ),
+    (
+        # diffusers imports bitsandbytes where it is installed; without that kernel its own code runs.
+        "bitsandbytes.backends.cpu.ops",
+        r"Failed to load CPU gemm_4bit_forward from kernels-community",
         lambda record: True,
     ),
     (

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flexclear.families import Layer
 from flexclear.families.target import TRANSFORMERS, names_of
 from flexclear.masks import Downsampled, Window
 from flexclear.weights.files import FLOATS, Header
+from flexclear.weights.requantizing import DTYPES, Place, place_of
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Trained modules of an attention layer; single-stream blocks have no ``to_out``."""
 
 POOLING = "processor.spatial_weight"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHOWN = 4
 
 
@@ -33,8 +32,30 @@ def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Param
     Raises:
         ValueError: they are fused, quantised, offloaded, or the layers have none; the message says what to do.
     """
+    return {
+        f"{name}.{kind}": _plain(getattr(linear, kind), f"{name}.{kind}")
+        for name, linear, kind in _trained(model, layers)
+    }
+
+
+def places(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Place]:
+    """Where the numbers of a file go, by their released names: the same parameters, quantised ones too.
+
+    Raises:
+        ValueError: they are fused, offloaded, quantised in a way that cannot be repeated, or the layers have none.
+    """
+    config = getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "quant_type", None)
+    found: dict[str, Place] = {}
+    for linear_name, linear, kind in _trained(model, layers):
+        name = f"{linear_name}.{kind}"
+        found[name] = place_of(linear, kind, name, config)
+        config = getattr(found[name], "config", config)  # tried first for the next
+    return found
+
+
+def _trained(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[str, Any, str]]:
+    """The linear layers of the projections by their released names, and which of their parameters there are."""
     _check_not_on_disk(model)
-    found: dict[str, nn.Parameter] = {}
     for layer in layers:
         if getattr(layer.module, "fused_projections", False):
             raise ValueError(
@@ -53,10 +74,8 @@ def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Param
             name = f"{layer.name}.{part}"
             linear = _below_lora(linear, name)
             for kind in ("weight", "bias"):
-                parameter = getattr(linear, kind, None)
-                if parameter is not None:
-                    found[f"{name}.{kind}"] = _plain(parameter, f"{name}.{kind}")
-    return found
+                if getattr(linear, kind, None) is not None:
+                    yield name, linear, kind
 
 
 def _check_not_on_disk(model: nn.Module) -> None:
@@ -98,7 +117,8 @@ def _plain(parameter: Any, name: str) -> nn.Parameter:
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor or parameter.dtype not in DTYPES:
         kind = type(getattr(parameter, "data", parameter)).__name__
         raise ValueError(
-            f"{name} is quantised ({kind}, {getattr(parameter, 'dtype', None)}). Load or save weights first, then quantise"
+            f"{name} is quantised ({kind}, {getattr(parameter, 'dtype', None)}). Save weights of the original model, before "
+            "it is quantised"
         )
     return parameter
 

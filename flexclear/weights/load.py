@@ -22,6 +22,7 @@ from flexclear.runtime.exchange import all_or_nothing
 from flexclear.runtime.hooks import EntryHook, entry_hook_of
 from flexclear.runtime.schedule import resolve
 from flexclear.weights import files, keys, metadata
+from flexclear.weights.requantizing import Place, Plain, say_what_grew
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def load_weights(
         revision, cache_dir, token, local_files_only: for the hub, as ``huggingface_hub.hf_hub_download`` takes them.
 
     Numbers are cast to the type and device of the model's parameters and written into them, so that LoRA layers around
-    them, compiled graphs and optimizers stay valid. An error leaves the model as it was.
+    them, compiled graphs and optimizers stay valid. Projections that torchao, GGUF or bitsandbytes keep in low precision are
+    quantised anew from the file's numbers, as if that had been done after loading; the others of the model are not touched.
+    An error leaves the model as it was.
 
     Returns:
         What was loaded.
@@ -83,8 +86,13 @@ def load_weights(
     Raises:
         TypeError: an unsupported model.
         FileNotFoundError, IsADirectoryError: no such file; the message names what is nearby.
-        ValueError: a pickle, a damaged file, keys or shapes that do not fit, another base model, fused or quantised
-            projections, or a file that does not say its radius and a model that is not transformed.
+        ValueError: a pickle, a damaged file, keys or shapes that do not fit, another base model, projections that are fused,
+            or quantised in a way that cannot be repeated, or a file that does not say its radius and a model that is not
+            transformed.
+
+    Warns:
+        UserWarning: the file was trained for another window than the model has; or projections are in a type of GGUF's that
+            cannot be written.
     """
     parts = [
         _Part(prefix, model, compiled)
@@ -95,7 +103,7 @@ def load_weights(
     header = files.read_header(file, Path(filename or file).name)
     stated = metadata.read(header)
     _check_transformers(header, [part.prefix for part in parts])
-    shapes = {part.prefix + name: tuple(each.shape) for part in parts for name, each in part.parameters.items()}
+    shapes = {part.prefix + name: place.shape for part in parts for name, place in part.places.items()}
     keys.check_base(header, stated.base, parts[0].model, shapes)
     for part in parts:
         part.windows = _windows(header, stated, part)
@@ -115,6 +123,7 @@ def load_weights(
             "anew with the file's. flexclear.transform again to run these weights under a window of your own",
             stacklevel=2,
         )
+    say_what_grew([place for part in parts for place in part.places.values()], stacklevel=3)
     distinct = {window for part in parts for window in part.windows.values()}
     window = distinct.pop() if len(distinct) == 1 else None
     inner = window.window if isinstance(window, Downsampled) else window
@@ -133,11 +142,12 @@ def load_weights(
             transform_as(part.model, part.windows, pipe)
         for part in parts:
             for name in keys.pooling_shapes(part.windows):
-                part.parameters[name] = part.model.get_submodule(name.rpartition(".")[0]).spatial_weight  # type: ignore[assignment]
+                weight: Any = part.model.get_submodule(name.rpartition(".")[0]).spatial_weight
+                part.places[name] = Plain(name, weight)
         with safe_open(file, framework="pt") as tensors:
             for part in parts:
-                for name, parameter in part.parameters.items():
-                    write(part.prefix + name, parameter, tensors.get_tensor(part.prefix + name))
+                for name, place in part.places.items():
+                    write(part.prefix + name, place, tensors.get_tensor(part.prefix + name))
     return result
 
 
@@ -152,7 +162,7 @@ class _Part:
     def __init__(self, prefix: str, model: nn.Module, compiled: bool) -> None:
         self.prefix, self.model, self.compiled = prefix, model, compiled
         self.layers: list[Layer] = list(family_of(model).layers(model))
-        self.parameters = keys.projections(model, self.layers)
+        self.places = keys.places(model, self.layers)
         self.entry: EntryHook | None = entry_hook_of(model)
         self.windows: dict[str, Window | None] = {}
 
@@ -211,22 +221,19 @@ def _windows(header: files.Header, stated: metadata.Stated, part: _Part) -> dict
 
 
 @contextlib.contextmanager
-def _numbers_put_back_on_error() -> Iterator[Callable[[str, nn.Parameter, Tensor], None]]:
+def _numbers_put_back_on_error() -> Iterator[Callable[[str, Place, Tensor], None]]:
     """Gives a function that writes one tensor; whatever goes wrong, the numbers that were there are put back."""
-    written: list[tuple[nn.Parameter, Tensor]] = []
+    written: list[tuple[Place, Any]] = []
 
-    # Not a with block: Ctrl-C right at the end of one would leave gradients off.
-    @torch.no_grad()
-    def write(name: str, parameter: nn.Parameter, value: Tensor) -> None:
+    def write(name: str, place: Place, value: Tensor) -> None:
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} in the file holds numbers that are not finite. Nothing was changed")
-        written.append((parameter, parameter.detach().to("cpu", copy=True)))
-        parameter.copy_(value)
+        written.append((place, place.keep()))
+        place.write(value)
 
-    @torch.no_grad()
     def put_back() -> None:
-        for parameter, value in written:
-            parameter.copy_(value)
+        for place, kept in written:
+            place.put_back(kept)
 
     try:
         yield write

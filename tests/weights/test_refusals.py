@@ -222,7 +222,7 @@ OBSTACLES = {
     "on disk": (on_disk, r"is offloaded to disk in groups .* before enable_group_offload"),
     "fused": (lambda model: model.fuse_qkv_projections(), r"fused projections .*unfuse_qkv_projections\(\) first"),
     "lora": (lambda model: with_lora(model).fuse_lora(), r"a LoRA is fused into .*unfuse_lora\(\) first"),
-    "quantised": (quantised, "to_q.weight is quantised .* then quantise"),
+    "quantised": (quantised, "to_q.weight is quantised "),
     "float8": (
         lambda model: model.transformer_blocks[0].attn.to_k.to(torch.float8_e4m3fn),
         "transformer_blocks.0.attn.to_k.weight is quantised .*float8",
