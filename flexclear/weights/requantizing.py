@@ -245,7 +245,9 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
     if kind == "weight":
         if type(parameter.data).__module__.startswith("torchao."):
             return Torchao(name, linear, config)
-        library: Any = {"GGUFParameter": Gguf, "Params4bit": FourBits, "Int8Params": EightBits}.get(type(parameter).__name__)
+        library: Any = {"GGUFParameter": Gguf, "Params4bit": FourBits, "Int8Params": EightBits}.get(
+            type(parameter).__name__
+        )
         if library is not None:
             return library(name, linear)
     raise ValueError(
