@@ -1,4 +1,4 @@
-"""The command line: ``flexclear generate``, ``doctor``, ``demo``, ``explain``, ``bench``, ``fuzz``, ``soak``,
+"""The command line: ``flexclear generate``, ``settings``, ``doctor``, ``demo``, ``explain``, ``bench``, ``fuzz``, ``soak``,
 ``data generate``, ``data cache``, ``distill``, ``eval``, ``analyze``, ``report``."""
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_every_command_has_the_same_options_for_its_output():
 
     root = get_command(app)
     found = {(): root, **dict(commands(root))}
-    assert len(found) == 1 + 12 + 7
+    assert len(found) == 1 + 13 + 7
     for path, command in found.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--quiet", "--verbose", "--debug", "--version"} <= options, path
@@ -165,12 +165,24 @@ def test_every_number_of_the_command_line_is_checked_for_nan():
     checked = []
     for command in (command for group in groups for command in group.registered_commands):
         for parameter in inspect.signature(command.callback).parameters.values():
-            kind, *rest = typing.get_args(parameter.annotation)
+            kind, *rest = typing.get_args(parameter.annotation) or (None,)
             if float in (kind, *typing.get_args(kind)):
                 assert rest[0].callback is finite, (command.callback.__name__, parameter.name)
                 checked.append(parameter.name)
     assert sorted(checked) == [
-        *("fps", "growth", "guidance", "guidance", "seconds", "seconds", "seconds", "shift", "strength", "tune_seconds")
+        *(
+            "control_scale",
+            "fps",
+            "growth",
+            "guidance",
+            "guidance",
+            "seconds",
+            "seconds",
+            "seconds",
+            "shift",
+            "strength",
+        ),
+        *("true_cfg_scale", "tune_seconds"),
     ]
 
 

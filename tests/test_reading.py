@@ -11,7 +11,7 @@ from PIL import Image
 from flexclear.analysis.report import write_report
 from flexclear.common.reading import YAML_DEPTH, lines_of, parse_json, parse_yaml
 from flexclear.evaluation.pictures import batches, read_captions, read_folder, read_picture
-from flexclear.generation.settings import read_prompts
+from flexclear.generation.parsing import read_prompts
 from flexclear.highres.folder import Folder
 from flexclear.highres.stages import Stage
 from flexclear.images.files import png_bytes, read_settings

@@ -28,13 +28,13 @@ from PIL import Image
 import flexclear
 from flexclear.distill import DistillConfig
 from flexclear.distill.batches import Batch
-from flexclear.distill.caching import _fitted
 from flexclear.distill.losses import Objective
 from flexclear.distill.optimizers import make_optimizer
 from flexclear.distill.sources import find_items
 from flexclear.distill.students import trained_parameters
 from flexclear.highres.stages import RELEASED
 from flexclear.highres.state import shifted
+from flexclear.images.fitting import fitted
 from flexclear.runtime.carrying import plan_here
 
 from bench.machine import RESULTS, facts, write_results
@@ -300,7 +300,7 @@ def data(code: Checkout) -> list[dict[str, Any]]:
         for number, item in enumerate(items):
             found = theirs[number]
             rows.append(row("data", f"prompt {number}", found["prompts"], item.caption))
-            own = torch.from_numpy(np.array(_fitted(item.picture(), None, 16)) / 127.5 - 1).permute(2, 0, 1)
+            own = torch.from_numpy(np.array(fitted(item.picture(), None, 16)) / 127.5 - 1).permute(2, 0, 1)
             size = tuple(own.shape[1:])
             if own.shape == found["images"].shape:
                 rows.append(row("data", f"pixels of {size[0]} x {size[1]}", found["images"], own))

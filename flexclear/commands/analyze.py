@@ -10,7 +10,8 @@ import typer
 from flexclear.commands.common import Commands, must_exist, out_folder
 from flexclear.common.choices import EMBEDDED, LARGEST_SEED, parse_size
 from flexclear.common.extras import require
-from flexclear.generation.settings import DENSE, GenerateSettings, parse_radius
+from flexclear.generation.parsing import parse_radius
+from flexclear.generation.settings import DENSE, GenerateSettings
 
 analyze = Commands("What a model's attention does, needs and costs.")
 

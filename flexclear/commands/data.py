@@ -39,7 +39,8 @@ def generate(
     settings than theirs (settings.json) are an error; a deleted caption is written again.
     """
     from flexclear.common.choices import parse_size
-    from flexclear.generation.settings import DENSE, GenerateSettings, parse_shard, read_prompts
+    from flexclear.generation.parsing import parse_shard, read_prompts
+    from flexclear.generation.settings import DENSE, GenerateSettings
 
     settings = GenerateSettings(
         model=model,

@@ -10,7 +10,6 @@ import typer
 
 from flexclear.commands.common import must_exist
 from flexclear.commands.terminal import console, progress_bars
-from flexclear.common.extras import require
 
 
 def distill(
@@ -27,7 +26,6 @@ def distill(
     """
     from flexclear.common.choices import parse_size
 
-    require("yaml", "flexclear distill")
     size = (1024, 1024) if pixels is None else parse_size(pixels)
     must_exist(config, "no file")
 

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from flexclear.commands.common import Commands, must_exist, out_folder
 from flexclear.commands.terminal import console, progress_bars
 from flexclear.common.choices import parse_metrics
-from flexclear.common.extras import require, require_for_metrics
+from flexclear.common.extras import require_for_metrics
 
 IMAGES, PICTURES = "images", "pictures"
 """The command's name, and what it was called before, which still does."""
@@ -110,7 +110,6 @@ def run(
 
     Writes results.json, results.md, sheet.png and the images. The same command resumes where it was stopped.
     """
-    require("yaml", "flexclear eval run")
     must_exist(config, "no file")
 
     from flexclear.evaluation.config import read_eval_config

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flexclear.commands.common import finite
+from flexclear.commands.config import IMAGES, configurable
 from flexclear.commands.terminal import console, output, progress_bars
 from flexclear.common.choices import EMBEDDED, LARGEST_SEED
+from flexclear.common.extras import require
 
 
+def _replaced(line: set[str], values: dict[str, Any]) -> set[str]:
+    """Options of ``--config`` that those on the command line take the place of."""
+    stages = {"highres", "highres_method", "shift", "stages"}
+    found: set[str] = set()
+    for either, other in (
+        ({"prompt"}, {"prompts"}),
+        ({"size"}, {"height", "width", *stages}),
+        ({"height", "width"}, {"size", *stages}),
+        ({"highres"}, {"size", "height", "width"}),
+        ({"fp8"}, {"recipe"}),
+        ({"resume"}, {"overwrite"}),
+    ):
+        found |= other if either & line else set()
+        found |= either if other & line else set()
+    if "r" in line and values["r"] == "dense":
+        found |= {"weights", "down_factor", "frame_radius"}
+    if "highres" in found and values["image"] is None:
+        found.add("strength")
+    return found
+
+
+@configurable(_replaced)
 def generate(
     model: Annotated[str, typer.Argument(help="Pipeline folder, hub id, or 'embedded': the small one in the package.")],
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeat for more.")] = None,
@@ -30,7 +54,11 @@ def generate(
     ] = None,
     highres_method: Annotated[str, typer.Option(help="How stages enlarge: sdedit or imax.")] = "sdedit",
     strength: Annotated[
-        float | None, typer.Option(callback=finite, help="Of SDEdit: share of the steps that run. Default: 0.7.")
+        float | None,
+        typer.Option(
+            callback=finite,
+            help="Share of the steps that run: from --image (above 0, up to 1; default: the pipeline's), of SDEdit (0.7).",
+        ),
     ] = None,
     shift: Annotated[
         float | None, typer.Option(callback=finite, help="Constant time shift of all stages. Default: the method's.")
@@ -81,7 +109,62 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(callback=finite, help="Guidance scale. Default: the pipeline's.")
     ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What to keep away from; FLUX.1 and HunyuanVideo need --true-cfg-scale with it.")
+    ] = None,
+    true_cfg_scale: Annotated[
+        float | None,
+        typer.Option(
+            callback=finite, help="Weight of --negative-prompt where --guidance is another one. Doubles the work."
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw from this image, scaled and cut to --size. Default size: its own; for editing, the pipeline's."
+        ),
+    ] = None,
+    control_image: Annotated[
+        Path | None, typer.Option(help="Follow this image, by --controlnet or where the pipeline does so by itself.")
+    ] = None,
+    controlnet: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a ControlNet, or 'embedded' with the embedded model.")
+    ] = None,
+    control_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="Kind of --control-image, of a ControlNet for several: its number; embedded: grey, blur or tile."
+        ),
+    ] = None,
+    control_scale: Annotated[
+        float | None, typer.Option(callback=finite, help="Weight of the ControlNet. Default: the pipeline's.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE or FILE:SCALE of a LoRA, fused into the weights; repeat. Needs peft (extra train)."),
+    ] = None,
     text_len: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's.")] = None,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Images per call, of one size and in their order. Each is the one that it is by itself, to rounding; seconds "
+            "and memory are the call's.",
+        ),
+    ] = 1,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep weights in main memory but for: one model (model), one layer (sequential), one block (group). Slower "
+            "in this order: model, group, sequential."
+        ),
+    ] = None,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory, images differ a little.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Tell the peak of memory: of the CUDA device, else of the process.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32.")
     ] = "auto",
@@ -113,6 +196,9 @@ def generate(
         typer.Option("--resume", help="Keep the finished images of this set in the folder, draw the missing ones."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON per image on standard output.")] = False,
+    *,
+    config: Path | None = None,
+    from_line: set[str],
 ) -> None:
     """Draw every prompt at every size with every seed. Each file carries its settings; same seed, same image or video.
 
@@ -120,8 +206,11 @@ def generate(
     a single file is an error. Ctrl-C keeps what is finished; the same command with --resume completes the set.
     """
     from flexclear.common.choices import parse_frame_radius, parse_sizes
-    from flexclear.generation.settings import GenerateSettings, parse_radius
+    from flexclear.generation.parsing import parse_lora, parse_radius
+    from flexclear.generation.settings import GenerateSettings
 
+    if lora:
+        require("peft", "flexclear generate --lora")
     settings = GenerateSettings(
         model=model,
         prompts=_prompts(prompt, prompts),
@@ -154,15 +243,32 @@ def generate(
         frame_radius=None if frame_radius is None else parse_frame_radius(frame_radius),
         fps=fps,
         format=format,
+        negative_prompt=negative_prompt,
+        true_cfg_scale=true_cfg_scale,
+        image=image,
+        control_image=control_image,
+        controlnet=controlnet,
+        control_mode=control_mode,
+        control_scale=control_scale,
+        loras=tuple(parse_lora(text) for text in lora or ()),
+        offload=offload,
+        batch=batch,
+        vae_tiling=vae_tiling,
+        memory=memory,
     )
     settings.check()
 
+    from flexclear.common.versions import versions
     from flexclear.generation import generate as job
+    from flexclear.generation.given_back import FILES, changed_since
     from flexclear.parallel import ParallelError, leave
 
     silent = parallel and int(os.environ.get("RANK", "0")) != 0  # the first process speaks for all
     setup = job.check(settings, videos=True)
     lines = console(quiet=silent)
+    if config is not None and (config.is_dir() or config.suffix.lower() in IMAGES) and not from_line & set(FILES):
+        for cause in changed_since(config.expanduser(), setup.fingerprints, versions()):
+            lines.print(f"the image may come out otherwise: {cause}")
     if model == EMBEDDED:
         from flexclear.embedded import unknown_words
 
@@ -197,7 +303,9 @@ def generate(
                 frames = "" if drawn.frames is None else f"{drawn.frames} frames of "
                 line = (
                     f"{drawn.path}: {frames}{drawn.height} x {drawn.width}, seed {drawn.seed}, {drawn.steps} steps in "
-                    f"{drawn.seconds:.2f} s" + ("" if pace is None else f", {pace:.3f} s each (median)")
+                    f"{drawn.seconds:.2f} s"
+                    + ("" if pace is None else f", {pace:.3f} s each (median)")
+                    + _more(drawn, memory)
                 )
                 if json:
                     lines.print(line)
@@ -213,8 +321,16 @@ def generate(
             leave()
 
 
+def _more(drawn: Any, memory: bool) -> str:
+    """What a line tells of an image besides, where it was asked for."""
+    told = "" if drawn.batch == 1 else f", {drawn.batch} images at once"
+    if memory and drawn.peak_memory_bytes is not None:
+        told += f", peak {drawn.peak_memory_bytes / 2**30:.2f} GiB of the {drawn.peak_memory_of}"
+    return told
+
+
 def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    from flexclear.generation.settings import read_prompts
+    from flexclear.generation.parsing import read_prompts
 
     if given and file is not None:
         raise ValueError(f"give --prompt or --prompts, not both; got {len(given)} x --prompt and --prompts {file}")

@@ -31,6 +31,10 @@ TEXTS = ("exact", "average")
 EXCHANGES = ("sync", "stale")
 """Which borders ``flexclear.parallel`` exchanges."""
 
+OFFLOADS = ("model", "sequential", "group")
+"""What of a pipeline waits in main memory while the rest is on the accelerator: all models but one, all layers but one, or of a
+transformer all blocks but one."""
+
 METRICS = ("fid", "is", "lpips", "clip-i", "clip-t", "dino", "psnr", "ssim", "rmse")
 """Keys of ``flexclear.evaluation.METRICS``."""
 

@@ -9,7 +9,6 @@ EXTRAS = {
     "hypothesis": ("hypothesis", "testing"),
     "matplotlib": ("matplotlib", "eval"),
     "torchmetrics": ("torchmetrics", "eval"),
-    "yaml": ("pyyaml", "train or eval"),
     "peft": ("peft", "train"),
     "prodigyopt": ("prodigyopt", "train"),
     "fontTools": ("fonttools", "train"),

@@ -21,9 +21,7 @@ from flexclear.distill.models import check_encoded, fingerprint, load_pipeline, 
 from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSamples, Sample, check_sample, shape_of
 from flexclear.distill.sources import Item, Skipped, find_items
 from flexclear.generation.check import check_text_len, skeleton_of
-
-LARGEST_SCALED = 1 << 26
-"""Pixels that an image may have before it is cut, unless the cut is as large: a narrow one is enlarged without bounds."""
+from flexclear.images.fitting import fitted
 
 
 @dataclass(frozen=True)
@@ -226,31 +224,7 @@ class _Encoder:
     @torch.no_grad()
     def __call__(self, picture: Image.Image, caption: str) -> Sample:
         vae = self._pipe.vae
-        pixels = torch.from_numpy(np.array(_fitted(picture, self._size, self._multiple))).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.array(fitted(picture, self._size, self._multiple))).permute(2, 0, 1)[None]
         moments = vae.encode((pixels.to(vae.device, torch.float32) / 127.5 - 1).to(vae.dtype)).latent_dist
         embeds, pooled, _ = self._pipe.encode_prompt(caption, None, max_sequence_length=self._text_len)
         return Sample(moments.mean[0].cpu(), moments.logvar[0].cpu(), embeds[0].cpu(), pooled[0].cpu(), caption)
-
-
-def _fitted(picture: Image.Image, size: tuple[int, int] | None, multiple: int) -> Image.Image:
-    """Scaled to cover ``size`` and cut around the middle; None: cut to multiples of ``multiple``.
-
-    Raises:
-        ValueError: the image is smaller than ``multiple``, or so narrow that scaled it would be huge.
-    """
-    if size is None:
-        height, width = (side // multiple * multiple for side in (picture.height, picture.width))
-        if not height or not width:
-            raise ValueError(f"{picture.height} x {picture.width} pixels are fewer than the VAE takes ({multiple})")
-    else:
-        height, width = size
-        scale = max(height / picture.height, width / picture.width)
-        if scale != 1:
-            new = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-            if new[0] * new[1] > max(LARGEST_SCALED, 4 * height * width):
-                raise ValueError(
-                    f"{picture.height} x {picture.width} pixels scaled to cover {height} x {width} are {new[1]} x {new[0]}"
-                )
-            picture = picture.resize(new, Image.Resampling.LANCZOS)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from flexclear.alternatives.names import named
 from flexclear.common.choices import ALL_FRAMES, BACKENDS
-from flexclear.common.extras import require
 from flexclear.common.reading import check_unicode, parse_yaml, read_text, shown
 from flexclear.masks import Disc, Downsampled
 from flexclear.runtime.mechanism import Formula, Mechanism
@@ -340,10 +339,8 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: pyyaml is not installed.
         ValueError: it is no YAML, gives a setting twice, or holds no settings.
     """
-    require("yaml", "a file of settings")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     text = read_text(path)

@@ -14,7 +14,8 @@ from flexclear.distill.config import build, check_values, check_whole, read_sett
 from flexclear.evaluation.conditions import CONDITIONS
 from flexclear.evaluation.networks import DEFAULTS
 from flexclear.evaluation.tables import COLUMNS, TABLES
-from flexclear.generation.settings import DENSE, parse_radius
+from flexclear.generation.parsing import parse_radius
+from flexclear.generation.settings import DENSE
 from flexclear.masks import Disc, Downsampled
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from flexclear.common.reading import check_unicode, lines_of, parse_json, read_text
-from flexclear.generation.settings import read_prompts
+from flexclear.generation.parsing import read_prompts
 from flexclear.images.files import read_settings
+from flexclear.images.fitting import on_white
 from flexclear.images.reading import image_size, read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -109,11 +110,7 @@ def read_picture(path: Path, size: Size | None = None) -> Tensor:
     Raises:
         ValueError: the file is no image, or has more pixels than Pillow takes.
     """
-    picture = read_image(path)
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
+    picture = on_white(read_image(path))
     if size is not None and picture.size != size[::-1]:
         picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

@@ -34,7 +34,8 @@ from flexclear.families import family_of
 from flexclear.families.target import model_of, px_per_token
 from flexclear.generation.check import choose_device
 from flexclear.generation.generate import Setup, check, draw, load
-from flexclear.generation.settings import DENSE, GenerateSettings, read_prompts
+from flexclear.generation.parsing import read_prompts
+from flexclear.generation.settings import DENSE, GenerateSettings
 from flexclear.images.files import Target, read_settings
 from flexclear.images.folder_settings import keep_settings
 from flexclear.images.reading import read_image

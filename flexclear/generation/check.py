@@ -6,18 +6,23 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flexclear.common.choices import DTYPES
-from flexclear.common.fingerprints import fingerprint_files, fingerprint_pipeline
+from flexclear.common.fingerprints import counts, fingerprint_files, fingerprint_pipeline
 from flexclear.families import FAMILIES
 from flexclear.families.target import px_per_token
+from flexclear.generation.calls import call_arguments
 from flexclear.generation.clips import check_clip, check_images, check_videos, draws_videos, suffix_of
-from flexclear.generation.settings import BEST, DENSE, GenerateSettings, model_folder
+from flexclear.generation.inputs import Inputs, own_size
+from flexclear.generation.kinds import check_controlnet, drawing_kind, own_image
+from flexclear.generation.loras import check_loras
+from flexclear.generation.memory import check_offload
+from flexclear.generation.settings import BEST, DENSE, GenerateSettings, controlnet_folder, model_folder
 from flexclear.images.files import Target
 from flexclear.masks import Disc, Downsampled
 
@@ -26,7 +31,9 @@ from flexclear.masks import Disc, Downsampled
 class Setup:
     """What ``check`` has found out: settings with nothing left to choose.
 
-    ``fingerprints``: of the model's files, where it is a folder, and of the weights file.
+    ``fingerprints``: of the model's files, where it is a folder, and of other files that images depend on. ``sizes``: as asked
+    for, or that of the image that is drawn from where none was. ``kind``: the pipeline's class, None where diffusers has none
+    of its name. ``controlnet``: folder or hub id; empty: none.
     """
 
     folder: str
@@ -36,6 +43,10 @@ class Setup:
     weights: Path | None
     target: Target
     fingerprints: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    kind: Any = None
+    controlnet: str = ""
+    control_mode: int | None = None
 
 
 def check(settings: GenerateSettings, videos: bool = False) -> Setup:
@@ -59,14 +70,26 @@ def check(settings: GenerateSettings, videos: bool = False) -> Setup:
     dtype = choose_dtype(settings.dtype, device)
     recipe = _recipe(settings.recipe, device, dtype)
     folder = model_folder(settings.model)
-    video = _check_model(folder, settings, videos)
+    config, kind = _check_model(folder, settings, videos)
+    video = kind is not None and draws_videos(kind)
+    check_offload(config, settings, device)
+    check_loras(kind, config, settings.loras)
+    controlnet = "" if settings.controlnet is None else controlnet_folder(settings.controlnet, settings.model)
+    with loading(settings.controlnet or settings.model):
+        mode = None if kind is None else check_controlnet(kind, controlnet, settings)
+    settings = _check_inputs(folder, config, kind, settings)
     weights = None if settings.weights is None else _weights(settings.weights)
     suffix = suffix_of(settings) if video else ".png"
     target = Target.of(settings.out, settings.pictures, settings.overwrite, settings.resume, suffix)
     fingerprints = [fingerprint_pipeline(Path(folder))] if Path(folder).is_dir() else []
-    if weights is not None:
-        fingerprints.append(fingerprint_files(weights.parent, [weights]))
-    return Setup(folder, device, dtype, recipe, weights, target, tuple(fingerprints))
+    files = [weights, settings.image, settings.control_image, *(path for path, _ in settings.loras)]
+    for file in (file.expanduser() for file in files if file is not None):
+        fingerprints.append(fingerprint_files(file.parent, [file]))
+    if (place := Path(controlnet)).is_dir() and controlnet:
+        fingerprints.append(fingerprint_files(place, sorted(file for file in place.glob("*") if counts(file))))
+    return Setup(
+        folder, device, dtype, recipe, weights, target, tuple(fingerprints), settings.sizes, kind, controlnet, mode
+    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -115,37 +138,62 @@ def _recipe(name: str | None, device: torch.device, dtype: torch.dtype) -> str |
     return name
 
 
-def _check_model(folder: str, settings: GenerateSettings, videos: bool) -> bool:
-    """What the configuration files say, before the weights are read: a few kilobytes, on the hub too. Returns whether the
-    pipeline draws videos."""
+def _check_model(folder: str, settings: GenerateSettings, videos: bool) -> tuple[dict[str, Any], Any]:
+    """What the configuration files say, before the weights are read: a few kilobytes, on the hub too. Returns the pipeline's
+    configuration and the class that draws."""
     import diffusers
 
     with loading(settings.model):
         config = diffusers.DiffusionPipeline.load_config(folder)
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    video = kind is not None and draws_videos(kind)
+    name = str(config.get("_class_name"))
+    own = getattr(diffusers, name, None)
+    video = own is not None and draws_videos(own)
     if video and not videos:
-        raise TypeError(f"{settings.model} draws videos ({config['_class_name']}), and this command is for images")
+        raise TypeError(f"{settings.model} draws videos ({name}), and this command is for images")
     if settings.r != DENSE:
-        library, name = (config.get("transformer") or (None, None))[:2]
+        library, model = (config.get("transformer") or (None, None))[:2]
         known = [family.model_class for family in FAMILIES]
-        if name not in known and (library == "diffusers" or name is None):
-            has = "has no transformer" if name is None else f"has a {name}"
+        if model not in known and (library == "diffusers" or model is None):
+            has = "has no transformer" if model is None else f"has a {model}"
             raise TypeError(
                 f"{settings.model} {has}, which flexclear cannot transform; --r dense draws with the plain model. "
                 f"Supported: {', '.join(known)}"
             )
-    (check_videos if video else check_images)(str(config.get("_class_name")), settings)
-    if settings.sizes or settings.highres or settings.text_len is not None or video:
+    (check_videos if video else check_images)(name, settings)
+    kind = drawing_kind(name, settings)
+    if kind is not None:
+        call_arguments(kind, settings)
+    return config, kind
+
+
+def _check_inputs(folder: str, config: dict[str, Any], kind: Any, settings: GenerateSettings) -> GenerateSettings:
+    """Images, sizes and numbers of tokens and frames; returns the settings with the size of the image that is drawn from."""
+    if kind is not None:
+        Inputs(kind, settings, None)
+        size = own_size(kind, settings)
+        settings = settings if size is None else replace(settings, sizes=(size,))
+        if settings.batch > 1 and settings.image is not None and settings.control_image is not None:
+            raise ValueError(
+                f"--batch: {kind.__name__} takes one image at a time; leave it, --image or --control-image out"
+            )
+        if settings.batch > 1 and settings.image is not None and own_image(kind):
+            raise ValueError(
+                f"--batch: {kind.__name__} takes several images for those of one prompt; leave it out with --image"
+            )
+    video = kind is not None and draws_videos(kind)
+    if settings.sizes or settings.highres or settings.text_len is not None or settings.vae_tiling or video:
         with loading(settings.model):
-            skeleton = skeleton_of(folder, config)
+            skeleton = skeleton_of(folder, config, kind)
         if skeleton is not None:
             check_sizes(skeleton, settings)
             if video:
                 check_clip(skeleton, _transformer_config(folder, config), settings)
             if settings.text_len is not None:
                 check_text_len(skeleton, settings.text_len)
-    return video
+        vae = getattr(skeleton, "vae", None)
+        if settings.vae_tiling and skeleton is not None and not hasattr(vae, "use_tiling"):
+            raise ValueError(f"--vae-tiling: the {type(vae).__name__} of {settings.model} has no tiles; leave it out")
+    return settings
 
 
 def _transformer_config(folder: str, config: dict[str, Any]) -> Any:
@@ -157,11 +205,18 @@ def _transformer_config(folder: str, config: dict[str, Any]) -> Any:
     return {} if kind is None else kind.load_config(folder, subfolder="transformer")
 
 
-def skeleton_of(folder: str, config: dict[str, Any]) -> Any:
-    """The pipeline without weights, which knows which sizes it draws; None for one that needs more to be made."""
+def skeleton_of(folder: str, config: dict[str, Any], kind: Any = None) -> Any:
+    """The pipeline without weights, which knows which sizes it draws; None for one that needs more to be made.
+
+    Args:
+        folder: of the pipeline, or its hub id.
+        config: of the pipeline.
+        kind: class to make instead of the configuration's.
+    """
     import diffusers
 
-    kind, (library, vae_kind) = getattr(diffusers, config["_class_name"], None), config.get("vae", (None, None))[:2]
+    kind = kind or getattr(diffusers, config["_class_name"], None)
+    library, vae_kind = config.get("vae", (None, None))[:2]
     if kind is None or library != "diffusers":
         return None
     vae_class = getattr(diffusers, vae_kind)

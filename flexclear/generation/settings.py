@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from flexclear.common.choices import (
     EXCHANGES,
     HUB_ID,
     METHODS,
+    OFFLOADS,
     RECIPES,
     TEXTS,
     VIDEO_FORMATS,
@@ -21,8 +21,8 @@ from flexclear.common.choices import (
     check_finite,
     check_seeds,
 )
-from flexclear.common.reading import check_unicode, lines_of, read_text
-from flexclear.common.shipped import model_directory
+from flexclear.common.reading import check_unicode
+from flexclear.common.shipped import controlnet_directory, model_directory
 
 DENSE = "dense"
 BEST = "best"
@@ -52,7 +52,8 @@ class GenerateSettings:
         overwrite: see ``flexclear.images.files.Target``.
         resume: keep the finished images of this set in ``out`` and draw the missing ones under their own numbers.
         highres: sizes of the stages of ``flexclear.highres.upscale_cascade``, in place of ``sizes``; empty: none.
-        highres_method, strength, shift: of it.
+        highres_method, shift: of it.
+        strength: share of the steps that run: of ``image``, or of SDEdit's stages.
         stages: folder in which the stages of each image are kept, and from which they resume; or None.
         parallel: share each image among the processes that torchrun has started (``flexclear.parallel``); the first one
             writes it.
@@ -61,6 +62,18 @@ class GenerateSettings:
         frame_radius: of ``flexclear.transform``, for a video model: frames of the latents on either side, or ``"all"``.
         fps: frames per second that a video is written with; None: 16.
         format: a name of ``flexclear.common.choices.VIDEO_FORMATS``; None: as ``out`` ends, or else a GIF.
+        negative_prompt: what images keep away from, by classifier-free guidance.
+        true_cfg_scale: of that guidance, of pipelines whose ``guidance`` is something else (FLUX.1, HunyuanVideo).
+        image: file of an image to begin with; of image-to-image and image-to-video pipelines.
+        control_image: file of the image that a ControlNet follows.
+        controlnet: a folder, a hub id, or ``"embedded"``; None: the pipeline's own.
+        control_mode: of a ControlNet for several kinds of images: a number, or of the embedded one a name.
+        control_scale: of the ControlNet's residuals; None: the pipeline's own.
+        loras: (file, scale) of LoRA that are fused into the weights.
+        offload: a name of ``flexclear.common.choices.OFFLOADS``, or None.
+        batch: images of one size that a call draws.
+        vae_tiling: encode and decode in tiles.
+        memory: measure the peak of memory on every device, not on CUDA only.
     """
 
     model: str
@@ -94,6 +107,18 @@ class GenerateSettings:
     frame_radius: int | str | None = None
     fps: float | None = None
     format: str | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float | None = None
+    image: Path | None = None
+    control_image: Path | None = None
+    controlnet: str | None = None
+    control_mode: str | None = None
+    control_scale: float | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    offload: str | None = None
+    batch: int = 1
+    vae_tiling: bool = False
+    memory: bool = False
 
     @property
     def pictures(self) -> int:
@@ -112,8 +137,8 @@ class GenerateSettings:
             check_unicode(prompt, "a prompt")
         for seed in self.seeds:
             check_seeds("--seed", seed)
-        for option in ("guidance", "strength", "shift", "fps"):
-            check_finite(f"--{option}", getattr(self, option))
+        for option in ("guidance", "strength", "shift", "fps", "true_cfg_scale", "control_scale"):
+            check_finite(f"--{option.replace('_', '-')}", getattr(self, option))
         check_choice("--backend", self.backend, BACKENDS)
         check_choice("--dtype", self.dtype, ("auto", *DTYPES))
         if self.recipe not in (None, BEST):
@@ -136,18 +161,75 @@ class GenerateSettings:
             raise ValueError("--resume reads a folder that not every process need see; leave it out with --parallel")
         self._check_highres()
         self._check_parallel()
+        self._check_inputs()
+        self._check_memory()
         model_folder(self.model)
 
     def _check_highres(self) -> None:
         check_choice("--highres-method", self.highres_method, METHODS)
         if self.highres and self.sizes:
             raise ValueError("--highres names the sizes of all stages; leave --size, --height and --width out")
-        options = {"--strength": self.strength, "--shift": self.shift, "--stages": self.stages}
+        options = {"--shift": self.shift, "--stages": self.stages}
         given = [name for name, value in options.items() if value is not None]
+        if self.strength is not None and not self.highres and self.image is None:
+            raise ValueError(
+                "--strength is of --image, or of the stages of --highres, such as --highres 1024,2048,4096"
+            )
         if given and not self.highres:
             raise ValueError(f"{', '.join(given)} is of the stages of --highres, such as --highres 1024,2048,4096")
         if self.stages is not None and self.stages.exists() and not self.stages.is_dir():
             raise ValueError(f"--stages must be a folder, {self.stages} is a file")
+
+    def _check_inputs(self) -> None:
+        """What can be wrong with what is drawn from, besides a prompt."""
+        if self.negative_prompt is not None:
+            check_unicode(self.negative_prompt, "--negative-prompt")
+        elif self.true_cfg_scale is not None:
+            raise ValueError(
+                "--true-cfg-scale weighs --negative-prompt against the prompt; give that too, it may be ''"
+            )
+        for option, file in (("--image", self.image), ("--control-image", self.control_image)):
+            if file is not None and file.expanduser().is_dir():
+                raise ValueError(f"{option} must be the file of an image, {file} is a folder")
+            if file is not None and not file.expanduser().is_file():
+                raise FileNotFoundError(f"{option}: no file {file}")
+        if self.image is not None and not self.highres and self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"--strength of --image must be more than 0 and at most 1, got {self.strength}")
+        if self.control_image is None:
+            options = {
+                "--controlnet": self.controlnet,
+                "--control-mode": self.control_mode,
+                "--control-scale": self.control_scale,
+            }
+            given = [f"{name} {value}" for name, value in options.items() if value is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)} is of --control-image, which is missing")
+        elif self.highres:
+            raise ValueError("--highres enlarges without a ControlNet; leave it or --control-image out")
+        if self.controlnet is not None:
+            controlnet_folder(self.controlnet, self.model)
+
+    def _check_memory(self) -> None:
+        if self.offload is not None:
+            check_choice("--offload", self.offload, OFFLOADS)
+        if self.offload == "sequential" and self.compile:
+            raise ValueError(
+                "--offload sequential has every layer moved by itself, inside the blocks that --compile compiles as a whole; "
+                "give --offload group or model with --compile"
+            )
+        if self.batch < 1:
+            raise ValueError(f"--batch must be 1 or more images, got {self.batch}")
+        for option, given in (("--offload", self.offload is not None), ("--batch", self.batch > 1)):
+            if given and self.parallel:
+                raise ValueError(
+                    f"--parallel shares one image among devices that hold the model; leave it or {option} out"
+                )
+        if self.highres and self.batch > 1:
+            raise ValueError("--highres enlarges one image at a time; leave it or --batch out")
+        if self.highres and self.negative_prompt is not None:
+            raise ValueError("--highres has no negative prompt; leave it or --negative-prompt out")
+        if self.highres and self.vae_tiling:
+            raise ValueError("--highres encodes and decodes in tiles by itself; leave --vae-tiling out")
 
     def _check_parallel(self) -> None:
         """What can be wrong with --parallel before there are other processes."""
@@ -194,50 +276,28 @@ def model_folder(model: str) -> str:
     return model
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of ``"i/n"``, the i-th of n parts from 0 on.
+def controlnet_folder(controlnet: str, model: str) -> str:
+    """Where diffusers loads ``controlnet`` from: a folder or a hub id.
+
+    Args:
+        controlnet: a folder, a hub id, or ``"embedded"``.
+        model: the pipeline's, which the embedded ControlNet is for.
 
     Raises:
-        ValueError: it is no shard.
+        FileNotFoundError: it is neither, or the folder holds no model.
+        ValueError: it is a file, or the embedded one for another model.
     """
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
-    if match is None:
-        raise ValueError(f"--shard is I/N, such as 0/4; got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def parse_radius(text: str) -> int | str:
-    """The radius, or ``"dense"``.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if text == DENSE:
-        return text
-    if re.fullmatch(r"\d{1,9}", text.strip()) is None or int(text) < 1:
-        raise ValueError(f"--r is a window radius of 1 or more tokens, or {DENSE!r} for the plain model; got {text!r}")
-    return int(text)
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt per line of a UTF-8 file; blank lines and lines that begin with ``#`` are left out.
-
-    Lines end at newlines only: a prompt may hold U+2028 or U+0085.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a folder, no UTF-8 text, or holds no prompt.
-    """
-    path = path.expanduser()
-    if path.is_dir():
-        raise ValueError(f"--prompts must be a text file, {path} is a folder")
-    if not path.exists():
-        raise FileNotFoundError(f"--prompts: no file {path}")
-    try:
-        lines = [line.strip() for line in lines_of(read_text(path))]
-    except ValueError as error:
-        raise ValueError(f"--prompts must be a UTF-8 text file: {error}") from error
-    prompts = tuple(line for line in lines if line and not line.startswith("#"))
-    if not prompts:
-        raise ValueError(f"--prompts {path} holds no prompt, only blank lines and # comments")
-    return prompts
+    if controlnet == EMBEDDED:
+        if model != EMBEDDED:
+            raise ValueError(f"--controlnet {EMBEDDED!r} is of the embedded model, and MODEL is {model}")
+        return str(controlnet_directory())
+    place = Path(controlnet).expanduser()
+    if place.is_dir():
+        if not (place / "config.json").is_file():
+            raise FileNotFoundError(f"--controlnet: {place} holds no model: it has no config.json")
+        return str(place)
+    if place.exists():
+        raise ValueError(f"--controlnet must be a folder, a hub id or {EMBEDDED!r}; {place} is a file")
+    if HUB_ID.fullmatch(controlnet) is None or controlnet.startswith("."):
+        raise FileNotFoundError(f"--controlnet: no folder {controlnet}, and it is no hub id such as 'owner/name'")
+    return controlnet

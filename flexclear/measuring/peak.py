@@ -9,14 +9,12 @@ import contextlib
 import ctypes
 import gc
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-_STATUS = Path("/proc/self/status")
+from flexclear.common.resident import forget_highest, highest
 
 
 def peaks(
@@ -65,23 +63,14 @@ def peak_of(run: Callable[[], Any]) -> int:
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
         libc.malloc_trim(0)
-    with contextlib.suppress(OSError):  # elsewhere what was resident before counts as the highest already
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _highest()
+    forget_highest()
+    before = highest()
     run()
-    return _highest() - before
+    return highest() - before
 
 
 _MMAP_THRESHOLD = -3
 """glibc's M_MMAP_THRESHOLD: larger allocations are given back when they are freed."""
-
-
-def _highest() -> int:
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure(job: dict[str, Any]) -> list[int]:

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import flexclear
 from flexclear.distill import CachedSamples, MemorySamples, Sample
-from flexclear.distill.caching import _fitted, cache
+from flexclear.distill.caching import cache
 from flexclear.distill.calls import check_samples
 from flexclear.distill.models import fingerprint, pipeline_folder
 from flexclear.distill.sources import find_items
+from flexclear.images.fitting import fitted
 
 from helpers.full_disk import largest_file
 from helpers.picture_bombs import bomb
@@ -271,7 +272,7 @@ def test_picture_bombs_are_named_and_left_out(pipe, pictures, tmp_path):
     assert [entry["name"] for entry in CachedSamples(done.folder).entries] == ["0.png", "2.png", "3.png", "4.png"]
     assert "could be decompression bomb" in done.skipped[0].reason
     with pytest.raises(ValueError, match="60000 x 16 pixels scaled to cover 1024 x 1024 are 3840000 x 1024"):
-        _fitted(Image.new("L", (16, 60_000)), (1024, 1024), 16)
+        fitted(Image.new("L", (16, 60_000)), (1024, 1024), 16)
 
 
 def test_what_is_damaged_is_named_and_left_out(pipe, pictures, tmp_path):
@@ -327,10 +328,10 @@ def test_captions_may_be_in_metadata_jsonl(tmp_path):
 def test_pictures_are_scaled_to_cover_and_cut_around_the_middle():
     wide = Image.new("RGB", (100, 40), "black")
     wide.paste("white", (40, 0, 60, 40))
-    fitted = _fitted(wide, (32, 32), 16)
-    assert fitted.size == (32, 32)
-    assert fitted.getpixel((16, 16)) == (255, 255, 255)
-    assert _fitted(wide, None, 16).size == (96, 32)
+    cut = fitted(wide, (32, 32), 16)
+    assert cut.size == (32, 32)
+    assert cut.getpixel((16, 16)) == (255, 255, 255)
+    assert fitted(wide, None, 16).size == (96, 32)
 
 
 def test_another_models_cache_is_refused(pipe, pictures, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flexclear.common.choices import parse_size
-from flexclear.generation.generate import GenerateSettings, parse_radius, read_prompts
+from flexclear.generation.parsing import parse_radius, read_prompts
+from flexclear.generation.settings import GenerateSettings
 
 from helpers.generate_calls import APPLE, FAST, FLOWER
 
@@ -142,11 +143,13 @@ def test_sizes_and_radii_are_read_as_they_are_written():
 
 
 def test_an_option_that_the_pipeline_lacks_is_named(tmp_path):
-    from flexclear.generation.generate import _call_arguments
+    import diffusers
+
+    from flexclear.generation.calls import call_arguments
 
     settings = GenerateSettings(model="embedded", prompts=(APPLE,), out=tmp_path, text_len=32, guidance=3.0)
-    with pytest.raises(ValueError, match="SomePipeline has no max_sequence_length"):
-        _call_arguments("SomePipeline", settings, {"num_inference_steps": 50, "guidance_scale": 1.0})
+    with pytest.raises(ValueError, match="FluxPipeline has no max_sequence_length"):
+        call_arguments(diffusers.FluxPipeline, settings, {"num_inference_steps": 50, "guidance_scale": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -165,15 +168,15 @@ def test_every_family_s_pipeline_takes_the_arguments(kind, expected, tmp_path):
 
     import diffusers
 
-    from flexclear.generation.generate import _call_arguments
+    from flexclear.generation.calls import call_arguments
 
-    parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    pipeline = getattr(diffusers, kind)
+    parameters = inspect.signature(pipeline.__call__).parameters
     assert {"prompt", "height", "width", "generator", "callback_on_step_end"} <= set(parameters)
     settings = GenerateSettings(model="embedded", prompts=(APPLE,), out=tmp_path, steps=4, text_len=32, guidance=3.0)
-    given = _call_arguments(kind, settings, defaults)
+    given = call_arguments(pipeline, settings)
     assert given == {"num_inference_steps": 4, "max_sequence_length": 32, **expected}
-    inspect.signature(getattr(diffusers, kind).__call__).bind(None, prompt=APPLE, **given)
+    inspect.signature(pipeline.__call__).bind(None, prompt=APPLE, **given)
 
 
 def test_sizes_are_checked_by_the_rule_of_each_family_s_pipeline(tmp_path):
