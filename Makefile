@@ -1,4 +1,4 @@
-# make demo | test | contract | whole | support | lint | bench : each sets itself up in .venv and works alone on a fresh machine.
+# make demo | test | contract | whole | support | lint | docs | bench : each sets itself up in .venv and works alone on a fresh machine.
 #
 #   PYTHON=python3.12      interpreter to build .venv with (3.11 or later; default: python3.11, else python3)
 #   TORCH='torch==2.13.0'  what pip installs as torch; default: the CPU version that is tested here, or the newest
@@ -15,7 +15,7 @@ SHELL := /bin/bash
 # Whether torch names the Triton that it was made for, as its CUDA builds do; any other version would replace torch.
 PINS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
 
-.PHONY: demo test contract whole support lint bench setup clean
+.PHONY: demo test contract whole support lint docs bench setup clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -63,13 +63,21 @@ whole: $(READY)
 support: $(READY)
 	cd tests && ../$(BIN)/python -m contract.support
 
-# The type checker reads the package as a user gets it: built and installed, not the source folders.
+# The package as a user gets it, built and installed: in the source folders masks/ and compile/ lie beside it.
+INSTALLED := rm -rf build && \
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target build/site .
+
+# The type checker reads the installed package.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target build/site .
+	$(INSTALLED)
 	cd build/site && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p flexclear
+
+# Writes the documentation's site, build/html; a warning is an error.
+docs: $(READY)
+	$(INSTALLED)
+	$(BIN)/python docs/site.py
 
 bench: $(READY)
 	$(BIN)/python -m bench.masks.blocks

@@ -175,7 +175,9 @@ class Window(ABC):
         Args:
             layout: what the window's rule is bound to.
             keys: packed coordinates of the keys, TEXT and POOLED among them, int32 ``[keys]``.
-            device, coordinates, queries_from: see ``mask_mod``.
+            device: see ``mask_mod``.
+            coordinates: see ``mask_mod``.
+            queries_from: see ``mask_mod``.
         """
         self.check(layout)
         place = queries = looked_up(keys, layout.packing, device, coordinates or "packed")
@@ -257,7 +259,7 @@ class _Composed(Window):
 class Both(_Composed):
     """A key is seen if every part allows it: the intersection of windows.
 
-    Args:
+    Attributes:
         parts: two windows or more, without pooled keys.
     """
 
@@ -280,7 +282,7 @@ class Both(_Composed):
 class Either(_Composed):
     """A key is seen if any part allows it: the union of windows.
 
-    Args:
+    Attributes:
         parts: two windows or more, without pooled keys.
     """
 

@@ -156,7 +156,7 @@ def test_committed_results_and_their_tables_are_of_one_run(name):
     elif name == "peers":
         timed = [row for row in rows if "ms" in row]
         assert peers.table(timed) in text
-        assert peers.table(timed) in (RESULTS.parents[1] / "README.md").read_text()
+        assert peers.table(timed) in (RESULTS.parents[1] / "docs" / "results.md").read_text()
         assert peers.work_table([row for row in rows if "ms" not in row]) in text
         assert {(row["side"], row["r"]) for row in timed} == {(64, 8), (64, 16), (128, 8), (128, 16)}
         assert all(row["error"] < 1e-2 for row in timed if row["error"] is not None)

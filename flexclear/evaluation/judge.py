@@ -84,7 +84,8 @@ class Judge:
 
         Args:
             metric: ``"fid"`` or ``"is"``.
-            judged, reference: images by name; FID needs both.
+            judged: images by name.
+            reference: likewise; FID needs them.
         """
 
         def found() -> Score:

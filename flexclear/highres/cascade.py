@@ -112,11 +112,14 @@ def upscale_cascade(
         image: an image to begin with; every stage then enlarges. Without it the first size is drawn from the prompt.
         r: radius as ``transform`` takes it, ``"keep"`` for the windows there are, or a sequence with one per stage (radii
             per layer: as a mapping).
-        steps, strength, guidance, shift, ntk_factor, proportional_attention: one value for every stage, or a sequence with
-            one per stage; None is the released setting, or the pipeline's own. ``shift`` is a constant time shift, or
-            ``"own"``: the scheduler as it is; FLUX.1's dynamic shift is extrapolated in the number of tokens and leaves
-            nothing but noise above 2048 px. The first stage from a prompt has no strength and is drawn with the pipeline's own
-            switches.
+        steps: one value for every stage, or a sequence with one per stage; None is the released setting, or the pipeline's
+            own. The next five are given likewise.
+        strength: share of the steps that are run. The first stage from a prompt has none.
+        guidance: guidance scale.
+        shift: a constant time shift, or ``"own"``: the scheduler as it is. FLUX.1's dynamic shift is extrapolated in the
+            number of tokens and leaves nothing but noise above 2048 px.
+        ntk_factor: see ``transform``. The first stage from a prompt is drawn with the pipeline's own switches.
+        proportional_attention: likewise.
         negative_prompt: of classifier-free guidance: SD3, and FLUX.1 models without a guidance input.
         seed: of the noise, made on the CPU; stage n has ``seed + n - 1``.
         max_sequence_length: text tokens (T5), the pipeline's default otherwise.

@@ -73,7 +73,10 @@ def load_weights(
         path: a local safetensors file; or a folder or hub id, with the file in it as ``filename``; or ``"embedded"``: the
             folder of the embedded model's distilled weights.
         filename: see ``path``.
-        revision, cache_dir, token, local_files_only: for the hub, as ``huggingface_hub.hf_hub_download`` takes them.
+        revision: for the hub, as ``huggingface_hub.hf_hub_download`` takes it; so are the next three.
+        cache_dir: where downloaded files are kept.
+        token: of your account.
+        local_files_only: whether to use downloaded files alone.
 
     Numbers are cast to the type and device of the model's parameters and written into them, so that LoRA layers around
     them, compiled graphs and optimizers stay valid. Projections that torchao, GGUF or bitsandbytes keep in low precision are

@@ -15,7 +15,7 @@ from flexclear.distill import DistillConfig, OptimizerConfig
 from flexclear.distill.config import from_mapping
 from flexclear.distill.optimizers import make_optimizer
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "distillation.md"
 
 PUBLISHED = {
     "radius": 16,
@@ -57,8 +57,8 @@ def test_the_defaults_are_the_published_settings():
     assert all(name in DistillConfig.__doc__ for name in OF_THE_MACHINE)
 
 
-def test_the_readme_s_configuration_is_the_published_run_on_four_gpus():
-    (block,) = re.findall(r"`r16\.yaml` such as\n\n((?:    .*\n)+)", README.read_text(encoding="utf-8"))
+def test_the_guide_s_configuration_is_the_published_run_on_four_gpus():
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     config = from_mapping(yaml.safe_load(block), Path())
     config.check()
     wanted = PUBLISHED | OF_THE_MACHINE
