@@ -91,10 +91,8 @@ def compiled_flex_attention(
     On a CPU without AMX, bfloat16 and float16 are computed in float32 and rounded once.
 
     Args:
-        query: ``[B, heads, N, head_dim]``.
-        key: of the same dtype and device; may have fewer heads, of which each serves as many heads of the query that follow
-            each other.
-        value: as ``key``.
+        query, key, value: ``[B, heads, N, head_dim]``, one dtype and device; key and value may have fewer heads, of which each
+            serves as many heads of the query that follow each other.
         mask: block mask over ``N x N`` on the same device.
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
         held: what the calls so far, of the same call of a model, have shown of Dynamo's guards (``flexclear.compile.direct``).

@@ -84,9 +84,7 @@ def clipped_attention(
     """Dense softmax attention in which image pairs have clipped relative positions.
 
     Args:
-        query: ``[B, heads, N, head_dim]`` after rotary embedding, text and image in raster order.
-        key: likewise.
-        value: likewise, without the rotary embedding.
+        query, key, value: ``[B, heads, N, head_dim]`` after rotary embedding, text and image in raster order.
         layout: the sequence, one grid.
         axes: channels of the index, of rows, of columns.
         theta: base of the rotary frequencies.

@@ -84,8 +84,7 @@ class Judge:
 
         Args:
             metric: ``"fid"`` or ``"is"``.
-            judged: images by name.
-            reference: likewise; FID needs them.
+            judged, reference: images by name; FID needs both.
         """
 
         def found() -> Score:

@@ -59,8 +59,7 @@ def assert_matches_dense(
         layout: the sequence.
         window: a window, or a ``mask_mod`` of your own over the layout's sequence positions.
         block_size: tokens per block, or a (query, key-value) pair.
-        dtype: of query, key and value.
-        head_dim: likewise.
+        dtype, head_dim: of query, key and value.
         device: where it runs.
         attention: whether to run compiled attention too.
         around: whether to check what is made besides the mask; without it and attention, a small case takes
