@@ -75,7 +75,7 @@ def transform(
 
     Args:
         model_or_pipe: a model of a supported class (``flexclear.families``), or a diffusers pipeline that holds one as
-            ``transformer``; with one as ``transformer_2`` too, as Wan 2.2's have, both are transformed.
+            ``transformer``; with one as ``transformer_2`` (Wan 2.2) or ``transformer_ref`` (MiniMax-H3) too, all are transformed.
         r: window radius in tokens (16 px each in FLUX.1), 1 or more; published radii: 8, 16, 32. Or one per attention
             layer: a sequence, a mapping from layer numbers or module names (or their beginnings, or ``"default"``), or a
             function of (number, name). None leaves a layer dense; a window of ``flexclear.masks`` is taken as it is.

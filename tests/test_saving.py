@@ -217,7 +217,7 @@ def test_two_transformers_keep_their_own_windows(tmp_path):
     loaded = flexclear.from_pretrained(WanPipeline, tmp_path / "two")
     assert repr(flexclear.summary(loaded)) == repr(flexclear.summary(saved))
     assert settings(loaded.transformer_2) == settings(saved.transformer_2)
-    with pytest.raises(ValueError, match="this pipeline has two"):
+    with pytest.raises(ValueError, match=r"this pipeline has 2. Give pipe.transformer and pipe.transformer_2 one"):
         flexclear.transform_from_config(loaded, tmp_path)
 
 

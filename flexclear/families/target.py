@@ -10,8 +10,9 @@ from flexclear.families import FAMILIES, Family, family_of
 from flexclear.families.latents import frames_of_patch
 from flexclear.masks.checks import check_int
 
-TRANSFORMERS = ("transformer", "transformer_2")
-"""What pipelines call their models; some have one of each, for the first and the later denoising steps (Wan 2.2)."""
+TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
+"""What pipelines call their models. Some have several: one for the first and one for the later denoising steps (Wan 2.2), or one
+for calls with references (MiniMax-H3)."""
 
 SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
@@ -22,20 +23,20 @@ def model_of(model_or_pipe: Any) -> nn.Module:
     """The transformer itself: ``model_or_pipe``, or the only one of a diffusers pipeline.
 
     Raises:
-        TypeError: neither, or a wrapper around the model, or a pipeline with two; the message names what was given and what
+        TypeError: neither, or a wrapper around the model, or a pipeline with several; the message names what was given and what
             would do.
     """
     found = models_of(model_or_pipe)
     if len(found) > 1:
+        names = " or ".join(f"pipe.{name}" for name in names_of(model_or_pipe))
         raise TypeError(
-            f"this {type(model_or_pipe).__name__} has two transformers, and this works on one: give pipe.transformer or "
-            "pipe.transformer_2"
+            f"this {type(model_or_pipe).__name__} has {len(found)} transformers, and this works on one: give {names}"
         )
     return found[0]
 
 
 def models_of(model_or_pipe: Any) -> list[nn.Module]:
-    """The transformers of a diffusers pipeline, one or two; of a model, itself.
+    """The transformers of a diffusers pipeline; of a model, itself.
 
     Raises:
         TypeError: neither, or a wrapper around a model; the message names what was given and what would do.

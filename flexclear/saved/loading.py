@@ -185,8 +185,8 @@ def transform_from_config(model_or_pipe: Target, path: str | os.PathLike[str] | 
     models = models_of(model_or_pipe)
     if path is not None and len(models) > 1:
         raise ValueError(
-            "path is the folder of one model's weights, and this pipeline has two. Give pipe.transformer and "
-            "pipe.transformer_2 one after the other"
+            f"path is the folder of one model's weights, and this pipeline has {len(models)}. Give "
+            f"{' and '.join(f'pipe.{name}' for name in names_of(model_or_pipe))} one after the other"
         )
     _transform(model_or_pipe, [_beside(model) if path is None else _Checkpoint(path) for model in models])
     return model_or_pipe

@@ -54,6 +54,7 @@ class Case:
         pixels: frames, height and width of its videos.
         text: tokens of text in each sample's sequence, of a call of the model.
         samples: how many videos it makes.
+        name: what the pipeline calls the model that it runs.
     """
 
     make: Callable[[], Any]
@@ -63,6 +64,7 @@ class Case:
     pixels: tuple[int, int, int]
     text: Callable[[dict[str, Any]], tuple[int, ...]]
     samples: int = 2
+    name: str = "transformer"
 
 
 def words(call: dict[str, Any]) -> tuple[int, ...]:
@@ -156,6 +158,16 @@ CASES = {
         lambda call: (len(call["position_ids"]) - 37 * 3 * 4,),
         samples=1,
     ),
+    "minimax h3, reference": Case(
+        functools.partial(pipelines.minimax_h3, reference=True),
+        rows.MINIMAX_H3,
+        {**pipelines.MINIMAX_H3, "prompt": PROMPTS[0], "references": pipelines.minimax_h3_references()},
+        (37, 3, 4),
+        (124, 96, 128),
+        lambda call: (len(call["position_ids"]) - 37 * 3 * 4,),
+        samples=1,
+        name="transformer_ref",
+    ),
     "cosmos 3": Case(
         pipelines.cosmos3,
         rows.COSMOS3,
@@ -199,7 +211,7 @@ def windowed(case: Case, model):
 def test_a_pipeline_makes_the_video_that_the_plain_one_makes_under_the_dense_mask(case, tmp_path):
     """And restored the one that it made before, bit by bit; a LoRA counts alike if it is loaded before or after."""
     pipe = case.make()
-    model = pipe.transformer
+    model = getattr(pipe, case.name)
     frames, height, width = case.pixels
     assert latent_frames(pipe, case.options["num_frames"]) == case.grid[0]
     assert (height // px_per_token(pipe), width // px_per_token(pipe)) == case.grid[1:]

@@ -278,8 +278,12 @@ MOCHI = {"height": 80, "width": 112, "num_frames": 13, "max_sequence_length": 40
 """Options of a call: 3 x 5 x 7 tokens."""
 
 
-def minimax_h3():
-    """MiniMax-H3's modular pipeline; a token covers 32 x 32 px and, but for the first of five, four frames."""
+def minimax_h3(reference: bool = False):
+    """MiniMax-H3's modular pipeline; a token covers 32 x 32 px and, but for the first of five, four frames.
+
+    Args:
+        reference: whether it has the second transformer too, which calls with references run.
+    """
     from diffusers import (
         AutoencoderKLMiniMaxH3,
         AutoencoderKLMiniMaxH3Audio,
@@ -346,7 +350,16 @@ def minimax_h3():
         scheduler=MiniMaxH3Scheduler(shift=12.0),
         audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
     )
+    if reference:
+        pipe.update_components(transformer_ref=models.tiny_minimax_h3(1))
     return quiet(pipe)
+
+
+def minimax_h3_references() -> list[Any]:
+    """What a call of it may refer to."""
+    from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference
+
+    return [MiniMaxH3ImageReference(image=picture(96, 128))]
 
 
 MINIMAX_H3 = {"height": 96, "width": 128, "num_frames": 124, "num_inference_steps": 3}
