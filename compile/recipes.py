@@ -73,6 +73,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("int8", "INT8 weights and activations, one scale per row", _int8, False, _FLOATS),
     )
 }
+"""Recipes of quantization by name."""
 
 
 INEXACT_INT8 = (

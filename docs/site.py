@@ -72,15 +72,22 @@ def stage(pages: Path = PAGES) -> list[Path]:
     return [place(source) for source in waiting]
 
 
-def main() -> int:
-    """Stage the pages and build the site; any warning is an error."""
-    stage()
+def build(folder: Path = ROOT) -> int:
+    """Build the site from the staged pages; any warning is an error.
+
+    Args:
+        folder: holds ``zensical.toml``, and in ``build`` the staged pages and the installed package.
+
+    Returns:
+        0, or another number where there were warnings.
+    """
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", "zensical.toml"]
-    done = subprocess.run(command, cwd=ROOT, check=False, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    done = subprocess.run(command, cwd=folder, check=False, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     sys.stderr.write(done.stderr)
     # Griffe's warnings, of docstrings that do not fit their signatures, do not count as Zensical's.
     return done.returncode or int("griffe: " in done.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stage()
+    sys.exit(build())

@@ -100,3 +100,4 @@ METRICS = {
         Metric("rmse", "RMSE", PAIRS, None, "lower", "root mean squared difference of values from 0 to 1", AS_GIVEN),
     )
 }
+"""Metrics by name."""
