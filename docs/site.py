@@ -48,7 +48,7 @@ def stage(pages: Path = PAGES) -> list[Path]:
         FileNotFoundError: a page links to a file that there is not.
     """
     shutil.rmtree(pages, ignore_errors=True)
-    waiting = [HOME, *sorted(DOCS.rglob("*.md"))]
+    waiting = [HOME, *sorted([*DOCS.rglob("*.md"), *DOCS.rglob("*.css")])]
     known = set(waiting)
     for source in waiting:
         target = pages / place(source)
