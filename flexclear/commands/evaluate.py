@@ -104,7 +104,9 @@ def images(
 
 @evaluation.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file: model, prompts, variants, tables; see docs/guide/evaluation.md.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML file: model, prompts, variants, tables; see docs/guide/evaluation.md.")
+    ],
 ) -> None:
     """Draw a prompt set with several variants of a model, score them, and fill the paper's tables.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from typer.main import get_command
 
 import flexclear
@@ -25,6 +25,8 @@ from flexclear.evaluation.config import from_mapping as evaluation_settings
 from flexclear.families import FAMILIES
 
 from helpers.documents import DOCS, FENCE, README, ROOT, blocks, commands, pages, title
+from helpers.models_video import tiny_wan
+from helpers.pipelines_video import TEXT, wan_parts
 
 FAST = ("--steps", "2", "--text-len", "16", "--size", "64x64", "--backend", "sdpa", "--device", "cpu")
 PYTHON = [block for page in pages() for block in blocks(page, "python")]
@@ -171,6 +173,14 @@ def test_the_page_on_masks_runs(pipe, tmp_path, capsys):
     for block in blocks(DOCS / "masks.md", "python"):
         run(block.code, tmp_path, pipe=pipe)
     assert "pairs" in capsys.readouterr().out
+
+
+def test_the_guide_to_videos_runs(tmp_path, monkeypatch):
+    pipe = WanPipeline(**wan_parts(tiny_wan(text_dim=TEXT)))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+    (block,) = blocks(DOCS / "guide" / "video.md", "python")
+    run(block.code.replace('"cuda"', '"cpu"'), tmp_path)
+    assert "tube_r32" in repr(flexclear.summary(pipe)), "radial(32), the last one"
 
 
 def test_the_declaration_of_a_family_can_be_registered(families, tmp_path):
