@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import flexclear
+from flexclear.families import FAMILIES
 
 from helpers.documents import (
     DOCS,
@@ -42,6 +43,10 @@ def test_the_navigation_names_every_page_once():
     named = list(in_navigation(SITE["nav"]))
     assert len(named) == len(set(named))
     assert set(named) == {"index.md"} | {page.relative_to(DOCS).as_posix() for page in pages() if page != README}
+
+
+def test_the_readme_counts_the_model_classes():
+    assert f"\n{len(FAMILIES)} model classes of diffusers" in README.read_text(encoding="utf-8")
 
 
 def test_the_site_fetches_no_fonts():
