@@ -170,8 +170,9 @@ def test_the_guide_to_weights_runs(pipe, tmp_path):
 
 
 def test_the_page_on_masks_runs(pipe, tmp_path, capsys):
+    names = {"pipe": pipe}
     for block in blocks(DOCS / "masks.md", "python"):
-        run(block.code, tmp_path, pipe=pipe)
+        names |= run(block.code, tmp_path, **names)
     assert "pairs" in capsys.readouterr().out
 
 
