@@ -133,6 +133,13 @@ def test_every_message_that_troubleshooting_quotes_is_raised_by_the_code():
     assert all(len(message.replace(PLACE, "")) >= 20 for message in quoted), "short ones are everywhere"
 
 
+def test_the_table_of_sizes_by_memory_is_the_computed_one():
+    page = (DOCS / "guide" / "settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+, compiled.*$", page, re.MULTILINE)
+    assert len(rows) == 8
+    assert set(rows) <= set((ROOT / "bench" / "results" / "on_paper.md").read_text(encoding="utf-8").splitlines())
+
+
 def test_results_are_told_in_one_place():
     """No row of a table of the results stands on two pages, but for the README's own table."""
     rows = {}
