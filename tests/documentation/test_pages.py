@@ -66,6 +66,19 @@ def test_links_and_anchors_lead_somewhere(page):
     assert missing == []
 
 
+PLACES = ("bench", "compile", "docs", "examples", "flexclear", "masks", "tests")
+
+
+def test_files_that_pages_name_are_there():
+    named = {
+        path
+        for page in pages()
+        for path in re.findall(rf"`((?:{'|'.join(PLACES)})/[\w./-]*)(?:::\w+)?`", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 40
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
 def test_pages_link_to_no_other_host_than_those_that_are_cited():
     hosts = {link.split("/")[2] for page in pages() for link in LINK.findall(prose(page)) if "//" in link}
     assert hosts <= {"arxiv.org", "github.com", "huggingface.co"}
