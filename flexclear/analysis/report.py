@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
+import itertools
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markdown_it import MarkdownIt
 from PIL import Image
 
-from flexclear.common.reading import lines_of, parse_json, read_text
+from flexclear.common.reading import parse_json, read_text
 from flexclear.common.versions import versions
 from flexclear.compile.files import whole_file
 from flexclear.images.reading import read_image
@@ -31,25 +32,7 @@ SECTIONS = (
 )
 """A section for each of these files: its title, and the images that lie beside it."""
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 0 1rem 3rem; color: #1a1a1a }
-h1 { font-size: 1.6rem } h2 { border-top: 1px solid #ccc; padding-top: 1rem } figure { margin: 1rem 0 }
-img { max-width: 100%; height: auto; display: block } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem } td, th { border: 1px solid #ccc; padding: .25rem .5rem; text-align: left }
-.pair { position: relative; max-width: 40rem } .pair img { width: 100% }
-.pair .upper { position: absolute; inset: 0; clip-path: inset(0 0 0 50%) }
-input[type=range] { width: 100%; max-width: 40rem; height: 2.5rem; margin: 0; display: block }
-.names { display: flex; justify-content: space-between; max-width: 40rem } li, p, figcaption { overflow-wrap: anywhere }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
-pre { overflow-x: auto; background: #f4f4f4; padding: .5rem }
-"""
-
-SCRIPT = """
-for (const slider of document.querySelectorAll('input[type=range]')) {
-  const upper = slider.parentElement.querySelector('.upper');
-  slider.addEventListener('input', () => { upper.style.clipPath = `inset(0 0 0 ${slider.value}%)`; });
-}
-"""
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write_report(folder: str | Path, most_pairs: int = 12) -> Path:
@@ -66,30 +49,31 @@ def write_report(folder: str | Path, most_pairs: int = 12) -> Path:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    parts = []
+    sections = []
     for name, title, pictures in SECTIONS:
         for file in sorted(folder.rglob(name)):
             where = file.parent.relative_to(folder).as_posix()
-            parts.append(f"<section><h2>{html.escape(title if where == '.' else f'{title}: {where}')}</h2>")
-            parts.append(_from_markdown(read_text(file)))
-            pairs = list(_pairs(file))[:most_pairs]
-            if pairs:
-                parts.append('<div class="pairs">' + "".join(_slider(*pair) for pair in pairs) + "</div>")
-            for pattern in pictures:
-                for picture in sorted(file.parent.glob(pattern)):
-                    parts.append(f'<figure class="wide">{_image(picture, picture.stem, LARGEST * 2)}</figure>')
-            parts.append(_settings(file) + "</section>")
-    if not parts:
+            sections.append(
+                {
+                    "title": title if where == "." else f"{title}: {where}",
+                    "text": from_markdown(read_text(file)),
+                    "pairs": [_pair(*pair) for pair in itertools.islice(_pairs(file), most_pairs)],
+                    "images": [
+                        _image(picture, picture.stem, LARGEST * 2)
+                        for pattern in pictures
+                        for picture in sorted(file.parent.glob(pattern))
+                    ],
+                    "settings": _settings(file),
+                }
+            )
+    if not sections:
         raise ValueError(
             f"{folder} holds no results of flexclear eval or flexclear analyze ({', '.join(name for name, *_ in SECTIONS)})"
         )
-    told = ", ".join(f"{name} {version}" for name, version in versions().items())
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>flexclear: {html.escape(folder.resolve().name)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{html.escape(folder.resolve().name)}</h1><p>{html.escape(told)}</p>"
-        f"{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
+    page = _template().render(
+        name=folder.resolve().name,
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+        sections=sections,
     )
     path = folder / NAME
     with whole_file(path) as beside:
@@ -131,11 +115,9 @@ def _pairs(file: Path) -> Iterator[tuple[Path, Path, str, str, str]]:
 
 
 def _settings(file: Path) -> str:
-    """What was asked for, folded away."""
+    """What was asked for; empty where that is not known."""
     config = _json(file.with_name("results.json")).get("config") if file.name == "results.md" else None
-    if config is None:
-        return ""
-    return f"<details><summary>Settings</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details>"
+    return "" if config is None else json.dumps(config, indent=1)
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -148,17 +130,17 @@ def _json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _slider(left: Path, right: Path, left_name: str, right_name: str, caption: str) -> str:
-    label = f"{caption}: {left_name} and {right_name}" if caption else f"{left_name} and {right_name}"
-    return (
-        f'<figure><div class="pair">{_image(left, left_name)}{_image(right, right_name, kind="upper")}</div>'
-        f'<input type="range" min="0" max="100" value="50" aria-label="{html.escape(label)}">'
-        f'<div class="names"><span>{html.escape(left_name)}</span><span>{html.escape(right_name)}</span></div>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+def _pair(left: Path, right: Path, left_name: str, right_name: str, caption: str) -> dict[str, Any]:
+    """Two images under a slider."""
+    return {
+        "left": _image(left, left_name),
+        "right": _image(right, right_name),
+        "label": f"{caption}: {left_name} and {right_name}" if caption else f"{left_name} and {right_name}",
+        "caption": caption,
+    }
 
 
-def _image(path: Path, alternative: str, largest: int = LARGEST, kind: str = "") -> str:
+def _image(path: Path, name: str, largest: int = LARGEST) -> dict[str, Any]:
     """An image inside the page; larger ones are scaled down."""
     picture = read_image(path).convert("RGB")
     if max(picture.size) > largest:
@@ -166,29 +148,26 @@ def _image(path: Path, alternative: str, largest: int = LARGEST, kind: str = "")
     stream = io.BytesIO()
     picture.save(stream, format="PNG", optimize=True)
     data = base64.b64encode(stream.getvalue()).decode()
-    return (
-        f'<img class="{kind}" alt="{html.escape(alternative)}" width="{picture.width}" height="{picture.height}" '
-        f'src="data:image/png;base64,{data}">'
-    )
+    return {"name": name, "width": picture.width, "height": picture.height, "source": f"data:image/png;base64,{data}"}
 
 
-def _from_markdown(text: str) -> str:
-    """The Markdown that flexclear writes: headings, tables, lists, lines of text."""
-    out: list[str] = []
-    for block in re.split(r"\n\s*\n|(?<=\n)(?=## )", text.strip()):
-        lines = lines_of(block.strip())
-        while lines and lines[0].startswith("#"):
-            out.append(f"<h3>{html.escape(lines.pop(0).lstrip('# '))}</h3>")
-        table = [line for line in lines if line.startswith("|")]
-        if table:
-            rows = [[html.escape(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in table]
-            head, body = rows[0], [row for row in rows[1:] if not re.fullmatch(r"[-: ]*", "".join(row)) or not any(row)]
-            told = "".join(f"<th>{cell}</th>" for cell in head)
-            cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
-            out.append(f'<div class="wide"><table><thead><tr>{told}</tr></thead><tbody>{cells}</tbody></table></div>')
-        items = [line[2:] for line in lines if line.startswith("- ")]
-        if items:
-            out.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>")
-        rest = [line for line in lines if not line.startswith(("|", "- "))]
-        out += [f"<p>{html.escape(line)}</p>" for line in rest]
-    return "".join(out)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(read_text(TEMPLATE))
+
+
+def from_markdown(text: str) -> str:
+    """HTML of the Markdown that flexclear writes: headings, tables, lists, lines of text. Anything else in it, HTML, links and
+    emphasis, is text: names of variants and of layers are."""
+    parser = MarkdownIt("zero", {"breaks": True}).enable(["table", "heading", "list", "escape", "newline"])
+    parser.add_render_rule("table_open", lambda self, *rest: '<div class="wide"><table>\n')
+    parser.add_render_rule("table_close", lambda self, *rest: "</table></div>\n")
+    for rule in ("heading_open", "heading_close"):
+        parser.add_render_rule(rule, _as_third)
+    return parser.render(text)
+
+
+def _as_third(self: Any, tokens: Any, number: int, options: Any, environment: Any) -> str:
+    """Headings of a file are below that of its section."""
+    tokens[number].tag = "h3"
+    return self.renderToken(tokens, number, options, environment)

@@ -75,6 +75,10 @@ def cell(name: str, value: float | None) -> str:
     return f"{value:.2g}" if value and not float(text) else text
 
 
+BAR = "\\|"
+"""A vertical bar inside a cell."""
+
+
 def markdown(table: Table, rows: Mapping[str, Mapping[str, float | None]], more: Sequence[str] = ()) -> str:
     """A table in Markdown.
 
@@ -87,5 +91,5 @@ def markdown(table: Table, rows: Mapping[str, Mapping[str, float | None]], more:
     lines = ["| | " + " | ".join(COLUMNS[name].title for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for title, row in rows.items():
         cells = [cell(name, row.get(name)) for name in columns]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title.replace('|', BAR)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from flexclear.analysis.report import write_report
+from flexclear.analysis.report import from_markdown, write_report
 from flexclear.cli import app
 
 from helpers.evaluation_pictures import disturbed, picture
@@ -51,7 +51,7 @@ def test_the_page_holds_tables_pairs_and_pictures_and_nothing_from_elsewhere(res
     assert page.count('type="range"') == 2
     assert page.count("data:image/png;base64,") == 5
     assert "<td>a &lt; b</td>" in page
-    assert "<td>1024</td><td>dense</td>" in page
+    assert re.search(r"<td>1024</td>\s*<td>dense</td>", page)
     assert "<h2>Cost: cost</h2>" in page
     assert '"steps": 7' in html.unescape(page)
     assert "<title>flexclear: results &lt;1&gt;</title>" in page
@@ -59,6 +59,29 @@ def test_the_page_holds_tables_pairs_and_pictures_and_nothing_from_elsewhere(res
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page)
     assert 'width="2048"' in page, "large images are scaled down"
     assert write_report(results, 1).read_text().count('type="range"') == 1
+
+
+def test_markdown_is_text_tables_lists_and_headings_and_nothing_else():
+    shown = from_markdown(
+        "Model: *x* <script>alert(1)</script> [a](http://b).\nSecond line.\n\n## In_the_layout_of `Table` 2\n\n"
+        "| a \\| b | c |\n|---|---|\n| ![d](e) | &amp; |\n\n- one\n- two\n"
+    )
+    assert "<h3>In_the_layout_of `Table` 2</h3>" in shown
+    assert "<p>Model: *x* &lt;script&gt;alert(1)&lt;/script&gt; [a](http://b).<br>" in shown.replace("<br />", "<br>")
+    assert "<th>a | b</th>" in shown
+    assert "<td>![d](e)</td>" in shown
+    assert "<td>&amp;amp;</td>" in shown
+    assert shown.count("<li>") == 2
+    assert '<div class="wide"><table>' in shown
+    assert not re.search("<(script|a|img|em)", shown)
+
+
+def test_a_bar_in_a_variant_s_name_stays_in_its_cell():
+    from flexclear.evaluation.tables import TABLES, markdown
+
+    shown = from_markdown(markdown(TABLES[5], {"r = 8 | pooled": {"psnr": 1.0}}))
+    assert "<td>r = 8 | pooled</td>" in shown
+    assert shown.count("<td>") == 1 + len(TABLES[5].columns)
 
 
 def test_a_folder_without_results_is_an_error(tmp_path):
