@@ -56,7 +56,6 @@ def _pipeline(settings: GenerateSettings) -> tuple[Any, dict[str, Any]]:
     """The dense pipeline and the arguments of its call."""
     from flexclear.generation.generate import EMBEDDED_DEFAULTS, check, load
 
-    settings.out.mkdir(parents=True, exist_ok=True)
     pipe = load(settings, check(settings))
     call: dict[str, Any] = dict(EMBEDDED_DEFAULTS) if settings.model == EMBEDDED else {}
     call |= {"prompt": settings.prompts[0]}

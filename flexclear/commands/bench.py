@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexclear.commands.common import finite
+from flexclear.commands.common import finite, out_file
 from flexclear.commands.terminal import console, counter
 from flexclear.common.choices import DTYPES, EMBEDDED, check_choice, parse_sizes
 from flexclear.common.extras import require
@@ -66,6 +66,7 @@ def bench(
         raise ValueError(f"the model must be one of {[*CONFIGS, EMBEDDED]} or a folder, got {model!r}")
     if png is not None:
         require("matplotlib", "flexclear bench --png")
+        out_file(png, "--png")
 
     import torch
 

@@ -34,14 +34,35 @@ def must_exist(path: Path, what: str = "no folder") -> None:
         raise FileNotFoundError(f"{what} {path}")
 
 
-def out_folder(out: Path) -> None:
-    """Raise for an ``--out`` that is a file.
+def out_folder(out: Path, option: str = "--out") -> None:
+    """Raise unless a folder ``out`` is there, or can be made as far as its place tells.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is a file, is named like one, or a part of its path is one.
     """
+    out = out.expanduser()
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
+        raise ValueError(f"{option} must be a folder, {out} is a file")
+    if not out.exists() and out.suffix.lower() in (".png", ".gif", ".mp4"):
+        raise ValueError(f"{option} must be a folder, and {out} is named like a file")
+    _inside_folders(out, option)
+
+
+def out_file(out: Path, option: str) -> None:
+    """Raise unless a file ``out`` can be written, as far as its place tells.
+
+    Raises:
+        ValueError: it is a folder, or a part of its path is a file.
+    """
+    if out.expanduser().is_dir():
+        raise ValueError(f"{option} must be a file, {out} is a folder")
+    _inside_folders(out.expanduser(), option)
+
+
+def _inside_folders(out: Path, option: str) -> None:
+    above = next((folder for folder in out.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"{option} {out} cannot be written: {above} is a file")
 
 
 def _show_version(asked: bool) -> None:

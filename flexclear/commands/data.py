@@ -61,6 +61,9 @@ def generate(
     out_folder(out)
 
     from flexclear.distill.drawing import DataPlan, draw_data
+    from flexclear.generation.check import choose_device
+
+    choose_device(device)
 
     plan = DataPlan(settings, count, part)
     total, left = len(plan.numbers()), len(plan.missing())
@@ -106,6 +109,7 @@ def cache(
     sides = None if size is None else parse_size(size)
     model_folder(model)
     must_exist(source, "no folder of images and no .tar file at")
+    out_folder(out)
 
     from flexclear.distill.caching import cache as job
     from flexclear.distill.models import text_len_of

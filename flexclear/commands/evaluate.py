@@ -78,10 +78,13 @@ def images(
     sides = None if size is None else parse_size(size)
     for folder in (a_dir, b_dir):
         must_exist(folder)
+    if prompts is not None:
+        must_exist(prompts, "--prompts: no file")
     out_folder(out)
 
     from flexclear.evaluation.evaluate import evaluate
 
+    places = _networks(network, device, download)
     with _Bars() as bars:
         try:
             found = evaluate(
@@ -90,7 +93,7 @@ def images(
                 asked,
                 prompts=prompts,
                 size=sides,
-                networks=_networks(network, device, download),
+                networks=places,
                 batch=batch,
                 out=out,
                 common=common,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flexclear.commands.common import out_file
+
 
 def explain(
     height: Annotated[int, typer.Option(min=1, help="Image height in pixels.")],
@@ -40,6 +42,8 @@ def explain(
 
     if num_frames is not None and table:
         raise ValueError("--table is over sizes of images; leave it out, or --num-frames")
+    if png is not None:
+        out_file(png, "--png")
     from flexclear.common.choices import parse_frame_radius
 
     seen = None if frame_radius is None else parse_frame_radius(frame_radius)

@@ -11,6 +11,7 @@ import typer
 
 from flexclear.commands.common import finite
 from flexclear.commands.terminal import console, counter
+from flexclear.common.choices import check_choice
 from flexclear.common.extras import require
 
 
@@ -34,8 +35,12 @@ def fuzz(
     require("hypothesis", "flexclear fuzz")
 
     from flexclear import testing
+    from flexclear.generation.check import choose_device
 
+    choose_device(device)
     kinds = window or list(testing.strategies.KINDS)
+    for kind in kinds:
+        check_choice("--window", kind, tuple(testing.strategies.KINDS))
     factory = _load(own) if own else None
     with counter(console()) as progress:
         task = progress.add_task("starting")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexclear.commands.common import finite
+from flexclear.commands.common import finite, out_folder
 from flexclear.commands.config import IMAGES, configurable
 from flexclear.commands.terminal import console, output, progress_bars
 from flexclear.common.choices import EMBEDDED, LARGEST_SEED
@@ -257,6 +257,8 @@ def generate(
         memory=memory,
     )
     settings.check()
+    if stages is not None:
+        out_folder(stages, "--stages")
 
     from flexclear.common.versions import versions
     from flexclear.generation import generate as job

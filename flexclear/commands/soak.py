@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flexclear.commands.common import finite
 from flexclear.commands.terminal import console, counter
-from flexclear.common.choices import BACKENDS, LARGEST_SEED, check_choice
+from flexclear.common.choices import BACKENDS, EMBEDDED, LARGEST_SEED, check_choice
 
 
 def soak(
@@ -29,10 +31,16 @@ def soak(
     """Ask one pipeline for hundreds of random images; exit status 1 if memory, graphs or caches grow or an image is
     not what a fresh process draws."""
     check_choice("--backend", backend, BACKENDS)
+    if model != EMBEDDED and not Path(model).expanduser().is_dir() and re.fullmatch(r"[\w.]+:\w+", model) is None:
+        raise ValueError(
+            f"--model must be {EMBEDDED!r}, a pipeline's folder, or MODULE:NAME; there is no folder {model}"
+        )
 
+    from flexclear.generation.check import choose_device
     from flexclear.tools.soak import Bounds, soak_test
     from flexclear.tools.soak_calls import Settings
 
+    choose_device(device)
     settings = Settings(
         model=model,
         seed=seed,

@@ -129,7 +129,6 @@ def draw_data(
     out = plan.settings.out.expanduser()
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {out} is a file")
-    out.mkdir(parents=True, exist_ok=True)
     plan = replace(plan, settings=replace(plan.settings, out=out))
     setup = check(plan.settings)
     left = plan.missing()
