@@ -6,15 +6,14 @@ An option that is added is tried without being named here, unless it takes any t
 from __future__ import annotations
 
 import functools
-import inspect
-import typing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from flexclear import cli
+
+from helpers.parser import PAGE, commands, with_tables
 
 ANY_TEXT = {"prompt", "negative_prompt"}
 """Options that take every text."""
@@ -52,39 +51,6 @@ WITH = {
 """Options that have a meaning together with others only."""
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """An option or argument of a command."""
-
-    name: str
-    flag: str | None
-    kind: type
-    least: float | None
-    most: float | None
-    required: bool
-
-
-def commands(group=cli.app, path=()):
-    """(path, parameters) of every command."""
-    for command in group.registered_commands:
-        signature = inspect.signature(command.callback)
-        found = []
-        for parameter in signature.parameters.values():
-            if not typing.get_args(parameter.annotation):
-                continue  # the context
-            annotation, info = typing.get_args(parameter.annotation)[:2]
-            [kind] = [one for one in typing.get_args(annotation) or (annotation,) if one is not type(None)]
-            kind = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-            flag = None
-            if isinstance(info, typer.models.OptionInfo):
-                flag = next(iter(info.param_decls or ()), f"--{parameter.name.replace('_', '-')}")
-            required = parameter.default is inspect.Parameter.empty
-            found.append(Parameter(parameter.name, flag, kind, info.min, info.max, required))
-        yield (*path, command.name or command.callback.__name__), found
-    for inner in group.registered_groups:
-        yield from commands(inner.typer_instance, (*path, inner.name))
-
-
 def wrong_values(parameter):
     """(what is wrong, value) of what a parameter does not take; places are in braces."""
     below = () if parameter.least is None else (("too small", str(parameter.least - 1)),)
@@ -103,7 +69,7 @@ def wrong_values(parameter):
 
 
 def cases():
-    for path, parameters in commands():
+    for path, parameters, _ in commands():
         for parameter in parameters:
             for what, value in wrong_values(parameter):
                 shown = parameter.flag or parameter.name.upper()
@@ -171,6 +137,14 @@ def test_what_an_option_does_not_take_is_one_line(
 
 
 def test_no_command_is_left_out():
-    found = [" ".join(path) for path, _ in commands()]
+    found = [" ".join(path) for path, _, _ in commands()]
     assert len(found) == len(set(found)) == 17
     assert {"generate", "settings", "data cache", "eval run", "analyze cost", "report"} <= set(found)
+
+
+def test_the_page_s_tables_are_those_of_the_parser():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page), "cd tests && python -m helpers.parser writes them"
+    for path, parameters, _ in commands():
+        assert f"### {' '.join(path)}\n" in page
+        assert all(f"`{one.flag}`" in page for one in parameters if one.flag)

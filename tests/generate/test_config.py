@@ -196,3 +196,19 @@ def test_printed_settings_are_yaml_of_options(generate, command):
     told = parse_yaml(printed)
     assert (told["prompt"], told["size"], told["text-len"], told["r"]) == ("a 'red' apple: # no", "64x96", 32, 4)
     assert FAST
+
+
+def test_the_page_s_file_holds_options(command, config, monkeypatch):
+    from helpers.documents import DOCS, blocks
+
+    [block] = blocks(DOCS / "guide" / "command-line.md", "yaml")
+    asked = []
+
+    def check(settings):
+        asked.append(settings)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr("flexclear.generation.settings.GenerateSettings.check", check)
+    status, _, error = command("generate", "--config", config(block.code))
+    assert (status, error) == (2, "flexclear: that is all\n")
+    assert (asked[0].seeds, asked[0].recipe, asked[0].offload) == ((1, 2, 3), "best", "model")
