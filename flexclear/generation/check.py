@@ -19,7 +19,7 @@ from flexclear.families.target import px_per_token
 from flexclear.generation.calls import call_arguments
 from flexclear.generation.clips import check_clip, check_images, check_videos, draws_videos, suffix_of
 from flexclear.generation.inputs import Inputs, own_size
-from flexclear.generation.kinds import check_controlnet, drawing_kind, own_image
+from flexclear.generation.kinds import check_cleaning, check_controlnet, drawing_kind, own_image
 from flexclear.generation.loras import check_loras
 from flexclear.generation.memory import check_offload
 from flexclear.generation.settings import BEST, DENSE, GenerateSettings, controlnet_folder, model_folder
@@ -162,6 +162,7 @@ def _check_model(folder: str, settings: GenerateSettings, videos: bool) -> tuple
     (check_videos if video else check_images)(name, settings)
     kind = drawing_kind(name, settings)
     if kind is not None:
+        check_cleaning(kind)
         call_arguments(kind, settings)
     return config, kind
 
@@ -172,14 +173,9 @@ def _check_inputs(folder: str, config: dict[str, Any], kind: Any, settings: Gene
         Inputs(kind, settings, None)
         size = own_size(kind, settings)
         settings = settings if size is None else replace(settings, sizes=(size,))
-        if settings.batch > 1 and settings.image is not None and settings.control_image is not None:
-            raise ValueError(
-                f"--batch: {kind.__name__} takes one image at a time; leave it, --image or --control-image out"
-            )
-        if settings.batch > 1 and settings.image is not None and own_image(kind):
-            raise ValueError(
-                f"--batch: {kind.__name__} takes several images for those of one prompt; leave it out with --image"
-            )
+        one_image = settings.control_image is not None or own_image(kind) or draws_videos(kind)
+        if settings.batch > 1 and settings.image is not None and one_image:
+            raise ValueError(f"--batch: {kind.__name__} draws from the image of one at a time; leave it or --image out")
     video = kind is not None and draws_videos(kind)
     if settings.sizes or settings.highres or settings.text_len is not None or settings.vae_tiling or video:
         with loading(settings.model):

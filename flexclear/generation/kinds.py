@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from flexclear.common.choices import EMBEDDED
@@ -61,6 +62,19 @@ def drawing_kind(name: str, settings: GenerateSettings) -> Any:
     if settings.sizes and not {"height", "width"} <= has.keys():
         raise ValueError(f"--size: {kind.__name__} takes its size from --image; leave it out")
     return kind
+
+
+def check_cleaning(kind: Any) -> None:
+    """Raise where a pipeline cannot read a prompt: some of diffusers' clean prompts by ftfy without asking whether it is there.
+
+    Raises:
+        ImportError: it is not.
+    """
+    module = sys.modules[kind.__module__]
+    clean = getattr(getattr(module, "basic_clean", None), "__code__", None)
+    used = () if clean is None else clean.co_names
+    if "ftfy" in used and "is_ftfy_available" not in used and not hasattr(module, "ftfy"):
+        raise ModuleNotFoundError(f"{kind.__name__} of diffusers needs ftfy: pip install ftfy", name="ftfy")
 
 
 def _controlled(kind: Any, settings: GenerateSettings) -> Any:

@@ -156,3 +156,34 @@ def test_a_size_that_the_pipeline_does_not_draw_is_refused_by_its_own_rule(folde
     done, _ = draw(folder, tmp_path, "--size", "64x92")
     assert isinstance(done.exception, ValueError)
     assert f"{folder.name} draws sizes that are multiples of 8 pixels, got 64x92" in str(done.exception)
+
+
+@pytest.mark.parametrize("folder", ["StableDiffusion3Pipeline", "ChromaPipeline"], indirect=True)
+def test_an_image_is_drawn_over_and_away_from_a_prompt_as_diffusers_does(folder, tmp_path):
+    import diffusers
+
+    from flexclear.common.foreign import from_pretrained
+
+    photo = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    photo.save(tmp_path / "photo.png")
+    asked = ("--image", tmp_path / "photo.png", "--strength", 0.8, "--negative-prompt", "a dog", "--guidance", 3)
+    done, [line] = draw(folder, tmp_path / "out", "--steps", 3, "--r", "dense", *asked)
+    assert done.exit_code == 0, done.output
+    kind = folder.name.replace("Pipeline", "Img2ImgPipeline")
+    assert read_settings(line["path"])["settings"]["pipeline"] == kind
+    assert (line["height"], line["width"], line["steps"]) == (64, 96, 3 - int(3 - 3 * 0.8))
+    pipe = from_pretrained(getattr(diffusers, kind), folder, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {
+        "image": photo,
+        "strength": 0.8,
+        "negative_prompt": "a dog",
+        "guidance_scale": 3.0,
+        "height": 64,
+        "width": 96,
+    }
+    arguments |= {"num_inference_steps": 3, "max_sequence_length": 16, "generator": torch.Generator().manual_seed(0)}
+    with Image.open(line["path"]) as drawn:
+        assert drawn.tobytes() == pipe(PROMPT, **arguments).images[0].tobytes()
+    done, [line] = draw(folder, tmp_path / "windowed", "--steps", 3, "--r", 2, *asked)
+    assert done.exit_code == 0, done.output

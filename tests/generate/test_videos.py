@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import json
@@ -16,7 +17,7 @@ from flexclear.images.files import FRAME, Target, read_settings
 from flexclear.images.videos import gif_delays, video_content
 
 from helpers.models_video import tiny_wan
-from helpers.pipelines_video import TEXT, wan_parts
+from helpers.pipelines_video import TEXT, wan_parts, without_ftfy
 
 PROMPT = "a red apple that rolls"
 SMALL = ("--steps", 1, "--size", "32x48", "--text-len", 16, "--device", "cpu", "--backend", "sdpa")
@@ -234,3 +235,52 @@ def test_commands_for_images_refuse_a_model_of_videos(command, tmp_path, wan, ar
     status, _, error = command(*(part.format(**places) for part in arguments))
     assert status == 2
     assert f"{wan} draws videos (WanPipeline), and this command is for images" in error
+
+
+def test_a_video_begins_with_an_image_that_is_cut_to_its_size(command, tmp_path, monkeypatch):
+    from diffusers import WanImageToVideoPipeline
+
+    model = tiny_wan(in_channels=12, text_dim=TEXT, image_dim=None)
+    parts = wan_parts(model, image_encoder=None, image_processor=None)
+    WanImageToVideoPipeline(**parts).save_pretrained(tmp_path / "i2v")
+    Image.linear_gradient("L").resize((80, 80)).save(tmp_path / "first.png")
+    arguments = ("generate", tmp_path / "i2v", *CLIP, "--r", 2, "--frame-radius", 1, "--out", tmp_path / "out")
+    status, _, error = command(*arguments)
+    assert status == 2
+    assert "WanImageToVideoPipeline draws from an image: give --image FILE" in error
+    image = ("--image", tmp_path / "first.png", "--seed", 1, "--seed", 2)
+    module = importlib.import_module(WanImageToVideoPipeline.__module__)
+    if not hasattr(module, "ftfy"):
+        status, _, error = command(*arguments, *image)
+        assert status == 2
+        assert "WanImageToVideoPipeline of diffusers needs ftfy: pip install ftfy" in error
+    without_ftfy(monkeypatch, WanImageToVideoPipeline)
+    status, _, error = command(*arguments, *image, "--batch", 2)
+    assert status == 2
+    assert "--batch: WanImageToVideoPipeline draws from the image of one at a time; leave it or --image out" in error
+    status, output, error = command(*arguments, *image, "--json")
+    assert status == 0, error
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert [(line["frames"], line["height"], line["width"]) for line in lines] == [(9, 32, 48)] * 2
+    assert frames_of(lines[0]["path"]) != frames_of(lines[1]["path"])
+    settings = read_settings(lines[0]["path"])["settings"]
+    assert (settings["pipeline"], settings["image"]) == ("WanImageToVideoPipeline", str(tmp_path / "first.png"))
+    status, _, error = command("generate", "--config", lines[1]["path"], "--out", tmp_path / "again.gif")
+    assert status == 0, error
+    assert frames_of(tmp_path / "again.gif") == frames_of(lines[1]["path"])
+
+
+def test_a_batch_of_clips_is_each_clip_to_rounding(command, wan, tmp_path):
+    arguments = ("generate", wan, *CLIP, "--r", 2, "--frame-radius", 1, "--format", "png", "--seed", 1, "--seed", 2)
+    frames = {}
+    for name, batch in (("alone", 1), ("together", 2)):
+        status, output, error = command(*arguments, "--batch", batch, "--json", "--out", tmp_path / name)
+        assert status == 0, error
+        lines = [json.loads(line) for line in output.splitlines()]
+        assert [(line["frames"], line["batch"]) for line in lines] == [(9, batch)] * 2
+        for line in lines:
+            with Image.open(f"{line['path']}/{FRAME.format(9)}") as frame:
+                frames[name, line["seed"]] = torch.tensor(list(frame.convert("RGB").tobytes()), dtype=torch.int16)
+    for seed in (1, 2):
+        assert (frames["alone", seed] - frames["together", seed]).abs().max() <= 1
+    assert (frames["alone", 1] - frames["alone", 2]).abs().max() > 1
