@@ -1,4 +1,4 @@
-"""Masks: layouts, windows, dense reference, analytic BlockMask, cost. Knows torch only.
+"""Masks: layouts, windows, dense reference, analytic BlockMask, cost. Depends on torch alone.
 
 >>> from flexclear.masks import Layout, Disc, block_mask, cost
 >>> layout = Layout(height=85, width=48)                  # 1360 x 768 px

@@ -1,8 +1,8 @@
-"""Text queries apart from image queries: two exact attentions over the same keys, whose rows need no merging.
+"""Text queries apart from image queries: two exact attention calls over the same keys, whose rows need no merging.
 
-Text sees every token, so that a row of text is as long as the sequence while a row of the image is as long as its window. Run
-as one kernel, the few long rows keep a GPU waiting, and block lists are as wide as the longest row. Run apart, text is dense
-attention by the fastest kernel there is, and the lists of the image grow with the image.
+Text sees every token, so a row of text is as long as the sequence, while a row of the image is only as long as its window. In a
+single kernel the few long rows keep a GPU waiting, and block lists are as wide as the longest row. Run apart, text is dense
+attention by the fastest kernel available, and the image's lists grow with the image.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class TextApart:
 
     Attributes:
         image: the mask of the sequence from position ``first`` on where text comes first, up to the image's end where it comes
-            last, over all keys. So that blocks of queries begin where they do in the whole sequence, up to one block of them
-            begins with text; what these rows hold means nothing.
-        text: an empty tensor ``[text_len, 0]``, whose size a compiler can take as a symbol.
-        layout, window: what both parts are of.
+            last, over all keys. Blocks of queries begin where they do in the whole sequence, so up to one block of them begins
+            with text; the contents of these rows are meaningless.
+        text: an empty tensor ``[text_len, 0]``, whose size a compiler can treat as a symbol.
+        layout, window: what both parts belong to.
     """
 
     image: BlockMask
@@ -43,7 +43,7 @@ class TextApart:
 
     @property
     def rows(self) -> int:
-        """Number of queries of ``image``, a symbol where a compiler takes it for one."""
+        """Number of queries of ``image``, a symbol where a compiler treats it as one."""
         lengths: Tensor = getattr(self.image, LENGTHS)
         return lengths.shape[0]
 
@@ -68,18 +68,18 @@ def text_apart(
     coordinates: Source | None = None,
     narrow: bool | None = None,
 ) -> TextApart:
-    """The window over the layout, text queries apart. For inference: there are no lists by key-value block.
+    """The window over the layout, with text queries apart. For inference: there are no lists by key-value block.
 
     Args:
         layout: the sequence, with some text.
         window: a window without pooled keys.
         block_size: tokens per block, or a ``(query, key-value)`` pair.
-        device: where the lists, and what the ``mask_mod`` captures, are put.
+        device: where the lists and what the ``mask_mod`` captures are placed.
         coordinates: see ``flexclear.masks.block_mask``.
-        narrow: see ``flexclear.masks.block_mask``; None: on other devices than CPU.
+        narrow: see ``flexclear.masks.block_mask``; None: on devices other than CPU.
 
     Raises:
-        ValueError: there is no text, the window has pooled keys or does not fit the grid, or ``block_size`` makes no sense.
+        ValueError: there is no text, the window has pooled keys or does not fit the grid, or ``block_size`` is invalid.
     """
     if not can_part(layout, window):
         raise ValueError(f"text cannot be attended apart under {window!r} over {layout.text_len} text tokens")

@@ -29,7 +29,7 @@ SMALL_BLOCKS_BELOW = 1 << 17
 """Sequence length on CPU up to which blocks may be small."""
 
 MANY_TOKENS = 1 << 19
-"""Sequence length from which block lists are what runs out first."""
+"""Sequence length from which the block lists are the first thing to run out of memory."""
 
 _FORWARD_LISTS_SUFFICE = "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
 """Whether this torch accepts a BlockMask without the lists by key-value block; 2.8 insists on them."""
@@ -42,19 +42,19 @@ def default_block_size(
     reach: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[int, int]:
-    """Tokens per (query, key-value) block where nothing else is asked for. ``flexclear.compile.kernels`` has a table for GPUs
-    that goes before this.
+    """Tokens per (query, key-value) block unless something else is requested. ``flexclear.compile.kernels`` has a table for GPUs
+    that takes precedence.
 
     On CPU (32, 32): a kernel without packed products is as fast on small blocks, which execute less. On two cores of an AMD
     EPYC it takes 0.82 to 0.95 of the time of (64, 64) at r = 8 and 16. (64, 64)
-    from 2^17 tokens on, for the size of the lists. With AMX, whose tiles want long products, (64, 64), and from a reach of 12 on
+    from 2^17 tokens on, for the size of the lists. With AMX, whose tiles like long products, (64, 64), and from a reach of 12 on
     (128, 128): on an Intel machine that took 0.87 of the time of (128, 64) at r = 16, and (64, 64) 0.88 at r = 8.
 
     Elsewhere (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. Executed over useful work at 1024 to 8192 px and r = 8
     to 32 is 1.29 to 1.60 (``cost``), against 1.31 to 1.76 with (128, 128) and 1.22 to 1.43 with (64, 64). (128, 128) from 2^19
     tokens on (above 11,500 px): where text rows name every block, lists are rows x columns of blocks, and at 16,384 px they
     would pass 1 GB; at r = 16 the executed work is the same. (128, 128) also for a backward pass: FlexAttention's backward
-    kernels on GPUs work on up to 128 keys at a time, and refuse blocks that these do not divide.
+    kernels on GPUs work on up to 128 keys at a time, and refuse blocks that this number does not divide.
 
     Args:
         seq_len: tokens of the sequence.
@@ -126,10 +126,10 @@ def block_pairs(
 ) -> BlockPairs:
     """Classify all block pairs of ``layout`` under ``window``: the needed ones, each full or partial.
 
-    A window of this package is classified from bounding boxes. A ``mask_mod`` of your own is asked about every pair,
-    in bounded memory, which is exact and takes time quadratic in the sequence.
+    A window of this package is classified from bounding boxes. A ``mask_mod`` of your own is evaluated on every pair,
+    in bounded memory, which is exact and takes time quadratic in the sequence length.
 
-    ``text_padded``: some text may be padding (``with_text_mask``), so that no block of text keys is called full.
+    ``text_padded``: some text may be padding (``with_text_mask``), so no block of text keys counts as full.
 
     Raises:
         TypeError: ``window`` is neither.
@@ -155,7 +155,7 @@ def pairs_between(
     block_size: tuple[int, int],
     text_padded: bool = False,
 ) -> BlockPairs:
-    """``block_pairs`` of any queries and keys, given by their packed coordinates, int32 ``[tokens]`` each."""
+    """``block_pairs`` for any queries and keys, given by their packed coordinates, int32 ``[tokens]`` each."""
     q_size, kv_size = block_size
     window.check(layout)
     queries, keys = (
@@ -208,9 +208,9 @@ def block_mask(
     coordinates: Source | None = None,
     narrow: bool = False,
 ) -> BlockMask:
-    """The window over the layout as FlexAttention's ``BlockMask``, batch and head broadcast.
+    """The window over the layout as FlexAttention's ``BlockMask``, broadcast over batch and heads.
 
-    >>> mask = block_mask(Layout(64, 64), Disc(16))          # milliseconds; create_block_mask would ask all N^2 pairs
+    >>> mask = block_mask(Layout(64, 64), Disc(16))          # milliseconds; create_block_mask would evaluate all N^2 pairs
     >>> mask.shape
     (1, 1, 4608, 4608)
 
@@ -219,13 +219,13 @@ def block_mask(
         window: a window such as ``Disc(16)``, or any ``mask_mod`` over the layout's sequence positions.
         block_size: tokens per block, or a ``(query, key-value)`` pair; multiples of 16 from 16 to 256.
             ``default_block_size`` by default.
-        device: where the lists and the captured tables are put, and where a ``mask_mod`` of your own has its tensors.
-        backward: also build the lists by key-value block, which the backward kernels walk.
-        text_padded: prepare for ``with_text_mask``: every block of text keys asks the ``mask_mod``.
-        coordinates: where the ``mask_mod`` has them from, see ``flexclear.masks.coordinates.Source``; None: what suits the
+        device: where the lists and the captured tables are placed, and where a ``mask_mod`` of your own has its tensors.
+        backward: also build the lists by key-value block, which the backward kernels use.
+        text_padded: prepare for ``with_text_mask``: every block of text keys evaluates the ``mask_mod``.
+        coordinates: where the ``mask_mod`` gets them from, see ``flexclear.masks.coordinates.Source``; None: what suits the
             device.
-        narrow: lists as wide as the longest of them needs, for CUDA's kernels alone: the CPU's and BlockMask's own methods take
-            the width for the number of blocks. It saves something where no row names every block.
+        narrow: make the lists only as wide as the longest one. For CUDA's kernels only: the CPU's kernel and BlockMask's own
+            methods take the width for the number of blocks. Saves memory where no row names every block.
 
     Raises:
         TypeError: ``window`` is neither.
@@ -255,7 +255,7 @@ def block_mask_between(
     text_padded: bool = False,
     coordinates: Source | None = None,
 ) -> BlockMask:
-    """The window over some of the layout's tokens: queries are the tokens of the first keys.
+    """The window over some of the layout's tokens: the queries are the tokens of the first keys.
 
     Args:
         layout: the whole sequence, which the window's rule is bound to.

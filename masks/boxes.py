@@ -24,7 +24,7 @@ class Blocks:
     Attributes:
         box: around the image tokens of each block; empty where there are none.
         image, text, pooled: whether a block holds any token of the kind, bool ``[blocks]``.
-        whole: whether it lies inside the sequence entirely.
+        whole: whether it lies entirely inside the sequence.
     """
 
     box: Box
@@ -42,7 +42,7 @@ class Blocks:
 
 
 def cut(coordinates: Tensor, packing: Packing, size: int) -> Blocks:
-    """Blocks of ``size`` tokens of an axis given by its packed coordinates, int32 ``[tokens]``."""
+    """Blocks of ``size`` tokens along an axis, given by its packed coordinates, int32 ``[tokens]``."""
     count = -(-len(coordinates) // size)
     padded = coordinates.new_full((count * size,), PADDING)
     padded[: len(coordinates)] = coordinates
@@ -70,8 +70,8 @@ def map_box(function: Callable[..., Tensor], box: Box) -> Box:
 def near_pairs(touches: Touch, query: Box, key: Box) -> tuple[Tensor, Tensor]:
     """Indices of the pairs of boxes that touch: two int64 ``[pairs]``, in no particular order.
 
-    Few boxes: all pairs are asked. Many: boxes around groups of consecutive boxes first, then inside the groups that
-    touch. Consecutive blocks lie near each other, so the work is linear in the number of blocks.
+    With few boxes, all pairs are tested. With many, boxes around groups of consecutive boxes come first, then the boxes inside
+    the groups that touch. Consecutive blocks lie near each other, so the work is linear in the number of blocks.
     """
     if _count(query) * _count(key) <= _FEW_PAIRS:
         q_part, kv_part = map_box(lambda edge: edge[:, None], query), map_box(lambda edge: edge[None, :], key)

@@ -1,9 +1,9 @@
 """Frame, row and column of the token at each sequence position, for a ``mask_mod``: by arithmetic, or from a table.
 
-The tiled order walks bands of equal size across the image, so a position says by a few products and floors where its
-token lies (``computed``). In float32 these are exact up to 2^22 tokens, and they vectorise; a table is a gather for every
-pair of a partial block. What no arithmetic knows is looked up: several grids, the keys of a band of the image, longer
-sequences.
+The tiled order walks bands of equal size across the image, so a few products and floors turn a position into its token's
+place (``computed``). In float32 these are exact up to 2^22 tokens, and they vectorise; a table costs a gather for every
+pair of a partial block. Where arithmetic does not apply, a table is used: several grids, the keys of a band of the image,
+longer sequences.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ MAX_COMPUTED = 1 << 22
 """Longest sequence whose coordinates are computed: half places are exact in float32 up to twice as many."""
 
 Reads = Literal["offsets", "floats", "integers"]
-"""What a window's rule reads, the most convenient first: float32 coordinates of which only the distance between a query's and
-a key's means something along each axis; float32 coordinates; int32 coordinates."""
+"""What a window's rule reads, cheapest first: float32 coordinates of which only the difference between a query's and a key's is
+meaningful along each axis; float32 coordinates; int32 coordinates."""
 
 
 def least_convenient(all_of: Iterable[Reads]) -> Reads:
-    """What serves rules that read each of these."""
+    """The kind of coordinates that serves all of these rules."""
     return max(all_of, key=get_args(Reads).index)
 
 
 Source = Literal["computed", "packed", "separate"]
-"""Where a ``mask_mod`` has coordinates from: arithmetic where there is one for the layout, else as ``"packed"``; a table of both
-together, taken apart with shifts; a table of each, for kernels in a language without shifts (CuTe DSL: FlashAttention 4)."""
+"""Where a ``mask_mod`` gets coordinates from. ``"computed"``: by arithmetic where the layout allows it, else as ``"packed"``.
+``"packed"``: one table for both, taken apart with shifts. ``"separate"``: a table for each, for kernels in a language without
+shifts (CuTe DSL: FlashAttention 4)."""
 
 
 def default_source(device: torch.device | str) -> Source:
@@ -52,10 +53,10 @@ class Place(NamedTuple):
 
 
 Places = Callable[[Tensor], Place]
-"""Sequence positions to what is there."""
+"""Maps sequence positions to what is there."""
 
 Number = Callable[[float], Tensor]
-"""A number as a 0-d tensor: FlexAttention compiles Python numbers in, and every size would be a new graph."""
+"""A number as a 0-d tensor: FlexAttention compiles Python numbers in, so every size would need a new graph."""
 
 
 def int_number(device: torch.device | str) -> Number:
@@ -79,8 +80,8 @@ def computed(layout: Layout, reads: Reads, device: torch.device | str, first: in
     Args:
         layout: the sequence.
         reads: which coordinates are wanted.
-        device: where the numbers are put.
-        first: sequence position that is asked for as 0; None: it is position 0.
+        device: where the numbers are placed.
+        first: sequence position that index 0 stands for; None: position 0.
     """
     number = float_number(device)
     if layout.frames > 1:
@@ -107,7 +108,7 @@ def computed(layout: Layout, reads: Reads, device: torch.device | str, first: in
 
 
 Arithmetic = Callable[[Tensor], Coordinates]
-"""Float32 sequence positions to the coordinates of image tokens, float32."""
+"""Maps float32 sequence positions to the float32 coordinates of image tokens."""
 
 
 def _in_rows(layout: Layout, number: Number) -> Arithmetic:

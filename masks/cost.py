@@ -78,7 +78,7 @@ def cost(
 
     Raises:
         TypeError: ``window`` is neither.
-        ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
+        ValueError: ``block_size`` is invalid, or the window does not fit the grid.
     """
     blocks = block_pairs(layout, window, block_size)
     text, image = layout.text_len, layout.image_len

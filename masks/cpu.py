@@ -1,4 +1,4 @@
-"""What the CPU of this process multiplies well: FlexAttention's kernel and the size of its blocks go by it."""
+"""What this process's CPU multiplies well; FlexAttention's kernel and its block sizes depend on it."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def _packed_types() -> tuple[torch.dtype, ...]:
 
 
 PACKED_TYPES = _packed_types()
-"""Types that FlexAttention's CPU kernel multiplies by oneDNN's packed products: those of AMX. Any other type it multiplies in
-float32, and converts each number of bfloat16 and float16 as often as it is used."""
+"""Types that FlexAttention's CPU kernel multiplies with oneDNN's packed products, which need AMX. It multiplies every other type
+in float32, converting bfloat16 and float16 numbers each time they are used."""

@@ -17,7 +17,7 @@ from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
 def dense_mask(layout: Layout, window: Window | MaskMod, device: torch.device | str = "cpu") -> Tensor:
     """Which pairs may attend, bool ``[seq_len, keys]`` in sequence order, queries along the rows.
 
-    Built from coordinates, kind by kind of token, by another road than the ``mask_mod`` and the block lists, which are
+    Built from coordinates, one kind of token after another, independently of the ``mask_mod`` and the block lists, which are
     tested against it. Keys are the sequence itself, and pooled keys behind it where the window has them. Memory is
     quadratic: for tests, small sequences and masked SDPA.
 

@@ -1,7 +1,7 @@
 """Where every token of a joint text-image sequence sits: sizes, order, coordinates.
 
-A diffusion transformer attends over ``text_len`` text tokens and ``height * width`` image tokens, of a video model over those
-of several frames. ``Layout`` is the hashable description of that sequence; everything else in this package is a pure function
+A diffusion transformer attends over ``text_len`` text tokens and ``height * width`` image tokens, a video model over those of
+several frames. ``Layout`` is the hashable description of that sequence; everything else in this package is a pure function
 of it.
 
 Three numberings appear in this package, and names keep them apart:
@@ -36,10 +36,10 @@ from flexclear.masks.orders import (
 from flexclear.masks.places import CLIPS, IMAGES, TEXT, Coordinates, Packing
 
 MAX_SIDE = 16384
-"""Largest height or width in tokens. Keeps a squared distance inside 32 bits."""
+"""Largest height or width in tokens. Keeps a squared distance within 32 bits."""
 
 MAX_CLIP_SIDE = 1024
-"""Largest number of frames, and height or width in tokens where there are several: a place then is one number of 30 bits."""
+"""Largest number of frames, and largest height or width in tokens of a clip: a place then fits in 30 bits."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Layout:
         width: columns of image tokens, 1 to 16384.
         text_len: text tokens, 0 or more.
         text_first: whether the text precedes the image (FLUX.1) or follows it (SD3).
-        order: ``"tiled"`` (compact runs, see ``flexclear.masks.orders``), ``"raster"`` (row by row, frame after frame), or of
+        order: ``"tiled"`` (compact runs, see ``flexclear.masks.orders``), ``"raster"`` (row by row, frame after frame), or for
             several frames the (frames, rows) of the bands in which they are walked.
         references: (height, width) of further grids whose tokens follow the image's, such as the images that an
-            editing model is given. Tokens of all grids lie in one plane by their own row and column, so a window
-            around a place is the same window in each grid. Of one frame only.
-        frames: frames of ``height * width`` tokens each, 1 to 1024, as the model has them: after the autoencoder and the
-            patches have put several into one. An image is one. Where there are several, sides are 1 to 1024.
+            editing model is given. Tokens of all grids share one plane, each at its own row and column, so a window
+            around a place is the same window in each grid. Only with one frame.
+        frames: frames of ``height * width`` tokens each, 1 to 1024, as the model sees them: after the autoencoder and the
+            patches have merged several into one. An image is one frame. With several, sides are 1 to 1024.
 
     >>> Layout(64, 64, references=((48, 85),)).grids
     ((64, 64), (48, 85))
@@ -88,7 +88,7 @@ class Layout:
             raise TypeError(f"Layout references must be a tuple of (height, width) tuples, got {self.references!r}")
         check_int("Layout frames", self.frames, 1, MAX_CLIP_SIDE, "after the autoencoder and the patches")
         most = MAX_SIDE if self.frames == 1 else MAX_CLIP_SIDE
-        unit = "in tokens" if self.frames == 1 else "in tokens, of several frames"
+        unit = "in tokens" if self.frames == 1 else "in tokens, with several frames"
         for number, (height, width) in enumerate(self.grids):
             which = f"Layout reference {number} " if number else "Layout "
             check_int(f"{which}height", height, 1, most, unit)
@@ -107,13 +107,13 @@ class Layout:
             raise ValueError(f"Layout order must be one of {sorted(ORDERS)}, got {self.order!r}")
 
     def _check_bands(self) -> None:
-        """Raise if ``order`` is no (frames, rows)."""
+        """Raise if ``order`` is not a pair (frames, rows)."""
         if not isinstance(self.order, tuple) or len(self.order) != 2:
             raise TypeError(
                 f"Layout order must be one of {sorted(ORDERS)} or a pair (frames, rows), got {self.order!r}"
             )
         if self.frames == 1:
-            raise ValueError(f"bands of (frames, rows) are of several frames, got order={self.order!r} of one")
+            raise ValueError(f"bands of (frames, rows) need several frames, got order={self.order!r} with one")
         for name, size in zip(("frames", "rows"), self.order, strict=True):
             check_int(f"{name} of a band", size, 1, MAX_CLIP_SIDE)
 
@@ -124,7 +124,7 @@ class Layout:
 
     @property
     def image_len(self) -> int:
-        """Number of image tokens, those of all grids."""
+        """Number of image tokens in all grids."""
         return self.frames * sum(height * width for height, width in self.grids)
 
     @property
@@ -144,11 +144,11 @@ class Layout:
 
     @property
     def packing(self) -> Packing:
-        """How a place in this layout is one number."""
+        """How a place in this layout is packed into one number."""
         return IMAGES if self.frames == 1 else CLIPS
 
     def bands(self) -> Bands:
-        """How the tiled order walks the own grid of an image."""
+        """How the tiled order walks the image's own grid."""
         return bands_of(self.height, self.width, self.image_start)
 
     def clip_bands(self) -> ClipBands:
@@ -162,12 +162,12 @@ class Layout:
 
     @property
     def is_packed(self) -> bool:
-        """Whether tokens say where they are, see ``from_positions``."""
+        """Whether each token has its own position, see ``from_positions``."""
         return False
 
     @classmethod
     def from_positions(cls, positions: Tensor, local: Tensor) -> PackedLayout:
-        """The layout of a packed sequence, whose tokens say themselves where they are.
+        """The layout of a packed sequence, in which each token has its own position.
 
         >>> positions = torch.tensor([[0, 0, 0], [0, 4, 7], [0, 4, 8], [0, 5, 7], [9, 9, 9]])
         >>> packed = Layout.from_positions(positions, torch.tensor([False, True, True, True, False]))
@@ -178,12 +178,12 @@ class Layout:
             positions: frame, row and column of every token, or row and column, of any integer type, ``[N, 3]`` or ``[N, 2]``.
                 They may begin anywhere.
             local: which tokens lie on the grid, bool ``[N]``. The others see and are seen by all, and their positions are
-                not looked at.
+                ignored.
 
         Raises:
-            TypeError: ``positions`` are no integers, or ``local`` is not bool.
-            ValueError: shapes do not belong together, no token is on the grid, two are at the same place, or the grid is
-                larger than a layout may be.
+            TypeError: ``positions`` are not integers, or ``local`` is not bool.
+            ValueError: shapes do not match, no token is on the grid, two are at the same place, or the grid is larger than
+                a layout may be.
         """
         return _packed_layout(positions.detach().cpu(), local.detach().cpu())
 
@@ -230,12 +230,12 @@ class Layout:
 
     @independent
     def whole_permutation(self) -> Tensor:
-        """Which token of a sequence with its image in raster order is at each sequence position: int64 ``[seq_len]``."""
+        """Index of the token at each sequence position in a sequence whose image is in raster order: int64 ``[seq_len]``."""
         text, image = torch.arange(self.text_len), self.permutation()
         return torch.cat([text, image + self.text_len] if self.text_first else [image, text + self.image_len])
 
     def packed_coordinates(self) -> Tensor:
-        """Place at each sequence position in one int32 (``packing``), of images ``y << 16 | x``; -1 marks text.
+        """The place at each sequence position as one int32 (``packing``), for images ``y << 16 | x``; -1 marks text.
         ``[seq_len]``."""
         return _packed_coordinates(self)
 
@@ -251,8 +251,8 @@ def _packed_coordinates(layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedLayout(Layout):
-    """A sequence whose tokens say where they are (``Layout.from_positions``). Tokens of the grid come first in sequence order,
-    walked in bands, and the others, as ``text_len`` tokens of text, behind. "Raster" is the order in which they were given.
+    """A sequence whose tokens have their own positions (``Layout.from_positions``). In sequence order, tokens on the grid come
+    first, walked in bands, and the others follow as ``text_len`` tokens of text. "Raster" is the order in which they were given.
 
     Attributes:
         places: where each token is, one int32 in the order given (``packing``), -1 for those that are not on the grid.

@@ -1,4 +1,4 @@
-"""What of a mask changes with the number of text tokens, marked so that compiled graphs are not made for one of them."""
+"""What changes in a mask with the number of text tokens, marked so that no compiled graph is made for one number alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexclear.masks.defaults import independent
 
 @independent
 def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
-    """``mask``, whose sizes a compiler is asked to take as symbols, also one that was told to compile each size by itself.
+    """``mask`` with its sizes marked as symbols, even for a compiler that was told to compile each size separately.
 
     Args:
         mask: a BlockMask, or a dense bool ``[..., queries, keys]``.
@@ -36,7 +36,7 @@ def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
 
 
 def mark_symbolic(tensor: Tensor, dims: list[int]) -> None:
-    """Ask Dynamo to take these sizes as symbols where it can; a graph that needs one of them fixed fixes it."""
+    """Ask Dynamo to treat these sizes as symbols where it can; a graph that needs one of them fixed will fix it."""
     marked: set[int] = getattr(tensor, "_dynamo_weak_dynamic_indices", set())
     if marked.issuperset(dims):
         return
@@ -47,7 +47,7 @@ def mark_symbolic(tensor: Tensor, dims: list[int]) -> None:
 
 
 def mark_static(tensor: Tensor) -> None:
-    """Ask Dynamo to compile all sizes of ``tensor`` in."""
+    """Ask Dynamo to compile the sizes of ``tensor`` in as constants."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.mark_static(tensor)
     else:
@@ -55,8 +55,8 @@ def mark_static(tensor: Tensor) -> None:
 
 
 def _mark(tensor: Tensor, name: str, dims: Iterable[int]) -> None:
-    """What Dynamo's functions leave on a tensor (``tests/masks/test_lengths.py`` compares). To import Dynamo for it would
-    take a second before the first mask, also of those who never compile."""
+    """The marks that Dynamo's functions leave on a tensor (``tests/masks/test_lengths.py`` compares). Importing Dynamo for them
+    would take a second before the first mask, even for those who never compile."""
     if not hasattr(tensor, name):
         setattr(tensor, name, set())
     getattr(tensor, name).update(dims)

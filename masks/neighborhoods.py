@@ -1,4 +1,4 @@
-"""Neighborhoods and squares: windows that are a product of one rule per axis, in two dimensions and in three."""
+"""Neighborhoods and squares: windows that are a product of one rule per axis, in two or three dimensions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PerAxis = int | tuple[int, ...]
 AXES = ("frames", "rows", "columns")
 
 AxisRule = Callable[[Tensor, Tensor], Tensor]
-"""Places of queries and of keys on one axis to bool."""
+"""Maps places of queries and keys on one axis to bool."""
 
 
 def check_per_axis(name: str, given: Any) -> PerAxis:
@@ -42,7 +42,7 @@ def check_per_axis(name: str, given: Any) -> PerAxis:
 
 
 def per_axis(name: str, given: PerAxis, layout: Layout) -> tuple[int | None, int, int]:
-    """What ``given`` is along frames, rows and columns of ``layout``; None for the frames of an image where it does not say.
+    """``given`` along the frames, rows and columns of ``layout``; None for an image's frames where it says nothing of them.
 
     Raises:
         ValueError: it says nothing of frames, and there are several.
@@ -50,7 +50,7 @@ def per_axis(name: str, given: PerAxis, layout: Layout) -> tuple[int | None, int
     if isinstance(given, int):
         return (None if layout.frames == 1 else given), given, given
     if len(given) == 2 and layout.frames > 1:
-        raise ValueError(f"{name}={given} is of rows and columns, and this layout has {layout.frames} frames")
+        raise ValueError(f"{name}={given} covers rows and columns only, and this layout has {layout.frames} frames")
     return (None if len(given) == 2 else given[0]), given[-2], given[-1]
 
 
@@ -63,10 +63,10 @@ def label(given: PerAxis) -> str:
 class Axis:
     r"""One axis of a window in NATTEN's meaning (arXiv 2204.07143, 2209.15001, 2504.16922).
 
-    With dilation d, a query sees keys of its own phase alone (the remainder by d), and is counted among those: place
-    :math:`\lfloor q / d \rfloor` of :math:`n`. With stride s, runs of s queries have the window of their middle one,
-    :math:`l = \min(\lfloor q / s \rfloor s + \lfloor s / 2 \rfloor, n - 1)`. It begins at l - before, of a window that is
-    ``shifted`` inwards no further out than the axis allows.
+    With dilation d, a query sees only keys of its own phase (position modulo d), and is counted among those: place
+    :math:`\lfloor q / d \rfloor` of :math:`n`. With stride s, runs of s queries share the window of their middle one,
+    :math:`l = \min(\lfloor q / s \rfloor s + \lfloor s / 2 \rfloor, n - 1)`. It begins at l - before; a window that is
+    ``shifted`` inwards begins no further out than the axis allows.
 
     Attributes:
         side: n of the whole axis, in tokens.
@@ -158,7 +158,7 @@ class _ByAxis(Window):
 
     @abstractmethod
     def _size(self) -> tuple[str, PerAxis]:
-        """What the window's size is called, and what it is."""
+        """The name of the window's size, and its value."""
 
     @abstractmethod
     def _axis(self, side: int, size: int, stride: int, dilation: int) -> Axis:
@@ -168,7 +168,7 @@ class _ByAxis(Window):
         """The rules of frames, rows and columns; None where frames do not matter, of an image.
 
         Raises:
-            ValueError: the window says nothing of the frames that there are.
+            ValueError: there are several frames, and the window says nothing about frames.
         """
         sizes = per_axis(*self._size(), layout)
         strides, dilations = per_axis("stride", self.stride, layout), per_axis("dilation", self.dilation, layout)
@@ -214,7 +214,7 @@ class _ByAxis(Window):
 
 
 def _check_steps(window: str, width: PerAxis, stride: PerAxis, dilation: PerAxis) -> None:
-    """Raise unless stride and dilation go with ``width``, the keys of a window.
+    """Raise unless stride and dilation fit ``width``, the keys of a window.
 
     Raises:
         TypeError, ValueError: they do not.
@@ -224,7 +224,7 @@ def _check_steps(window: str, width: PerAxis, stride: PerAxis, dilation: PerAxis
     several = {len(given) for given in (width, stride, dilation) if not isinstance(given, int)}
     if len(several) > 1:
         raise ValueError(
-            f"kernel, stride and dilation of a {window} must be of the same axes, got {label(width)}, {label(stride)} and "
+            f"kernel, stride and dilation of a {window} must have the same axes, got {label(width)}, {label(stride)} and "
             f"{label(dilation)}"
         )
     count = several.pop() if several else 1
@@ -252,9 +252,9 @@ class Square(_ByAxis):
     .. math:: \max(|y_q - y_k|, |x_q - x_k|) < r
 
     Args:
-        radius: half side r in tokens, 1 or more; strict like the disc's, so the side is 2 r - 1. Of every axis, or a tuple.
-        stride: runs of so many queries have the window of their middle one.
-        dilation: queries see keys of their own phase alone, one in so many.
+        radius: half side r in tokens, 1 or more; strict like the disc's, so the side is 2 r - 1. For every axis, or a tuple.
+        stride: length of the runs of queries that share the window of their middle one.
+        dilation: d: queries see only every d-th key, those of their own phase.
 
     Stride and dilation have NATTEN's meaning (arXiv 2504.16922, 2209.15001), and may be tuples.
     """
@@ -312,10 +312,10 @@ class Neighborhood(_ByAxis):
     and likewise in x with w.
 
     Args:
-        kernel: side k in tokens, 1 or more, of every axis, or a tuple; a grid smaller than the kernel is an error.
-        stride: runs of so many queries have the window of their middle one, 1 to k (generalized neighborhood attention, arXiv
-            2504.16922).
-        dilation: queries see keys of their own phase alone, one in so many (dilated neighborhood attention, arXiv
+        kernel: side k in tokens, 1 or more, for every axis, or a tuple; a grid smaller than the kernel is an error.
+        stride: length of the runs of queries that share the window of their middle one, 1 to k (generalized neighborhood
+            attention, arXiv 2504.16922).
+        dilation: d: queries see only every d-th key, those of their own phase (dilated neighborhood attention, arXiv
             2209.15001). A grid smaller than kernel times dilation is an error.
     """
 
@@ -357,8 +357,8 @@ class Neighborhood(_ByAxis):
             sides = " x ".join(map(str, layout.shape if layout.frames > 1 else layout.shape[1:]))
             dilated = "" if self.dilation == 1 else f" with dilation {label(self.dilation)}"
             raise ValueError(
-                f"a neighborhood of {kernel} tokens{dilated} does not fit into a grid of {sides}; every query would not have "
-                "equally many keys. Use a smaller kernel, or Square"
+                f"a neighborhood of {kernel} tokens{dilated} does not fit into a grid of {sides}: not every query could "
+                "have equally many keys. Use a smaller kernel, or Square"
             )
 
 

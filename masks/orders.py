@@ -1,7 +1,7 @@
 """Token orders: which raster index is at each place of the image order.
 
-Attention works on blocks of consecutive tokens, and what it executes grows with the surface of these. So tokens are walked in
-bands, whose consecutive tokens lie close together. Raster order is the other choice.
+Attention works on blocks of consecutive tokens, and the work grows with the perimeter of these blocks. So tokens are walked in
+bands, where consecutive tokens lie close together. Raster order is the alternative.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLOCK = 128
 """Largest block that tiles are lined up with when the image does not start at a multiple of it."""
 
 CLIP_BAND = (4, 4)
-"""Frames and rows of a band of the tiled order of several frames, where no window says better (``flexclear.masks.suited``)."""
+"""Frames and rows of a band in the tiled order of several frames, unless a window suits others (``flexclear.masks.suited``)."""
 
 Order = str | tuple[int, int]
 """A name of ``ORDERS``, or frames and rows of the bands of several frames."""
@@ -52,7 +52,7 @@ class Bands:
         last: rows of the last one.
         width: columns of each.
         turned: whether rows and columns have changed places: bands then lie side by side.
-        ahead: how many places of the walk's end come first.
+        ahead: how many places from the end of the walk come first.
     """
 
     count: int
@@ -64,11 +64,11 @@ class Bands:
 
 
 def bands_of(height: int, width: int, start: int) -> Bands:
-    """The bands of a grid whose first token is at sequence position ``start``. Two rules keep runs on tiles where they can be:
+    """The bands of a grid whose first token is at sequence position ``start``. Two rules keep runs on tiles where possible:
 
     - bands lie along the side that 8 divides, so that a band is a whole number of tiles;
-    - where text in front shifts the image against the blocks, the end of the walk comes first, as many tokens as fill
-      the block that text has begun; from the next block on, runs are tiles again.
+    - where text in front shifts the image against the blocks, the end of the walk comes first: as many tokens as complete
+      the block that the text began; from the next block on, runs are tiles again.
     """
     turned = width % BAND != 0 and height % BAND == 0
     side, length = (width, height) if turned else (height, width)

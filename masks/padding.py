@@ -17,7 +17,7 @@ from flexclear.masks.windows import MaskMod
 def with_text_mask(mask: BlockMask | Tensor, layout: Layout, keep: Tensor) -> BlockMask | Tensor:
     """``mask`` without the text keys that are padding. The block lists are shared, not copied.
 
-    Rows of padded text queries stay: they see what text sees, their output is nobody's key.
+    Rows of padded text queries stay: they see what text sees, and nothing attends to them.
 
     Args:
         mask: from ``block_mask(..., text_padded=True)``, or a dense ``[seq_len, keys]``.
@@ -59,7 +59,7 @@ def with_text_mask_at(mask: BlockMask | Tensor, start: int, keep: Tensor) -> Blo
 
 
 def _unpadded(inner: MaskMod, keep: Tensor, start: int) -> MaskMod:
-    """``inner`` and the table of kept text; sizes are tensors, so that no prompt costs a graph."""
+    """``inner`` combined with the table of kept text; sizes are tensors, so that no prompt needs a new graph."""
     device, length = keep.device, keep.shape[1]
     bucket = next(1 << bits for bits in (16, 20, 24) if keep.numel() <= 1 << bits)
     table = torch.ones(bucket, dtype=torch.bool, device=device)

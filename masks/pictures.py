@@ -1,4 +1,4 @@
-"""Masks as images: uint8 RGB tensors ``[height, width, 3]``, which any image library takes."""
+"""Masks as images: uint8 RGB tensors ``[height, width, 3]``, which any image library accepts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def window_picture(layout: Layout, window: Window, query: tuple[int, ...] | None
     Args:
         layout: the sequence.
         window: a window of this package.
-        query: row and column of the query, of several frames (frame, row, column); the middle by default.
+        query: row and column of the query, or (frame, row, column) for several frames; the middle by default.
 
     Raises:
-        ValueError: the query is not on the grid, or the window makes no sense there.
+        ValueError: the query is not on the grid, or the window does not fit it.
     """
     window.check(layout)
     shape = layout.shape if layout.frames > 1 else layout.shape[1:]

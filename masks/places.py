@@ -1,4 +1,4 @@
-"""Where an image token is, and how a table of many of them holds it: one int32 for frame, row and column together."""
+"""Where an image token is, and how tables store that: frame, row and column packed into one int32."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 
 TEXT, POOLED, PADDING = -1, -2, -3
-"""What a table holds in place of a place for tokens that are no image tokens."""
+"""What a table holds for tokens that are not image tokens."""
 
 Coordinates = tuple[Tensor, Tensor, Tensor]
-"""Frame, row and column of some tokens, along axes 0, 1 and 2. The frame of an image's tokens is 0."""
+"""Frame, row and column of some tokens, axes 0, 1 and 2. An image's tokens are all in frame 0."""
 
 Interval = tuple[Tensor, Tensor]
-"""First and last place of many stretches of an axis, inclusive, int32."""
+"""First and last place of many intervals of an axis, inclusive, int32."""
 
 Box = tuple[Interval, Interval, Interval]
-"""Many cuboids of tokens: their intervals of frames, rows and columns."""
+"""Many cuboids of tokens: their intervals along frames, rows and columns."""
 
 FAR = 1 << 20
 """An empty interval goes from FAR to -FAR."""
 
 
 class Packing(ABC):
-    """How a place is one int32: the frame in front, then the row, then the column.
+    """How a place is packed into one int32: the frame first, then the row, then the column.
 
     >>> IMAGES.unpack(torch.tensor(3 << 16 | 5))
     (tensor(0), tensor(3), tensor(5))
 
-    Shifts are literals. Read from attributes they would be symbols of the compiled kernel: one more argument, and the mask of
-    some bits a power in float64, for every pair of a partial block.
+    Shifts are literals. Read from attributes, they would become symbols of the compiled kernel: one more argument, and a bit
+    mask computed as a power in float64 for every pair of a partial block.
 
     Attributes:
         has_frames: whether there is more than frame 0.
@@ -44,11 +44,11 @@ class Packing(ABC):
 
     @abstractmethod
     def unpack(self, packed: Tensor) -> Coordinates:
-        """What ``pack`` was given; of tokens that are no image tokens, anything."""
+        """Undo ``pack``; undefined for tokens that are not image tokens."""
 
 
 class _OfImages(Packing):
-    """Of one frame: 15 bits of the row, 16 of the column."""
+    """One frame: 15 bits for the row, 16 for the column."""
 
     has_frames = False
 
@@ -60,7 +60,7 @@ class _OfImages(Packing):
 
 
 class _OfClips(Packing):
-    """Of several frames: 10 bits of each axis."""
+    """Several frames: 10 bits for each axis."""
 
     has_frames = True
 
@@ -75,7 +75,7 @@ IMAGES, CLIPS = _OfImages(), _OfClips()
 
 
 def gap(query: Interval, key: Interval) -> Tensor:
-    """Least distance between places of two intervals, 0 where they overlap; at most 16384, also of empty ones."""
+    """Least distance between places of two intervals, 0 where they overlap; at most 16384, even for empty ones."""
     return torch.maximum(query[0] - key[1], key[0] - query[1]).clamp_(0, _MOST)
 
 

@@ -1,4 +1,4 @@
-"""Asking a ``mask_mod`` itself, in bounded memory: exact for any function, quadratic in time."""
+"""Evaluating a ``mask_mod`` itself, in bounded memory: exact for any function, quadratic in time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from flexclear.masks.windows import MaskMod
 
 MAX_PAIRS_AT_ONCE = 1 << 24
-"""Token pairs that are evaluated in one go; some 200 MB with a typical rule's intermediate results."""
+"""Token pairs that are evaluated at once; about 200 MB with a typical rule's intermediate results."""
 
 
 def ask(mask_mod: MaskMod, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def ask(mask_mod: MaskMod, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     if not isinstance(answer, Tensor) or answer.dtype != torch.bool:
         given = f"a {answer.dtype} tensor" if isinstance(answer, Tensor) else repr(answer)
         raise TypeError(
-            f"mask_mod {getattr(mask_mod, '__name__', mask_mod)!r} must return a bool tensor, it returned {given}"
+            f"mask_mod {getattr(mask_mod, '__name__', mask_mod)!r} must return a bool tensor, but returned {given}"
         )
     return answer.expand(shape)
 
@@ -31,10 +31,10 @@ def ask(mask_mod: MaskMod, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
 def scan_blocks(
     mask_mod: MaskMod, q_len: int, kv_len: int, block_size: tuple[int, int], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Classify every block by evaluating all its token pairs, padding counted as not allowed.
+    """Classify every block by evaluating all its token pairs; padding counts as not allowed.
 
     Args:
-        mask_mod: a function of the positions alone; batch and head are asked as 0.
+        mask_mod: a function of the positions alone; it is evaluated for batch 0 and head 0.
         q_len, kv_len: tokens along each axis.
         block_size: tokens per (query, key-value) block.
         device: where the function's captured tensors are.
@@ -50,7 +50,7 @@ def scan_blocks(
     for start in range(0, q_blocks, rows_at_once):
         q_idx = torch.arange(start * q_size, min(start + rows_at_once, q_blocks) * q_size, device=device)
         inside = (q_idx < q_len)[:, None] & (kv_idx < kv_len)[None, :]
-        # Positions beyond the end are asked as the last one, so that tables are never read past their end.
+        # Positions beyond the end are evaluated as the last one, so that tables are never read past their end.
         allowed = ask(mask_mod, q_idx.clamp_max(q_len - 1)[:, None], kv_idx.clamp_max(kv_len - 1)[None, :]) & inside
         blocks = allowed.view(-1, q_size, kv_blocks, kv_size).transpose(1, 2).flatten(2)
         found_any.append(blocks.any(-1).cpu())

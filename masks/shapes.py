@@ -1,4 +1,4 @@
-"""The windows: CLEAR's disc, and those that it is compared with (paper section 4, Table 1).
+"""The windows: CLEAR's disc, and those it is compared with (paper section 4, Table 1).
 
 Each class states its inequality for a query (y_q, x_q) and a key (y_k, x_k) on a grid of h x w image tokens. Neighborhoods and
 squares are in ``neighborhoods.py``, windows over the frames of a video in ``tubes.py``.
@@ -24,7 +24,7 @@ MAX_FLOAT_RADIUS = 1 << 12
 
 
 def _at_offset(side_a: int, side_b: int, offsets: Tensor) -> Tensor:
-    """How many pairs of a place on one axis and a place on another lie each offset apart."""
+    """For each offset, the number of pairs of a place on one axis and a place on another that lie that far apart."""
     return (torch.minimum(torch.tensor(side_a), side_b - offsets) - (-offsets).clamp(min=0)).clamp(min=0)
 
 

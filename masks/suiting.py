@@ -1,8 +1,8 @@
-"""The token order of several frames that suits a window.
+"""The token order that suits a window over several frames.
 
-Attention executes whole blocks of consecutive tokens, so that what it executes depends on their shape, and the best shape on the
-window's: of one that sees every frame at the own place, blocks through all frames; of one that sees a frame or two, flat ones.
-One order for all would execute up to 1.8 times as much (``bench/results/clips.md``).
+Attention executes whole blocks of consecutive tokens, so the work depends on their shape, and the best shape depends on the
+window: blocks through all frames for one that sees the same place in every frame, flat blocks for one that sees a frame or two.
+A single order for all windows would execute up to 1.8 times as much (``bench/results/clips.md``).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _QUERIES = 256
 
 @independent
 def suited(layout: Layout, window: Window | None) -> Layout:
-    """``layout`` in bands of as many frames and rows as make ``window`` execute least, of those that are tried.
+    """``layout`` in the bands of frames and rows, among those tried, that make ``window`` execute least.
 
     >>> from flexclear.masks import all_frames
     >>> suited(Layout(12, 20, text_len=0, frames=9), all_frames(3)).order
     (9, 2)
 
-    An image stays as it is, and so does a layout whose order is ``"raster"`` or bands of one's own.
+    An image stays as it is, and so does a layout whose order is ``"raster"`` or bands of your own.
 
     Args:
         layout: the sequence.
-        window: what is attended under; None: dense attention, of which any order is right.
+        window: the window; None: dense attention, for which any order will do.
 
     Raises:
-        ValueError: the window makes no sense over the layout.
+        ValueError: the window does not fit the layout.
     """
     if layout.frames == 1 or layout.order != "tiled" or window is None:
         return layout

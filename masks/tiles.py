@@ -1,4 +1,4 @@
-"""What windows over a video are compared with: sliding tiles, and frames that everything sees."""
+"""Other masks over a video: sliding tiles, which windows are compared with, and frames that all queries see."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from flexclear.masks.windows import Rule, Window
 
 @dataclass(frozen=True)
 class TileWindow(Window):
-    """Sliding tiles: queries of a tile see the tiles around it, at the border as many as elsewhere (Sliding Tile Attention,
-    arXiv 2502.04507). Where a tile does not divide a side, the last one is smaller.
+    """Sliding tiles: queries of a tile see the tiles around it, as many at the border as elsewhere (Sliding Tile Attention,
+    arXiv 2502.04507). Where the tile does not divide a side, the last one is smaller.
 
     Args:
-        tile: sides of a tile in tokens, of every axis, or a tuple.
-        window: tiles that are seen along each axis, an odd number; all where there are no more.
+        tile: side of a tile in tokens, for every axis, or a tuple.
+        window: number of tiles seen along each axis, odd; where an axis has fewer, all are seen.
     """
 
     tile: PerAxis
@@ -137,7 +137,7 @@ class Anchors(Window):
     def check(self, layout: Layout) -> None:
         if max(self.frames) >= layout.frames:
             raise ValueError(
-                f"Anchors({self.frames}) names a frame that a layout of {layout.frames} frames does not have"
+                f"Anchors({self.frames}) names a frame that this layout of {layout.frames} frames does not have"
             )
 
     def _marked(self, count: int) -> list[int]:

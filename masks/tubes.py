@@ -1,4 +1,4 @@
-"""Windows over the frames of a video: a disc in each frame, whose radius goes by the distance in time."""
+"""Windows over the frames of a video: a disc in each frame, whose radius depends on the distance in time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexclear.masks.shapes import MAX_FLOAT_RADIUS, offset_pairs
 from flexclear.masks.windows import Rule, Window
 
 MAX_SQUARE = (2 * MAX_SIDE) ** 2
-"""Beyond the largest diagonal every radius is the same window."""
+"""Beyond the largest diagonal, every radius gives the same window."""
 
 FEWEST_STEPS = 4
 """Distances in time at which radii that follow no formula may change, at least."""
@@ -29,19 +29,19 @@ class Tube(Window):
 
     .. math:: (y_q - y_k)^2 + (x_q - x_k)^2 < R_{|t_q - t_k|}
 
-    where R is ``squared_radii``. A frame beyond them is not seen, or as through the last of them (``repeat_last``). Over the one
-    frame of an image it is ``Disc``. ``cylinder``, ``all_frames``, ``ball`` and ``radial`` make the usual ones.
+    where R is ``squared_radii``. Frames further away are not seen, or are seen with the last radius (``repeat_last``). Over an
+    image, which has one frame, it is ``Disc``. ``cylinder``, ``all_frames``, ``ball`` and ``radial`` make the usual ones.
 
-    >>> Tube((256, 256, 64))                            # radius 16 in the own frame and the next, 8 in the one after
+    >>> Tube((256, 256, 64))                            # radius 16 in its own frame and the next, 8 in the one after
     Tube(squared_radii=(256, 256, 64), repeat_last=False)
 
     Args:
         squared_radii: R of frames 0, 1, 2 ... away, in tokens squared: whole numbers of 1 or more, never increasing. The
             inequality is strict, so 1 is the same place alone.
-        repeat_last: whether frames beyond are seen as through the last radius.
+        repeat_last: whether frames further away are seen with the last radius.
 
     Raises:
-        TypeError: ``squared_radii`` is no tuple of ints, or ``repeat_last`` no bool.
+        TypeError: ``squared_radii`` is not a tuple of ints, or ``repeat_last`` is not a bool.
         ValueError: there are none, one is out of range, or they increase.
     """
 
@@ -113,8 +113,8 @@ class Tube(Window):
         return inside
 
     def _in_steps(self, squares: list[int], number: Number) -> Rule:
-        """Radii that follow no formula, step by step. A table of them would be a gather for every pair, which CUDA's kernels do
-        through shared memory: more than an sm_89 has. Steps that no clip reaches fill up, so that windows share graphs."""
+        """Radii that follow no formula, step by step. A table would cost a gather for every pair, which CUDA's kernels do through
+        shared memory: more than an sm_89 has. Steps beyond any clip pad the list, so that windows share graphs."""
         first, *others = squares
         falls = [(away, square) for away, square in enumerate(others, 1) if square != squares[away - 1]]
         count = max(FEWEST_STEPS, 1 << (len(falls) - 1).bit_length())
@@ -180,7 +180,7 @@ def cylinder(r: int, frame_radius: int) -> Tube:
 
     Args:
         r: window radius in tokens, 1 or more.
-        frame_radius: in frames of tokens (of Wan, one is four frames of video), 0 or more; 0: the own frame alone.
+        frame_radius: in frames of tokens (one of Wan's is four frames of video), 0 or more; 0: only the query's own frame.
     """
     check_int("frame_radius", frame_radius, 0, MAX_CLIP_SIDE - 1, "in frames of tokens")
     return Tube((_check_radius(r) ** 2,) * (frame_radius + 1))

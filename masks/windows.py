@@ -4,7 +4,7 @@
 
 A window is a frozen dataclass, hashable, that knows nothing of devices or token orders. ``window.mask_mod(layout,
 device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``. Its subclasses are in ``shapes.py`` and
-``downsampled.py``; what windows are combined to is here.
+``downsampled.py``; combinations of windows are here.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FlexAttention's signature: ``(batch, head, query position, key position) -> bool``, on 0-d or broadcast tensors."""
 
 Rule = Callable[[Coordinates, Coordinates], Tensor]
-"""(Frame, row, column) of queries, and of keys, to bool, on broadcast tensors of numbers."""
+"""Maps (frame, row, column) of queries and of keys to bool, on broadcast tensors of numbers."""
 
 
 class Window(ABC):
-    """What masks, block classification and costs ask of a window.
+    """The interface that masks, block classification and costs use.
 
     ``touches`` and ``covers`` decide blocks from bounding boxes. They must be safe: ``touches`` may be False only if
-    no pair of the boxes is allowed, ``covers`` True only if every pair is. Where both are exact, blocks that are
-    rectangles get exactly the lists that looking at every pair would give.
+    no pair of the boxes is allowed, ``covers`` True only if every pair is. Where both are exact, rectangular blocks get
+    exactly the lists that looking at every pair would give.
     """
 
     @property
@@ -67,14 +67,14 @@ class Window(ABC):
         return False
 
     def check(self, layout: Layout) -> None:
-        """Raise if the window makes no sense over ``layout``.
+        """Raise if the window does not fit ``layout``.
 
         Raises:
             ValueError: it does not; the message says what would.
         """
         if layout.frames > 1 and not self.knows_frames:
             raise ValueError(
-                f"the window {self.name} is one of images and does not say which of {layout.frames} frames a query sees. Use "
+                f"the window {self.name} is for images and does not say which of {layout.frames} frames a query sees. Use "
                 "a Tube: cylinder(r, frame_radius), all_frames(r), ball(r, frame_scale) or radial(r)"
             )
 
@@ -85,12 +85,12 @@ class Window(ABC):
         Args:
             layout: the sequence.
             number: turns each whole number of the rule into a 0-d tensor of the coordinates' type. FlexAttention compiles
-                Python numbers in, and every radius and size would be a new graph.
+                Python numbers in, so every radius and size would need a new graph.
         """
 
     @abstractmethod
     def touches(self, layout: Layout, query: Box, key: Box) -> Tensor:
-        """Whether any pair of a query of one box and a key of the other may be allowed: bool, broadcast."""
+        """Whether any pair of a query in one box and a key in the other may be allowed: bool, broadcast."""
 
     @abstractmethod
     def covers(self, layout: Layout, query: Box, key: Box) -> Tensor:
@@ -115,7 +115,7 @@ class Window(ABC):
 
     @property
     def reach(self) -> int | None:
-        """One more than the largest offset along an axis of a key that is seen; None: not bounded. Block sizes go by it."""
+        """One more than the largest offset along an axis at which a key is seen; None: unbounded. Block sizes depend on it."""
         return None
 
     def pooled_grid(self, layout: Layout) -> tuple[int, int]:
@@ -123,7 +123,7 @@ class Window(ABC):
         return 0, 0
 
     def key_len(self, layout: Layout) -> int:
-        """Number of keys: the sequence, and pooled keys behind it."""
+        """Number of keys: the sequence, then the pooled keys."""
         rows, columns = self.pooled_grid(layout)
         return layout.seq_len + rows * columns
 
@@ -146,10 +146,10 @@ class Window(ABC):
 
         Args:
             layout: the sequence.
-            device: where the numbers and tables are put that it captures.
+            device: where the numbers and tables that it captures are placed.
             coordinates: where they come from, see ``flexclear.masks.coordinates.Source``; None: what suits the device.
             queries_from: sequence position of query 0 where queries are image tokens (``flexclear.masks.apart``), whose rows
-                are asked less; what it says of text among them is nothing. None: queries are the sequence, from its start.
+                need fewer checks; for text among them the result is meaningless. None: queries are the sequence, from its start.
         """
         source = default_source(device) if coordinates is None else coordinates
         self.check(layout)
@@ -207,14 +207,14 @@ class Window(ABC):
 
 
 class _Composed(Window):
-    """Windows whose answers are joined, pair by pair."""
+    """Windows whose results are combined, pair by pair."""
 
     parts: tuple[Window, ...]
 
     @staticmethod
     @abstractmethod
     def _join(first: Tensor, second: Tensor) -> Tensor:
-        """Two answers joined, element by element."""
+        """Two results combined, element by element."""
 
     def __init__(self, *parts: Window) -> None:
         verb = type(self).__name__
@@ -316,7 +316,7 @@ def captured_tensors(captured: object) -> list[Tensor]:
 
 
 def is_plain(window: Window | MaskMod) -> TypeGuard[MaskMod]:
-    """Whether ``window`` is a ``mask_mod`` that carries no window: somebody's own function."""
+    """Whether ``window`` is a ``mask_mod`` that carries no window: a function of the caller's own."""
     return callable(window) and not isinstance(window, Window) and not hasattr(window, "window")
 
 

@@ -290,7 +290,7 @@ BAD = {
     "one block": (lambda: block_mask(TINY, Disc(2), block_size=(64,)), ValueError, r"\(64,\)"),
     "no window": (lambda: block_mask(TINY, 16), TypeError, "window must be a window of flexclear.masks .* got 16"),
     "not bool": (
-        lambda: block_mask(TINY, lambda b, h, q, k: q - k), TypeError, "must return a bool tensor, it returned a torch.int64"),
+        lambda: block_mask(TINY, lambda b, h, q, k: q - k), TypeError, "must return a bool tensor, but returned a torch.int64"),
     "dense": (lambda: dense_mask(TINY, 16), TypeError, r"such as Disc\(16\).* got 16"),
 }  # fmt: skip
 

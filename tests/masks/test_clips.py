@@ -128,7 +128,7 @@ def test_windows_are_values():
 )
 def test_windows_of_images_are_refused_over_frames(window):
     for make in (dense_mask, block_mask, cost, suited):
-        with pytest.raises(ValueError, match=r"one of images and does not say which of 3 frames .* cylinder\(r"):
+        with pytest.raises(ValueError, match=r"is for images and does not say which of 3 frames .* cylinder\(r"):
             make(Layout(8, 8, 5, frames=3), window)
 
 
@@ -145,14 +145,14 @@ BAD = [
     (lambda: Layout(8, 8, frames=1025), ValueError, "Layout frames"),
     (lambda: Layout(1025, 8, frames=2), ValueError, "Layout height .*1024"),
     (lambda: Layout(8, 8, frames=2, references=((4, 4),)), ValueError, "references .* 2 frames"),
-    (lambda: Layout(8, 8, order=(4, 4)), ValueError, "are of several frames"),
+    (lambda: Layout(8, 8, order=(4, 4)), ValueError, "need several frames"),
     (lambda: Layout(8, 8, frames=4, order=(0, 4)), ValueError, "frames of a band"),
     (lambda: Layout(8, 8, frames=4, order=(4,)), TypeError, r"a pair \(frames, rows\)"),
     (lambda: Neighborhood((3, 5)).check(Layout(8, 8, frames=4)), ValueError, "of rows and columns, and this layout has 4"),
     (lambda: Neighborhood((5, 3, 3)).check(Layout(8, 8, frames=4)), ValueError, "does not fit into a grid of 4 x 8 x 8"),
     (lambda: Neighborhood(3, dilation=3).check(Layout(8, 8)), ValueError, "with dilation 3 does not fit"),
     (lambda: Neighborhood(3, stride=4), ValueError, "stride must be no larger"),
-    (lambda: Neighborhood((3, 3), stride=(1, 1, 1)), ValueError, "of the same axes"),
+    (lambda: Neighborhood((3, 3), stride=(1, 1, 1)), ValueError, "must have the same axes"),
     (lambda: Neighborhood((3,)), TypeError, r"\(frames, rows, columns\), got \(3,\)"),
     (lambda: TileWindow(4, 2), ValueError, "must be odd"),
     (lambda: Anchors(()), TypeError, "tuple of frame numbers"),
