@@ -1,7 +1,7 @@
 """Compilation and low precision: attention that is always fused, blocks compiled once, eight-bit linears.
 
-Knows torch, torchao, and of masks their blocks and lengths. The passes have one order: transform, weights, LoRA, quantise,
-compile.
+Depends on torch, torchao, and the blocks and lengths of masks. The passes have a fixed order: transform, weights, LoRA,
+quantise, compile.
 """
 
 from flexclear.compile.blocks import repeated_blocks

@@ -8,9 +8,9 @@ from torch import nn
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of ``model`` in the order of the forward pass.
 
-    Modules of the classes that diffusers names (``_repeated_blocks``), and the members of the model's own lists of modules
-    whose class is a transformer block, or that wrap one (HiDream): there may be no names (SD3), or others than the blocks
-    that a variant has (HunyuanVideo from an image). Without any, members whose class is a block (CogVideoX).
+    Modules of the classes that diffusers names (``_repeated_blocks``), and members of the model's own module lists whose class
+    is a transformer block or wraps one (HiDream): the names may be missing (SD3), or may not include the blocks of a
+    variant (image-to-video HunyuanVideo). Failing those, list members whose class is a block (CogVideoX).
 
     Raises:
         ValueError: none is found.
@@ -31,13 +31,13 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def hook_inside(block: nn.Module) -> str | None:
-    """What diffusers or accelerate have hooked inside ``block``, in words; None: nothing."""
+    """A description of the hooks that diffusers or accelerate have put inside ``block``; None: there are none."""
     found = _hooked(block)
     return None if found is None else hook_on(found[1], found[0])
 
 
 def hook_on(module: nn.Module, name: str) -> str | None:
-    """What diffusers or accelerate have put around the forward of ``module``, in words; None: nothing."""
+    """A description of the hooks that diffusers or accelerate have put around the forward of ``module``; None: there are none."""
     own = vars(module)
     if "forward" not in own:
         return None

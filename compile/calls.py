@@ -15,7 +15,7 @@ Size = tuple[int, ...]
 
 
 class WithText(Protocol):
-    """What knows the call's lengths, as the plan of a transformed model does, which a block's arguments carry."""
+    """Knows the lengths of a call, as the plan of a transformed model does, which travels with a block's arguments."""
 
     @property
     def image_len(self) -> int:
@@ -32,9 +32,9 @@ class WithText(Protocol):
 def ready(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of one call of a block, with their text lengths marked and their tokens in one layout of memory.
 
-    Blocks hand on views of what attention returned, in which the distance between two samples is that of text and image
-    together; Dynamo would compile it in, and the first block of a stack would be another graph than the rest. A view that
-    is dense costs nothing to bring into shape; in a batch of several samples it is copied.
+    Blocks pass on views of what attention returned, whose stride between samples spans text and image together. Dynamo would
+    compile that stride in, and the first block of a stack would need a different graph from the rest. A dense view costs
+    nothing to bring into shape; in a batch of several samples it is copied.
     """
     plan = _plan((*args, *kwargs.values()))
     args, kwargs = tuple(map(_dense, args)), {name: _dense(value) for name, value in kwargs.items()}
@@ -45,9 +45,9 @@ def ready(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def mark(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: WithText | None = None) -> None:
     """Mark what changes with the number of text tokens in the arguments of a call.
 
-    The plan of a transformed model says what that is. Elsewhere ``encoder_hidden_states`` are taken for the text; and a
-    module that has none, for one that gets text and image in its first argument. What belongs to the image is never marked,
-    also where there are as many text tokens: Dynamo compiles anew for a mark that a graph was made without.
+    The plan of a transformed model says what that is. Otherwise ``encoder_hidden_states`` are taken for the text, and a module
+    without them is assumed to get text and image in its first argument. What belongs to the image is never marked, even where
+    there are as many text tokens: Dynamo recompiles for a mark that a graph was made without.
     """
     named = _named(module, args, kwargs)
     first, text = _first(named), named.get("encoder_hidden_states")
@@ -85,8 +85,8 @@ def _mark(tensor: Tensor, lengths: set[int], mask: bool = False) -> None:
 
 
 def size_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Size | None:
-    """What a call is compiled for whatever its text: samples and image tokens; None where text and image cannot be told
-    apart."""
+    """What a call is compiled for, whatever its text: numbers of samples and image tokens; None where text and image cannot
+    be told apart."""
     named = _named(module, args, kwargs)
     first, plan = _first(named), _plan(named.values())
     if first is None:

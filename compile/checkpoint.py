@@ -22,7 +22,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
 
     Args:
         model: what ``quantize`` was called on.
-        path: the file; written under another name first, so that a crash leaves no half of it.
+        path: the file; written under another name first, so that a crash leaves no partial file.
 
     Raises:
         ValueError: the model is not quantised, is offloaded in parts, or has a LoRA loaded.
@@ -48,8 +48,8 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
     """Put the weights of ``save_quantized`` into a model of the same configuration, in place.
 
     Args:
-        model: of any values, transformed as the saved one was where that had pooling weights (``down_factor``); its
-            parameters are replaced by those of the file, on the model's device.
+        model: its parameters are replaced by those of the file, on the model's device. Where the saved model had pooling
+            weights (``down_factor``), transform this one in the same way first.
         path: the file.
 
     Returns:
@@ -57,8 +57,8 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file of quantised weights, is damaged, or is of another model; or the model is offloaded or
-            has a LoRA loaded. Nothing is changed then.
+        ValueError: the file does not hold quantised weights, is damaged, or belongs to another model; or the model is offloaded
+            or has a LoRA loaded. Nothing is changed then.
     """
     from safetensors import SafetensorError, safe_open
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
@@ -75,18 +75,18 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
             own = json.loads(metadata.pop("flexclear", "{}"))
             if own.get("format") != FORMAT:
                 raise ValueError(
-                    f"{path} holds no quantised weights of flexclear ({FORMAT}); format: {own.get('format')!r}"
+                    f"{path} does not hold quantised weights of flexclear's format {FORMAT}; its format: {own.get('format')!r}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     state, left = unflatten_tensor_state_dict(tensors, metadata)
     present = model.state_dict()
     missing, unexpected = sorted(present.keys() - state.keys()), sorted([*(state.keys() - present.keys()), *left])
     wrong = [n for n in state.keys() & present.keys() if state[n].shape != present[n].shape]
     if missing or unexpected or wrong:
         raise ValueError(
-            f"{path} is of another model than this {type(model).__name__} (it was saved from a {own.get('model')}): "
+            f"{path} does not fit this {type(model).__name__} (it was saved from a {own.get('model')}): "
             f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, "
             f"{len(wrong)} of another shape {sorted(wrong)[:3]}{_hint([*missing, *unexpected, *wrong])}"
         )
@@ -108,7 +108,7 @@ def _check_no_lora(model: nn.Module, action: str) -> None:
 
 def _hint(names: list[str]) -> str:
     if any(name.endswith(".processor.spatial_weight") for name in names):
-        return ". Pooling weights differ: flexclear.transform the model with the down_factor of the saved one first"
+        return ". Pooling weights differ: call flexclear.transform with the saved model's down_factor first"
     if any(".to_qkv." in name or ".to_added_qkv." in name for name in names):
         return ". One of them has fused projections: model.fuse_qkv_projections() on both, or on neither"
     return ""

@@ -1,4 +1,4 @@
-"""What stands in the place of a module's forward or of its call once it is compiled."""
+"""What replaces a module's forward, or its call, once it is compiled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flexclear.compile.blocks import hook_inside, hook_on, repeated_blocks
 from flexclear.compile.calls import Size, mark, ready, size_of
 
 GRAPHS_PER_SIZE = 2
-"""Graphs that one kind of block may need for one size: one, and one more for texts of one token or none."""
+"""Graphs that one kind of block may need per size: one, and one more for texts of at most one token."""
 
 VARIANTS = 4
-"""By how many they may multiply: with and without gradients, padding in the text, dense steps, an adapter."""
+"""How many times as many there may be: with and without gradients, padded text, dense steps, an adapter."""
 
 
 class Room:
-    """The sizes that a model has been compiled for, as many as there is room for; without limit where that is None."""
+    """The sizes that a model has been compiled for, up to ``max_sizes``; without limit where that is None."""
 
     def __init__(self, model: str, max_sizes: int | None) -> None:
         self.model, self.max_sizes = model, max_sizes
@@ -38,28 +38,28 @@ class Room:
         with self._lock:
             if len(self._seen) >= self.max_sizes and size not in self._seen:
                 raise RuntimeError(
-                    f"this {self.model} was compiled with max_sizes={self.max_sizes} and has met as many; tokens of "
-                    f"{' x '.join(map(str, size))} (samples x image tokens) would be one more. Give a larger max_sizes, or "
+                    f"this {self.model} was compiled with max_sizes={self.max_sizes} and has met that many; tokens of "
+                    f"{' x '.join(map(str, size))} (samples x image tokens) would be one more. Pass a larger max_sizes, or "
                     "dynamic=True for one set of graphs for all sizes, to flexclear.optimize or compile_blocks"
                 )
             self._seen.add(size)
 
     def full(self, module: nn.Module) -> RuntimeError:
-        """What to raise where Dynamo makes no more graphs."""
+        """The error for a model that Dynamo makes no more graphs for."""
         return RuntimeError(
             f"Dynamo makes no more graphs for {type(module).__name__} of this {self.model}: there is room for "
             f"{GRAPHS_PER_SIZE * VARIANTS} of each size. flexclear.compile.report() names the cause of each. If these are "
-            "sizes of several models, give a larger max_sizes, or dynamic=True for one set of graphs for all sizes, to "
+            "sizes of several models, pass a larger max_sizes, or dynamic=True for one set of graphs for all sizes, to "
             "flexclear.optimize or compile_blocks"
         )
 
 
 class CompiledForward:
-    """A block's ``forward`` as a graph, in the instance's own ``forward``: hooks of other libraries, which replace that,
-    find it there and run around it as Python. ``_compiled_call_impl`` of the block says whether it is in force, since it
-    cannot be taken out from under such hooks.
+    """A block's ``forward`` as a graph, stored as the instance's own ``forward``: hooks of other libraries, which replace that
+    attribute, find it there and run around it as Python. The block's ``_compiled_call_impl`` says whether it is in force,
+    since it cannot be removed from under such hooks.
 
-    Copies and pickles of the block have its class's forward there, as ``nn.Module.compile`` has it.
+    Copies and pickles of the block get the class's forward instead, as with ``nn.Module.compile``.
     """
 
     __slots__ = ("_compiled", "_module", "_room")
@@ -70,7 +70,7 @@ class CompiledForward:
 
     @property
     def __wrapped__(self) -> Any:
-        # Looked up by inspect.signature, too.
+        # inspect.signature looks it up, too.
         return types.MethodType(type(self._module).forward, self._module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,12 +92,12 @@ class CompiledForward:
             raise self._room.full(self._module) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is asked while its own dictionary is empty, and answers with its class's.
+        # A copy is asked while its own dictionary is still empty, and answers with its class's.
         return getattr, (self._module, "forward")
 
 
 class CompiledModel:
-    """In the place of the ``_compiled_call_impl`` that ``nn.Module.compile`` has made of a whole model."""
+    """Replaces the ``_compiled_call_impl`` that ``nn.Module.compile`` makes of a whole model."""
 
     def __init__(self, module: nn.Module, room: Room) -> None:
         self._module, self._room = module, room
@@ -115,8 +115,8 @@ class CompiledModel:
 
 
 def check_no_hooks(model: nn.Module) -> None:
-    """Raise if another library has put hooks on the repeated blocks of ``model`` or inside them, or somebody has given one a
-    forward of its own: that is what would be compiled, and hooks cannot be.
+    """Raise if another library has put hooks on or inside the repeated blocks of ``model``, or if a block was given a forward of
+    its own: that is what would be compiled, and hooks cannot be.
 
     Raises:
         ValueError: one has.
@@ -128,7 +128,7 @@ def check_no_hooks(model: nn.Module) -> None:
         if found is not None:
             raise ValueError(
                 f"{found} of {name} of this {type(model).__name__} (by enable_group_offload, enable_sequential_cpu_offload, "
-                "enable_cache, enable_layerwise_casting, a device_map or the like), and its blocks are to be compiled without. "
+                "enable_cache, enable_layerwise_casting, a device_map or the like), and its blocks can only be compiled without. "
                 "Compile first: flexclear.optimize(...), then offload or cache; or compile=False"
             )
         own: Any = vars(block).get("forward")
@@ -136,6 +136,6 @@ def check_no_hooks(model: nn.Module) -> None:
         left = isinstance(own, CompiledForward) or getattr(own, "__func__", None) is type(block).forward
         if own is not None and not left:
             raise ValueError(
-                f"{name} of this {type(model).__name__} was given a forward of its own ({own!r:.80}), and its class's is to be "
-                f"compiled. del model.{name}.forward takes it back; or compile=False"
+                f"{name} of this {type(model).__name__} was given a forward of its own ({own!r:.80}), but its class's is to be "
+                f"compiled. Remove it with del model.{name}.forward, or pass compile=False"
             )

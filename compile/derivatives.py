@@ -1,7 +1,7 @@
 """What takes derivatives besides ``Tensor.backward``: forward-mode AD, and the transforms of ``torch.func``.
 
-None of it is seen by a compiled kernel. Inductor reads a dual tensor's primal and drops its tangent without a word, and
-Dynamo refuses the levels of ``torch.func`` outside of what it compiles.
+Compiled kernels see none of it. Inductor reads a dual tensor's primal and silently drops its tangent, and Dynamo refuses
+the levels of ``torch.func`` outside of what it compiles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 def has_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether one of these is a dual tensor of forward-mode AD."""
-    # The level is one for the process, tangents are not: another thread's level must not cost this one its kernels.
+    # The level is shared by the process, tangents are not: another thread's level must not cost this one its kernels.
     return forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in tensors
@@ -31,7 +31,7 @@ def function_transforms() -> tuple[str, ...]:
 
 
 def transforms_in_force(tensors: Iterable[Tensor]) -> str | None:
-    """Name what a computation over these tensors runs under besides reverse-mode autograd, or None."""
+    """Name what a computation over these tensors runs under besides reverse-mode autograd; None: nothing."""
     levels = function_transforms()
     if levels:
         return f"torch.func ({', '.join(levels)})"
@@ -39,7 +39,7 @@ def transforms_in_force(tensors: Iterable[Tensor]) -> str | None:
 
 
 def needs_composite(tensors: Iterable[Tensor]) -> bool:
-    """Whether a fused attention kernel cannot do what is asked of it here: it has one derivative, in reverse mode."""
+    """Whether a fused attention kernel cannot do what is needed here: it has only a reverse-mode derivative."""
     levels = function_transforms()
     return levels not in ((), ("grad",)) or has_tangent(tensors)
 
@@ -52,8 +52,8 @@ def refuse_over_compiled(model: nn.Module, transforms: str) -> None:
     """
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise RuntimeError(
-            f"{transforms} does not reach through the compiled modules of this {type(model).__name__}, which take no notice "
-            "of it. flexclear.compile.uncompile(model) first"
+            f"{transforms} does not reach through the compiled modules of this {type(model).__name__}, which ignore it. "
+            "Call flexclear.compile.uncompile(model) first"
         )
 
 

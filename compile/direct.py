@@ -1,14 +1,14 @@
-"""Compiled attention without Dynamo's wrapper, where a call is known to have the graph of one just before it.
+"""Compiled attention without Dynamo's wrapper, where a call is known to use the same graph as one just before it.
 
-What ``torch.compile`` returns gets ready in every call to compile something: it sets callbacks and configurations, and walks
-through some 200 guards. Beside a small layer's attention that is most of the time. The guards ask for three kinds of facts:
+What ``torch.compile`` returns prepares in every call to compile something: it sets callbacks and configurations, and checks
+some 200 guards. For a small layer's attention that is most of the time. The guards check three kinds of facts:
 state of this thread and process (grad mode, autocast, inference mode, modes of torch functions, deterministic algorithms, ...);
-types, keys of dispatch, sizes, strides and offsets of the arguments; and what the mask is made of, down to the code of its
+types, dispatch keys, sizes, strides and offsets of the arguments; and what the mask is made of, down to the code of its
 ``mask_mod`` and of FlexAttention itself. The layers of one call of a model differ in none of them, as a rule.
 
-So the first of them goes through Dynamo, and ``Held`` keeps the compiled code whose guards it has passed. It serves the others
-for which facts of the first two kinds are the same, compared anew in each, and the mask is the same object with the same parts.
-The third kind is compared once per call of the model. Whatever is not known, or is different, takes Dynamo's road.
+So the first of them goes through Dynamo, and ``Held`` keeps the compiled code whose guards it passed. It serves the others
+whose facts of the first two kinds are the same, compared anew for each, and whose mask is the same object with the same
+parts. The third kind is compared once per call of the model. Anything unknown or different goes through Dynamo.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, BlockMask, float | None], Tensor]
 
 
 class _Internals:
-    """What is looked into of a torch that has Dynamo loaded.
+    """The internals of torch that are used here, once Dynamo is loaded.
 
     Raises:
         ImportError, AttributeError: this torch keeps it elsewhere.
@@ -49,7 +49,7 @@ class _Internals:
         self.State().check()
 
     def outside_of_tracing(self) -> bool:
-        """Whether nothing traces, captures or redirects what runs here: Dynamo's wrapper would only run the code it has."""
+        """Whether nothing traces, captures or redirects what runs here, so that Dynamo's wrapper would only run existing code."""
         stance = self.eval_frame._stance
         return (
             self.callback() is None
@@ -66,7 +66,7 @@ class _Internals:
 
 @functools.cache
 def _internals() -> _Internals | None:
-    """Those of this torch, or None: it keeps them elsewhere, and every call goes through Dynamo."""
+    """The internals of this torch, or None: it keeps them elsewhere, and every call goes through Dynamo."""
     try:
         return _Internals()
     except (ImportError, AttributeError):
@@ -79,7 +79,7 @@ def _facts_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _facts(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Any, ...]:
-    """What guards ask of the arguments and of this thread; ``GlobalStateGuard`` has the rest."""
+    """What guards check of the arguments and of this thread; ``GlobalStateGuard`` covers the rest."""
     return (
         scale,
         *_facts_of(query),
@@ -93,7 +93,7 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tu
 def plain(tensor: Tensor) -> Tensor:
     """``tensor`` for a call without gradients, not known to be a view of another one.
 
-    Dynamo guards on what a view is of, and makes another graph where heads were split off in another way.
+    Dynamo guards on the base of a view, and makes another graph where heads were split off in another way.
     """
     return tensor.data if type(tensor) is Tensor else tensor
 
@@ -110,14 +110,14 @@ class _Passed:
 class Held:
     """The guards that calls of compiled attention have passed, for others like them that follow at once.
 
-    One is for one call of a model, and is dropped after it.
+    An instance serves one call of a model, and is dropped afterwards.
     """
 
     def __init__(self) -> None:
         self._passed: dict[tuple[Any, ...], _Passed] = {}
 
     def find(self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Attend | None:
-        """The compiled code for these arguments, which are ``plain``, or None: not known."""
+        """The compiled code for these ``plain`` arguments; None: not known."""
         if not self._passed:
             return None
         torch_has = _internals()
@@ -134,7 +134,7 @@ class Held:
     def learn(
         self, compiled: Any, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None
     ) -> None:
-        """Keep the code that ``compiled``, of ``torch.compile``, has just run for these arguments, if that can be found out."""
+        """Keep the code that ``compiled``, from ``torch.compile``, has just run for these arguments, if it can be determined."""
         torch_has = _internals()
         if torch_has is None or any(type(tensor) is not Tensor for tensor in (query, key, value)):
             return

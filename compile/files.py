@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the folder of those that are kept for a user."""
+"""Files that appear whole or not at all, and the folder for files that are kept for a user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, er
 """What ``os.link`` reports on file systems without hard links, such as FAT and some network mounts."""
 
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""Of the messages of ``torch.save`` where it cannot write, which do not say why."""
+"""From the messages of ``torch.save`` when it cannot write, which do not say why."""
 
 
 USER_FOLDER = "FLEXCLEAR_CACHE"
@@ -37,7 +37,7 @@ def user_folder() -> Path:
 
 
 def check_user_folder() -> None:
-    """Make ``user_folder``, and raise where nothing could be kept in it.
+    """Make ``user_folder``, and raise if nothing can be kept in it.
 
     Raises:
         OSError: nothing can.
@@ -50,17 +50,17 @@ def check_user_folder() -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"results cannot be kept ({error.strerror}); name another folder in ${USER_FOLDER}",
+            f"results cannot be kept ({error.strerror}); set ${USER_FOLDER} to another folder",
             str(folder),
         ) from error
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
-    """Gives a place to write to; what is there at the end becomes ``path``, readable as the user's umask says.
+    """Yields a place to write to; what is there at the end becomes ``path``, with permissions as the user's umask says.
 
-    Another process sees the old file or the new one, never an empty or partial one. Folders on the way are made. After an
-    exception nothing is left and an older ``path`` is as it was.
+    Other processes see the old file or the new one, never an empty or partial one. Missing parent folders are made. After an
+    exception nothing is left behind, and an older ``path`` is as it was.
 
     Args:
         path: the file.
@@ -92,12 +92,12 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
-    """Gives a folder to write files into; what is in it at the end becomes ``path``. After an exception nothing is left.
+    """Yields a folder to write files into; what is in it at the end becomes ``path``. After an exception nothing is left.
 
     Args:
         path: the folder.
-        overwrite: whether one that exists is replaced, with all that is in it: it is gone for a moment, and back if the new one
-            cannot take its place.
+        overwrite: whether an existing folder is replaced, with everything in it: it is gone for a moment, and restored if the
+            new one cannot take its place.
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` is false; of several writers one succeeds.
@@ -130,9 +130,9 @@ def whole_folder(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Inside the block a failure to write is an ``OSError`` that names ``path``.
+    """Turn failures to write in a ``with`` block into an ``OSError`` that names ``path``.
 
-    Python's own errors of a full disk name no file, those of a temporary file (``beside``) name that one, and safetensors
+    Python's own errors for a full disk name no file, those for a temporary file (``beside``) name that one, and safetensors
     and ``torch.save`` raise exceptions of their own.
     """
     from safetensors import SafetensorError
@@ -154,7 +154,7 @@ def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
 
 
 def _publish_new(beside: Path, path: Path) -> None:
-    """Give a finished file its name unless there is a file of that name already."""
+    """Give a finished file its name unless a file of that name exists already."""
     try:
         os.link(beside, path)
     except FileExistsError:

@@ -1,7 +1,7 @@
 """Compiled FlexAttention that never silently becomes the unfused one.
 
 ``flex_attention`` outside a compiled region materialises all N x N scores: at 4096 px that is a hundred times slower
-and needs terabytes. Dynamo gets there without a word when compilation is disabled, when an error is suppressed or when
+and needs terabytes. Dynamo falls back to that silently when compilation is disabled, when an error is suppressed or when
 its recompile limit is hit. Here each of these is an error that says what to do.
 """
 
@@ -43,15 +43,15 @@ def _not_compiled(query: Tensor) -> UnfusedAttentionError:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(facts: Hashable, options: Options, grouped: bool) -> Callable[..., Tensor]:
-    """Attention compiled for calls that share ``facts`` and the options of their kernels; ``grouped``: there are fewer heads of
-    keys than of queries.
+    """Attention compiled for calls that share ``facts`` and kernel options; ``grouped``: there are fewer key heads than query
+    heads.
 
-    Dynamo counts recompiles per code object, and each of these facts costs one; with a code object per set of facts
-    no number of models, types and devices in a process adds up to the limit.
+    Dynamo counts recompiles per code object, and each of these facts costs one. With a code object per set of facts, no
+    number of models, types and devices in a process adds up to the limit.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-        # Traced, this condition is False and leaves no code behind. If the line ever runs, Python runs it: not compiled.
+        # When traced, this condition is False and leaves no code behind. If the line ever runs, nothing is compiled.
         if not torch.compiler.is_compiling():
             raise _not_compiled(query)
         return flex_attention(
@@ -64,7 +64,7 @@ def _compiled(facts: Hashable, options: Options, grouped: bool) -> Callable[...,
 
 
 def _codes(function: object) -> tuple[Hashable, ...]:
-    """The code objects of a ``mask_mod`` and of the functions that it captures: one family of windows, one answer."""
+    """The code objects of a ``mask_mod`` and of the functions that it captures: the same for a whole family of windows."""
     code: Hashable = getattr(function, "__code__", None)
     if code is None:
         return (type(function).__qualname__,)
@@ -84,18 +84,18 @@ def compiled_flex_attention(
     """FlexAttention, always fused: traced into the caller's graph while compiling, compiled here otherwise.
 
     One graph serves every sequence length, every window of one family and every batch size above 1, for the same types,
-    heads, block size and kernel options. Those are what the mask carries, or what ``flexclear.compile.kernels`` chooses. A
-    ``mask_mod`` of your own should capture its numbers as tensors: FlexAttention compiles Python numbers in, and every new
-    value would be a new graph.
+    heads, block size and kernel options. Kernel options are those that the mask carries, or those that
+    ``flexclear.compile.kernels`` chooses. A ``mask_mod`` of your own should capture its numbers as tensors: FlexAttention
+    compiles Python numbers in, so every new value would need a new graph.
 
-    On a CPU without AMX, bfloat16 and float16 are computed in float32 and rounded once.
+    On a CPU without AMX, bfloat16 and float16 are computed in float32, and the result is rounded once.
 
     Args:
-        query, key, value: ``[B, heads, N, head_dim]``, one dtype and device; key and value may have fewer heads, of which each
-            serves as many heads of the query that follow each other.
+        query, key, value: ``[B, heads, N, head_dim]``, one dtype and device; key and value may have fewer heads, each
+            of which serves a run of consecutive query heads.
         mask: block mask over ``N x N`` on the same device.
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
-        held: what the calls so far, of the same call of a model, have shown of Dynamo's guards (``flexclear.compile.direct``).
+        held: what earlier layers in the same call of a model have shown about Dynamo's guards (``flexclear.compile.direct``).
 
     Returns:
         ``[B, heads, N, head_dim]``.
@@ -105,13 +105,13 @@ def compiled_flex_attention(
         ValueError: its kernels cannot take the mask's blocks on this GPU.
     """
     if query.device.type == "cpu" and query.dtype in HALF and query.dtype not in PACKED_TYPES:
-        # Its products would be in float32 anyway, and each number converted as often as it is used: 1.4 to 1.7 times the time.
+        # Its products would be in float32 anyway, with each number converted whenever it is used: 1.4 to 1.7 times the time.
         wide = (query.float(), key.float(), value.float())
         return compiled_flex_attention(*wide, mask, scale, held).to(query.dtype)
     if torch.compiler.is_compiling():
         if query.device.type == "cpu":
-            # Inductor's C++ kernel (torch 2.13) forgets where a view begins that the same graph has made: values that
-            # are the last third of a fused projection would be read from its first.
+            # Inductor's C++ kernel (torch 2.13) loses the offset of a view that the same graph has made: values that are
+            # the last third of a fused projection would be read from its first third.
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         return flex_attention(
             query,
@@ -125,7 +125,7 @@ def compiled_flex_attention(
     transforms = transforms_in_force((query, key, value))
     if transforms is not None:
         raise UnfusedAttentionError(
-            f"flexclear: compiled FlexAttention has a backward pass at most, and was called under {transforms}: its result "
+            f"flexclear: compiled FlexAttention has a backward pass at most, but was called under {transforms}: its result "
             "would have no tangent. Use masked SDPA, as backend='auto' and 'sdpa' of flexclear.transform do"
         )
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -135,7 +135,7 @@ def compiled_flex_attention(
         if direct is not None:
             return direct(query, key, value, mask, scale)
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        # torch.compile would hand the plain function back, and it would be kept after compilation is enabled again.
+        # torch.compile would return the plain function, which would be kept after compilation is enabled again.
         raise _not_compiled(query)
     facts = (
         query.device,
@@ -162,13 +162,13 @@ def compiled_flex_attention(
         raise UnfusedAttentionError(
             f"flexclear: Dynamo's recompile limit ({torch._dynamo.config.recompile_limit}) is reached for attention over "
             f"{tuple(query.shape)} {query.dtype}. If the mask_mod captures Python values, capture 0-d tensors "
-            "instead; else raise torch._dynamo.config.recompile_limit, or call torch.compiler.reset(). "
+            "instead; otherwise raise torch._dynamo.config.recompile_limit, or call torch.compiler.reset(). "
             + _ADVICE.format(n=query.shape[2])
         ) from error
 
 
 def options_for(query: Tensor, mask: BlockMask, needs_grad: bool) -> Options:
-    """Options of the kernels for a call: those that the mask carries, or the table's for its blocks and lengths.
+    """Kernel options for a call: those that the mask carries, or the table's for its blocks and lengths.
 
     Raises:
         ValueError: the kernels cannot take the mask's blocks on this GPU.
@@ -182,7 +182,7 @@ def options_for(query: Tensor, mask: BlockMask, needs_grad: bool) -> Options:
 
 
 def _symbolic(mask: BlockMask) -> BlockMask:
-    """``mask`` with the sizes of a tensor for its lengths (``flexclear.masks.lengths``), so that they are not compiled in."""
+    """``mask`` with lengths that are the sizes of a tensor (``flexclear.masks.lengths``), so that they are not compiled in."""
     lengths = getattr(mask, LENGTHS, None)
     if lengths is None:
         return mask
@@ -210,7 +210,7 @@ def why_not_compiled(device: torch.device, needs_grad: bool = False) -> str | No
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        return None if capability >= (7, 0) else f"its kernels need compute capability 7.0, this GPU has {capability}"
+        return None if capability >= (7, 0) else f"its kernels need compute capability 7.0; this GPU has {capability}"
     if device.type != "cpu":
         return f"device type {device.type!r} is not one that flexclear runs compiled FlexAttention on (cuda, cpu)"
     if needs_grad:
@@ -221,7 +221,7 @@ def why_not_compiled(device: torch.device, needs_grad: bool = False) -> str | No
 def _why_not_compiled_on_cpu() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.system() != "Linux" or not capability.startswith("AVX"):
-        return f"on CPU its kernels need Linux and AVX2, this is {platform.system()} with {capability}"
+        return f"on CPU its kernels need Linux and AVX2; this is {platform.system()} with {capability}"
     return why_no_cpp_compiler()
 
 

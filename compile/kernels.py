@@ -1,8 +1,7 @@
 """How FlexAttention's CUDA kernels are built: the mask's blocks and the kernel's tile, by GPU, type and head dim.
 
-Inductor has a tile of its own for each GPU, and a kernel whose tile does not divide the mask's blocks is not generated. So
-both are chosen here, in one table, and nothing is left to a version of torch but the backward's tile, which 128 x 128 blocks
-take whatever it is.
+Inductor has its own tile for each GPU, and generates no kernel whose tile does not divide the mask's blocks. So both are chosen
+here, in one table. Only the backward pass's tile is left to the version of torch, since blocks of 128 x 128 suit any.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Row:
-    """How the kernels are built in some cases.
+    """How the kernels are built for some GPUs, types and head dims.
 
     Attributes:
         capabilities: of the GPUs; None: any.
         dtypes: of query, key and value; None: any.
-        head_dim: the largest that the row is for.
+        head_dim: the largest that the row covers.
         tile: (queries, keys) that a thread block of the forward pass works on at a time.
         warps, stages: of such a thread block, and of its pipeline.
         block_size: of the mask; None: ``default_block_size``.
         reason: why.
         backward: warps and stages of the backward pass; None: Inductor's own.
         backward_tile: queries and keys of its tiles; None: Inductor's own.
-        padded: warps and stages of the forward pass where text may be padded, whose mask takes more registers; None: the same.
+        padded: warps and stages of the forward pass with padded text, whose mask takes more registers; None: the same.
     """
 
     capabilities: tuple[Capability, ...] | None
@@ -95,7 +94,7 @@ TABLE: tuple[Row, ...] = (
     Row(None, None, 128, (64, 32), 4, 1, "an unknown GPU: 48 KB of shared memory suffice in half precision"),
     Row(None, None, 1 << 16, (16, 16), 4, 1, "the same for long heads"),
 )
-"""The first row that fits holds. A new GPU is a row before the last two.
+"""The first row that fits applies. A new GPU gets a row before the last two.
 
 None depends on the window's radius. From r = 4 to 32, at 1024 to 4096 px, blocks of 64 x 128 execute 6 to 13 % more pairs than
 64 x 64; by the rates measured at r = 16 on an H100 (head dim 64) they would lose from 23 % on. At head dim 128 blocks of 128 x
@@ -115,13 +114,13 @@ _BACKENDS = ("TRITON", "FLASH")
 
 @dataclass(frozen=True)
 class Kernel:
-    """Blocks and options that are chosen for some calls.
+    """Blocks and kernel options chosen for some calls.
 
     Attributes:
         block_size: tokens per (query, key-value) block of the mask.
         options: of the kernel; ``completed`` adds what depends on the mask's lengths.
         coordinates: where the ``mask_mod`` has them from.
-        text_apart: whether text queries are attended apart, where the mask lets them (``flexclear.masks.apart``).
+        text_apart: whether text queries get an attention call of their own, where the mask allows it (``flexclear.masks.apart``).
     """
 
     block_size: tuple[int, int]
@@ -134,16 +133,16 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> Options:
     """``options`` of FlexAttention's kernels, checked and sorted.
 
     Args:
-        options: names of ``torch.nn.attention.flex_attention.FlexKernelOptions``, which says what each is. Taken are the tile
-            (``BLOCK_M``, ``BLOCK_N``; backward ``BLOCK_M1``, ``BLOCK_N1``, ``BLOCK_M2``, ``BLOCK_N2``), ``num_warps``,
+        options: by the names in ``torch.nn.attention.flex_attention.FlexKernelOptions``, which explains them. Accepted are the
+            tile (``BLOCK_M``, ``BLOCK_N``; backward ``BLOCK_M1``, ``BLOCK_N1``, ``BLOCK_M2``, ``BLOCK_N2``), ``num_warps``,
             ``num_stages``, ``USE_TMA``, ``PRESCALE_QK``, ``IS_DIVISIBLE`` (False only: True is chosen where it holds) and
-            ``BACKEND``. ``fwd_`` or ``bwd_`` before a name of the tile, ``num_warps``, ``num_stages`` or ``USE_TMA`` means
+            ``BACKEND``. ``fwd_`` or ``bwd_`` before a tile size, ``num_warps``, ``num_stages`` or ``USE_TMA`` restricts it to
             one of the kernels. ``BACKEND="FLASH"`` is FlashAttention 4: the package flash-attn-4, on Hopper and Blackwell,
             head dims up to 128 in half precision.
 
     Raises:
-        TypeError: no mapping.
-        ValueError: an option or a value that is not one of these.
+        TypeError: not a mapping.
+        ValueError: an unknown option or value.
     """
     if options is None:
         return ()
@@ -169,12 +168,12 @@ def _checked(name: str, value: Any) -> Value:
     elif plain == "USE_TMA" or name == "PRESCALE_QK":
         wanted = None if isinstance(value, bool) else "True or False"
     elif name == "IS_DIVISIBLE":
-        wanted = None if value is False else "False; True is chosen by itself for lengths that divide"
+        wanted = None if value is False else "False; True is chosen automatically for lengths that divide"
     elif name == "BACKEND":
         wanted = None if value in _BACKENDS else f"one of {list(_BACKENDS)}"
     else:
         known = [*_TILE, *_BACKWARD_TILE, "num_warps", "num_stages", *_SWITCHES, "BACKEND"]
-        raise ValueError(f"kernel_options: {name!r} is not one of {known}, some with fwd_ or bwd_ before them")
+        raise ValueError(f"kernel_options: {name!r} is not one of {known} (some may have fwd_ or bwd_ in front)")
     if wanted is not None:
         raise ValueError(f"kernel_options: {name} must be {wanted}, got {value!r}")
     checked: Value = value
@@ -204,21 +203,21 @@ def choose(
         device, dtype, head_dim: of query, key and value.
         backward: whether a backward pass follows.
         seq_len: tokens of the sequence.
-        text_padded: whether the mask asks for every text key whether it is padding.
+        text_padded: whether the mask checks each text key for padding.
         reach, pools: of the window (``Window.reach``, ``Window.pools``).
-        block_size: blocks that the mask is to have, or has; chosen otherwise.
-        options: of ``check_kernel_options``; they win over the table's. Without a meaning on CPU.
+        block_size: blocks that the mask is to have, or has; None: they are chosen.
+        options: from ``check_kernel_options``; they take precedence over the table's. No effect on CPU.
 
     Raises:
         ValueError: the kernel cannot take the block size, or this GPU lacks an option.
     """
-    # Apart, text costs one more kernel, and image rows are equally long. On two CPU cores the two calls take 0.87 to 0.95 of the
+    # Text apart costs one more kernel, but makes image rows equally long. On two CPU cores the two calls take 0.87 to 0.95 of the
     # time of one; on 132 processors one call's long rows cost 1.18 to 1.30 times what they should (simulated, not measured).
     apart = not (backward or text_padded or pools)
     if device.type != "cuda":
         chosen = block_size or default_block_size(seq_len, backward, device, reach, dtype)
         return Kernel(chosen, (), default_source(device), apart)
-    # ROCm numbers AMD's GPUs in the same way, and none of them is in the table.
+    # ROCm numbers AMD's GPUs in the same way, but none of them is in the table.
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
     row = find_row(capability, dtype, head_dim)
     given = dict(options)
@@ -235,7 +234,7 @@ def choose(
         if asked is not None and size % int(asked):
             raise ValueError(
                 f"kernel_options: {name}={asked} does not divide the blocks of {chosen[0]} x {chosen[1]} (query x key-value) "
-                "tokens; give block_size as well"
+                "tokens; pass block_size as well"
             )
     wanted: dict[str, Value] = {
         f"fwd_{name}": _divisor(size, most) for name, size, most in zip(_TILE, chosen, row.tile, strict=True)
@@ -255,7 +254,7 @@ def choose(
 
 
 def find_row(capability: Capability, dtype: torch.dtype, head_dim: int) -> Row:
-    """The row of ``TABLE`` that holds."""
+    """The row of ``TABLE`` that applies."""
     return next(
         row
         for row in TABLE
@@ -278,7 +277,7 @@ def _check_device(given: Mapping[str, Value], capability: Capability, dtype: tor
     """
     here = f"this GPU has compute capability {capability[0]}.{capability[1]}"
     if any(given.get(name) for name in ("USE_TMA", "fwd_USE_TMA", "bwd_USE_TMA")) and capability < (9, 0):
-        raise ValueError(f"kernel_options: USE_TMA needs compute capability 9.0, {here}")
+        raise ValueError(f"kernel_options: USE_TMA needs compute capability 9.0; {here}")
     if "BACKEND" not in given:
         return
     if not _knows_backend():
@@ -286,7 +285,7 @@ def _check_device(given: Mapping[str, Value], capability: Capability, dtype: tor
     if given["BACKEND"] != "FLASH":
         return
     if capability[0] not in (9, 10, 11):
-        raise ValueError(f"kernel_options: BACKEND='FLASH' needs compute capability 9.x to 11.x, {here}")
+        raise ValueError(f"kernel_options: BACKEND='FLASH' needs compute capability 9.x to 11.x; {here}")
     if dtype not in HALF:
         raise ValueError(f"kernel_options: BACKEND='FLASH' computes in bfloat16 or float16, got {dtype}")
     if head_dim > 128:
@@ -334,7 +333,7 @@ def _check_backward(
     dtype: torch.dtype,
     given: Mapping[str, Value],
 ) -> None:
-    """Raise if Inductor has no backward kernel for blocks of this size; it compares its own tile, whatever is asked for.
+    """Raise if Inductor has no backward kernel for blocks of this size; it checks against its own tile, whatever is requested.
 
     Raises:
         ValueError: it has none.
@@ -346,14 +345,14 @@ def _check_backward(
         for number in (own, asked[name]):
             if number is not None and size % int(number):
                 raise ValueError(
-                    f"block_size {block_size[0]} x {block_size[1]} (query x key-value tokens) cannot be trained on: the "
-                    f"backward kernel at head dim {head_dim} in {dtype} works on {name}={number} at a time on this GPU. Give "
+                    f"block_size {block_size[0]} x {block_size[1]} (query x key-value tokens) does not work in training: the "
+                    f"backward kernel at head dim {head_dim} in {dtype} works on {name}={number} at a time on this GPU. Use "
                     f"multiples of {max(tile[0], tile[2])} queries and {max(tile[1], tile[3])} keys, or leave block_size out"
                 )
 
 
 def _check_backward_tile(options: Mapping[str, Value], own: tuple[int, int, int, int]) -> None:
-    """Raise if the sides of the backward tile do not go together; Triton would say so in an assertion of its own.
+    """Raise if the sides of the backward tile do not fit together; Triton would fail with an assertion of its own.
 
     Raises:
         ValueError: they do not.
@@ -375,15 +374,15 @@ def _backward_tile(capability: Capability, head_dim: int, dtype: torch.dtype) ->
 
         tile = InductorChoices().get_flex_attention_bwd_configs(head_dim, dtype, "cuda")[-1]
         return tile.block_m1, tile.block_n1, tile.block_m2, tile.block_n2
-    except (ImportError, AttributeError, TypeError):  # another torch: what none exceeds
+    except (ImportError, AttributeError, TypeError):  # another torch: a tile that none exceeds
         return (128, 128, 128, 128)
 
 
 def completed(kernel: Kernel, mask: BlockMask) -> Options:
-    """The options of ``kernel`` for ``mask``: also that its lengths divide, where they do.
+    """The options of ``kernel`` for ``mask``, with ``IS_DIVISIBLE`` where its lengths divide.
 
-    ``IS_DIVISIBLE`` leaves out every comparison with the ends of the sequence. Inductor finds out by itself for lengths
-    that are compiled in only.
+    ``IS_DIVISIBLE`` drops every comparison with the ends of the sequence. Inductor finds out by itself only for lengths that
+    are compiled in.
     """
     options = dict(kernel.options)
     if options and options.get("BACKEND") != "FLASH":
@@ -396,11 +395,11 @@ def completed(kernel: Kernel, mask: BlockMask) -> Options:
 
 
 def as_dict(options: Options) -> Any:
-    """Options as FlexAttention takes them."""
+    """Options in the form that FlexAttention takes."""
     return dict(options)
 
 
 def with_kernel(mask: BlockMask, kernel: Kernel) -> BlockMask:
-    """Let ``mask`` carry the options that its kernels are to have."""
+    """Attach the options for its kernels to ``mask``."""
     setattr(mask, KERNEL_OPTIONS, completed(kernel, mask))
     return mask

@@ -16,7 +16,7 @@ from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.undoing import undo
 
 MIN_FEATURES = 256
-"""Linears with fewer input or output features gain nothing: their time is that of launching them."""
+"""Linears with fewer input or output features gain nothing: launching the kernel takes most of their time."""
 
 _LIBRARIES = ("optimum.quanto", "bitsandbytes", "diffusers.quantizers", "modelopt", "nunchaku", "sdnq", "auto_round")
 """Packages whose layers keep their weights in low precision (``diffusers.quantizers`` has GGUF's)."""
@@ -31,8 +31,8 @@ class QuantizationReport:
     Attributes:
         recipe: its name.
         quantized: names of the linears in low precision.
-        kept: why each of the others stays in high precision, by name.
-        bytes_before, bytes_after: bytes of all the model's weights.
+        kept: the others, by name, each with the reason why it stays in high precision.
+        bytes_before, bytes_after: size of all the model's weights.
     """
 
     recipe: str
@@ -84,7 +84,7 @@ def _is_torchao(tensor: Tensor) -> bool:
 
 
 def quantized_elsewhere(model: nn.Module) -> str | None:
-    """A layer of ``model`` that another library than torchao keeps in low precision, in words; None: there is none."""
+    """A description of a layer of ``model`` that a library other than torchao keeps in low precision; None: there is none."""
     for name, module in model.named_modules():
         packages = [kind.__module__ + "." for kind in type(module).__mro__]
         library = next((known for known in _LIBRARIES if any(p.startswith(known + ".") for p in packages)), None)
@@ -115,7 +115,7 @@ def _bytes_of(tensor: Tensor) -> int:
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, bool]]:
-    """Name, module and whether it lies in a repeated block, of every linear of ``model``."""
+    """For every linear of ``model``: its name, the module, and whether it lies in a repeated block."""
     inside = {id(module) for block in repeated_blocks(model) for module in block.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -133,17 +133,17 @@ def quantize(
     """Store the big linears of ``model``'s transformer blocks in eight bits, in place.
 
     The order of passes is: transform, weights, LoRA, quantise, compile; then offload. Of these, transforming and
-    compiling may also come first. A LoRA that is to be fused must be, and be unloaded (``pipe.unload_lora_weights()``
-    leaves fused weights in place), before: eight-bit weights cannot be changed, so peft's ``fuse_lora`` raises
-    afterwards (``pipe.unfuse_lora()`` then undoes it in the linears that were kept). Adapters that stay apart may be
-    loaded before or after, scaled, mixed and hot-swapped: they run in the model's own type beside eight-bit weights.
+    compiling may also come first. A LoRA that is to be fused must be fused and unloaded before (``pipe.unload_lora_weights()``
+    leaves fused weights in place): eight-bit weights cannot be changed, so peft's ``fuse_lora`` raises afterwards
+    (``pipe.unfuse_lora()`` then undoes it in the linears that were kept). Adapters that stay separate may be loaded before
+    or after, scaled, mixed and hot-swapped: they run in the model's own type beside eight-bit weights.
 
-    Give the model its type before: ``model.to(dtype)`` changes no eight-bit weight, and the next call of ``weight_only``
-    raises. ``save_quantized`` writes it to safetensors; diffusers' ``save_pretrained`` does so only as a pickle
+    Convert the model to its type first: ``model.to(dtype)`` does not change eight-bit weights, and with ``weight_only`` the next
+    call raises. ``save_quantized`` writes the result to safetensors; diffusers' ``save_pretrained`` can only pickle it
     (``safe_serialization=False``). It can be offloaded to memory, not to disk.
 
-    Where the original weights do not fit the card, leave the model on the CPU and give ``device``: linear by linear is moved
-    there and quantised, then the rest of the model moved, so that there is room for the result at most, and one linear.
+    If the original weights do not fit on the GPU, leave the model on the CPU and pass ``device``: the linears are moved there and
+    quantised one by one, then the rest of the model follows. The GPU needs room for the result and one linear.
 
     Args:
         model: a transformer.
@@ -151,16 +151,16 @@ def quantize(
             capability 8.9 or later), ``"weight_only"`` (anywhere), ``"int8"`` (older GPUs, CPU).
         min_features: linears with fewer input or output features are kept.
         keep: called with (name, linear); True keeps a linear that the rules would quantise.
-        device: the one to run on, where the whole model is afterwards. None: where its weights are.
+        device: where the model is to run; all of it is there afterwards. None: where its weights are.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: an unknown recipe, one that this device cannot run (the message names the device and the recipes it
-            can run), weights of a type that it does not take, a model that is quantised already, by whatever library, is
-            offloaded or has a fused LoRA that is still loaded, or nothing to quantise. Nothing is changed then.
+            can run), weights of a type that the recipe does not take, a model that is already quantised (by any library),
+            is offloaded or has a fused LoRA that is still loaded, or nothing to quantise. Nothing is changed then.
 
-    Whatever else is raised on the way, such as for want of memory: a model that is moved is put back as it was; one that is
-    quantised where it is has given up its weights one by one, and a note on the exception says how many.
+    After any other exception, such as running out of memory, a model that was being moved is put back as it was. One that was
+    being quantised in place has lost some of its original weights; a note on the exception says how many.
     """
     target = None if device is None else _indexed(torch.device(device))
     chosen, kept = choose_linears(model, recipe, min_features, keep, target)
@@ -183,16 +183,16 @@ def quantize(
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """``device`` as tensors on it name it."""
+    """``device`` as tensors on it report it."""
     return torch.device(device.type, torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 @contextlib.contextmanager
 def _put_back(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """If anything is raised in a ``with`` block, parameters and buffers of ``model`` are those from before, where they were.
+    """If anything is raised in a ``with`` block, put back the parameters and buffers of ``model``, where they were.
 
-    Weights that are to be quantised are exchanged for others of the same numbers at its begin: those that are kept would
-    otherwise be moved, and take up the device for as long.
+    At the beginning, weights that are to be quantised are exchanged for copies: the originals kept here would otherwise be
+    moved, and occupy the device.
     """
     kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
         (tensors, name, tensor, tensor.data)
@@ -218,7 +218,7 @@ def _put_back(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _said(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """What is raised in a ``with`` block is given a note that says how far quantising has come."""
+    """Add a note to anything raised in a ``with`` block that says how far quantising got."""
     try:
         yield
     except BaseException as error:
@@ -240,20 +240,20 @@ def choose_linears(
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """What ``quantize`` would do, with all of its checks: the linears to quantise, and why each other one is kept."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model, got {type(model).__name__}; of a pipeline give pipe.transformer")
+        raise TypeError(f"expected a model, got {type(model).__name__}; for a pipeline, pass pipe.transformer")
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError(f"this {type(model).__name__} has no weights")
     check_recipe(recipe, device or parameter.device)
     if is_quantized(model):
         raise ValueError(
-            f"this {type(model).__name__} is quantised already: leave this pass out (fp8=False), or load the original "
+            f"this {type(model).__name__} is already quantised: leave this pass out (fp8=False), or load the original "
             "weights to change the recipe"
         )
     foreign = quantized_elsewhere(model)
     if foreign is not None:
         raise ValueError(
-            f"this {type(model).__name__} is quantised already ({foreign}): leave this pass out (fp8=False), or load the "
+            f"this {type(model).__name__} is already quantised ({foreign}): leave this pass out (fp8=False), or load the "
             "original weights"
         )
     check_not_offloaded(model, "Quantise first, then offload")
@@ -262,8 +262,8 @@ def choose_linears(
     for name, linear, in_block in linears(model):
         reason = why_kept(name, linear, in_block, min_features)
         if reason is None and recipe == "tensorwise" and linear.weight.shape == (128, 128):
-            # torchao 0.18 tells kinds of scales by the size of what one of them is for, and would look for 1 x 128 in the input.
-            reason = "128 x 128: torchao would take its one scale for that of a block"
+            # torchao 0.18 tells kinds of scales apart by the size that one covers, and would expect 1 x 128 in the input.
+            reason = "128 x 128: torchao would mistake its one scale for a block's"
         if reason is None and keep is not None and keep(name, linear):
             reason = "kept on request"
         if reason is None:
@@ -288,7 +288,7 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_not_offloaded(model: nn.Module, advice: str) -> None:
-    """Raise if weights of ``model`` are elsewhere between calls: hooks would put others in the place of changed ones.
+    """Raise if weights of ``model`` are elsewhere between calls: hooks would overwrite changed ones.
 
     Raises:
         ValueError: they are; the message ends with ``advice``.
@@ -309,7 +309,7 @@ def _check_no_fused_lora(model: nn.Module) -> None:
     if fused is not None:
         raise ValueError(
             f"a LoRA is fused into {fused} and still loaded, and could not be taken out of eight-bit weights again. "
-            "pipe.unload_lora_weights() keeps the fused weights and lets go of it; pipe.unfuse_lora() keeps it apart"
+            "pipe.unload_lora_weights() keeps the fused weights and drops the LoRA; pipe.unfuse_lora() keeps it separate"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 FP8_CAPABILITY = (8, 9)
-"""Compute capability from which tensor cores multiply FP8 (Ada, Hopper)."""
+"""Lowest compute capability whose tensor cores multiply FP8 (Ada, Hopper)."""
 
 
 def _rowwise() -> Any:
@@ -46,7 +46,7 @@ class Recipe:
         summary: one line.
         config: makes torchao's configuration.
         multiplies_fp8: whether it needs FP8 tensor cores.
-        dtypes: types of the weights that it takes.
+        dtypes: types of weights that it accepts.
     """
 
     name: str
@@ -83,7 +83,7 @@ INEXACT_INT8 = (
 
 @functools.cache
 def _int8_products_are_exact() -> bool:
-    """Whether sums of the largest eight-bit products come out right on this CPU, beyond what 16 bits hold."""
+    """Whether this CPU adds up the largest eight-bit products correctly, beyond what 16 bits hold."""
     left, right = (torch.full(size, 127, dtype=torch.int8, device="cpu") for size in ((32, 64), (64, 32)))
     return bool((torch._int_mm(left, right) == 64 * 127 * 127).all())
 
@@ -106,13 +106,13 @@ def why_not_recipe(name: str, device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         there = (
-            ", and the model is not on the one that is here: give device='cuda'" if torch.cuda.is_available() else ""
+            ", and the model is not on the GPU that is here: pass device='cuda'" if torch.cuda.is_available() else ""
         )
-        return f"FP8 products need a CUDA device, this is {device.type!r}{there}"
+        return f"FP8 products need a CUDA device; this is {device.type!r}{there}"
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
         return (
-            f"FP8 products need compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}, "
+            f"FP8 products need compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
         )
     return None

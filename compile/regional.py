@@ -29,7 +29,7 @@ def check_mode(mode: str) -> str:
 
 
 def check_max_sizes(max_sizes: int) -> int:
-    """``max_sizes`` if it is an int from 1 on.
+    """``max_sizes`` if it is an int >= 1.
 
     Raises:
         ValueError: it is not.
@@ -45,27 +45,27 @@ def compile_blocks(
     """Compile every repeated block of ``model`` in place, ``fullgraph=True``; equal blocks share their graphs.
 
     Nothing is compiled yet when this returns: each size is compiled in its first call. The number of text tokens is a
-    symbol in the graphs, so that no prompt costs one; a text of one token or none is an exception.
+    symbol in the graphs, so prompts need no graphs of their own; texts of at most one token are the exception.
 
-    Hooks that diffusers or accelerate put on a block later run as Python around its graph: ``enable_group_offload`` by
-    blocks, first-block and magnitude caches, and what is on the model as a whole. With one inside a block (offloading by
-    leaves, sequential offloading, layerwise casting, caches of attention) its calls raise RuntimeError, since no one graph
-    can hold it; ``uncompile`` lets such a model run.
+    Hooks that diffusers or accelerate put on a block later run as Python around its graph: block-level
+    ``enable_group_offload``, first-block and magnitude caches, and hooks on the model as a whole. With a hook inside a block
+    (leaf-level offloading, sequential offloading, layerwise casting, attention caches) its calls raise RuntimeError, since a
+    single graph cannot contain it; ``uncompile`` lets such a model run.
 
     Args:
         model: a transformer, transformed or not.
         mode: one of ``MODES``.
         dynamic: False: each size gets graphs of its own, the fastest ones. True: one set of graphs serves all sizes.
-        max_sizes: sizes for which there is room, batches of another length counted as sizes; beyond, the call raises
-            RuntimeError instead of running uncompiled. Without a meaning where ``dynamic`` is True.
+        max_sizes: how many sizes there is room for, each batch size counting separately; a call beyond that raises
+            RuntimeError instead of running uncompiled. No effect where ``dynamic`` is True.
         backend: ``torch.compile``'s; others than ``"inductor"`` are for debugging.
 
     Returns:
         The blocks.
 
     Raises:
-        ValueError: an unknown mode, a model without repeated blocks, blocks that have such hooks already, or nothing that
-            could compile on its device. Nothing is changed then.
+        ValueError: an unknown mode, a model without repeated blocks, blocks that have such hooks already, or no compiler for
+            its device. Nothing is changed then.
     """
     check_mode(mode)
     check_max_sizes(max_sizes)
@@ -87,8 +87,8 @@ def compile_whole(
 ) -> nn.Module:
     """Compile ``model`` as a whole, in place: one graph between entry and exit, which run outside of it.
 
-    Takes longer to compile than ``compile_blocks`` by the number of blocks, and saves what happens between blocks.
-    Arguments and errors as there.
+    Compiling takes as many times longer than ``compile_blocks`` as there are blocks, and saves the work between blocks.
+    Arguments and errors are the same.
 
     Returns:
         ``model``.
@@ -116,11 +116,11 @@ def uncompile(model: nn.Module) -> nn.Module:
 
 
 def check_compiler(model: nn.Module, backend: str, device: torch.device | None = None) -> None:
-    """Raise if Inductor has nothing to compile with where ``model`` is, or on the ``device`` where it will be; it would say so
-    in the first call.
+    """Raise if Inductor has no compiler for the device of ``model``, or for the ``device`` where it will be; otherwise the first
+    call would fail.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has none.
     """
     parameter = next(model.parameters(), None)
     if backend != "inductor" or parameter is None:
@@ -131,12 +131,12 @@ def check_compiler(model: nn.Module, backend: str, device: torch.device | None =
     elif device.type == "cuda" and not torch.utils._triton.has_triton():
         obstacle = "Triton is not installed, or does not know this GPU"
     if obstacle is not None:
-        raise ValueError(f"torch.compile cannot run on {device}: {obstacle}. compile=False leaves it out")
+        raise ValueError(f"torch.compile cannot run on {device}: {obstacle}. Pass compile=False to do without")
 
 
 def _options(mode: str, backend: str, max_sizes: int, dynamic: bool) -> dict[str, Any]:
-    """Options of one ``torch.compile``: the mode, and room for graphs. Where torch has no argument for the recompile limit,
-    the process's is raised."""
+    """Options for one ``torch.compile``: the mode, and room for graphs. Where torch has no argument for the recompile limit, the
+    process-wide one is raised."""
     graphs = GRAPHS_PER_SIZE * VARIANTS * max_sizes
     config = torch._dynamo.config
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * graphs)
@@ -148,10 +148,10 @@ def _options(mode: str, backend: str, max_sizes: int, dynamic: bool) -> dict[str
 
 
 def _inductor_options(mode: str, dynamic: bool) -> dict[str, Any]:
-    """What a mode stands for, without a pass of Inductor's that the number of text tokens, a symbol, does not survive.
+    """Inductor's options for a mode, without a pass that fails when the number of text tokens is a symbol.
 
-    On GPUs it merges loops once they are fused (torch 2.13), and cannot split the merged ones again where it does not see that
-    C * (text + image) is a multiple of text + image: FLUX's single blocks in FP8 by rows or INT8 fail with CantSplit.
+    On GPUs that pass merges loops once they are fused (torch 2.13), and cannot split the merged ones again where it does not see
+    that C * (text + image) is a multiple of text + image: FLUX's single blocks in row-wise FP8 or INT8 fail with CantSplit.
     """
     import torch._inductor.config
 

@@ -1,4 +1,4 @@
-"""What was compiled in this process, how long it took, and why again."""
+"""What was compiled in this process, how long it took, and why anything was recompiled."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Graph:
     Attributes:
         function: name of the compiled function, with its file and line.
         seconds: from Dynamo's first look to the finished kernel.
-        cause: why the graphs before did not serve; empty for a function's first.
-        failure: why it failed; empty where it did not.
+        cause: why the earlier graphs did not serve; empty for a function's first.
+        failure: why it failed; empty if it did not.
     """
 
     function: str
@@ -29,7 +29,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """Every compilation of this process in order. ``print`` it.
+    """Every compilation of this process, in order. ``print`` it.
 
     Attributes:
         graphs: the compilations.
@@ -39,12 +39,12 @@ class CompileReport:
 
     @property
     def recompiles(self) -> tuple[Graph, ...]:
-        """Those of a function that had graphs already."""
+        """Compilations of functions that already had graphs."""
         return tuple(graph for graph in self.graphs if graph.cause)
 
     @property
     def seconds(self) -> float:
-        """Time that all of them took."""
+        """Total time."""
         return sum(graph.seconds for graph in self.graphs)
 
     def since(self, earlier: CompileReport) -> CompileReport:
@@ -52,7 +52,7 @@ class CompileReport:
         return CompileReport(self.graphs[len(earlier.graphs) :])
 
     def __str__(self) -> str:
-        lines = [f"{len(self.graphs)} graphs in {self.seconds:.1f} s, {len(self.recompiles)} of them again"]
+        lines = [f"{len(self.graphs)} graphs in {self.seconds:.1f} s, {len(self.recompiles)} of them recompiled"]
         for function in dict.fromkeys(graph.function for graph in self.graphs):
             own = [graph for graph in self.graphs if graph.function == function]
             lines.append(f"{function}: {len(own)} graphs, {sum(graph.seconds for graph in own):.1f} s")
@@ -62,7 +62,7 @@ class CompileReport:
 
 
 def remember_all_graphs() -> None:
-    """Let torch keep its records of compilations; by default it keeps the last 64."""
+    """Make torch keep all its records of compilations; by default it keeps the last 64."""
     from torch._dynamo import utils
 
     utils.set_compilation_metrics_limit(_KEPT)

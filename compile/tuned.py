@@ -1,8 +1,8 @@
-"""Blocks and kernel options that were found fastest on this machine: kept in a file, looked up before the table of ``kernels``.
+"""Blocks and kernel options measured to be fastest on this machine: kept in a file that takes precedence over ``kernels``.
 
 ``flexclear bench --tune`` writes the file, ``flexclear bench --forget`` deletes it, ``flexclear doctor`` and ``explain`` say what
-it holds. An entry is for one device, type, head dim, radius and set of versions; with others it is not found. A file that
-cannot be read is named in one warning and not used: tuning is never a reason not to run.
+it holds. An entry applies to one device, type, head dim, radius and set of versions. A file that cannot be read is named in one
+warning and ignored: tuning is never a reason not to run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Place:
-    """What an entry is for.
+    """What an entry applies to.
 
     Attributes:
         device: name of the GPU, or of the CPU with its number of threads.
@@ -55,11 +55,11 @@ class Tuned:
     """One entry.
 
     Attributes:
-        place: what it is for.
+        place: what it applies to.
         block_size: tokens per (query, key-value) block of the mask.
         options: of its kernels.
-        gain: how many times as fast as the table's choice when it was found.
-        tokens: of the image that it was found at.
+        gain: speed relative to the table's choice when it was found.
+        tokens: image tokens at which it was found.
     """
 
     place: Place
@@ -84,12 +84,12 @@ def path() -> Path:
 
 
 def radius_class(radius: int) -> int:
-    """The nearest power of two by ratio: 8 stands for 6 to 11, 16 for 12 to 22, 32 for 23 to 45."""
+    """The nearest power of two, by ratio: 8 stands for 6 to 11, 16 for 12 to 22, 32 for 23 to 45."""
     return 1 << round(math.log2(radius))
 
 
 def place_of(device: torch.device, dtype: torch.dtype, head_dim: int, radius: int, backward: bool = False) -> Place:
-    """What an entry of these facts is found under, on this machine and with these versions."""
+    """The key for an entry with these facts, on this machine and with these versions."""
     name = str(dtype).removeprefix("torch.")
     return Place(device_name(device), _versions(), name, head_dim, radius_class(radius), backward)
 
@@ -132,14 +132,14 @@ def find(device: torch.device, dtype: torch.dtype, head_dim: int, radius: int | 
 
 
 def keep(found: Tuned) -> Path:
-    """Add an entry, in place of an older one for the same; returns the file. Later calls of this process use it."""
+    """Add an entry, replacing an older one for the same key; returns the file. Later calls in this process use it."""
     _entries.cache_clear()
     kept = {**_entries(), found.place: found}
     return _write(kept)
 
 
 def drop(place: Place) -> None:
-    """Leave an entry out, if there is one."""
+    """Remove an entry, if there is one."""
     _entries.cache_clear()
     kept = dict(_entries())
     if kept.pop(place, None) is not None:
@@ -167,7 +167,7 @@ def _write(kept: dict[Place, Tuned]) -> Path:
 
 @functools.cache
 def _entries() -> dict[Place, Tuned]:
-    """What the file holds, read once a process."""
+    """The file's entries, read once per process."""
     file = path()
     try:
         text = file.read_text(encoding="utf-8")
@@ -178,7 +178,7 @@ def _entries() -> dict[Place, Tuned]:
     try:
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            return _refused(file, f"it is no file of flexclear's, or of another format than {FORMAT}")
+            return _refused(file, f"it is not flexclear's, or not in format {FORMAT}")
         found = [_parsed(entry) for entry in content["entries"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return _refused(file, f"{type(error).__name__}: {error}")
@@ -187,16 +187,16 @@ def _entries() -> dict[Place, Tuned]:
 
 def _refused(file: Path, why: str) -> dict[Place, Tuned]:
     logger.warning(
-        "%s is not used (%s): default blocks and kernel options are; flexclear bench --forget deletes it", file, why
+        "%s is ignored (%s); defaults are used instead. flexclear bench --forget deletes the file", file, why
     )
     return {}
 
 
 def _parsed(entry: Any) -> Tuned:
-    """An entry of the file, checked: what is wrong here would be an error in a model's call.
+    """An entry of the file, checked: a bad one would be an error in a model's call.
 
     Raises:
-        ValueError, KeyError, TypeError: it is none.
+        ValueError, KeyError, TypeError: it is not a valid entry.
     """
     place = Place(**entry["place"])
     kinds = {"device": str, "versions": str, "dtype": str, "head_dim": int, "radius": int, "backward": bool}
@@ -224,13 +224,13 @@ def choose_tuned(
     options: Options = (),
     **others: Any,
 ) -> Kernel:
-    """What ``kernels.choose`` returns, with an entry for a window of this reach where no blocks and options are asked for.
+    """Like ``kernels.choose``, but with the entry for a window of this reach where no blocks and options are requested.
 
-    Padded text and very long sequences, which take more registers and longer lists than what was tuned, have the table's.
+    Padded text and very long sequences, which take more registers and longer lists than what was tuned, use the table.
 
     Args:
-        reach: of the window, a disc's radius; None: of several windows, or not bounded.
-        others: with the rest, see ``kernels.choose``.
+        reach: of the window, a disc's radius; None: several windows, or unbounded.
+        others: the rest, see ``kernels.choose``.
     """
     if block_size is None and not options and not text_padded and seq_len < MANY_TOKENS:
         found = find(device, dtype, head_dim, reach, backward)
@@ -251,6 +251,6 @@ def choose_tuned(
 
 
 def usable(device: torch.device) -> list[Tuned]:
-    """The entries that are for ``device`` and these versions."""
+    """The entries for ``device`` and these versions."""
     here = device_name(device), _versions()
     return [one for one in _entries().values() if (one.place.device, one.place.versions) == here]

@@ -1,4 +1,4 @@
-"""Putting back what is changed for a while, whatever is raised in between, and on the way back as well."""
+"""Undoing temporary changes, whatever is raised meanwhile, including during the undoing itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def undo(action: Callable[[], None]) -> None:
-    """Run what puts something back, and where it is interrupted run it again: ``action`` may be run twice, but not half."""
+    """Run ``action``, which undoes something, and run it again if interrupted: it may run twice, but not half."""
     try:
         action()
     except BaseException:
@@ -20,7 +20,7 @@ def undo(action: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def afterwards(action: Callable[[], None]) -> Iterator[None]:
-    """Run ``action`` at the end of a ``with`` block, and where it is interrupted run it again, as ``undo`` does."""
+    """Run ``action`` at the end of a ``with`` block, and again if interrupted, as ``undo`` does."""
     done = False
     try:
         try:
@@ -36,7 +36,7 @@ def afterwards(action: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def numbers_as_before(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """The numbers in ``parameters`` are after a ``with`` block what they were before it."""
+    """Restore the numbers in ``parameters`` after a ``with`` block."""
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
 
     @torch.no_grad()

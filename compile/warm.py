@@ -1,4 +1,4 @@
-"""Warm start: what was compiled goes into a file, and into another process."""
+"""Warm start: what one process compiled is saved to a file and loaded into another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WarmStart:
 
     Attributes:
         loaded: whether the artefacts are in place now.
-        reason: why not; empty where they are.
+        reason: why not; empty if they are.
         binaries: compiled libraries that were put into the Inductor cache.
     """
 
@@ -38,7 +38,7 @@ class WarmStart:
 
 
 def artifact_key(configuration: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What artefacts depend on: versions, device, and the caller's configuration (anything that JSON can hold)."""
+    """What artefacts depend on: versions, device, and the caller's configuration (anything JSON can hold)."""
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}, CUDA {torch.version.cuda}"
     else:

@@ -59,7 +59,7 @@ def test_a_variant_that_the_machine_cannot_run_says_why(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine may run FP8")
     _, rows = run(tmp_path, "--variant", "flexclear FP8", "--sizes", "192")
-    assert [row["why_not"] for row in rows] == ["FP8 products need a CUDA device, this is 'cpu'"] * 2
+    assert [row["why_not"] for row in rows] == ["FP8 products need a CUDA device; this is 'cpu'"] * 2
     assert "not run: FP8 products need a CUDA device" in (tmp_path / "pipeline-tiny-cpu.md").read_text()
 
 

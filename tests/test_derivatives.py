@@ -144,7 +144,7 @@ def test_compiled_attention_by_itself_refuses_tangents():
     query = torch.randn(1, 2, layout.seq_len, 64)
     mask = block_mask(layout, Disc(3))
     for name in ("dual tensors", "jvp", "vmap"):
-        with pytest.raises(UnfusedAttentionError, match="has a backward pass at most, and was called under"):
+        with pytest.raises(UnfusedAttentionError, match="has a backward pass at most, but was called under"):
             TRANSFORMS[name](lambda query: compiled_flex_attention(query, query, query, mask), query, query)
 
 

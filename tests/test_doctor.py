@@ -43,7 +43,7 @@ def test_what_is_tried_works_as_transform_does():
 def test_people_get_lines_with_reasons():
     done = run("--device", "cpu", "--quick")
     assert done.exit_code == 0, done.output
-    assert "rowwise     no: FP8 products need a CUDA device, this is 'cpu'" in done.stdout
+    assert "rowwise     no: FP8 products need a CUDA device; this is 'cpu'" in done.stdout
     assert "flex        should work" in done.stdout
     assert done.stdout.rstrip().endswith("transform runs compiled here")
 

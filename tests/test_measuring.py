@@ -230,7 +230,7 @@ def test_a_folder_that_nothing_can_be_kept_in_is_refused_before_anything_is_meas
     monkeypatch.setattr(measuring, "measure", lambda *args: 1 / 0)
     done = bench(folder, "--sizes", "128", "--r", "3")
     assert isinstance(done.exception, OSError)
-    assert "results cannot be kept (Not a directory); name another folder in $FLEXCLEAR_CACHE" in str(done.exception)
+    assert "results cannot be kept (Not a directory); set $FLEXCLEAR_CACHE to another folder" in str(done.exception)
 
 
 def test_a_user_without_a_home_has_a_folder_and_runs(monkeypatch):

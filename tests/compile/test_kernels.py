@@ -145,12 +145,12 @@ def test_options_that_are_no_mapping_are_refused():
 @pytest.mark.parametrize(
     ("capability", "dtype", "arguments", "message"),
     [
-        ((8, 9), torch.bfloat16, {"options": {"USE_TMA": True}}, "needs compute capability 9.0, this GPU has .* 8.9"),
+        ((8, 9), torch.bfloat16, {"options": {"USE_TMA": True}}, "needs compute capability 9.0; this GPU has .* 8.9"),
         ((8, 0), torch.bfloat16, {"options": {"BACKEND": "FLASH"}}, "needs compute capability 9.x to 11.x"),
         ((9, 0), torch.float32, {"options": {"BACKEND": "FLASH"}}, "bfloat16 or float16, got torch.float32"),
         ((9, 0), torch.float16, {"options": {"BACKEND": "FLASH"}}, "needs the package flash-attn-4"),
         ((9, 0), torch.float16, {"options": {"BLOCK_M": 128}, "block_size": (64, 64)}, "BLOCK_M=128 does not divide"),
-        ((9, 0), torch.bfloat16, {"block_size": (128, 64), "backward": True}, "cannot be trained on.*128 keys"),
+        ((9, 0), torch.bfloat16, {"block_size": (128, 64), "backward": True}, "does not work in training.*128 keys"),
         ((9, 0), torch.bfloat16, {"options": {"BLOCK_N1": 256}, "backward": True}, "BLOCK_N1=256"),
         ((9, 0), torch.bfloat16, {"options": {"BLOCK_M1": 128, "BLOCK_N1": 64}, "backward": True}, "M1 must divide"),
         ((9, 0), torch.bfloat16, {"options": {"bwd_BLOCK_M2": 32}, "backward": True}, "BLOCK_N2 must divide BLOCK_M2"),

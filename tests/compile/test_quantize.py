@@ -166,7 +166,7 @@ def quantize_of(model):
 
 def test_fp8_products_on_a_cpu_are_refused_with_what_can_run(model, call):
     before = run(model, call)
-    with pytest.raises(ValueError, match=r"FP8 products need a CUDA device, this is 'cpu'.*can run \['weight_only'"):
+    with pytest.raises(ValueError, match=r"FP8 products need a CUDA device; this is 'cpu'.*can run \['weight_only'"):
         quantize(model, "rowwise")
     assert torch.equal(run(model, call), before)
 
@@ -188,7 +188,7 @@ def test_a_gpu_runs_the_recipes_of_its_capability(monkeypatch, capability, able)
     assert runnable_recipes(device) == able
     if "rowwise" not in able:
         assert why_not_recipe("rowwise", device) == (
-            f"FP8 products need compute capability 8.9, Some GPU has {capability[0]}.{capability[1]}"
+            f"FP8 products need compute capability 8.9; Some GPU has {capability[0]}.{capability[1]}"
         )
 
 
@@ -196,9 +196,9 @@ def test_a_gpu_runs_the_recipes_of_its_capability(monkeypatch, capability, able)
     ("make", "recipe", "error", "message"),
     [
         (lambda base: base, "fp4", ValueError, r"recipe must be one of \['rowwise'.*got 'fp4'"),
-        (lambda base: "pipe", "int8", TypeError, "expected a model, got str; of a pipeline give pipe.transformer"),
+        (lambda base: "pipe", "int8", TypeError, "expected a model, got str; for a pipeline, pass pipe.transformer"),
         (lambda base: tiny_flux(), "int8", ValueError, "no linear to quantise: .*tiny: fewer than 256 features"),
-        (lambda base: quantize_of(copy.deepcopy(base)), "int8", ValueError, "quantised already"),
+        (lambda base: quantize_of(copy.deepcopy(base)), "int8", ValueError, "already quantised"),
         (
             lambda base: copy.deepcopy(base).double(),
             "int8",
@@ -253,7 +253,7 @@ def test_weights_that_another_library_has_quantised_are_refused_by_name(model, b
     by(model)
     layer = r"\(transformer_blocks.0.attn.to_q is a \w*Linear\w* of [\w.]+\)"
     for options, message in (
-        ({"fp8": "int8"}, rf"FluxTransformer2DModel is quantised already {layer}: leave this pass out \(fp8=False\)"),
+        ({"fp8": "int8"}, rf"FluxTransformer2DModel is already quantised {layer}: leave this pass out \(fp8=False\)"),
         ({"fuse_qkv": True}, rf"fuse_qkv concatenates weights, .* quantised ones {layer}"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -275,11 +275,11 @@ def test_a_file_that_does_not_fit_changes_nothing(base, model, call, tmp_path):
         with pytest.raises(error, match=message):
             load_quantized(other, path)
 
-    refused("is damaged or no safetensors file", whole[: len(whole) // 2])
-    refused("is damaged or no safetensors file", b"not a file of weights")
+    refused("is damaged or not a safetensors file", whole[: len(whole) // 2])
+    refused("is damaged or not a safetensors file", b"not a file of weights")
     path.write_bytes(whole)
     refused(
-        r"of another model than this FluxTransformer2DModel \(it was saved from a FluxTransformer2DModel\)",
+        r"does not fit this FluxTransformer2DModel \(it was saved from a FluxTransformer2DModel\)",
         other=tiny_flux(),
     )
     path.unlink()
@@ -287,7 +287,7 @@ def test_a_file_that_does_not_fit_changes_nothing(base, model, call, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path, {"other": json.dumps({})})
-    refused("holds no quantised weights of flexclear")
+    refused("does not hold quantised weights of flexclear")
     assert torch.equal(run(target, call), before)
     with pytest.raises(ValueError, match="is not quantised"):
         save_quantized(base, path)

@@ -88,7 +88,7 @@ def test_a_device_is_refused_where_it_has_no_meaning(base):
     model = copy.deepcopy(base)
     with pytest.raises(ValueError, match=r"device='cuda' is where FP8 weights are made; .*pipe.to\('cuda'\)"):
         flexclear.optimize(model, device="cuda", backend="eager")
-    with pytest.raises(ValueError, match=r"FP8 products need a CUDA device, this is 'cpu'\. This device"):
+    with pytest.raises(ValueError, match=r"FP8 products need a CUDA device; this is 'cpu'\. This device"):
         flexclear.optimize(model, fp8="rowwise", device="cpu", backend="eager")
     pipe = flexclear.embedded.pipeline()
     with pytest.raises(ValueError, match=r"device='cpu' moves the transformer alone.*enable_model_cpu_offload"):

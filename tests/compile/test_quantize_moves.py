@@ -130,9 +130,7 @@ def test_a_transformed_model_with_pooled_keys_comes_back_from_its_file(base, rec
     assert torch.equal(run(load_quantized(fresh, file)), run(model))
     assert not torch.equal(unlike, run(model)), "the pooling weights make no difference"
     for other in (local(base), local(base, down_factor=4), copy.deepcopy(base)):
-        with pytest.raises(
-            ValueError, match=r"Pooling weights differ: flexclear.transform the model with the down_factor"
-        ):
+        with pytest.raises(ValueError, match=r"Pooling weights differ: call flexclear.transform with .* down_factor"):
             load_quantized(other, file)
         assert not is_quantized(other)
 

@@ -109,7 +109,7 @@ def test_optimizing_twice_compiles_anew_and_refuses_a_second_quantising(base, gr
     model = flexclear.optimize(local(base), fp8="weight_only", backend="eager")
     expected = run(model)
     assert torch.equal(expected, run(eight_bit(local(base), "weight_only")))
-    with pytest.raises(ValueError, match=r"is quantised already: leave this pass out \(fp8=False\)"):
+    with pytest.raises(ValueError, match=r"is already quantised: leave this pass out \(fp8=False\)"):
         flexclear.optimize(model, fp8="int8", compile=False, fuse_qkv=False)
     assert torch.equal(run(model), expected)
     hooks = len(model._forward_hooks)

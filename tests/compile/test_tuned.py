@@ -115,7 +115,7 @@ def test_a_file_that_cannot_be_read_is_one_warning_and_stops_nothing(name, caplo
     tuned._entries.cache_clear()
     assert kernel() == kernel() == default()
     (line,) = [record.getMessage() for record in caplog.records if "tuned.json" in record.getMessage()]
-    assert line.startswith(f"{tuned.path()} is not used")
+    assert line.startswith(f"{tuned.path()} is ignored")
     assert "\n" not in line
     # The next tuning replaces it.
     keep()

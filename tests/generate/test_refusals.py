@@ -53,7 +53,7 @@ BAD = {
     "two kinds of recipe": (("--prompt", APPLE, "--recipe", "int8", "--fp8"), "give --fp8 or --recipe, not both"),
     "a type for another recipe": (
         ("--prompt", APPLE, "--recipe", "rowwise", "--dtype", "float32", "--device", "cpu"),
-        "--recipe 'rowwise' cannot run here: FP8 products need a CUDA device, this is 'cpu'",
+        "--recipe 'rowwise' cannot run here: FP8 products need a CUDA device; this is 'cpu'",
     ),
     "an unknown type": (("--prompt", APPLE, "--dtype", "float8"), "--dtype must be one of ['auto', 'float32'"),
     "an unknown device": (("--prompt", APPLE, "--device", "toaster"), "--device 'toaster' cannot be used"),

@@ -148,7 +148,7 @@ BAD = [
     (lambda: Layout(8, 8, order=(4, 4)), ValueError, "need several frames"),
     (lambda: Layout(8, 8, frames=4, order=(0, 4)), ValueError, "frames of a band"),
     (lambda: Layout(8, 8, frames=4, order=(4,)), TypeError, r"a pair \(frames, rows\)"),
-    (lambda: Neighborhood((3, 5)).check(Layout(8, 8, frames=4)), ValueError, "of rows and columns, and this layout has 4"),
+    (lambda: Neighborhood((3, 5)).check(Layout(8, 8, frames=4)), ValueError, "covers rows and columns only, .* has 4"),
     (lambda: Neighborhood((5, 3, 3)).check(Layout(8, 8, frames=4)), ValueError, "does not fit into a grid of 4 x 8 x 8"),
     (lambda: Neighborhood(3, dilation=3).check(Layout(8, 8)), ValueError, "with dilation 3 does not fit"),
     (lambda: Neighborhood(3, stride=4), ValueError, "stride must be no larger"),
