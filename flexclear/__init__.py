@@ -87,7 +87,7 @@ _hush()
 
 
 def __getattr__(name: str) -> Any:
-    # Names load on first use: importing flexclear costs next to nothing and touches neither diffusers nor CUDA.
+    # Names load on first use: importing flexclear costs next to nothing, and touches neither diffusers nor CUDA.
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
-    Standard output has results only. Everything else, such as progress and warnings, is on standard error; whatever goes
-    wrong is one line there, and a traceback with ``--debug`` only.
+    Results go to standard output. Everything else, such as progress and warnings, goes to standard error; an error is one line
+    there, with a traceback only under ``--debug``.
 
     Exit status: 0; 1 if the command could not finish or found what it looks for; 2 for a bad argument, setting or file;
-    70 for an error of flexclear's own; 130 after Ctrl-C.
+    70 for a fault in flexclear itself; 130 after Ctrl-C.
 
     Args:
-        arguments: what follows the program's name; that of this process by default.
+        arguments: what follows the program's name; by default this process's own arguments.
     """
-    # Imported here: Ctrl-C while the rest is being imported is one line, too.
+    # Imported here, so that Ctrl-C during these imports is one line, too.
     try:
         from flexclear.commands.running import run
     except KeyboardInterrupt:

@@ -40,7 +40,7 @@ Target = TypeVar("Target")
 
 
 class _Default(int):
-    """The default radius, told from the same number when it is given."""
+    """The default radius, distinguishable from the same number passed explicitly."""
 
 
 DEFAULT_RADIUS = _Default(16)
@@ -65,7 +65,7 @@ def transform(
     """Give every attention layer CLEAR's circular window, in place (paper section 3.2).
 
     Image queries then see image keys closer than ``r`` tokens, and all text; text sees everything. Weights, softmax,
-    scaling and projections stay. The grid is read from each call, so one transformed model serves every resolution
+    scaling and projections are unchanged. The grid is read from each call, so one transformed model serves every resolution
     and aspect ratio. Callers only ever see raster token order. Reference images (FLUX.1 Kontext and the like) are
     further grids: their tokens see and are seen by the disc around the same row and column in every grid.
 
@@ -78,13 +78,14 @@ def transform(
             ``transformer``; with one as ``transformer_2`` (Wan 2.2) or ``transformer_ref`` (MiniMax-H3) too, all are transformed.
         r: window radius in tokens (16 px each in FLUX.1), 1 or more; published radii: 8, 16, 32. Or one per attention
             layer: a sequence, a mapping from layer numbers or module names (or their beginnings, or ``"default"``), or a
-            function of (number, name). None leaves a layer dense; a window of ``flexclear.masks`` is taken as it is.
-        frame_radius: of a video model, which frames a radius of ``r`` is seen in: n, the query's own and n on either side, 2 n
-            + 1 in all; ``"all"``, every one. Frames are those of the latents: Wan's VAE makes 21 of 81. Other shapes in time
-            are windows of ``flexclear.masks`` (``cylinder``, ``all_frames``, ``ball``, ``radial``, ``Tube``), given as ``r``.
-        attention: ``"clear"``, the windows of ``r``, or what the paper compares it with, in its settings at 1024 px; other
-            sizes by the classes of ``flexclear.alternatives``, such as ``SwinAttention(size=8)``. ``r`` and
-            ``down_factor`` are CLEAR's. Masks, on every model: ``"strided"`` (sparse transformers, arXiv 1904.10509),
+            function of (number, name). None leaves a layer dense; a window of ``flexclear.masks`` is used as it is.
+        frame_radius: for video models, the frames in which the radius ``r`` applies: n for the query's own and n on either side,
+            2 n + 1 in all; ``"all"`` for every frame. Frames are those of the latents: Wan's VAE turns 81 into 21. Other shapes
+            in time are windows of ``flexclear.masks`` (``cylinder``, ``all_frames``, ``ball``, ``radial``, ``Tube``), passed
+            as ``r``.
+        attention: ``"clear"``, the windows of ``r``, or what the paper compares it with, in its settings at 1024 px; for
+            other sizes pass a class of ``flexclear.alternatives``, such as ``SwinAttention(size=8)``. ``r`` and
+            ``down_factor`` apply to CLEAR only. Masks, on every model: ``"strided"`` (sparse transformers, arXiv 1904.10509),
             ``"swin"`` (Swin Transformer, 2103.14030), ``"neighborhood"`` (NAT, 2204.07143). Formulas, on FLUX.1:
             ``"sigmoid"`` (2409.04431), ``"linear"`` (elu + 1, 2006.16236), ``"pixart"`` (PixArt-Sigma's key / value
             compression, 2403.04692; one parameter per layer, ``<block>.attn.processor.compression_weight``),
@@ -95,28 +96,28 @@ def transform(
             ``EMAModel.save_pretrained`` does not know them: ``ema.copy_to(model.parameters())``, then ``save_weights``.
         dense_steps: (first, last): that many denoising steps at either end run dense attention. Needs the pipeline.
         ntk_factor: factor on the base of the rotary frequencies, for sizes beyond training; released setting: 10.
-        proportional_attention: scale scores by sqrt(log_n0(n) / d) in place of sqrt(1 / d), n keys, n0 = 4608.
-            These three can be changed for some calls: ``flexclear.override``.
-        backend: ``"auto"``: compiled FlexAttention where it can run (CUDA; CPU without gradients), else masked SDPA.
-            ``"flex"`` or ``"sdpa"`` insist.
+        proportional_attention: scale scores by sqrt(log_n0(n) / d) instead of sqrt(1 / d), with n keys and n0 = 4608.
+            ``flexclear.override`` changes these three for some calls.
+        backend: ``"auto"``: compiled FlexAttention where it can run (CUDA; CPU without gradients), otherwise masked SDPA.
+            ``"flex"`` and ``"sdpa"`` force one.
         order: ``"tiled"`` (fast) or ``"raster"`` token order inside the model; results are the same.
         block_size: tokens per block of the BlockMask, or a (query, key-value) pair; multiples of 16 from 16 to 256.
-            Chosen for each resolution, type and GPU otherwise (``flexclear.compile.kernels``). Blocks that the kernels of
-            a GPU cannot take raise in the call.
-        kernel_options: options of FlexAttention's kernels on GPUs, such as ``{"num_stages": 2}``, that win over the chosen
-            ones; which, see ``flexclear.compile.kernels.check_kernel_options``.
-        exact_position_ids: hand exact float32 position ids to the model. diffusers makes FLUX's ids in the pipeline's
-            type, and bfloat16 cannot tell neighbouring rows above 256 apart. False keeps the caller's.
+            By default chosen for each resolution, type and GPU (``flexclear.compile.kernels``). A size that the GPU's kernels
+            cannot use raises in the call.
+        kernel_options: options for FlexAttention's kernels on GPUs, such as ``{"num_stages": 2}``, which take precedence over
+            the chosen ones; see ``flexclear.compile.kernels.check_kernel_options``.
+        exact_position_ids: pass exact float32 position ids to the model. diffusers makes FLUX's ids in the pipeline's type, and
+            bfloat16 cannot tell neighbouring rows above 256 apart. False keeps the caller's.
 
     Returns:
-        What was given. A model that is already transformed is transformed anew: the last call holds.
+        What was passed in. A model that is already transformed is transformed again, and the last call counts.
 
     Raises:
-        TypeError: an unsupported model or a wrapper around one, a plugin's attention processor, a subclass that computes
-            something of its own, or an argument of the wrong type.
+        TypeError: an unsupported model or a wrapper around one, a plugin's attention processor, a subclass that overrides
+            the computation, or an argument of the wrong type.
         ValueError: an argument out of range, or a model without the blocks of its class.
 
-    Whatever is raised, Ctrl-C included, the model is as it was, or both are.
+    After any exception, Ctrl-C included, the model (or both models) is as it was before.
     """
     models = models_of(model_or_pipe)
     pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
@@ -240,7 +241,7 @@ class _Asked:
 
 
 def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] | None = None) -> Target:
-    """Transform a transformed model anew with the settings that it has, taking over what plugins have put there since.
+    """Transform a transformed model again with its current settings, including what plugins have installed since.
 
     Args:
         model_or_pipe: a transformed model, or a pipeline with one.
@@ -253,7 +254,9 @@ def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] 
     for model in models_of(model_or_pipe):
         before = entry_hook_of(model)
         if before is None:
-            raise ValueError(f"this {type(model).__name__} is not transformed; flexclear.transform(model, r=...) first")
+            raise ValueError(
+                f"this {type(model).__name__} is not transformed; call flexclear.transform(model, r=...) first"
+            )
         family, settings = family_of(model), before.settings
         layers = list(family.layers(model))
         if windows is not None:
@@ -267,12 +270,12 @@ def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] 
 
 
 def transform_as(model: nn.Module, windows: Mapping[str, Window | None], pipe: Any = None) -> None:
-    """Transform a model with these windows by layer name; else with the settings that it has, or the default ones.
+    """Transform a model with these windows by layer name; other settings are its current ones, or the defaults.
 
     Args:
         model: transformed or not.
         windows: of each layer.
-        pipe: the pipeline that it is of, whose scheduler counts steps, or None.
+        pipe: the model's pipeline, whose scheduler counts steps, or None.
 
     Raises:
         TypeError, ValueError: see ``transform``.
@@ -299,7 +302,7 @@ def transform_as(model: nn.Module, windows: Mapping[str, Window | None], pipe: A
 
 
 def _mechanism(attention: Any, r: Radii, down_factor: int | None) -> Mechanism | None:
-    """What ``attention`` names, None for CLEAR.
+    """The mechanism that ``attention`` names; None for CLEAR.
 
     Raises:
         TypeError: it is neither a name nor a mechanism.
@@ -308,25 +311,25 @@ def _mechanism(attention: Any, r: Radii, down_factor: int | None) -> Mechanism |
     mechanism = named(attention)
     if mechanism is not None and r is not DEFAULT_RADIUS:
         raise ValueError(
-            f"r={r!r} with attention={mechanism.kind!r}: a radius is CLEAR's. Leave r out; sizes are fields of "
+            f"r={r!r} with attention={mechanism.kind!r}: only CLEAR has a radius. Leave r out; sizes are fields of "
             f"flexclear.alternatives.{type(mechanism).__name__}"
         )
     if mechanism is not None and down_factor is not None:
         raise ValueError(
-            f"down_factor={down_factor!r} with attention={mechanism.kind!r}: down-sampled keys are CLEAR's. Leave it out"
+            f"down_factor={down_factor!r} with attention={mechanism.kind!r}: only CLEAR has down-sampled keys. Leave it out"
         )
     return mechanism
 
 
 def restore(model_or_pipe: Target) -> Target:
-    """Undo ``transform``: the processors that were there before, no hook left, outputs bit-identical to the original's.
+    """Undo ``transform``: the original processors return, no hook remains, and outputs are bit-identical to the original's.
 
-    It always works, whatever was done to the model since: a processor that somebody else has put in the place of ours
-    stays, and one warning names it. A model that was not transformed is left as it is. Pooling weights (``down_factor``) go
-    with the processors that hold them: save them first. Interrupted, it leaves the model transformed or restored.
+    It always works, whatever was done to the model since: a processor that someone else put in place of flexclear's stays, and
+    one warning names it. A model that was not transformed is left alone. Pooling weights (``down_factor``) are lost with the
+    processors that hold them: save them first. If interrupted, it leaves the model either transformed or restored.
 
     Returns:
-        What was given.
+        What was passed in.
 
     Raises:
         TypeError: neither a model nor a pipeline with a transformer, or a wrapper around one; see ``transform``.
@@ -354,14 +357,14 @@ def _restore(model: nn.Module) -> None:
     if stay:
         names = ", ".join(f"{type(processor).__name__} on {name}" for name, processor in stay.items())
         warnings.warn(
-            f"flexclear.restore has left what was put on this {type(model).__name__} after flexclear.transform: {names}. "
-            "Nothing of flexclear is left; model.set_attn_processor puts others in their place",
+            f"flexclear.restore has kept what was installed on this {type(model).__name__} after flexclear.transform: {names}. "
+            "Nothing of flexclear's is left; model.set_attn_processor replaces them",
             stacklevel=3,
         )
 
 
 def _others(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Processors that are not ours, of the layers of these names that there still are."""
+    """Processors that are not flexclear's, on those of the named layers that still exist."""
     modules = dict(model.named_modules())
     present = {name: getattr(modules.get(name), "processor", None) for name in names}
     return {name: found for name, found in present.items() if found is not None and not is_ours(found)}

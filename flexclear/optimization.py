@@ -1,4 +1,4 @@
-"""``optimize``: FP8 and compilation for a pipeline that is to serve, in the one order that works."""
+"""``optimize``: FP8 and compilation for a pipeline in production, in the one order that works."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ Size = tuple[int, ...]
 logger = logging.getLogger("flexclear")
 
 FUSED_PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-"""Projections of an attention layer that are not run any more once ``fuse_qkv_projections`` was called."""
+"""Projections of an attention layer that no longer run once ``fuse_qkv_projections`` was called."""
 
 WARM_UP_PROMPT = "a photograph of a landscape"
-"""What sizes are warmed with. Of several tokens, since graphs are made for a text of none or one by themselves."""
+"""The prompt that sizes are warmed with. It has several tokens, since texts of at most one need graphs of their own."""
 
 MOST_STEPS = 64
-"""That are tried until both of two transformers have run."""
+"""Most steps that are tried for both of two transformers to run."""
 
 REGIONS = ("blocks", "whole")
-"""What ``compile=`` may name: every repeated block by itself, or the model as one graph."""
+"""What ``compile=`` may name: each repeated block, or the model as one graph."""
 
 
 def optimize(
@@ -68,50 +68,51 @@ def optimize(
     progress: bool = True,
     backend: str = "inductor",
 ) -> Target:
-    """Make a pipeline as fast as the machine allows, and keep it so while it serves many sizes. In place.
+    """Make a pipeline fast, and keep it fast while it serves many sizes. In place.
 
-    The passes have one order: transform, weights, LoRA, then this: fuse, quantise, compile, warm. Sizes that were not
-    warmed compile in their first call, which is logged with its cost; attention is never run unfused. What comes late
-    works where it can, at the price of compiling again: another transform, a LoRA that is not to be fused, quantising.
-    Weights (``flexclear.load_weights``) and fused LoRA cannot come after FP8, and raise.
+    The passes have a fixed order: transform, weights, LoRA, then this function: fuse, quantise, compile, warm. Sizes that were
+    not warmed compile in their first call, which is logged with its cost; attention never runs unfused. Some passes also work
+    afterwards, at the price of compiling again: another transform, a LoRA that stays unfused, quantising. Weights
+    (``flexclear.load_weights``) and fused LoRA cannot come after FP8, and raise.
 
     >>> flexclear.optimize(pipe, fp8=True, sizes=[(1024, 1024), (2048, 2048)])      # doctest: +SKIP
 
     Args:
-        model_or_pipe: a pipeline, or its transformer; of a pipeline with two, both.
-        fp8: True: FP8 products with one scale per row. Or a name of ``flexclear.compile.RECIPES``. False: none.
-        device: with ``fp8``, for a model that is on the CPU because its original weights do not fit the card: it is moved
-            there linear by linear as it is quantised (``flexclear.compile.quantize``). The rest of a pipeline stays where it
-            is: ``pipe.to(device)`` or ``pipe.enable_model_cpu_offload()`` afterwards.
-        compile: True or ``"blocks"``: every repeated block, equal ones share their graphs. ``"whole"``: the model as one
-            graph, minutes instead of seconds to compile. False: not at all.
+        model_or_pipe: a pipeline, or its transformer; if a pipeline has two, both.
+        fp8: True: FP8 products with one scale per row. Or a name from ``flexclear.compile.RECIPES``. False: no quantisation.
+        device: with ``fp8``, for a model that is on the CPU because its original weights do not fit on the GPU: it is moved
+            there one linear at a time as it is quantised (``flexclear.compile.quantize``). The rest of a pipeline stays where
+            it is: ``pipe.to(device)`` or ``pipe.enable_model_cpu_offload()`` afterwards.
+        compile: True or ``"blocks"``: each repeated block; equal blocks share their graphs. ``"whole"``: the model as one
+            graph, which takes minutes instead of seconds to compile. False: do not compile.
         mode: ``torch.compile``'s mode, one of ``flexclear.compile.MODES``.
         dynamic: one set of graphs for all sizes instead of one per size.
-        max_sizes: sizes that graphs are made for, each number of images in a batch counted by itself, prompts not at
-            all; a call of one more raises RuntimeError.
+        max_sizes: how many sizes graphs are made for; each batch size counts separately, prompts do not count. A call beyond
+            that raises RuntimeError.
         fuse_qkv: fuse the query, key and value projections first (``fuse_qkv_projections``); diffusers keeps the
-            originals in memory beside them. LoRA must be fused and unloaded before; one that is loaded on these
-            projections later makes calls raise, since it would have no effect.
+            originals in memory beside them. LoRA must be fused and unloaded first; loading one on these projections later
+            makes calls raise, since it would have no effect.
         vae: compile the pipeline's VAE decoder as well.
-        sizes: (height, width) in pixels that are compiled now, with a progress bar; of a video model, (frames, height, width).
-        warm_up: makes one image of a (height, width), or one video of a (frames, height, width); by default the pipeline is
-            called with a short prompt and one step, or one more than ``dense_steps`` has, or as many as it takes for both of
-            two transformers. The graphs hold for prompts of every length. Give one for pipelines that need more than a prompt.
-        warm_start: a file of ``flexclear.compile.save_artifacts`` to load first; a stale or damaged one is logged and
-            not used.
+        sizes: (height, width) in pixels to compile now, with a progress bar; for a video model, (frames, height, width).
+        warm_up: a function of (height, width) that makes one image, or of (frames, height, width) that makes one video. By
+            default the pipeline is called with a short prompt and one step, or one more than ``dense_steps`` has, or as many
+            as it takes for both of two transformers to run. The graphs serve prompts of every length. Pass your own for
+            pipelines that need more than a prompt.
+        warm_start: a file from ``flexclear.compile.save_artifacts`` to load first; a stale or damaged one is logged and
+            ignored.
         min_features: linears with fewer input or output features are not quantised.
         progress: whether to show a bar.
         backend: ``torch.compile``'s; others than ``"inductor"`` are for debugging.
 
     Returns:
-        What was given.
+        What was passed in.
 
     Raises:
         TypeError: neither a model nor a pipeline.
-        ValueError: FP8 that this device does not have (the message names the device and the recipes it can run), an
-            unknown mode or recipe, sizes without a pipeline, nothing to compile with on this device, FP8 on a model that
-            is quantised, by whatever library, ``fuse_qkv`` with a LoRA or quantised weights, ``device`` without ``fp8`` or
-            with ``sizes``. Nothing is changed then.
+        ValueError: FP8 that this device does not support (the message names the device and the recipes it can run), an
+            unknown mode or recipe, sizes without a pipeline, no compiler for this device, FP8 on a model that is already
+            quantised (by any library), ``fuse_qkv`` with a LoRA or quantised weights, ``device`` without ``fp8`` or with
+            ``sizes``. Nothing is changed then.
     """
     models = models_of(model_or_pipe)
     if compile not in (True, False, *REGIONS):
@@ -131,7 +132,7 @@ def optimize(
     recipe = _recipe(fp8, target or next(models[0].parameters()).device)
     checked = [_size(size, family_of(models[0]).video) for size in sizes]
     if (checked or vae) and isinstance(model_or_pipe, nn.Module):
-        raise ValueError("sizes and vae need the pipeline, got its transformer alone: flexclear.optimize(pipe, ...)")
+        raise ValueError("sizes and vae need the pipeline, not its transformer alone: flexclear.optimize(pipe, ...)")
     if checked and target is not None:
         raise ValueError(
             f"sizes are warmed with the whole pipeline, and device={device!r} moves the transformer alone. Leave sizes out, move "
@@ -165,7 +166,7 @@ def optimize(
 
 
 def artifact_configuration(model: nn.Module, recipe: str | None, mode: str, dynamic: bool) -> dict[str, Any]:
-    """What compile artefacts of a model depend on beside versions and device: for ``flexclear.compile.save_artifacts``."""
+    """What a model's compile artefacts depend on besides versions and device: for ``flexclear.compile.save_artifacts``."""
     config = {key: value for key, value in dict(getattr(model, "config", {})).items() if not key.startswith("_")}
     dtype = str(next(model.parameters()).dtype)
     return {
@@ -219,7 +220,7 @@ def _check_fusable(model: nn.Module) -> None:
 
 
 def _fuse(model: Any) -> None:
-    # First, so that no interruption leaves fused projections without it; it lets others pass.
+    # First, so that no interruption leaves fused projections without it; it ignores unfused ones.
     if not any(isinstance(hook, FusedProjectionsCheck) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(FusedProjectionsCheck())
     model.fuse_qkv_projections()
@@ -228,7 +229,7 @@ def _fuse(model: Any) -> None:
 
 
 class FusedProjectionsCheck:
-    """Forward pre-hook: a LoRA on projections that have been fused would be left out of every call without a word."""
+    """Forward pre-hook: raises for a LoRA on fused projections, which would silently have no effect."""
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -239,7 +240,7 @@ class FusedProjectionsCheck:
             if getattr(parent, "fused_projections", False) and name.rpartition(".")[2] in FUSED_PARTS:
                 raise RuntimeError(
                     f"a LoRA was loaded on {name} after its projections were fused, and would have no effect. "
-                    "pipe.unload_lora_weights(); then load and fuse LoRA first, or optimize without fuse_qkv"
+                    "Call pipe.unload_lora_weights(), then load and fuse the LoRA before fuse_qkv, or optimize without fuse_qkv"
                 )
 
 
@@ -247,7 +248,7 @@ def _say(result: WarmStart, path: str | Path) -> None:
     if result.loaded:
         logger.info("flexclear: warm start from %s (%d libraries)", path, result.binaries)
     else:
-        logger.warning("flexclear: no warm start, everything is compiled anew: %s", result.reason)
+        logger.warning("flexclear: no warm start, everything is compiled from scratch: %s", result.reason)
 
 
 def _warm(
@@ -257,7 +258,7 @@ def _warm(
     from rich.progress import Progress
 
     def by_default(*size: int) -> None:
-        # With dense steps at either end, one in between, which has the windows.
+        # With dense steps at either end, one more in between, which has the windows.
         entries = [entry for entry in map(entry_hook_of, models) if entry is not None]
         steps = max((1 + sum(in_force(entry.settings.switches).dense_steps) for entry in entries), default=1)
         frames = {"num_frames": size[0]} if len(size) == 3 else {}
@@ -278,7 +279,7 @@ def _warm(
                 if steps > MOST_STEPS:
                     raise ValueError(
                         f"{steps // 2} steps of this {type(pipe).__name__} do not run each of its transformers with "
-                        "its windows. Give warm_up, which does"
+                        "its windows. Pass a warm_up that does"
                     )
         finally:
             for handle in handles:
@@ -295,7 +296,7 @@ def _warm(
 
 
 class RunCheck:
-    """Forward pre-hook: notes that a model runs, and in no dense step."""
+    """Forward pre-hook: notes when a model runs outside of the dense steps."""
 
     ran = False
 
@@ -307,7 +308,7 @@ class RunCheck:
 
 
 class CompileWatch:
-    """Forward hook: logs what a call has compiled, with its cost and why."""
+    """Forward hook: logs what a call compiled, the time it took, and why."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -191,5 +191,5 @@ def test_tangents_that_get_lost_inside_the_model_are_missed():
     model = flexclear.transform(tiny_flux(), r=3, backend="sdpa")
     # As Inductor's kernels do: torch.compile(model) stands around the model, where no hook of its own sees it.
     model.proj_out.register_forward_hook(lambda module, args, output: forward_ad.unpack_dual(output).primal)
-    with pytest.raises(RuntimeError, match="tangents that this FluxTransformer2DModel was given have no effect"):
+    with pytest.raises(RuntimeError, match="tangents passed to this FluxTransformer2DModel have no effect"):
         dual(function_of(model), LATENTS, DIRECTION)

@@ -49,7 +49,7 @@ def test_a_pipelines_vae_says_how_many_pixels_make_a_token():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"height": 512}, "give height and width in pixels, or neither; got height=512 and width=None"),
+        ({"height": 512}, "pass height and width in pixels, or neither; got height=512 and width=None"),
         ({"height": 8, "width": 512}, "height must be an int >= 16 in pixels, got 8"),
         ({"height": 512, "width": 512, "text_len": -1}, "text_len must be an int >= 0 in tokens, got -1"),
     ],

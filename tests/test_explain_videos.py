@@ -40,10 +40,13 @@ def test_an_image_has_no_frames():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_frames": 16}, r"num_frames must be 4 n \+ 1, of which the VAE makes n \+ 1, got 16; near it: 13 and 17"),
+        (
+            {"num_frames": 16},
+            r"num_frames must be 4 n \+ 1, which the VAE turns into n \+ 1, got 16; the nearest are 13 and 17",
+        ),
         ({"num_frames": 0}, "num_frames must be an int >= 1 before the VAE, got 0"),
-        ({"num_frames": None}, "frame_radius=1 is of a video; give num_frames too"),
-        ({"frame_radius": None}, "num_frames=17 and no frame_radius"),
+        ({"num_frames": None}, "frame_radius=1 is for videos; pass num_frames too"),
+        ({"frame_radius": None}, "num_frames=17 needs a frame_radius"),
         ({"frame_radius": "some"}, "frame_radius must be a number of frames or 'all', got 'some'"),
         ({"frame_radius": -1}, "frame_radius must be an int >= 0"),
         ({"frame_radius": 5}, "17 frames are 5 after the VAE, so that a window would see all of them; 'all' says so"),
@@ -72,7 +75,7 @@ def test_the_command_prints_it_and_draws_a_strip_of_frames(tmp_path):
     [
         (("--num-frames", "17", "--table"), "--table is over sizes of images"),
         (("--num-frames", "17", "--frame-radius", "x"), "0 or more, or 'all'; got 'x'"),
-        (("--num-frames", "17"), "no frame_radius"),
+        (("--num-frames", "17"), "needs a frame_radius"),
     ],
 )
 def test_the_command_says_what_does_not_go_together(capsys, arguments, message):

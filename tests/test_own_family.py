@@ -172,7 +172,7 @@ def test_what_shows_nothing_is_said(own):
 
 
 def test_register_takes_a_family_that_says_what_it_must(own):
-    with pytest.raises(ValueError, match="OwnTransformer2DModel is known already"):
+    with pytest.raises(ValueError, match="OwnTransformer2DModel is already registered"):
         register(OWN)
     other = dataclasses.replace(OWN, notes="another")
     assert register(other, replace=True) is other

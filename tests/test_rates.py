@@ -116,7 +116,7 @@ def test_a_broken_file_is_named_once_and_not_used(folder, content, caplog):
     file.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert kept.rates_for(CPU, torch.bfloat16, 128) is PUBLISHED[128]
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"{file} is not used")
+    assert line.startswith(f"{file} is ignored")
 
 
 def test_published_rates_give_the_published_steps_of_flux_on_an_h100():

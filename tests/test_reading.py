@@ -65,8 +65,8 @@ def test_how_deep_a_document_may_be_does_not_depend_on_the_process():
         (parse_json, "[1" + "0" * 5000 + "]", "4300 digits"),
         (parse_yaml, "[1" + "0" * 5000 + "]", "4300 digits"),
         (parse_json, "{", "Expecting property name"),
-        (parse_yaml, "{", "it is no YAML"),
-        (parse_yaml, "!!python/object:os.system {}", "it is no YAML: could not determine a constructor"),
+        (parse_yaml, "{", "it is not valid YAML"),
+        (parse_yaml, "!!python/object:os.system {}", "it is not valid YAML: could not determine a constructor"),
         (parse_yaml, "a: 2026-13-45", "month must be in"),
     ],
 )

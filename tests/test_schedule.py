@@ -127,7 +127,7 @@ BAD = {
     "index negative": ({-1: 2, "default": 3}, ValueError, "the key -1, which names no attention layer"),
     "index bool": ({True: 2, "default": 3}, ValueError, "the key True, which names no attention layer"),
     "index float": ({1.0: 2, "default": 3}, ValueError, r"the key 1\.0, which names no attention layer"),
-    "layer left out": ({"transformer_blocks": 2}, ValueError, r"says nothing of single_transformer_blocks\.0\.attn \(layer 2\)"),
+    "layer left out": ({"transformer_blocks": 2}, ValueError, r"does not cover single_transformer_blocks\.0\.attn \(layer 2\)"),
     "function": (lambda index, name: 2 - index, ValueError, r"got 0 \(for single_transformer_blocks\.0\.attn\)"),
     "function type": (lambda index, name: "2", TypeError, r"got '2' \(str\) \(for transformer_blocks\.0\.attn\)"),
 }  # fmt: skip
@@ -315,7 +315,7 @@ def test_a_schedule_that_changes_mid_run_leaves_nothing_behind(pipe):
 
 @pytest.mark.parametrize("given", [1, (1,), (1, 2, 3), [1, 1], (-1, 0), (1.0, 0), (True, 0), "11"])
 def test_dense_steps_that_make_no_sense_are_named(pipe, given):
-    with pytest.raises(ValueError, match=r"dense_steps must be \(first, last\), two numbers of steps from 0 on, got"):
+    with pytest.raises(ValueError, match=r"dense_steps must be \(first, last\), two step counts >= 0, got"):
         flexclear.transform(pipe, dense_steps=given)
     assert entry_hook_of(pipe.transformer) is None
 

@@ -75,7 +75,7 @@ def test_a_wrapped_model_is_refused_with_the_way_to_it(wrap, path, one_rank, tmp
             with pytest.raises(TypeError) as caught:
                 call(given, tmp_path)
             assert f"the {type(wrapped).__name__} given wraps a FluxTransformer2DModel" in str(caught.value), name
-            assert str(caught.value).endswith(f"give {said}{path}"), name
+            assert str(caught.value).endswith(f"pass {said}{path}"), name
     assert same(state_of(model), before)
     inside = eval(f"wrapped{path}", {"wrapped": wrapped})
     assert type(inside) is type(model)

@@ -1,1 +1,1 @@
-"""What every part of flexclear may use, and what uses none of them: nothing here imports torch."""
+"""Helpers that every part of flexclear may use, and that use none of those parts: nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""Names and limits of options, without torch: what is mistyped is refused before torch is imported."""
+"""Names and limits of options, without torch: a mistyped option is refused before torch is imported."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 
 EMBEDDED = "embedded"
-"""The model inside the package, where a folder or hub id may be named."""
+"""Names the model inside the package wherever a folder or hub id is accepted."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 BACKENDS = ("auto", "flex", "sdpa")
 """``"flex"``: compiled FlexAttention over a BlockMask. ``"sdpa"``: masked SDPA over a dense boolean mask. ``"auto"``:
-flex where it can run, sdpa where it must."""
+flex where it can run, otherwise sdpa."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Data types of weights, as torch names them."""
@@ -23,10 +23,10 @@ RECIPES = ("rowwise", "tensorwise", "weight_only", "int8")
 """Keys of ``flexclear.compile.RECIPES``."""
 
 METHODS = ("sdedit", "imax")
-"""How ``flexclear.highres`` enlarges."""
+"""Methods of ``flexclear.highres``."""
 
 TEXTS = ("exact", "average")
-"""What text sees in ``flexclear.parallel``."""
+"""How ``flexclear.parallel`` computes text queries."""
 
 EXCHANGES = ("sync", "stale")
 """Which borders ``flexclear.parallel`` exchanges."""
@@ -45,7 +45,7 @@ ALL_FRAMES = "all"
 """The frame radius of a window over every frame."""
 
 LARGEST_SEED = 2**64 - 1
-"""Of ``torch.Generator``, which keeps 64 bits."""
+"""The limit of ``torch.Generator``, which keeps 64 bits."""
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -80,10 +80,10 @@ def check_seeds(option: str, first: int, count: int = 1) -> None:
 
 
 def parse_metrics(text: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of metrics, ``"fid,is"`` or a list; ``"all"`` is every one.
+    """Names of metrics, ``"fid,is"`` or a list; ``"all"`` means every one.
 
     Raises:
-        ValueError: there is none, or an unknown one.
+        ValueError: none is given, or one is unknown.
     """
     names = [part.strip().lower() for part in (text.split(",") if isinstance(text, str) else text)]
     names = [name for name in names if name]
@@ -103,7 +103,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """(height, width) of ``"HxW"``.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is not a size.
     """
     match = re.fullmatch(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})", text.strip())  # noqa: RUF001
     if match is None or 0 in (size := (int(match[1]), int(match[2]))):
@@ -138,6 +138,6 @@ def parse_frame_radius(text: str) -> int | str:
         return text
     if re.fullmatch(r"\d{1,9}", text.strip()) is None:
         raise ValueError(
-            f"--frame-radius is a number of frames of the latents on either side, 0 or more, or {ALL_FRAMES!r}; got {text!r}"
+            f"--frame-radius is a number of latent frames on either side, 0 or more, or {ALL_FRAMES!r}; got {text!r}"
         )
     return int(text)

@@ -1,4 +1,4 @@
-"""Packages that some commands need and an installation without extras lacks; asked for before anything is done."""
+"""Packages that some commands need and that an installation without extras lacks; checked before any work is done."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ EXTRAS = {
     "fontTools": ("fonttools", "train"),
     "av": ("av", "video"),
 }
-"""(distribution, extra of flexclear that installs it) by the name that is imported."""
+"""(distribution, extra of flexclear that installs it), by import name."""
 
 
 OF_TORCHMETRICS = ("fid", "is", "lpips", "psnr", "ssim")
-"""Metrics that it computes, or (LPIPS) whose learned weights it carries."""
+"""Metrics that torchmetrics computes or, for LPIPS, whose learned weights it ships."""
 
 
 def is_installed(module: str) -> bool:
@@ -33,7 +33,7 @@ def require(module: str, purpose: str) -> None:
     """Raise unless ``module``, of ``EXTRAS``, can be found.
 
     Args:
-        module: name that is imported.
+        module: its import name.
         purpose: what needs it.
 
     Raises:

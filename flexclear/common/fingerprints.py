@@ -1,4 +1,4 @@
-"""What tells models and weights files apart whose names are equal: their contents."""
+"""Fingerprints of contents, which tell models and weights files of the same name apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PIECES = 8
 
 
 def fingerprint_files(folder: Path, files: Iterable[Path]) -> str:
-    """Of some files' names in ``folder``, their sizes and eight pieces of each, so that gigabytes need not be read.
+    """A fingerprint of some files in ``folder``: names, sizes and eight pieces of each, so that gigabytes need not be read.
 
     A model that was trained further or quantised differs in every piece.
     """
@@ -29,7 +29,7 @@ def fingerprint_files(folder: Path, files: Iterable[Path]) -> str:
 
 
 def fingerprint_pipeline(folder: Path) -> str:
-    """Of ``model_index.json`` and of every file of the components that it names: configurations, tokenizers, weights.
+    """A fingerprint of ``model_index.json`` and of all files of the components it names: configuration, tokenizers, weights.
 
     Raises:
         ValueError: ``model_index.json`` is damaged.
@@ -44,5 +44,5 @@ def fingerprint_pipeline(folder: Path) -> str:
 
 
 def counts(file: Path) -> bool:
-    """Whether a file is of a model: no hidden file, no README."""
+    """Whether a file belongs to a model: neither hidden nor a README."""
     return file.is_file() and not file.name.startswith(".") and file.suffix != ".md"

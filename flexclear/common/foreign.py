@@ -1,4 +1,4 @@
-"""Lines that other libraries print and that concern nobody here: kept out, exactly these and no others.
+"""Suppresses lines of other libraries that are irrelevant here: exactly these and no others.
 
 Importing diffusers logs lines about parts of torchao, torch, transformers and bitsandbytes that neither flexclear nor its user
 has asked for, and loading a pipeline draws progress bars of two libraries. ``hush`` drops log records by logger and text; it
@@ -19,7 +19,7 @@ from flexclear.common.versions import dtype_option
 
 
 def _built_for_others(record: logging.LogRecord) -> bool:
-    """Whether torchao's library cannot be loaded here by its build: another Python's, or CUDA's beside a torch without."""
+    """Whether torchao's library cannot load here due to its build: for another Python, or for CUDA beside a CPU-only torch."""
     text = record.getMessage()
     tag = re.search(r"\.cpython-(\d+)-", text)
     if tag is not None and tag[1] != f"{sys.version_info.major}{sys.version_info.minor}":
@@ -54,7 +54,7 @@ KNOWN: tuple[tuple[str, str, Callable[[logging.LogRecord], bool]], ...] = (
         lambda record: True,
     ),
 )
-"""(logger, beginning of the text, whether a record of it is meant): what ``hush`` drops."""
+"""What ``hush`` drops: (logger, pattern for the beginning of the text, whether such a record is meant)."""
 
 
 class _Known(logging.Filter):
@@ -69,9 +69,9 @@ class _Known(logging.Filter):
 
 
 def hush() -> None:
-    """Drop the log records of ``KNOWN``, from now on and wherever the libraries are imported.
+    """Drop the log records of ``KNOWN`` from now on, wherever the libraries are imported.
 
-    They come back with ``logging.getLogger("flexclear").setLevel(logging.DEBUG)``.
+    ``logging.getLogger("flexclear").setLevel(logging.DEBUG)`` brings them back.
     """
     for logger, text, meant in KNOWN:
         filters = logging.getLogger(logger).filters
@@ -80,7 +80,7 @@ def hush() -> None:
 
 
 class _Bars(contextlib.ContextDecorator):
-    """Progress bars of diffusers' and transformers' loading, switched off while any thread asks for it."""
+    """Switches off the loading progress bars of diffusers and transformers while any thread asks for it."""
 
     def __init__(self) -> None:
         self._lock, self._depth = threading.Lock(), 0
@@ -110,7 +110,7 @@ class _Bars(contextlib.ContextDecorator):
 
 @contextlib.contextmanager
 def _downloads_as_they_are() -> Iterator[None]:
-    """transformers switches the bars of huggingface_hub's downloads with its own; those may take hours and stay."""
+    """Keeps huggingface_hub's download bars, which transformers switches off with its own; downloads may take hours."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = are_progress_bars_disabled()
@@ -120,14 +120,13 @@ def _downloads_as_they_are() -> Iterator[None]:
 
 
 without_bars = _Bars()
-"""Context, or decorator of a function, without the bars of loading; those of downloads stay, and the pipeline's own
-belong to the pipeline."""
+"""Context manager or decorator that hides the bars of loading; those of downloads and the pipeline's own stay."""
 
 
 @contextlib.contextmanager
 def without_diffusers_warnings() -> Iterator[None]:
-    """A block, or a function, in which diffusers logs errors only: every LoRA without weights for a text encoder is a
-    warning."""
+    """Context manager or decorator under which diffusers logs only errors: it warns of every LoRA without weights for a text
+    encoder."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -139,13 +138,13 @@ def without_diffusers_warnings() -> Iterator[None]:
 
 
 def from_pretrained(kind: Any, place: Any, dtype: Any = None, **options: Any) -> Any:
-    """``kind.from_pretrained`` of diffusers without progress bars.
+    """diffusers' ``kind.from_pretrained``, without progress bars.
 
     Args:
         kind: class of a pipeline or a model.
         place: folder or hub id.
-        dtype: data type of the weights, under the name that the installed diffusers has for it; None: as it is.
-        options: further ones.
+        dtype: data type of the weights, passed under the argument's name in the installed diffusers; None: as stored.
+        options: further arguments.
     """
     if dtype is not None:
         options[dtype_option()] = dtype

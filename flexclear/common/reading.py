@@ -1,4 +1,4 @@
-"""Text that people or other programs wrote: lines, JSON and YAML, with every fault an error of one line."""
+"""Text written by people or other programs: lines, JSON and YAML; every fault is a one-line error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 YAML_DEPTH = 100
-"""Lists and mappings inside one another that a YAML document may have."""
+"""How deeply lists and mappings may be nested in a YAML document."""
 
 
 def read_text(path: Path) -> str:
@@ -27,7 +27,7 @@ def read_text(path: Path) -> str:
 def lines_of(text: str) -> list[str]:
     r"""The lines of a text, which end at ``\n``, ``\r\n`` or ``\r``.
 
-    ``str.splitlines`` also splits at characters that stand inside a line, such as U+2028 and U+0085.
+    ``str.splitlines`` also splits at characters that may occur within a line, such as U+2028 and U+0085.
     """
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
@@ -36,7 +36,7 @@ def check_unicode(text: str, name: str) -> str:
     """Return ``text`` unless it holds half of a surrogate pair, as undecodable arguments and ``"\\ud800"`` in JSON do.
 
     Raises:
-        ValueError: it does; no tokenizer takes it, and no file can hold it.
+        ValueError: it does; no tokenizer accepts it, and no file can hold it.
     """
     try:
         text.encode("utf-8")
@@ -49,7 +49,7 @@ def parse_json(text: str | bytes) -> Any:
     """What a JSON document holds.
 
     Raises:
-        ValueError: it is no JSON, an object has a key twice, or it is nested too deeply.
+        ValueError: it is not valid JSON, an object has a key twice, or it is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -70,7 +70,7 @@ def parse_yaml(text: str) -> Any:
     """What a YAML document holds.
 
     Raises:
-        ValueError: it is no YAML, a mapping has a key twice, a number cannot be read, or it is nested too deeply
+        ValueError: it is not valid YAML, a mapping has a key twice, a number cannot be read, or it is nested too deeply
             (``YAML_DEPTH``).
     """
     import yaml
@@ -79,7 +79,7 @@ def parse_yaml(text: str) -> Any:
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            # Counted: how deep Python recurses is the process's own setting, which test tools raise.
+            # Counted, since Python's recursion limit belongs to the process, and test tools raise it.
             if self.depth >= YAML_DEPTH:
                 raise ValueError("it is nested too deeply")
             self.depth += 1
@@ -88,7 +88,7 @@ def parse_yaml(text: str) -> Any:
             return node
 
         def compose_mapping_node(self, anchor: Any) -> Any:
-            # Here, before merge keys (<<) are resolved: what they bring may be replaced.
+            # Here, before merge keys (<<) are resolved: what they bring in may be overridden.
             node = super().compose_mapping_node(anchor)
             first: dict[tuple[str, str], Any] = {}
             for key, _ in node.value:
@@ -103,7 +103,7 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"it is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"it is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except OverflowError as error:
@@ -111,7 +111,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: cut where it is long, whatever it holds."""
+    """A value for a message, cut short if it is long."""
     try:
         text = reprlib.repr(value)
     except ValueError:  # an integer of more digits than Python writes

@@ -13,7 +13,7 @@ def model_directory() -> Path:
 
 
 def students_directory() -> Path:
-    """The folder of the students that ship with the package; it is missing where none do."""
+    """The folder of the students that ship with the package; missing if none do."""
     return _EMBEDDED / "students"
 
 

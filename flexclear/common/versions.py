@@ -1,4 +1,4 @@
-"""Which versions are installed, and what differs between them, without importing anything."""
+"""Installed versions, and what differs between them, without importing anything."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def versions(names: Iterable[str] = ("torch", "diffusers", "transformers", "torc
 
 
 def release(text: str | None) -> tuple[int, int]:
-    """(major, minor) of a version such as ``"0.42.1"``; (0, 0) of none."""
+    """(major, minor) of a version such as ``"0.42.1"``; (0, 0) if there is none."""
     match = re.match(r"(\d+)\.(\d+)", text or "")
     return (0, 0) if match is None else (int(match[1]), int(match[2]))
 
 
 def dtype_option() -> str:
-    """Name of the argument of diffusers' ``from_pretrained`` that has the data type.
+    """Name of the argument of diffusers' ``from_pretrained`` that takes the data type.
 
-    It is ``dtype`` from diffusers 0.40 on, where ``torch_dtype`` is deprecated; earlier releases know ``torch_dtype`` only
+    It is ``dtype`` from diffusers 0.40 on, where ``torch_dtype`` is deprecated; earlier releases know only ``torch_dtype``
     and ignore the other with a warning.
     """
     return "dtype" if release(installed("diffusers")) >= (0, 40) else "torch_dtype"

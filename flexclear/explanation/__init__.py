@@ -1,4 +1,4 @@
-"""``explain``: of an image size, what a window costs; of a model, what every layer does."""
+"""``explain``: what a window costs at an image size, or what every layer of a model does."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def explain(
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
-    """Say what will happen, before anything runs. ``print`` the result.
+    """Describe what will happen, before anything runs. ``print`` the result.
 
     ``explain(height, width, r)``: what a window of radius r costs for an image of that many pixels, or with ``num_frames=`` and
     ``frame_radius=`` for a video; arguments as in ``flexclear.explanation.window.explain_window``.
 
     ``explain(model_or_pipe)``: what each attention layer of a model does, transformed or not; with ``height=`` and
-    ``width=`` in pixels (and ``text_len=``, 512 by default) also what that costs. Of a pipeline, its VAE says how many pixels
-    make a token; of a model alone, the VAE that its family was published with (16 pixels a side). Of a video model, costs need
-    ``num_frames=`` besides, frames of the video. Of a pipeline with two transformers, both are explained.
+    ``width=`` in pixels (and ``text_len=``, 512 by default) also what that costs. The size of a token in pixels comes from a
+    pipeline's VAE, or for a model alone from the VAE that its family was published with (16 pixels a side). For a video model,
+    costs also need ``num_frames=``, the frames of the video. If a pipeline has two transformers, both are explained.
 
     >>> print(explain(1024, 1024, r=16))                            # doctest: +ELLIPSIS
     64 x 64 image tokens and 512 of text (text first), window radius 16, tiled order, blocks 128 x 64
@@ -60,7 +60,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
 
     Raises:
         TypeError: neither sizes nor a model that flexclear supports.
-        ValueError: a size makes no sense; the message names it.
+        ValueError: a size is invalid; the message names it.
     """
     model_or_pipe = args[0] if args else kwargs.pop("model_or_pipe", None)
     if model_or_pipe is None or isinstance(model_or_pipe, int | float | str):

@@ -28,8 +28,8 @@ class LayerExplanation:
         scope: which tokens it attends over (``"joint"``: text and image).
         window: its window; None: dense.
         processor: class of its attention processor.
-        cost: of its window at the size that was asked for; None without one, and for attention over reference images alone.
-        formula: what attends in place of softmax over a mask (``flexclear.alternatives``), or None.
+        cost: of its window at the requested size; None without a size, and for attention over reference images only.
+        formula: the formula that replaces softmax over a mask (``flexclear.alternatives``), or None.
         flops: of its attention at that size; 0 without one.
     """
 
@@ -52,12 +52,12 @@ class ModelExplanation:
 
     Attributes:
         model: class of the model.
-        settings: lines on what holds for all layers; empty for a model that is not transformed.
+        settings: lines about what applies to all layers; empty for a model that is not transformed.
         layers: in the order of the forward pass.
         size: the image that costs are for, as text; empty without one.
         seconds: of a step at that size, predicted; None without a size, and where a formula attends.
-        rates: that it is predicted by; None where it is not.
-        others: the same of the pipeline's second transformer, which runs in the steps that this one does not; else empty.
+        rates: what the prediction is based on; None without one.
+        others: the same for the pipeline's second transformer, which runs in the steps that this one does not; else empty.
     """
 
     model: str
@@ -144,7 +144,7 @@ def explain_model(
         TypeError, ValueError: a size makes no sense, or only one is given.
     """
     if (height is None) != (width is None):
-        raise ValueError(f"give height and width in pixels, or neither; got height={height!r} and width={width!r}")
+        raise ValueError(f"pass height and width in pixels, or neither; got height={height!r} and width={width!r}")
     check_int("text_len", text_len, 0, None, "in tokens")
     for name, side in (("height", height), ("width", width)):
         if side is not None:

@@ -1,4 +1,4 @@
-"""What a window will do at one resolution, in numbers, before anything runs."""
+"""What a window does at one resolution, in numbers, before anything runs."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Explanation:
         block_size: tokens per (query, key-value) block.
         cost: in the layout's own order.
         raster_cost: with tokens row by row in 128 x 128 blocks, as in the paper's code.
-        rates: that times are predicted by.
-        num_frames: of a video, before the VAE; None: of an image.
+        rates: what times are predicted from.
+        num_frames: of a video, before the VAE; None for an image.
     """
 
     layout: Layout
@@ -93,8 +93,8 @@ class Explanation:
         ]
         if layer.gain < 1:
             lines.append(
-                "No gain in time to expect: FlexAttention runs at a lower rate than a fused dense kernel, and too little work is "
-                "left out. Use a smaller radius or larger images, or keep the model dense."
+                "Do not expect a speed-up: FlexAttention runs at a lower rate than a fused dense kernel, and too little work is "
+                "saved. Use a smaller radius or larger images, or keep the model dense."
             )
         return "\n".join(lines)
 
@@ -121,7 +121,7 @@ def resolution_table(
     channels: int = CHANNELS,
     sides: Sequence[int] = (512, 1024, 2048, 4096, 8192),
 ) -> str:
-    """Density, work and predicted gain over square images as a Markdown table, and from what size on there is a gain.
+    """Density, work and predicted gain for square images as a Markdown table, and the size from which there is a gain.
 
     Args:
         r: window radius in tokens.
@@ -207,17 +207,17 @@ def explain_window(
         height, width: image size in pixels; a remainder below ``px_per_token`` is cut off, as pipelines do.
         r: window radius in tokens.
         num_frames: frames of a video, before the VAE; None: an image.
-        frame_radius: of a video, as ``flexclear.transform`` takes it: frames after the VAE on either side, or ``"all"``.
-        frames_per_token: frames that the VAE makes one of, after the first: 4, of LTX 8.
-        text_len: text tokens in attention's sequence: 512 for FLUX.1, 333 for SD3, none for Wan; 512, or 0 of a video, by
-            default.
+        frame_radius: for a video, as in ``flexclear.transform``: frames after the VAE on either side, or ``"all"``.
+        frames_per_token: how many frames after the first the VAE turns into one: 4, for LTX 8.
+        text_len: text tokens in attention's sequence: 512 for FLUX.1, 333 for SD3, none for Wan. By default 512, or 0 for a
+            video.
         text_first: whether text precedes the image.
         px_per_token: pixels per token and side; 1 if height and width are in tokens.
         channels: heads times head dimension: 3072 for FLUX.1, 5120 for Wan 14B.
-        block_size: tokens per block, or a (query, key-value) pair; what attention in bfloat16 has here otherwise.
+        block_size: tokens per block, or a (query, key-value) pair; by default what attention in bfloat16 uses here.
 
     Raises:
-        TypeError, ValueError: an argument makes no sense; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     for name, value in (("height", height), ("width", width)):
         check_int(name, value, px_per_token, None, "in pixels")
@@ -255,8 +255,8 @@ def frames_after_vae(num_frames: int, frames_per_token: int) -> int:
     if rest:
         low = whole * frames_per_token + 1
         raise ValueError(
-            f"num_frames must be {frames_per_token} n + 1, of which the VAE makes n + 1, got {num_frames}; near it: {low} and "
-            f"{low + frames_per_token}"
+            f"num_frames must be {frames_per_token} n + 1, which the VAE turns into n + 1, got {num_frames}; the nearest are "
+            f"{low} and {low + frames_per_token}"
         )
     return whole + 1
 
@@ -269,12 +269,12 @@ def _window(r: int, num_frames: int | None, frames: int, frame_radius: int | str
     """
     if num_frames is None:
         if frame_radius is not None:
-            raise ValueError(f"frame_radius={frame_radius!r} is of a video; give num_frames too, or leave it out")
+            raise ValueError(f"frame_radius={frame_radius!r} is for videos; pass num_frames too, or leave it out")
         return Disc(r)
     if frame_radius is None:
         raise ValueError(
-            f"num_frames={num_frames} and no frame_radius, which says in which frames a radius is seen: a number of frames after "
-            f"the VAE on either side, or {ALL_FRAMES!r}"
+            f"num_frames={num_frames} needs a frame_radius, which says in which frames a radius applies: a number of frames "
+            f"after the VAE on either side, or {ALL_FRAMES!r}"
         )
     if frame_radius == ALL_FRAMES:
         return all_frames(r)

@@ -1,4 +1,4 @@
-"""Model families that ``transform`` knows: a declaration each, and a file for what is peculiar."""
+"""The model families that ``transform`` supports: a declaration each, with a file of its own for what is peculiar."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FAMILIES: list[Family] = [
     COSMOS3,
     MOCHI,
 ]
-"""Those that there are; ``register`` adds to them."""
+"""All known families; ``register`` adds to them."""
 
 
 def register(family: Family, *, replace: bool = False) -> Family:
@@ -82,16 +82,16 @@ def register(family: Family, *, replace: bool = False) -> Family:
     ``flexclear.testing.check_family`` tells whether the declaration is right.
 
     Args:
-        family: its declaration: a ``TokensFamily`` for a model that is handed tokens and position ids, a ``LatentsFamily`` for
-            one that is handed latents, or a ``Family`` with a ``read`` and an ``enter`` of its own.
-        replace: whether it takes the place of the family that knows the class already.
+        family: its declaration: a ``TokensFamily`` for a model that takes tokens and position ids, a ``LatentsFamily`` for one
+            that takes latents, or a ``Family`` with its own ``read`` and ``enter``.
+        replace: whether to replace a family that is already registered for the class.
 
     Returns:
         ``family``.
 
     Raises:
-        TypeError: it is no ``Family``.
-        ValueError: it names no processor, no stack of blocks or no carrier, or its class is known already.
+        TypeError: it is not a ``Family``.
+        ValueError: it names no processor, no stack of blocks or no carrier, or its class is already registered.
     """
     if not isinstance(family, Family):
         raise TypeError(f"register takes a Family, such as TokensFamily(model_class=...), got {type(family).__name__}")
@@ -109,9 +109,7 @@ def register(family: Family, *, replace: bool = False) -> Family:
     elif replace:
         FAMILIES[known] = family
     else:
-        raise ValueError(
-            f"{family.model_class} is known already; register(family, replace=True) puts another in its place"
-        )
+        raise ValueError(f"{family.model_class} is already registered; register(family, replace=True) replaces it")
     return family
 
 
@@ -119,8 +117,8 @@ def family_of(model: nn.Module) -> Family:
     """The family of ``model``.
 
     Raises:
-        TypeError: no family knows it, and the message lists those that exist; or it is of a subclass with a forward of its
-            own, which may compute anything.
+        TypeError: no family covers it (the message lists the supported classes), or it is a subclass that overrides forward,
+            which may compute anything.
     """
     for family in FAMILIES:
         base = family.base_of(model)

@@ -42,19 +42,19 @@ class StretchHook(Hook):
 @dataclass(frozen=True)
 class LatentsFamily(Family):
     """A model whose image tokens are the patches of its latents, frame by frame and row by row, with one text before or
-    behind them, or none where text reaches them by cross-attention, which stays as it is.
+    behind them, or none where text reaches them by cross-attention, which is left alone.
 
-    They stay in raster order, but for attention. Its patches are ``patch_size``, with ``patch_size_t`` frames if there is
-    such a thing.
+    Tokens stay in raster order except inside attention. The size of a patch is the configuration's ``patch_size``, with
+    ``patch_size_t`` frames if there is such an entry.
 
     Attributes:
-        embedder: path of the module that makes the rotary embedding and has its base as ``theta``; the first carrier by default.
+        embedder: path of the module that makes the rotary embedding, with its base as ``theta``; the first carrier by default.
         text: argument with the text's features, ``[B, tokens, C]``.
-        registers: tokens of the model's own that go with the text.
-        positions: path of the number of learned positions, which are a square grid's; None where no size is too large.
+        registers: number of the model's own tokens that go with the text.
+        positions: path of the number of learned positions, which form a square grid; None where no size is too large.
         refuses: arguments that a call must not have, and why.
-        rows: axis of what the embedder returns along which there is a row for each image token, of a model that several ranks
-            can share: its blocks get tokens first, and ``proj_out`` makes patches of them.
+        rows: for a model that several ranks can share: the axis of the embedder's output with a row for each image token. Its
+            blocks take tokens first, and ``proj_out`` turns tokens into patches.
     """
 
     raster: bool = True
@@ -76,10 +76,10 @@ class LatentsFamily(Family):
         return Call(latents, ((height, width),), {JOINT: text_len + self.registers}, frames=frames)
 
     def sides(self, model: nn.Module, latents: Tensor) -> tuple[int, int, int]:
-        """Frames, height and width in tokens; 1 frame of an image.
+        """Frames, height and width in tokens; an image has 1 frame.
 
         Raises:
-            ValueError: the latents have another shape, or several frames where the model knows images alone, do not divide
+            ValueError: the latents have another shape, have several frames although the model takes only images, do not divide
                 into patches, or have more tokens to a side than the model has positions.
         """
         patch = patch_of(model)
@@ -152,7 +152,7 @@ class LatentsFamily(Family):
 
 
 def patch_of(model: nn.Module) -> tuple[int, ...]:
-    """Sides of a patch in latents: height and width, of some models frames before them."""
+    """Sides of a patch in latents: height and width, for some models with frames in front."""
     config: Any = model.config
     given = config.patch_size
     sides = (given, given) if isinstance(given, int) else tuple(given)

@@ -1,4 +1,4 @@
-"""What users give, a pipeline or a model in wrappers, and the model of a family in it."""
+"""Finds the model inside what users pass: a pipeline, or a model in wrappers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_
 
 
 def model_of(model_or_pipe: Any) -> nn.Module:
-    """The transformer itself: ``model_or_pipe``, or the only one of a diffusers pipeline.
+    """The transformer: ``model_or_pipe`` itself, or the only one in a diffusers pipeline.
 
     Raises:
         TypeError: neither, or a wrapper around the model, or a pipeline with several; the message names what was given and what
@@ -39,7 +39,7 @@ def models_of(model_or_pipe: Any) -> list[nn.Module]:
     """The transformers of a diffusers pipeline; of a model, itself.
 
     Raises:
-        TypeError: neither, or a wrapper around a model; the message names what was given and what would do.
+        TypeError: neither, or a wrapper around a model; the message names what was passed and what would do.
     """
     found = below_compile(model_or_pipe)
     for model, compiled in found:
@@ -97,8 +97,8 @@ def _below_compile(model: Any, where: str) -> tuple[nn.Module, bool]:
     inside, path = _inside(model)
     if path:
         raise TypeError(
-            f"the {type(model).__name__} given wraps a {type(inside).__name__}, and flexclear works on the model itself. Give "
-            f"it before it is wrapped, or give {where}{path}"
+            f"the {type(model).__name__} given wraps a {type(inside).__name__}, but flexclear works on the model itself. Pass "
+            f"it before it is wrapped, or pass {where}{path}"
         )
     return model, compiled
 
@@ -121,7 +121,7 @@ def _inside(model: Any) -> tuple[nn.Module, str]:
 
 
 def px_per_token(model_or_pipe: Any) -> int:
-    """Pixels per token and side: of a pipeline's VAE and patches; for a model alone, of its family's published VAE.
+    """Side of a token in pixels: from a pipeline's VAE and patches, or for a model alone from its family's published VAE.
 
     Raises:
         TypeError: neither a model that flexclear supports nor a pipeline with one.
@@ -139,8 +139,8 @@ def px_per_token(model_or_pipe: Any) -> int:
 
 
 def latent_frames(model_or_pipe: Any, num_frames: int) -> int:
-    """Frames in tokens of a video of so many: of a pipeline's VAE, for a model alone of its family's published one, and of its
-    patches.
+    """Number of frames in tokens of a video with ``num_frames``: from a pipeline's VAE, or for a model alone its family's
+    published one, and from the patches.
 
     Raises:
         TypeError: neither a model that flexclear supports nor a pipeline with one.

@@ -1,4 +1,4 @@
-"""Models that are handed image tokens and their position ids, as FLUX is."""
+"""Models that take image tokens and their position ids, as FLUX does."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class TokensFamily(Family):
 
     Attributes:
         ids: argument with the ids, ``[tokens, axes]``.
-        axes: what their columns are.
-        joint_ids: whether the text's ids are in the same argument, in front.
+        axes: the meaning of their columns.
+        joint_ids: whether the text's ids come first in the same argument.
         text: argument with the text's features, ``[B, tokens, C]``.
-        text_ids: argument with the text's ids, of a model whose rotary embedding an NTK factor can stretch.
-        embed: path of the module that makes the rotary embedding of them.
+        text_ids: argument with the text's ids, for a model whose rotary embedding an NTK factor can stretch.
+        embed: path of the module that makes the rotary embedding from them.
         residuals: arguments with a ControlNet's residuals, one row per image token.
-        attention_kwargs: argument that goes to the processors.
-        text_mask: whether an ``attention_mask`` may be in there, bool ``[B or 1, 1, 1, text + image]``, True for what is no
-            padding. Without, it is refused.
-        refused: arguments that there is no window for, and why.
+        attention_kwargs: argument that is passed to the processors.
+        text_mask: whether it may hold an ``attention_mask``, bool ``[B or 1, 1, 1, text + image]``, False for padding;
+            otherwise a mask is refused.
+        refused: arguments that no window supports, and why.
     """
 
     ids: str = "img_ids"

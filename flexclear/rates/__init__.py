@@ -1,1 +1,1 @@
-"""How fast a machine computes, measured or published, and what follows for a step: what ``explain`` predicts with."""
+"""How fast a machine computes, measured or published, and what that means for a step: the basis of ``explain``'s predictions."""

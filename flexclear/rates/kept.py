@@ -54,7 +54,7 @@ def keep(model: str, about: dict[str, Any], content: dict[str, Any]) -> Path:
 
 
 def rates_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Rates:
-    """The rates that were measured last on this machine for this device, type, head dim and torch, else published ones."""
+    """The rates last measured on this machine for this device, type, head dim and torch, otherwise published ones."""
     wanted = {**facts(device, dtype), "head_dim": head_dim}
     keys = ("device", "dtype", "torch", "head_dim")
     newest: tuple[float, Path, Any] | None = None
@@ -69,7 +69,7 @@ def rates_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Rates:
             when = file.stat().st_mtime
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             logger.warning(
-                "%s is not used (%s: %s): delete it, or run flexclear bench again", file, type(error).__name__, error
+                "%s is ignored (%s: %s): delete it, or run flexclear bench again", file, type(error).__name__, error
             )
             continue
         if newest is None or when > newest[0]:

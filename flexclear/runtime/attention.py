@@ -1,4 +1,4 @@
-"""One attention function for every family: layout-aware through its mask, ignorant of models."""
+"""One attention function for every family: its mask knows the layout, and it knows no model."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def windowed_attention(
 
     Args:
         query, key, value: ``[B, heads, N, head_dim]`` in the mask's sequence order; more keys than queries where the
-            mask has them. Key and value may have fewer heads, of which each serves as many heads of the query.
-        mask: a BlockMask (compiled FlexAttention), ``TextApart`` (that for the image, SDPA for the text), a bool mask that
-            broadcasts to ``[B, heads, N, keys]`` (masked SDPA), or None: every pair (SDPA).
+            mask has them. Key and value may have fewer heads, each of which serves a run of query heads.
+        mask: a BlockMask (compiled FlexAttention), ``TextApart`` (FlexAttention for the image, SDPA for the text), a bool mask
+            that broadcasts to ``[B, heads, N, keys]`` (masked SDPA), or None: every pair (SDPA).
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
         held: see ``compiled_flex_attention``.
 
     Returns:
         ``[B, heads, N, head_dim]``.
 
-    Under forward-mode AD and ``torch.func``, SDPA is computed by plain operations, which have every derivative and hold
-    all scores; fused kernels have a backward pass and nothing else.
+    Under forward-mode AD and ``torch.func``, SDPA is computed with plain operations, which have every derivative and store
+    all scores; fused kernels only have a backward pass.
 
     Raises:
-        UnfusedAttentionError: FlexAttention would not be fused, or is to be differentiated in one of these ways.
+        UnfusedAttentionError: FlexAttention would not be fused, or would be differentiated in one of these ways.
     """
-    # Under autocast the norms hand query and key over in float32; SDPA would cast, FlexAttention refuses.
+    # Under autocast the norms return query and key in float32; SDPA would cast them, FlexAttention refuses.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(mask, BlockMask):
         return compiled_flex_attention(query, key, value, mask, scale, held)
@@ -53,7 +53,7 @@ def windowed_attention(
         return _apart(query, key, value, mask, scale, held)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:
-        # Of SDPA's kernels on GPUs only cuDNN's takes grouped heads with a mask; the others would hold all scores.
+        # Among SDPA's GPU kernels only cuDNN's takes grouped heads with a mask; the others would store all scores.
         groups, grouped = query.shape[1] // key.shape[1], False
         key, value = (tokens.repeat_interleave(groups, dim=1) for tokens in (key, value))
     if not torch.compiler.is_compiling() and needs_composite((query, key, value)):
@@ -91,7 +91,7 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
 def choose_backend(
     wanted: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, transforms: str | None = None
 ) -> str:
-    """``"flex"`` or ``"sdpa"`` for a call on ``device`` with tensors of ``dtype``.
+    """``"flex"`` or ``"sdpa"``, for a call on ``device`` with tensors of ``dtype``.
 
     Args:
         wanted: one of ``BACKENDS``.
@@ -108,7 +108,7 @@ def choose_backend(
     if transforms is not None:
         obstacle = f"it has a backward pass at most, and this call runs under {transforms}"
     if obstacle is None and dtype not in FLEX_DTYPES:
-        obstacle = f"it computes in float32, bfloat16 or float16, the model computes in {dtype}"
+        obstacle = f"it computes in float32, bfloat16 or float16, but the model computes in {dtype}"
     if obstacle is None:
         return "flex"
     if wanted == "flex":

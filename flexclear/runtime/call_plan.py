@@ -1,4 +1,4 @@
-"""What one call of a transformed model hands to its attention layers: for each kind of layer what it sees, and what attends."""
+"""What one call of a transformed model passes to its attention layers: for each kind of layer, what it sees and what attends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flexclear.runtime.rotary import Rotary
 
 @dataclass(frozen=True, eq=False)
 class SlotPlan:
-    """What one kind of layer (``flexclear.runtime.facts.Slot``) attends under.
+    """What one kind of layer (``flexclear.runtime.facts.Slot``) needs for its attention.
 
     Attributes:
         mask: a BlockMask, ``TextApart``, a dense bool mask, or None: dense attention.
@@ -30,7 +30,7 @@ class SlotPlan:
             None.
         order: of tokens that reach attention in raster order: their place in the sequence that the mask is for, and its
             inverse, int64 ``[N]``, or ``[B, N]`` where samples differ; or None.
-        held: what its layers have shown of Dynamo's guards in this call.
+        held: what its layers have shown about Dynamo's guards in this call.
     """
 
     mask: Mask
@@ -55,7 +55,7 @@ class SlotPlan:
 
 
 class Means(Protocol):
-    """What attends in a call: softmax over a window in this process, over one that several share, or a formula."""
+    """What computes attention in a call: softmax over a window, in this process or shared by several, or a formula."""
 
     def attend(
         self, own: SlotPlan, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None
@@ -155,11 +155,10 @@ class CallPlan:
 
     Attributes:
         base: token order, coordinates and layout of the joint sequence.
-        slots: what each kind of layer attends under.
-        means: what attends.
+        slots: what each kind of layer needs.
+        means: what computes attention.
         rotary: rotary embedding that replaces the model's own; None keeps the model's.
-        embedder: what makes the rotary embedding in place of the model's own module, in the form of that; None keeps the
-            model's.
+        embedder: replaces the module that makes the model's rotary embedding; returns the same form. None keeps the model's.
         dtype: of the call's tokens.
     """
 
@@ -204,7 +203,7 @@ class CallPlan:
         Args:
             slot: which part of the plan is the layer's.
             query, key, value: ``[B, heads, N, head_dim]`` in sequence order, after norms and rotary embedding; key and value
-                may have fewer heads, of which each serves as many heads of the query.
+                may have fewer heads, each of which serves a run of query heads.
             weight: see ``Means``.
         """
         return self.means.attend(self.slots[slot], slot, query, key, value, weight)

@@ -28,14 +28,14 @@ class Hook:
     """Base of every hook that flexclear installs; ``flexclear.runtime.exchange`` finds them by it.
 
     Attributes:
-        after: of a hook on a module inside the model: whether it runs after the module's forward, not before.
+        after: for a hook on a module inside the model: whether it runs after the module's forward instead of before.
     """
 
     after = False
 
 
 here = threading.local()
-"""What this thread is in, each absent or None outside of it.
+"""This thread's state; each entry is absent or None outside of it.
 
 ``entering``: plan of a call whose carriers have not all been made; ``plan``: of the block that runs, or has run last;
 ``leaving``: plan of the call that runs, for its exit. Read in graphs, and written outside of them.
@@ -43,12 +43,12 @@ here = threading.local()
 
 
 def plan_here() -> CallPlan | None:
-    """The plan of the block that this thread is in, None in a block without one."""
+    """The plan of the block that this thread is running; None in a block without one."""
     return getattr(here, "plan", None)
 
 
 def enter(plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[str, Any]:
-    """Hand the plan of a call to this thread until its exit, or until its arguments, which are returned, are gone.
+    """Give this thread the plan of a call until its exit, or until its arguments, which are returned, are gone.
 
     Args:
         plan: the call's.
@@ -67,14 +67,14 @@ def enter(plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[
 
 
 def leave() -> CallPlan | None:
-    """The plan of the call that this thread has entered, which it leaves; None if there was none yet."""
+    """End the call that this thread has entered and return its plan; None if there was none yet."""
     plan: CallPlan | None = getattr(here, "leaving", None)
     here.entering = here.plan = here.leaving = None
     return plan
 
 
 class _Call:
-    """Among a call's arguments for as long as those are: a ``KeyboardInterrupt`` runs no hook at the exit."""
+    """Kept among a call's arguments and gone with them: a ``KeyboardInterrupt`` runs no hook at the exit."""
 
     def __init__(self, plan: CallPlan) -> None:
         self.plan = plan
@@ -85,12 +85,12 @@ class _Call:
 
 
 class CarrierHook(Hook):
-    """Forward hook of a module whose output every block gets: new views of that, which carry the plan.
+    """Forward hook of a module whose output every block gets: returns new views of it, which carry the plan.
 
-    Views, because a model may keep what it has made and give it to other calls.
+    Views, because a model may cache its output and use it in other calls.
 
     Attributes:
-        last: whether no other module of the model carries.
+        last: whether no other module of the model carries the plan.
     """
 
     after = True

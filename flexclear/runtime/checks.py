@@ -1,4 +1,4 @@
-"""What every family asks of a model or a call at the door."""
+"""Checks that every family makes of a model or a call, before any work."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def diffusers_class(module: nn.Module) -> type[nn.Module] | None:
 def refuse_other_forward(module: nn.Module, where: str, base: type[nn.Module] | None) -> None:
     """Raise if ``module`` is of a subclass of ``base``, a class of diffusers, that has a forward of its own.
 
-    Windows are made for what diffusers' own forward does: another may attend by itself, or read positions off the order of
-    the tokens, which differs inside a transformed model. A subclass that leaves forward alone is what its base is.
+    Windows are made for what diffusers' own forward does: another may compute attention itself, or read positions off the order
+    of the tokens, which differs inside a transformed model. A subclass that does not override forward is treated as its base.
 
     Raises:
         TypeError: it is; ``where`` says what it is in the message.
@@ -84,7 +84,7 @@ def required_tensor(kwargs: dict[str, Any], name: str, model: nn.Module) -> Tens
     """The tensor argument ``name``.
 
     Raises:
-        ValueError: it is missing or no tensor.
+        ValueError: it is missing or not a tensor.
     """
     value = kwargs.get(name)
     if not isinstance(value, Tensor):
@@ -93,10 +93,10 @@ def required_tensor(kwargs: dict[str, Any], name: str, model: nn.Module) -> Tens
 
 
 def required_mask(kwargs: dict[str, Any], name: str, text: str, model: nn.Module) -> Tensor:
-    """The mask argument ``name`` of the text that the argument ``text`` has, ``[B, tokens]``.
+    """The mask argument ``name``, ``[B, tokens]``, for the text in the argument ``text``.
 
     Raises:
-        ValueError: one of them is missing, or the mask is of another shape than the text.
+        ValueError: one of them is missing, or the mask's shape does not match the text's.
     """
     mask, words = required_tensor(kwargs, name, model), required_tensor(kwargs, text, model)
     if mask.shape != words.shape[:2]:
@@ -107,7 +107,7 @@ def required_mask(kwargs: dict[str, Any], name: str, text: str, model: nn.Module
 
 
 def refuse_mask(attention_kwargs: dict[str, Any], where: str) -> None:
-    """Raise if the caller hands an attention mask to the processors.
+    """Raise if the caller passes an attention mask to the processors.
 
     Raises:
         ValueError: it does.

@@ -22,26 +22,25 @@ from flexclear.runtime.saving import SaveHook
 
 
 def put_processor(attention: Any, processor: Any) -> None:
-    """Give an attention module a processor. Unlike diffusers' ``set_processor`` it works where an interrupted one has left
-    the module without any."""
+    """Set an attention module's processor. Unlike diffusers' ``set_processor`` this works where an interrupted call has left
+    the module without one."""
     if not isinstance(processor, nn.Module):
         attention._modules.pop("processor", None)
     attention.processor = processor
 
 
 def replaced_by(attention: Any) -> Any | None:
-    """The processor to give back to an attention module that has one of ours, None where none is known."""
+    """The processor to restore on an attention module that has one of ours; None if none is known."""
     known = attention.processor.replaced
     if known is not None:
         return known
-    # load_ip_adapter makes processors of the classes that it finds, ours too, and asks for no other than such a fresh one.
+    # load_ip_adapter makes new processors of the classes that it finds, ours included, without arguments.
     default = getattr(type(attention), "_default_processor_cls", None)
     return None if default is None else default()
 
 
 def put_hooks(model: nn.Module, entry: EntryHook) -> None:
-    """Give a model our hooks, in place of those that it has: at its entry, its exit and its ``state_dict``, and the family's
-    on modules inside it."""
+    """Replace our hooks on a model: at its entry, its exit and its ``state_dict``, and the family's on modules inside it."""
     remove_hooks(model)
     inner = entry.family.hooks(model, entry.settings.windows)
     session = entry.parallel
@@ -58,7 +57,7 @@ def put_hooks(model: nn.Module, entry: EntryHook) -> None:
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Remove every hook of ours; found by type, because a deep copy of a model has no handles of its own."""
+    """Remove all of our hooks; they are found by type, because a deep copy of a model has no handles of its own."""
     for module in model.modules():
         for hooks, *flags in _hooks_of(module):
             for key in _ours(hooks):
@@ -93,7 +92,7 @@ class Snapshot:
                     self._hooks += [(each, list(each.items())) for each in (hooks, *flags)]
 
     def put_back(self) -> None:
-        """Do it, and once more from the beginning where that is interrupted."""
+        """Put them back; if interrupted, start again from the beginning."""
         undo(self._put_back)
 
     def _put_back(self) -> None:
@@ -109,7 +108,7 @@ class Snapshot:
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """What is done to processors and our hooks inside a ``with`` block is undone if anything is raised in it."""
+    """Undo changes to processors and our hooks inside a ``with`` block if anything is raised in it."""
     before = Snapshot(model)
     try:
         yield
@@ -120,13 +119,13 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Processors and our hooks are after a ``with`` block what they were before it."""
+    """Restore processors and our hooks after a ``with`` block."""
     with afterwards(Snapshot(model).put_back):
         yield
 
 
 def put_originals(model: nn.Module) -> list[str]:
-    """Give every attention module with one of our processors the one from before; names of those that have none to get."""
+    """Restore the original of each of our processors; returns the names of modules whose original is not known."""
     left = []
     for name, module in list(model.named_modules()):
         if is_ours(getattr(module, "processor", None)):

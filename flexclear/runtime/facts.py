@@ -35,7 +35,7 @@ class Layer:
         name: path of the module in the model.
         module: the attention module; has ``processor`` and ``set_processor``.
         scope: which tokens it attends over, ``JOINT`` or a name of the family's own.
-        shared: whether another model has the layer for its own and calls it without a plan.
+        shared: whether another model owns the layer, too, and calls it without a plan.
     """
 
     name: str
@@ -86,13 +86,13 @@ class Call:
         grids: (height, width) in tokens of the image, then of each reference image.
         text_lens: number of text tokens by scope.
         keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent where nothing is.
-        text_adjoins: whether each sample's image follows its own text at once, in attention's sequence, and what pads the text
-            is behind the image.
-        order: token order of a call that cannot have the one that ``transform`` was given, else None.
-        own_grids: those of a scope, where they are others than ``grids``.
-        frames: of a video, each of which has the image's grid, after the VAE and after patching; 1: an image.
-        start: place in attention's sequence where the image begins, of packed sequences, which have other tokens before it and
-            behind; None: all text is on one side, see ``Family.text_first``.
+        text_adjoins: whether, in attention's sequence, each sample's image directly follows its own text, with the text's
+            padding behind the image.
+        order: token order of a call that cannot use the one passed to ``transform``, else None.
+        own_grids: grids of a scope, where they differ from ``grids``.
+        frames: number of frames, each with the image's grid, after the VAE and after patching; 1: an image.
+        start: for packed sequences, which have other tokens before and behind the image: where in attention's sequence the
+            image begins; None: all text is on one side, see ``Family.text_first``.
     """
 
     tokens: Tensor
@@ -118,7 +118,7 @@ DERIVED = {"derived": True}
 class Settings:
     """How a model was transformed; see ``flexclear.transform`` for the meaning of each field.
 
-    ``windows`` is by layer name, ``slots`` what a plan holds one mask each for. With a ``formula`` there are no windows.
+    ``windows`` is by layer name; a plan holds one mask for each of ``slots``. With a ``formula`` there are no windows.
     ``head_dim`` is the model's.
     """
 
@@ -135,7 +135,7 @@ class Settings:
     formula: Formula | None = None
 
     def options(self) -> dict[str, Any]:
-        """What was asked of ``transform``, by name: every field that is not DERIVED, ``switches`` one by one."""
+        """What was passed to ``transform``, by name: every field that is not DERIVED, and each of ``switches``."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata != DERIVED}
         switches = own.pop("switches")
         return {**own, **{one.name: getattr(switches, one.name) for one in fields(switches)}}
@@ -155,11 +155,11 @@ class Settings:
         backward: bool,
         text_padded: bool = False,
     ) -> Kernel:
-        """Blocks and kernel options of a call: those asked for, those that ``flexclear bench --tune`` found fastest here, or the
+        """Blocks and kernel options of a call: those requested, those that ``flexclear bench --tune`` found fastest here, or the
         table's.
 
         Raises:
-            ValueError: the kernels on ``device`` cannot take those that were asked for.
+            ValueError: the kernels on ``device`` cannot use those that were requested.
         """
         if backend != "flex":
             return Kernel(self.block_size or default_block_size(seq_len, device=device))

@@ -1,4 +1,4 @@
-"""What ``transform`` and the hooks ask of a model family; ``flexclear.families`` has those that there are."""
+"""The interface of a model family that ``transform`` and the hooks use; the families are in ``flexclear.families``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ InnerHooks = list[tuple[nn.Module, Any]]
 class Family(ABC):
     """Where tokens enter and leave, where the grid comes from, which attention modules count, where text sits.
 
-    All of it is data, or a method where a model is peculiar. No instance holds anything of a model: what varies travels in
-    the arguments of the model's call.
+    All of it is data, or a method where a model is peculiar. No instance holds a model's state: what varies travels in the
+    arguments of the model's call.
 
     Attributes:
         model_class: name of the model's class.
@@ -37,30 +37,30 @@ class Family(ABC):
         carriers: paths of the modules whose outputs, together, reach every such block as arguments of it; a call's plan rides
             on them.
         carrier_argument: name of the model's argument that is a dictionary and reaches every block and its attention, in place of
-            carriers or beside them. It is the sturdier way: what puts other tensors in the place of those that a module returns
-            (DeepSpeed's ZeRO 3, reentrant checkpointing) leaves a dictionary as it is.
+            carriers or beside them. This is more robust: wrappers that replace the tensors that a module returns (DeepSpeed's
+            ZeRO 3, reentrant checkpointing) leave a dictionary alone.
         block_argument: name of the blocks' argument that carries a plan on to their attention in whole graphs, of a model whose
             attention gets none of what carries it to the blocks; see ``BlockHook``.
         tokens: argument with the image's tokens or latents, a tensor or a list of them.
         text_first: whether text precedes the image in the attention's sequence.
         joins: whether text is part of attention's sequence; elsewhere it is reached by cross-attention, which stays as it is.
         scopes: which tokens an attention module attends over, by its name or by its stack's, where that is not ``JOINT``.
-        given: what the processors' code gets for arguments of these names, such as None for masks of padding; see
+        given: values that the processors' code gets for arguments of these names, such as None for padding masks; see
             ``WindowProcessor``.
-        unbuilt: names in the processors' code that nothing is assigned to, of masks of N x N that it would build in every
-            layer; see ``WindowProcessor``.
+        unbuilt: names in the processors' code whose assignments are left out: N x N masks that it would otherwise build in
+            every layer; see ``WindowProcessor``.
         raster: whether image tokens reach attention in raster order, because the model makes them and their positions itself.
             Attention then puts them in the layout's order and back.
         video: whether its images have frames, so that a radius alone does not say what is seen (``frame_radius``).
-        px_per_token: pixels per token and side.
-        latents_per_token: the ``vae_scale_factor`` of its pipelines times this are pixels per token and side, where they do
-            not say otherwise (``patch_size``).
-        frames_per_latent: frames of a video that a frame of its latents stands for, all but the first, which is one.
-        pools: whether down-sampled keys (``down_factor``) are known for it.
-        rope: whether positions are rotary, so that an NTK factor has a meaning.
-        no_ntk: why it has none elsewhere.
-        clips_ntk: whether ``ntk_floor`` is known for it.
-        idles: whether its model runs without any image tokens, as ranks do that get no part of a small image.
+        px_per_token: side of a token in pixels.
+        latents_per_token: times the ``vae_scale_factor`` of its pipelines, the side of a token in pixels, unless they say
+            otherwise (``patch_size``).
+        frames_per_latent: frames of video per frame of latents, except the first, which stands for one.
+        pools: whether it supports down-sampled keys (``down_factor``).
+        rope: whether positions are rotary, so that an NTK factor makes sense.
+        no_ntk: why an NTK factor is not supported, if it is not.
+        clips_ntk: whether it supports ``ntk_floor``.
+        idles: whether its model runs without any image tokens, as on ranks that get no part of a small image.
         pipelines: diffusers pipelines that its tests run end to end, for the support table.
         notes: what the support table says about it.
     """
@@ -91,7 +91,7 @@ class Family(ABC):
     notes: str = ""
 
     def latent_frames(self, num_frames: int, frames_per_latent: int) -> int:
-        """Frames of latents of a video of so many frames, by how many of them each stands for."""
+        """Latent frames of a video with ``num_frames`` frames, ``frames_per_latent`` of which become one."""
         return (num_frames - 1) // frames_per_latent + 1
 
     def matches(self, model: nn.Module) -> bool:
@@ -131,14 +131,14 @@ class Family(ABC):
     def processor(
         self, layer: Layer, original: Any, slot: int, down_factor: int | None, formula: Formula | None
     ) -> WindowProcessor:
-        """What stands in place of ``original``, the processor that ``layer`` has when not transformed.
+        """The replacement for ``original``, the processor that ``layer`` has when not transformed.
 
         Args:
-            layer: which.
+            layer: the layer.
             original: its processor.
             slot: see ``WindowProcessor``.
-            down_factor: side in tokens of the cells whose keys are pooled, of a family that ``pools``; or None.
-            formula: what attends in place of softmax over a mask, or None.
+            down_factor: side in tokens of the cells whose keys are pooled, for a family that ``pools``; or None.
+            formula: a formula that replaces softmax over a mask, or None.
 
         Raises:
             ValueError: the processor cannot be replaced under these settings.
@@ -162,7 +162,7 @@ class Family(ABC):
     def enter(
         self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
     ) -> tuple[dict[str, Any], CallPlan]:
-        """The call's arguments in the plan's token order, and the plan; the caller's own stay as they are.
+        """The call's arguments in the plan's token order, and the plan; the caller's own are not modified.
 
         A family whose model computes its rotary embedding in raster order, or in numbers that do not compile, puts its own
         into the plan (``CallPlan.rotary``), and so does one whose frequencies ``switches`` change.

@@ -1,4 +1,4 @@
-"""How many frames of a video a radius is seen in (``frame_radius``), and whether windows are a video's or an image's."""
+"""In how many frames of a video a radius applies (``frame_radius``), and whether windows are for videos or images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class InFrames:
     """Makes the window of a radius, and remembers whether it was asked for one.
 
     Attributes:
-        frame_radius: what ``transform`` was given.
-        video: whether the model is one of videos.
+        frame_radius: as passed to ``transform``.
+        video: whether it is a video model.
         model: name of its class.
-        asked: whether there was a radius.
+        asked: whether a window was made from a radius.
     """
 
     def __init__(self, frame_radius: int | str | None, video: bool, model: str) -> None:
@@ -34,7 +34,7 @@ class InFrames:
         """The window of a radius.
 
         Raises:
-            TypeError, ValueError: it is none, or its frames are not known.
+            TypeError, ValueError: it is not a valid radius, or its frames are not known.
         """
         disc = Disc(radius)
         self.asked = True
@@ -42,9 +42,9 @@ class InFrames:
             return disc
         if self.frame_radius is None:
             raise ValueError(
-                f"r={radius} does not say which frames of a video are seen, and {self.model} is a video model. Give "
-                f"frame_radius=n for the query's own frame and n on either side, frame_radius={ALL!r} for every one, or a window "
-                "of flexclear.masks as r, such as radial(32)"
+                f"r={radius} does not say which frames of a video are seen, and {self.model} is a video model. Pass "
+                f"frame_radius=n for the query's own frame and n on either side, frame_radius={ALL!r} for all frames, or a "
+                "window of flexclear.masks as r, such as radial(32)"
             )
         return all_frames(radius) if self.frame_radius == ALL else cylinder(radius, int(self.frame_radius))
 
@@ -56,8 +56,8 @@ class InFrames:
         """
         if self.frame_radius is not None and not self.asked:
             raise ValueError(
-                f"frame_radius={self.frame_radius!r} says in which frames a radius is seen, and r holds no radius: windows of "
-                "flexclear.masks say so themselves. Leave it out"
+                f"frame_radius={self.frame_radius!r} says in which frames a radius applies, but r holds no radius: windows of "
+                "flexclear.masks define that themselves. Leave it out"
             )
 
 
@@ -65,7 +65,7 @@ def in_frames(frame_radius: Any, family: Family, model: nn.Module) -> InFrames:
     """What makes windows of radii for a model.
 
     Raises:
-        TypeError, ValueError: ``frame_radius`` is none, or the model's images have no frames.
+        TypeError, ValueError: ``frame_radius`` is invalid, or the model's images have no frames.
     """
     name = type(model).__name__
     if frame_radius is not None and not family.video:
@@ -87,7 +87,7 @@ def refuse_on_video(mechanism: WindowMechanism, family: Family, model: nn.Module
     """
     if family.video:
         raise ValueError(
-            f"attention={mechanism.kind!r} is defined for images, and {type(model).__name__} is a video model. Give r and "
+            f"attention={mechanism.kind!r} is defined for images, and {type(model).__name__} is a video model. Pass r and "
             "frame_radius, or a window of flexclear.masks as r"
         )
 
@@ -103,6 +103,6 @@ def refuse_image_windows(windows: Iterable[Window | None], family: Family, model
     for window in dict.fromkeys(windows):
         if window is not None and not window.knows_frames:
             raise ValueError(
-                f"{window!r} is a window of images, and {type(model).__name__} is a video model: it does not say which frames "
+                f"{window!r} is a window for images, and {type(model).__name__} is a video model: it does not say which frames "
                 "are seen. cylinder, all_frames, ball, radial and Tube of flexclear.masks do, or r=radius with frame_radius"
             )

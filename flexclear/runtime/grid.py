@@ -1,4 +1,4 @@
-"""Reading the token grids off position ids, exactly, whatever their dtype has rounded away."""
+"""Reading token grids off position ids, exactly, even where their dtype has rounded them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Fact = TypeVar("Fact")
 
 @dataclass(frozen=True)
 class Axes:
-    """What the columns of a model's position ids say; rows are in column 1, columns of the image in column 2.
+    """The meaning of the columns of a model's position ids; rows are in column 1, columns of the image in column 2.
 
     Attributes:
-        picture: the column that tells the image and its reference images apart.
-        image: what stands there for the image itself; None where the ids are those of reference images alone.
+        picture: the column that distinguishes the image from its reference images.
+        image: its value for the image itself; None where the ids are those of reference images only.
         step: from one row or column to the next.
-        anywhere: whether rows and columns may begin at another number than 0, which all grids share.
+        anywhere: whether rows and columns may begin at a number other than 0, the same for all grids.
     """
 
     picture: int = 0
@@ -74,8 +74,8 @@ def read_grids(ids: Tensor, axes: Axes = AXES, start: int = 0) -> Grids:
         start: the first of them that is an image's.
 
     Raises:
-        ValueError: the ids are no full raster grids that start at row and column 0 (or where the image does), not finite,
-            too large for their dtype, or their axes are others.
+        ValueError: the ids are not full raster grids that start at row and column 0 (or where the image does), are not finite,
+            are too large for their dtype, or have other axes.
     """
     given = f"image ids of shape {tuple(ids.shape)}, {ids.dtype}"
     finite = torch.isfinite(ids)
@@ -182,11 +182,11 @@ def _all(mask: Tensor) -> bool:
 
 
 class _Memory(Generic[Fact]):
-    """What was read off a tensor, and how to tell without a read on its device whether it has been written to since.
+    """What was read off a tensor, and how to tell whether it has been written to since, without reading it from its device.
 
-    Tensors have a version that every write in place raises; those made under ``torch.inference_mode`` have none. On CPU
-    their contents are compared. On a GPU looking at them would wait for the device, so that the device compares them
-    itself with a copy, into a flag that ``GridReader.guarded`` lets the call's output depend on.
+    Tensors have a version that every in-place write increments; those made under ``torch.inference_mode`` have none. On CPU
+    their contents are compared. On a GPU that would mean waiting for the device, so the device itself compares them with a
+    copy, and ``GridReader.guarded`` makes the call's output depend on the result.
     """
 
     def __init__(self, tensor: Tensor, read: Callable[[Tensor], Fact]) -> None:
@@ -205,7 +205,7 @@ class _Memory(Generic[Fact]):
         """Whether the fact still holds, as far as the host knows.
 
         Raises:
-            RuntimeError: word has come from the device that it did not hold in an earlier call.
+            RuntimeError: the device has reported that it did not hold in an earlier call.
         """
         if self.version is not None:
             return not tensor.is_inference() and tensor._version == self.version
@@ -265,8 +265,8 @@ class GridReader:
 
     def guarded(self, kwargs: dict[str, Any], name: str = "hidden_states") -> dict[str, Any]:
         """A call's arguments, with the tensor ``name``, or those in the list, NaN if the device finds that any of them was
-        written to in place since it was read: without a synchronisation nobody can raise in time, and a window of another
-        grid would be wrong without a word."""
+        written to in place since it was read: without a synchronisation no error can be raised in time, and a window over
+        another grid would be silently wrong."""
         for tensor in [value for value in tree_leaves(kwargs) if isinstance(value, Tensor)]:
             known = self._seen.get(tensor)
             if known is not None and known.written is not None:

@@ -42,7 +42,7 @@ def _tensors(*trees: Any) -> Iterator[Tensor]:
 
 
 def _needs_grad(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether attention of this call is differentiated: for the model, or for any tensor that it is given.
+    """Whether this call's attention is differentiated: for the model's weights, or for any tensor passed in.
 
     A frozen model has gradients from ControlNet residuals, text, or images of an IP-Adapter.
     """
@@ -73,7 +73,7 @@ def check_formula(formula: Formula | None, switches: Switches) -> None:
     if formula is not None and switches.proportional_attention:
         raise ValueError(
             f"proportional_attention scales the scores of softmax attention over windows; attention={formula.kind!r} has "
-            "a formula of its own. Leave it out"
+            "its own formula. Leave it out"
         )
 
 
@@ -241,7 +241,7 @@ class EntryHook(Hook):
         return layers
 
     def _advice(self, model: nn.Module) -> str:
-        """What to do about processors that are no longer ours."""
+        """Advice for processors that are no longer ours."""
         try:
             list(self.family.layers(model))
         except (TypeError, ValueError) as error:
@@ -254,14 +254,13 @@ class EntryHook(Hook):
         if reason is not None:
             warnings.warn(
                 f"flexclear: compiled FlexAttention cannot run here: {reason}. Masked SDPA runs instead: same results, "
-                "no gain in time, and a dense mask",
+                "but no speed-up, and a dense mask",
                 stacklevel=4,
             )
 
 
 class ExitHook(Hook):
-    """Forward hook: the model's output back in raster order. Called when the model has raised, too, for what it can
-    add to an error."""
+    """Forward hook: puts the model's output back in raster order. Also called when the model has raised, to add to the error."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -279,21 +278,21 @@ class ExitHook(Hook):
 
     @staticmethod
     def _check_tangents(model: nn.Module, kwargs: dict[str, Any], output: Any) -> None:
-        """Raise if forward-mode AD has got lost on the way, as it does under ``torch.compile(model)``.
+        """Raise if forward-mode tangents were lost on the way, as they are under ``torch.compile(model)``.
 
         Raises:
-            RuntimeError: it has.
+            RuntimeError: they were.
         """
         if has_tangent(_tensors(kwargs)) and not has_tangent(_tensors(output)):
             raise RuntimeError(
-                f"the tangents that this {type(model).__name__} was given have no effect on its output: compiled code does "
-                "not carry them. Differentiate the model that is not compiled"
+                f"the tangents passed to this {type(model).__name__} have no effect on its output: compiled code does "
+                "not propagate them. Differentiate the uncompiled model"
             )
 
     def _explain(
         self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan | None, error: BaseException | None
     ) -> None:
-        """Say of an error of the model what would have fitted into memory, once there was a plan."""
+        """Add advice on memory to the model's out-of-memory error, once there was a plan."""
         if error is None or plan is None or not is_out_of_memory(error):
             return
         batch = next((len(value) for value in kwargs.values() if isinstance(value, Tensor) and value.ndim > 1), 1)

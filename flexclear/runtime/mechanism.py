@@ -1,4 +1,4 @@
-"""What ``transform`` asks of an alternative to CLEAR's window."""
+"""The interface of an alternative to CLEAR's window, as ``transform`` uses it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class WindowMechanism(Mechanism):
 
 
 class Formula(Mechanism):
-    """An alternative with a formula of its own in place of softmax over a mask."""
+    """An alternative with its own formula instead of softmax over a mask."""
 
     @abstractmethod
     def bind(self, plan: Plan) -> Attend:
@@ -76,7 +76,7 @@ class Formula(Mechanism):
         return None
 
     def initial_weight(self) -> float:
-        """What that parameter is filled with at first."""
+        """That parameter's initial value."""
         return 0.0
 
 

@@ -1,4 +1,4 @@
-"""Out of memory in a call of a transformed model: the error says how large the call was, and what takes less."""
+"""Out-of-memory errors in a call of a transformed model: they say how large the call was, and what would need less."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
     grids = " + ".join(f"{height} x {width}" for height, width in layout.grids)
     size = f"{grids} image tokens and {layout.text_len} of text" + (f", batch {batch}" if batch > 1 else "")
     advice = [
-        "a smaller image (what is needed beside the weights grows with the number of tokens: half of both sides, a "
-        "quarter)"
+        "a smaller image (memory besides the weights grows with the number of tokens: half the sides need a quarter)"
     ]
     if batch > 1:
         advice.append("fewer images at a time")
@@ -52,12 +51,12 @@ def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
     if saved:
         advice.append(f"eight-bit weights: flexclear.optimize(pipe, fp8=True or 'weight_only') saves {_gib(saved)}")
     advice += [
-        "pipe.enable_model_cpu_offload(), which leaves the device to one part at a time",
+        "pipe.enable_model_cpu_offload(), which keeps one part at a time on the device",
         "pipe.vae.enable_tiling(), for decoding",
     ]
     return (
         f"flexclear: {type(model).__name__} ran out of memory over {size} ({layout.seq_len} tokens); its weights take "
-        f"{_gib(weight_bytes(model))}. What takes less: {'; '.join(advice)}"
+        f"{_gib(weight_bytes(model))}. What needs less: {'; '.join(advice)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which of diffusers' own modes go with windows, and what those that remember tokens must forget.
+"""Which of diffusers' own modes work with windows, and what those that cache tokens must drop.
 
 A mode reaches into a model in three ways. It reads where a token lies in the sequence: the model then needs raster order,
 and is refused in another one. It intercepts SDPA: ``scores_skipped`` says so to layers that call no SDPA. It looks up a
@@ -15,8 +15,8 @@ from torch import nn
 
 NO_EXPORT = (
     "a model under flexclear.transform cannot be exported or traced: its window is made from each call's grid, outside of any "
-    "graph. flexclear.restore(model), then export, gives the dense model; to start a server without compiling, keep what "
-    "flexclear.optimize has compiled by flexclear.compile.save_artifacts(path), and give optimize(warm_start=path)"
+    "graph. To export the dense model, call flexclear.restore(model) first. To start a server without compiling, save what "
+    "flexclear.optimize has compiled with flexclear.compile.save_artifacts(path), and pass optimize(warm_start=path)"
 )
 
 

@@ -182,7 +182,7 @@ def build_plan(
         raise ValueError(
             f"masked SDPA over {layout.seq_len} tokens ({layout.height} x {layout.width} image tokens and "
             f"{layout.text_len} of text) needs a dense mask of {layout.seq_len**2 / 2**30:.1f} GiB, more than "
-            f"{MAX_DENSE_BYTES / 2**30:.0f} GiB. Compiled FlexAttention needs none: backend='flex', on CUDA, or on CPU "
+            f"{MAX_DENSE_BYTES / 2**30:.0f} GiB. Compiled FlexAttention needs no dense mask: backend='flex', on CUDA, or on CPU "
             f"under torch.no_grad() with a C++ compiler. With masked SDPA {_largest_side(layout.text_len)} x "
             f"{_largest_side(layout.text_len)} image tokens fit"
         )
@@ -211,7 +211,7 @@ def _size_of(plan: Plan) -> int:
 
 
 plans: ByteBoundedCache[Plan] = ByteBoundedCache(max_bytes=1 << 30, size_of=_size_of)
-"""Plans of this process by what determines them (never by model): ``flexclear.runtime.plan.plans.stats()`` and ``.clear()``."""
+"""This process's plans, keyed by what determines them (never by model). See ``plans.stats()`` and ``plans.clear()``."""
 
 
 def get_plan(

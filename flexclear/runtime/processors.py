@@ -1,4 +1,4 @@
-"""Windowed attention processors: diffusers' own code, in which the name of the attention function stands for ours.
+"""Windowed attention processors: diffusers' own code, in which the name of the attention function refers to ours.
 
 The code of a processor's ``__call__`` looks up ``dispatch_attention_fn``, or ``scaled_dot_product_attention`` in ``F``, among
 its globals. ``windowed(stock)`` is a subclass that runs that same code with this one name as one more argument, given anew in
@@ -28,8 +28,8 @@ ROTARY = ("image_rotary_emb", "freqs_cis", "rotary_emb")
 
 NO_PLAN = (
     "a transformed block was called without its window. Call the transformer or the pipeline, whose entry makes it; "
-    "flexclear.restore(model) gives the plain block back. If this is gradient checkpointing: it must hand the block its own "
-    "arguments again, so not with use_reentrant=True, nor under hooks on saved tensors such as save_on_cpu"
+    "flexclear.restore(model) brings the plain block back. If this is gradient checkpointing: it must pass the block the same "
+    "arguments again, so use neither use_reentrant=True nor hooks on saved tensors such as save_on_cpu"
 )
 
 
@@ -80,7 +80,7 @@ class WindowProcessor:
         if self.weight_name is not None:
             raise TypeError(
                 f"this model's processors have trained weights of their own ({self.weight_name}), which a plugin is about to "
-                "drop. flexclear.restore(model) first, or transform without down_factor or attention"
+                "drop. Call flexclear.restore(model) first, or transform without down_factor or attention"
             )
 
     @property
@@ -105,7 +105,7 @@ class WindowProcessor:
         """
         if self.slot is None:
             raise ValueError(
-                "a processor that a plugin has made anew has no window: flexclear.transform(model, ...) again"
+                "a processor that a plugin has replaced has no window: call flexclear.transform(model, ...) again"
             )
         if self.groups > 1:
             key, value = key[:, :, :: self.groups], value[:, :, :: self.groups]
@@ -155,7 +155,7 @@ class WindowProcessor:
         if config is not None:
             raise ValueError(
                 "context parallelism cannot be enabled on a transformed model: its windows are made for whole images. "
-                "flexclear.restore(model) first"
+                "Call flexclear.restore(model) first"
             )
 
 
@@ -391,13 +391,13 @@ def _attend(
     if query.shape[1] != key.shape[1]:
         raise ValueError(
             f"{type(processor).stock.__name__} asks for attention of {query.shape[1]} queries over {key.shape[1]} keys, for "
-            "which this model's window is not made. Call the model without a cache, or flexclear.restore(model) first"
+            "which this model's window is not made. Call the model without a cache, or call flexclear.restore(model) first"
         )
     if mask is not None or causal or dropout:
         what = "a mask" if mask is not None else "causal attention" if causal else f"dropout {dropout}"
         raise ValueError(
-            f"{type(processor).stock.__name__} asks for attention under {what}, which this model's window does not stand for. "
-            "Call the model without it, or flexclear.restore(model) first"
+            f"{type(processor).stock.__name__} asks for attention under {what}, which this model's window does not cover. "
+            "Call the model without it, or call flexclear.restore(model) first"
         )
     if scale is not None and scale != query.shape[-1] ** -0.5:
         query = query * (scale * query.shape[-1] ** 0.5)

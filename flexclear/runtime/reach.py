@@ -1,4 +1,4 @@
-"""Warnings of windows that do not fit what they are over: references out of reach, frames that a clip does not have."""
+"""Warnings about windows that do not fit: references out of reach, frames that a clip does not have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexclear.masks.places import Box
 def warn_of_unreached(layout: Layout, window: Window) -> None:
     """Warn of each reference grid that the image's far corner does not see.
 
-    Windows go by row and column, and every grid begins at row 0 and column 0. Where the image is larger than a
+    Windows depend on row and column, and every grid begins at row 0 and column 0. Where the image is larger than a
     reference by the window's radius or more, its far side has no token of that reference in its window: what the
     reference shows gets there only from token to token, layer by layer.
 
@@ -34,7 +34,7 @@ def warn_of_unreached(layout: Layout, window: Window) -> None:
             warnings.warn(
                 f"flexclear: a reference image of {rows} x {columns} tokens ends so far before the image's {height} x "
                 f"{width} that the window {window.name} (radius or side in tokens) hides it from the image's far side. "
-                "Give the reference the image's size, or a larger r",
+                "Use a reference of the image's size, or a larger r",
                 stacklevel=2,
             )
 
@@ -52,6 +52,6 @@ def warn_of_depth(layout: Layout, window: Window) -> None:
     if 1 < layout.frames <= depth:
         warnings.warn(
             f"flexclear: frame_radius={depth}, and this clip has {layout.frames} frames of latents: every query sees all of "
-            f"them. frame_radius counts frames after the VAE; 'all' says all",
+            f"them. frame_radius counts frames after the VAE; 'all' means all",
             stacklevel=2,
         )

@@ -26,15 +26,15 @@ def resolve(
     Args:
         r: a radius, a window, or None; or one per layer:
             a sequence as long as there are layers;
-            a mapping from layer indices, module names or the beginnings of names (the longest that fits counts), with
+            a mapping from layer indices, module names or the beginnings of names (the longest match counts), with
             ``"default"`` for all others;
             a function of (index, module name).
         layers: the model's attention layers.
         down_factor: side in tokens of the cells that are pooled into further keys, or None.
-        made: the window of a radius.
+        made: makes the window for a radius.
 
     Raises:
-        TypeError: a radius is none.
+        TypeError: something is not a radius.
         ValueError: a radius is out of range, a layer is left out, or a key names no layer.
     """
     windows = []
@@ -86,7 +86,7 @@ def _from_mapping(r: Mapping[int | str, Radius], layers: Sequence[Layer]) -> lis
         fitting = [key for key in r if isinstance(key, str) and _begins(name, key)]
         key = index if index in r else max(fitting, key=len, default=REST)
         if key not in r:
-            raise ValueError(f"r as a mapping says nothing of {name} (layer {index}); add it, or {REST!r} for the rest")
+            raise ValueError(f"r as a mapping does not cover {name} (layer {index}); add it, or {REST!r} for the rest")
         radii.append(r[key])
     return radii
 

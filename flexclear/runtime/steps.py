@@ -69,7 +69,7 @@ class StepCounter:
         return (begin if at is None else at) - begin, len(timesteps) - begin, getattr(scheduler, "order", 1)
 
     def run(self) -> object:
-        """What the pipeline's scheduler makes anew for each run; None where nobody counts."""
+        """An object that the pipeline's scheduler makes anew for each run; None if steps are not counted."""
         pipeline = None if self._pipeline is None else self._pipeline()
         return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
 

@@ -1,7 +1,7 @@
-"""diffusers' own code of a processor, in which names stand for something else, given anew in each call.
+"""The code of diffusers' own processors, with some names rebound in each call.
 
-A name that is an argument, in place of one among the globals, needs no state that a call would leave for another, and Dynamo
-follows it. diffusers' modules are not changed.
+A name passed as an argument, instead of a changed global, needs no state that one call would leave for another, and Dynamo
+can follow it. diffusers' modules are not changed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def with_attention_given(stock: type, unbuilt: tuple[str, ...] = ()) -> tuple[Ca
         unbuilt: names that nothing is assigned to: those of masks that a plan stands for, and of what they are made from.
 
     Raises:
-        TypeError: it computes no attention there or assigns nothing to such a name, or its source is not to be had.
+        TypeError: it computes no attention there or assigns nothing to such a name, or its source is not available.
     """
     reason = why_not_windowed(stock)
     if reason is not None:
@@ -50,7 +50,7 @@ def with_attention_given(stock: type, unbuilt: tuple[str, ...] = ()) -> tuple[Ca
         tree: Any = ast.parse(textwrap.dedent(inspect.getsource(call)))
     except (OSError, SyntaxError) as error:
         raise TypeError(
-            f"the source of {stock.__name__}.__call__, which is to run under a window, is not there: {error}"
+            f"the source of {stock.__name__}.__call__, which is to run under a window, is not available: {error}"
         ) from None
     space = dict(call.__globals__)
     # Dynamo would look names up in the module of that name.

@@ -1,4 +1,4 @@
-"""What may differ from one call to the next: options of ``transform``, or overridden for the calls inside a block."""
+"""Settings that may change from one call to the next: options of ``transform`` that ``override`` changes inside a block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAINING_TOKENS = 4096 + 512
 """n0 of proportional attention: tokens of FLUX.1 at 1024 x 1024 px, text included (method, section 7)."""
 
 DENSE_STEPS_NEED = (
-    "dense_steps counts denoising steps, so transform needs the pipeline, whose scheduler knows them: "
+    "dense_steps counts denoising steps, so transform needs the pipeline, whose scheduler counts them: "
     "flexclear.transform(pipe, ...)"
 )
 
@@ -56,7 +56,7 @@ class Switches:
             or len(steps) != 2
             or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in steps)
         ):
-            raise ValueError(f"dense_steps must be (first, last), two numbers of steps from 0 on, got {steps!r}")
+            raise ValueError(f"dense_steps must be (first, last), two step counts >= 0, got {steps!r}")
         floor, tokens = self.ntk_floor, self.training_tokens
         if isinstance(floor, bool) or not isinstance(floor, int | float):
             raise TypeError(f"ntk_floor must be a number, got {floor!r}")
@@ -69,11 +69,11 @@ class Switches:
 
 
 class _Block:
-    """One ``override`` that has begun.
+    """An ``override`` that has begun.
 
     Attributes:
         given: its settings.
-        ended: whether it has ended out of reach of the context that it began in.
+        ended: whether it has ended outside of the context that it began in.
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
@@ -99,20 +99,20 @@ def override(
     ...     pipe(prompt, height=4096, width=4096)
 
     Args:
-        ntk_factor: factor on the base of the rotary frequencies, 10 in the released high-resolution settings; 1 is none.
-        proportional_attention: scale the scores by sqrt(log_n0(n) / d), n0 = 4608 and n the number of keys (10 n with
-            down-sampled keys), in place of sqrt(1 / d).
+        ntk_factor: factor on the base of the rotary frequencies, 10 in the released high-resolution settings; 1 changes nothing.
+        proportional_attention: scale the scores by sqrt(log_n0(n) / d) instead of sqrt(1 / d), where n0 = 4608 and n is the
+            number of keys (10 n with down-sampled keys).
         dense_steps: (first, last): that many denoising steps at either end run dense attention.
-        ntk_floor: least share of its own frequency that ``ntk_factor`` leaves to each rotary axis, 0 to 1. The side of the
-            training images over that of the image drawn clips NTK at linear interpolation (I-Max, arXiv 2410.07536).
+        ntk_floor: smallest share of each rotary frequency that ``ntk_factor`` may leave, 0 to 1. The side of the training
+            images divided by that of the image being drawn clips NTK at linear interpolation (I-Max, arXiv 2410.07536).
             FLUX.1 only.
-        training_tokens: n0 of a model that was trained with another number of tokens, text included, than FLUX.1.
+        training_tokens: n0 for a model that was trained with a different number of tokens (text included) than FLUX.1.
 
-    Blocks nest: what an inner one leaves out stays as the outer one has it. They may end in any order, as those of two
-    generators do that take turns; each one's settings end with it.
+    Blocks nest: settings that an inner block leaves out keep the outer block's values. Blocks may end in any order, as with
+    two generators that take turns; each block's settings end with it.
 
     Raises:
-        TypeError, ValueError: a setting makes no sense.
+        TypeError, ValueError: a setting is invalid.
     """
     asked = {
         "ntk_factor": ntk_factor,

@@ -1,4 +1,4 @@
-"""Weights that were trained for local attention: the released files of FLUX.1-dev, and files of our own.
+"""Weights trained for local attention: the released files for FLUX.1-dev, and flexclear's own.
 
 >>> flexclear.load_weights(pipe, "clear_local_16.safetensors")      # doctest: +SKIP
 """

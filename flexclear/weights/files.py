@@ -14,16 +14,16 @@ from flexclear.common.shipped import students_directory
 
 SUFFIX = ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Element types that weights may be stored in."""
+"""Element types in which weights may be stored."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the beginning of a safetensors file says.
+    """The header of a safetensors file.
 
     Attributes:
         path: the file.
-        name: its name, or on the hub the name that was asked for.
+        name: its name, or for a file from the hub the requested name.
         metadata: its free text.
         shapes, dtypes: of each tensor, by key.
     """
@@ -45,10 +45,10 @@ def locate(
 ) -> Path:
     """The file: ``path``, or ``filename`` inside the folder or the hub repository ``path``.
 
-    With ``"embedded"`` for ``path``, where no such folder is here: of the embedded model's distilled weights.
+    ``"embedded"`` for ``path``, unless a folder of that name exists here, means the embedded model's distilled weights.
 
     Raises:
-        TypeError: ``path`` is no path.
+        TypeError: ``path`` is not a path.
         FileNotFoundError: there is no such file; the message names what is nearby.
         IsADirectoryError: it is a folder, and no file was named.
         huggingface_hub.errors: the hub does not have it or cannot be reached.
@@ -116,7 +116,7 @@ def read_header(path: Path, name: str) -> Header:
     except SafetensorError as error:
         size = path.stat().st_size
         raise ValueError(
-            f"{path} ({size} bytes) is no whole safetensors file, perhaps truncated or damaged: {error}. Download it again"
+            f"{path} ({size} bytes) is not a complete safetensors file, perhaps truncated or damaged: {error}. Download it again"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes: which parameters of a model are the trained ones, and whether a file has them."""
+"""Names and shapes: which of a model's parameters are trained, and whether a file has them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _trained(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[str, A
         if getattr(layer.module, "fused_projections", False):
             raise ValueError(
                 f"{layer.name} has fused projections (fuse_qkv_projections), which hide the to_q, to_k and to_v that weights "
-                "files hold. model.unfuse_qkv_projections() first; fuse again afterwards"
+                "files hold. Call model.unfuse_qkv_projections() first, and fuse again afterwards"
             )
         for part in PROJECTIONS:
             linear = _part(layer.module, part)
@@ -79,7 +79,7 @@ def _trained(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[str, A
 
 
 def _check_not_on_disk(model: nn.Module) -> None:
-    """Raise if groups of the model's parameters live on disk: those in memory are empty, and are read anew in each call."""
+    """Raise if groups of the model's parameters are on disk: those in memory are empty, and filled again in each call."""
     for name, module in model.named_modules():
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
             if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
@@ -102,7 +102,7 @@ def _below_lora(linear: Any, name: str) -> Any:
     while hasattr(linear, "base_layer"):
         if getattr(linear, "merged", False):
             raise ValueError(
-                f"a LoRA is fused into {name}, and could not be taken out again. pipe.unfuse_lora() first; fuse afterwards"
+                f"a LoRA is fused into {name}, and could not be taken out again. Call pipe.unfuse_lora() first, fuse afterwards"
             )
         linear = linear.base_layer
     return linear
@@ -133,7 +133,7 @@ def pooling_shapes(windows: Mapping[str, Window | None]) -> dict[str, tuple[int,
 
 
 def factor_of(shape: tuple[int, ...] | None) -> int | None:
-    """The down factor that pooling weights of ``shape`` have, None where it is no such shape."""
+    """The down factor of pooling weights of ``shape``; None if it is not such a shape."""
     if shape is None or len(shape) != 7 or shape[3] < 1 or shape != (1, 1, 1, shape[3], 1, shape[3], 1):
         return None
     return shape[3]

@@ -31,10 +31,10 @@ class LoadedWeights:
 
     Attributes:
         path: the file.
-        radius: of the window, in tokens; None where layers differ or the window is no disc.
-        down_factor: side of the pooled cells, None where there are none or layers differ.
-        base: base model that the file names, or None.
-        tensors: how many tensors were loaded.
+        radius: of the window, in tokens; None if layers differ or the window is not a disc.
+        down_factor: side of the pooled cells; None if there are none or layers differ.
+        base: base model named in the file, or None.
+        tensors: number of tensors loaded.
     """
 
     path: Path
@@ -56,20 +56,20 @@ def load_weights(
 ) -> LoadedWeights:
     """Load attention projections (and pooling weights) that were trained for local attention, in place.
 
-    The released files of FLUX.1-dev and those of ``save_weights`` fit any model with the same blocks: schnell too. The
-    window that the file was trained for comes from its metadata, or else from a released name such as
-    ``clear_local_16.safetensors`` or ``clear_local_8_down_4.safetensors``. A model that is not transformed is
-    transformed with it; one that is transformed with another window is transformed anew with the file's, with a
-    warning, and keeps backend, order, block size and switches. To run weights under a window of your own, load first
-    and ``transform`` then. Where the file says nothing, the model's own window holds, and pooling weights in the file
-    tell the down factor.
+    The released files for FLUX.1-dev and those of ``save_weights`` fit any model with the same blocks, including schnell. The
+    window that the file was trained for comes from its metadata, or from a released name such as
+    ``clear_local_16.safetensors`` or ``clear_local_8_down_4.safetensors``. A model that is not transformed yet is
+    transformed with it. One that has another window is transformed again with the file's, with a warning, and keeps
+    backend, order, block size and switches. To use the weights under a window of your own, call ``transform`` after
+    loading. If the file says nothing, the model keeps its window, and pooling weights in the file determine the down
+    factor.
 
     >>> flexclear.load_weights(pipe, "clear_local_16.safetensors")                                  # doctest: +SKIP
     >>> flexclear.load_weights(pipe, "owner/name", filename="clear_local_8_down_4.safetensors")     # doctest: +SKIP
 
     Args:
         model_or_pipe: a model of a supported class, or a pipeline with one as ``transformer``; a pipeline with two needs a
-            file of both.
+            file with both.
         path: a local safetensors file; or a folder or hub id, with the file in it as ``filename``; or ``"embedded"``: the
             folder of the embedded model's distilled weights.
         filename: see ``path``.
@@ -115,15 +115,15 @@ def load_weights(
     anew = [part for part in parts if part.entry is None or dict(part.entry.settings.windows) != part.windows]
     if any(part.compiled for part in anew):
         raise ValueError(
-            f"{header.path} is for another window than the compiled model has, or it has none. Load weights first, then "
-            "torch.compile"
+            f"{header.path} is for a window other than that of the compiled model, or the model has none. Load weights "
+            "first, then torch.compile"
         )
 
     if any(part.entry is not None for part in anew):
         # Before any change: where warnings are errors, this one leaves the model as it was too.
         warnings.warn(
-            f"flexclear: {header.name} was trained for another window than the model has, and the model is transformed "
-            "anew with the file's. flexclear.transform again to run these weights under a window of your own",
+            f"flexclear: {header.name} was trained for a window other than the model's, so the model is transformed again "
+            "with the file's. To use these weights under a window of your own, call flexclear.transform afterwards",
             stacklevel=2,
         )
     say_what_grew([place for part in parts for place in part.places.values()], stacklevel=3)
@@ -198,7 +198,7 @@ def _check_transformers(header: files.Header, prefixes: list[str]) -> None:
 
 
 def _windows(header: files.Header, stated: metadata.Stated, part: _Part) -> dict[str, Window | None]:
-    """The window of each layer by name: what the file says, else the model's with the down factor of the file.
+    """The window of each layer by name: the file's, otherwise the model's with the file's down factor.
 
     Raises:
         ValueError: neither says one.
@@ -211,7 +211,7 @@ def _windows(header: files.Header, stated: metadata.Stated, part: _Part) -> dict
     if entry is None:
         raise ValueError(
             f"neither the metadata nor the name of {header.path} says for which radius these weights were trained, and the "
-            "model is not transformed. flexclear.transform(model, r=...) first, or give the file its released name, such "
+            "model is not transformed. Call flexclear.transform(model, r=...) first, or give the file its released name, such "
             "as clear_local_16.safetensors or clear_local_8_down_4.safetensors"
         )
     windows: dict[str, Window | None] = {}
@@ -225,7 +225,7 @@ def _windows(header: files.Header, stated: metadata.Stated, part: _Part) -> dict
 
 @contextlib.contextmanager
 def _numbers_put_back_on_error() -> Iterator[Callable[[str, Place, Tensor], None]]:
-    """Gives a function that writes one tensor; whatever goes wrong, the numbers that were there are put back."""
+    """Yields a function that writes one tensor; if anything goes wrong, the old values are put back."""
     written: list[tuple[Place, Any]] = []
 
     def write(name: str, place: Place, value: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a weights file says of itself: base model and windows, in its metadata or its released name."""
+"""What a weights file says about itself: base model and windows, in its metadata or its released name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RELEASED = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?\.safetensors")
 
 @dataclass(frozen=True)
 class Stated:
-    """What a file says of itself.
+    """What a file says about itself.
 
     Attributes:
         base: base model, or None.
@@ -39,7 +39,7 @@ def write(windows: Mapping[str, Window | None], base: object, versions: Mapping[
     ``windows``, in JSON. ``window`` is for people.
 
     Raises:
-        ValueError: a window is of a class that is none of ``flexclear.masks``.
+        ValueError: a window's class is not from ``flexclear.masks``.
     """
     distinct = set(windows.values())
     one = distinct.pop() if len(distinct) == 1 else None
@@ -92,5 +92,5 @@ def _number(header: Header, key: str) -> int | None:
     if given is None:
         return None
     if not given.isascii() or not given.isdigit() or int(given) < 1:
-        raise ValueError(f"{header.path} has metadata {key}={given!r}; a whole number of tokens from 1 on is expected")
+        raise ValueError(f"{header.path} has metadata {key}={given!r}; a whole number of tokens >= 1 is expected")
     return int(given)

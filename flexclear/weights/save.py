@@ -1,4 +1,4 @@
-"""``save_weights``: the trained parameters of a transformed model in the released layout, with what they are for."""
+"""``save_weights``: the trained parameters of a transformed model in the released layout, with their window."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from flexclear.weights.files import SUFFIX
 def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = None) -> Path:
     """Write what training for local attention changes, for ``load_weights``: projections, and pooling weights.
 
-    Keys are those of the released files. Metadata says base model, windows (per layer too) and versions. The file
-    appears whole or not at all. Of a model with LoRA layers the weights below them are written.
+    Keys are those of the released files. The metadata names the base model, the windows (also per layer) and versions. The
+    file appears whole or not at all. For a model with LoRA layers, the weights below them are written.
 
     Args:
         model_or_pipe: a transformed model, or a pipeline with one, or with two, which go into one file.
-        path: the file, ``.safetensors``; folders on the way are made, a file that is there is replaced.
-        base: base model to name in the metadata; what the model was loaded from otherwise.
+        path: the file, ``.safetensors``; missing folders are made, an existing file is replaced.
+        base: base model to name in the metadata; by default what the model was loaded from.
 
     Returns:
         The file.
 
     Raises:
         TypeError: an unsupported model.
-        ValueError: the model is not transformed, or to attention with a formula of its own; a window is none of
-            ``flexclear.masks``, projections are fused or quantised, or ``path`` does not end in ``.safetensors``.
+        ValueError: the model is not transformed, or attends by a formula; a window is not from ``flexclear.masks``,
+            projections are fused or quantised, or ``path`` does not end in ``.safetensors``.
     """
     from importlib.metadata import version
 
@@ -73,14 +73,14 @@ def _of_model(model: nn.Module) -> tuple[Mapping[str, Window | None], dict[str, 
     entry = entry_hook_of(model)
     if entry is None:
         raise ValueError(
-            f"this {type(model).__name__} is not transformed, so there is no window to save beside its weights. "
-            "flexclear.transform(model, r=...) first"
+            f"this {type(model).__name__} is not transformed, so there is no window to save with its weights. "
+            "Call flexclear.transform(model, r=...) first"
         )
     if entry.settings.formula is not None:
         raise ValueError(
-            f"this {type(model).__name__} has attention={entry.settings.formula.kind!r}, and a weights file states windows: "
-            "loaded, it would run another attention than it was trained for. Save model.state_dict(), and load it into a "
-            "model that is transformed alike"
+            f"this {type(model).__name__} has attention={entry.settings.formula.kind!r}, but a weights file states windows: "
+            "when loaded, it would run a different attention from the one it was trained for. Save model.state_dict(), and load "
+            "it into a model that is transformed in the same way"
         )
     parameters = keys.projections(model, layers)
     for name in keys.pooling_shapes(entry.settings.windows):

@@ -202,7 +202,7 @@ def test_explain_names_the_mechanism_and_counts_its_work(model):
 
 def test_weights_under_a_formula_are_not_saved_as_if_they_were_a_window_s(model, tmp_path):
     flexclear.transform(model, attention="sigmoid")
-    with pytest.raises(ValueError, match=r"has attention='sigmoid', and a weights file states windows"):
+    with pytest.raises(ValueError, match=r"has attention='sigmoid', but a weights file states windows"):
         flexclear.save_weights(model, tmp_path / "weights.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -220,7 +220,7 @@ def test_weights_under_a_mask_are_saved_with_its_windows_and_load_as_such(model,
 def test_clear_s_weights_make_a_model_under_a_formula_clear_again(model, tmp_path):
     flexclear.save_weights(flexclear.transform(tiny_flux(), r=3), tmp_path / "clear.safetensors")
     flexclear.transform(model, attention="linear")
-    with pytest.warns(UserWarning, match="was trained for another window"):
+    with pytest.warns(UserWarning, match="was trained for a window other than"):
         flexclear.load_weights(model, tmp_path / "clear.safetensors")
     assert windows_of(model) == [Disc(3)] * 4
     assert {layer.formula for layer in flexclear.explain(model).layers} == {None}
@@ -235,7 +235,7 @@ def test_clear_s_weights_make_a_model_under_a_formula_clear_again(model, tmp_pat
         ({"attention": ["swin"] * 4}, TypeError, r"attention must be one of .*got \['swin', 'swin'"),
         ({"attention": SwinAttention}, TypeError, r"got <class .*SwinAttention"),
         ({"attention": "swin", "r": 8}, ValueError, r"r=8 with attention='swin'.*fields of .*SwinAttention"),
-        ({"attention": "linear", "r": 16}, ValueError, r"r=16 with attention='linear': a radius is CLEAR's"),
+        ({"attention": "linear", "r": 16}, ValueError, r"r=16 with attention='linear': only CLEAR has a radius"),
         ({"attention": "pixart", "r": None}, ValueError, r"r=None with attention='pixart'"),
         ({"attention": "agent", "down_factor": 4}, ValueError, r"down_factor=4 with attention='agent'"),
         ({"attention": "strided", "down_factor": 4}, ValueError, r"down_factor=4 with attention='strided'"),

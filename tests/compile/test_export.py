@@ -9,7 +9,7 @@ import flexclear
 
 from helpers.models import flux_call, tiny_flux
 
-WHAT_TO_DO = r"flexclear.restore\(model\), then export, .*flexclear.compile.save_artifacts\(path\)"
+WHAT_TO_DO = r"call flexclear.restore\(model\) first. .*flexclear.compile.save_artifacts\(path\)"
 
 
 @pytest.mark.parametrize("strict", [False, True])

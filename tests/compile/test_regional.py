@@ -176,7 +176,7 @@ def test_optimize_compiles_and_logs_what_an_unseen_size_costs(model, caplog):
         ({"fp8": "fp4"}, ValueError, r"recipe must be one of .*got 'fp4'"),
         ({"fp8": True}, ValueError, r"FP8 products need a CUDA device.*can run \['weight_only'"),
         ({"fp8": 8}, ValueError, "fp8 must be True, False or one of"),
-        ({"sizes": [(64, 64)]}, ValueError, "sizes and vae need the pipeline, got its transformer alone"),
+        ({"sizes": [(64, 64)]}, ValueError, "sizes and vae need the pipeline, not its transformer alone"),
         ({"max_sizes": 0}, ValueError, "max_sizes must be an int >= 1, got 0"),
         ({"max_sizes": True}, ValueError, "max_sizes must be an int >= 1, got True"),
         ({"sizes": [64]}, ValueError, r"sizes must be \(height, width\) pairs in pixels, got 64"),

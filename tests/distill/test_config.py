@@ -54,7 +54,7 @@ def test_a_file_of_settings_is_read_with_paths_beside_it(tmp_path):
     ("text", "message"),
     [
         ("- 1", "must hold settings"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("model: embedded\ndata: x", "output is missing"),
         ("model: embedded\noutput: x", "data is missing"),
         ("data: d\noutput: x", "model is missing"),

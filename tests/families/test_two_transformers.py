@@ -229,11 +229,11 @@ def test_a_file_of_one_is_no_file_of_both(monkeypatch, tmp_path):
     one = flexclear.save_weights(pipe.transformer_2, tmp_path / "one.safetensors")
     before = draw(pipe, **CALL)
     with pytest.raises(
-        ValueError, match="holds weights of transformer, and they are asked for transformer and transformer_2"
+        ValueError, match="holds weights of transformer, but the weights of transformer and transformer_2 are"
     ):
         flexclear.load_weights(pipe, one)
     with pytest.raises(
-        ValueError, match="holds weights of transformer and transformer_2, and they are asked for transformer"
+        ValueError, match="holds weights of transformer and transformer_2, but the weights of transformer are"
     ):
         flexclear.load_weights(pipe.transformer, both)
     assert torch.equal(draw(pipe, **CALL), before)

@@ -173,12 +173,12 @@ def test_frame_counts_alternate(frames):
         (
             {"r": Disc(3)},
             ValueError,
-            r"Disc\(radius=3\) is a window of images, and WanTransformer3DModel is a video model",
+            r"Disc\(radius=3\) is a window for images, and WanTransformer3DModel is a video model",
         ),
         (
             {"r": cylinder(3, 1), "frame_radius": 1},
             ValueError,
-            "frame_radius=1 says in which frames a radius is seen, and r",
+            "frame_radius=1 says in which frames a radius applies, but r",
         ),
         ({"r": None, "frame_radius": 1}, ValueError, "r holds no radius"),
         ({"attention": "swin"}, ValueError, "attention='swin' is defined for images"),

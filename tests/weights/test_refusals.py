@@ -71,12 +71,12 @@ BAD = {
     ),
     "pooling missing": ({"metadata": {"r": "8", "down_factor": "4"}}, "4 missing: .*spatial_weight"),
     "pooling unexpected": ({"down_factor": 4, "metadata": {"r": "8"}}, "4 unexpected: .*spatial_weight"),
-    "radius": ({"metadata": {"r": "8.5"}}, r"metadata r='8\.5'; a whole number of tokens from 1 on is expected"),
+    "radius": ({"metadata": {"r": "8.5"}}, r"metadata r='8\.5'; a whole number of tokens >= 1 is expected"),
     "radius zero": ({"metadata": {"r": "0"}}, "metadata r='0'"),
     "windows": ({"metadata": {"windows": "{"}}, "metadata 'windows' that cannot be read"),
     "window unknown": (
         {"metadata": {"windows": '{"default": {"kind": "Hexagon", "radius": 2}}'}},
-        "cannot be read: 'Hexagon' is no window that this flexclear knows",
+        "cannot be read: 'Hexagon' is not a window that this flexclear knows",
     ),
     "window without radius": ({"metadata": {"windows": '{"default": {"kind": "Disc"}}'}}, "cannot be read: .*radius"),
     "windows no mapping": ({"metadata": {"windows": "[1]"}}, "cannot be read"),
@@ -144,9 +144,11 @@ def test_files_that_are_no_safetensors_are_refused_with_the_reason(model, tmp_pa
         assert_unchanged(model, before)
 
     for cut in (0, 5, 100, len(whole) // 2, len(whole) - 1):
-        refused("cut.safetensors", whole[:cut], rf"\({cut} bytes\) is no whole safetensors file, perhaps truncated")
-    refused("long.safetensors", whole + b"\0", "no whole safetensors file")
-    refused("noise.safetensors", b"\x10" * 500, "no whole safetensors file")
+        refused(
+            "cut.safetensors", whole[:cut], rf"\({cut} bytes\) is not a complete safetensors file, perhaps truncated"
+        )
+    refused("long.safetensors", whole + b"\0", "not a complete safetensors file")
+    refused("noise.safetensors", b"\x10" * 500, "not a complete safetensors file")
     refused("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", "Git LFS pointer")
     for zipped in (True, False):
         torch.save({"a": torch.ones(2)}, tmp_path / "pickle", _use_new_zipfile_serialization=zipped)
