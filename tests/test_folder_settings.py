@@ -29,14 +29,14 @@ def test_other_settings_are_named_and_nothing_is_changed(tmp_path):
         ({**TOLD, "base": {**TOLD["base"], "steps": 5}}, "base.steps was 4, is 5"),
         ({**TOLD, "more": [1]}, r"more was null, is \[1\]"),
     ):
-        with pytest.raises(ValueError, match=rf"new holds images of other settings \({told}\)\. Name another\."):
+        with pytest.raises(ValueError, match=rf"new holds images with other settings \({told}\)\. Name another\."):
             keep_settings(folder, changed, "Name another.")
     assert (folder / "settings.json").read_bytes() == before
 
 
 def test_images_of_unknown_settings_are_refused(tmp_path):
     (tmp_path / "0.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds images and no settings\.json"):
+    with pytest.raises(ValueError, match=r"holds images, but no settings\.json"):
         keep_settings(tmp_path, TOLD, "Name another.")
     assert [place.name for place in tmp_path.iterdir()] == ["0.png"]
 

@@ -210,8 +210,8 @@ def test_variants_share_their_weights_and_clocks_leave_nothing_behind(folder):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({**TINY, "_class_name": "WanTransformer3DModel"}, "is a WanTransformer3DModel, and calls are known for"),
-        ({"in_channels": 8}, "is no configuration of a diffusers model: it names no _class_name"),
+        ({**TINY, "_class_name": "WanTransformer3DModel"}, "is a WanTransformer3DModel; flexclear bench supports"),
+        ({"in_channels": 8}, "is not the configuration of a diffusers model: it has no _class_name"),
     ],
     ids=["class", "configuration"],
 )
@@ -251,5 +251,5 @@ def test_sizes_that_a_model_has_no_positions_for_are_refused(folder):
     job = {"radii": (8,), "device": CPU, "dtype": torch.bfloat16}
     with pytest.raises(ValueError, match=r"sd3\.5-large has positions for 3072 pixels, got 4096"):
         measuring.Job("sd3.5-large", ((4096, 4096),), **job).check()
-    with pytest.raises(ValueError, match=r"a token of .* is 16 pixels, got a size of 8 x 64"):
+    with pytest.raises(ValueError, match=r"a token of .* covers 16 pixels a side; got a size of 8 x 64"):
         measuring.Job(str(folder), ((8, 64),), **job).check()

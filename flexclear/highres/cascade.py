@@ -82,24 +82,24 @@ def upscale_cascade(
 ) -> Cascade:
     """Draw an image at the first size, then enlarge it to every further one (method, section 7).
 
-    Each stage enlarges the image of the one before, by PIL's bicubic filter, and runs the pipeline again:
+    Each stage enlarges the previous stage's image with PIL's bicubic filter and runs the pipeline again:
 
     - ``"sdedit"`` (SDEdit, arXiv 2108.01073, section 3; the cascade is CLEAR's): noises it and denoises it, through
       diffusers' image-to-image pipeline. Released settings: 20 steps, strength 0.7, guidance 7.5, shift 3, NTK factor 10,
       proportional attention. (The released notebook also sets a ``time_shift`` of 10, which nothing reads: it runs at 3.)
-      As in diffusers, ``strength`` is the share of the *steps* that are run: the noise level that it begins at follows
-      from the shift (0.7 and shift 3: level 0.875).
+      As in diffusers, ``strength`` is the share of the *steps* that are run: the noise level at the start follows from
+      the shift (0.7 and shift 3: level 0.875).
     - ``"imax"`` (I-Max, arXiv 2410.07536, sections 3.2 and 4): starts from noise; the velocity's low frequencies are those
       of the straight flow towards the image, with a weight that falls as a half cosine. Released settings: 30 steps,
-      guidance 7, shift 6, NTK factor 10 that is clipped at linear interpolation, proportional attention; first stage 30
-      steps, guidance 3.5, shift 3. Left out of the released code: its text duplication (the prompt again for every 64 x 64
-      tokens, each copy with position ids of its own) and its shifted latents (a border of one latent, added before every
-      other step and cut off before the next, so that tokens fall half a token apart); both are for dense models.
+      guidance 7, shift 6, NTK factor 10 clipped at linear interpolation, proportional attention; first stage 30 steps,
+      guidance 3.5, shift 3. Two parts of the released code are left out: its text duplication (the prompt once more for
+      every 64 x 64 tokens, each copy with its own position ids) and its shifted latents (a border of one latent, added
+      before every other step and cut off before the next, which moves tokens by half a token); both are for dense models.
 
-    The windows are those of ``flexclear.transform``, before or through ``r``; a plain pipeline runs dense. Text is encoded
-    once, with the VAE in tiles. Stages hand over 8-bit images and have noise of their own: same arguments, same
-    image, resumed or not. Whatever is changed on the pipeline for a stage (windows, scheduler, VAE tiling) comes back,
-    after an error too; nothing else may use the pipeline meanwhile.
+    The windows are those of an earlier ``flexclear.transform``, or those set through ``r``; a plain pipeline runs dense. Text
+    is encoded once, and the VAE runs in tiles. Stages pass on 8-bit images, and each has its own noise: the same arguments
+    give the same image, resumed or not. Everything a stage changes on the pipeline (windows, scheduler, VAE tiling) is
+    restored, after errors too; nothing else may use the pipeline meanwhile.
 
     >>> done = upscale_cascade(pipe, "a small blue plane", sizes=[1024, 2048, 4096], r=[16, 16, 8])  # doctest: +SKIP
     >>> upscale_cascade(pipe, "a photo of a plane", sizes=[4096], image=photo, strength=0.5)         # doctest: +SKIP
@@ -109,9 +109,9 @@ def upscale_cascade(
         prompt: one prompt.
         sizes: the longer side in pixels, or (height, width), one per stage.
         method: how images are enlarged.
-        image: an image to begin with; every stage then enlarges. Without it the first size is drawn from the prompt.
-        r: radius as ``transform`` takes it, ``"keep"`` for the windows there are, or a sequence with one per stage (radii
-            per layer: as a mapping).
+        image: an image to begin with, which every stage then enlarges. Without it, the first size is drawn from the prompt.
+        r: a radius as in ``transform``, ``"keep"`` for the current windows, or a sequence with one per stage (radii per layer:
+            as a mapping).
         steps: one value for every stage, or a sequence with one per stage; None is the released setting, or the pipeline's
             own. The next five are given likewise.
         strength: share of the steps that are run. The first stage from a prompt has none.
@@ -127,13 +127,14 @@ def upscale_cascade(
             attention count; the pipeline's default size otherwise.
         tile: side of the VAE's tiles in pixels; see ``flexclear.highres.tiled``.
         wavelet_level: of the Haar transform whose approximation is I-Max's low band.
-        folder: keep every stage's image there, and resume after the last finished one. Same settings needed so far.
+        folder: keep every stage's image there, and resume after the last finished one, whose settings must be the same.
         progress: a progress bar per stage; None: as the pipeline is configured.
         on_step: called with the stage, the number of the step from 1, and all steps of the stage.
 
     Raises:
         TypeError: an unsupported pipeline or an argument of the wrong type.
-        ValueError: a setting makes no sense, or not for this model; ``folder`` holds another cascade. Raised before any work.
+        ValueError: a setting is invalid, or not supported by this model; ``folder`` holds another cascade. Raised before any
+            work.
     """
     kind = kind_of(pipe)
     _check(pipe, prompt, method, image, negative_prompt, seed)
@@ -174,7 +175,7 @@ def upscale_cascade(
     }
     if folder is not None and plan.entry is not None and plan.entry.parallel is not None:
         raise ValueError(
-            f"folder={str(folder)!r}: this model shares each image among several ranks, and all of them would write there. "
+            f"folder={str(folder)!r}: this model shares each image among several ranks, which would all write there. "
             "Leave folder out, and save Cascade.image on one rank"
         )
     kept = None if folder is None else Folder(folder, common, stages)
@@ -266,7 +267,7 @@ class _Planner:
             )
         if asked["guidance"] is not None and not self.guided:
             raise ValueError(
-                f"guidance={asked['guidance']!r}: this FLUX.1 has no guidance input (guidance_embeds is False); give a "
+                f"guidance={asked['guidance']!r}: this FLUX.1 has no guidance input (guidance_embeds is False); pass a "
                 "negative_prompt for classifier-free guidance, or leave guidance out"
             )
         settings = settings_of(self.method, is_base, asked, self.kind.released_base)
@@ -308,7 +309,7 @@ class _Planner:
         if self.entry is not None and self.entry.settings.formula is not None:
             if asked["proportional_attention"]:
                 kind = self.entry.settings.formula.kind
-                raise ValueError(f"proportional_attention: attention={kind!r} has a formula of its own. Leave it out")
+                raise ValueError(f"proportional_attention: attention={kind!r} has its own formula. Leave it out")
             proportional = False
         tokens = height * width // self.token**2
         floor = 0.0

@@ -47,7 +47,7 @@ class Folder:
             for stage in stages:
                 if self.file(stage).exists():
                     raise ValueError(
-                        f"{self.file(stage)} exists and no {MANIFEST} says whose it is; choose another folder"
+                        f"{self.file(stage)} exists, but no {MANIFEST} says where it is from; choose another folder"
                     )
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -88,9 +88,11 @@ class Folder:
             if not all(isinstance(stage["settings"], dict) and isinstance(stage["sha256"], str) for stage in done):
                 raise TypeError("a stage has no settings or no digest")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{manifest} is no manifest of a cascade: {error}") from error
+            raise ValueError(f"{manifest} is not a cascade's manifest: {error}") from error
         if version != FORMAT:
-            raise ValueError(f"{manifest} has format {version!r}, this version reads {FORMAT}; choose another folder")
+            raise ValueError(
+                f"{manifest} has format {version!r}, but this version reads {FORMAT}; choose another folder"
+            )
         differing = differences(common, self.common)
         for stage, entry in zip(self.stages, done, strict=False):
             differing += [f"stage {stage.number}: {text}" for text in differences(entry["settings"], _plain(stage))]

@@ -15,10 +15,10 @@ Reshape = Callable[[Tensor], Tensor]
 
 
 def check_level(level: int) -> None:
-    """Raise for a level of the wavelet transform that makes no sense.
+    """Raise for an invalid level of the wavelet transform.
 
     Raises:
-        TypeError, ValueError: it is no whole number, or below 1.
+        TypeError, ValueError: it is not a whole number, or is below 1.
     """
     if isinstance(level, bool) or not isinstance(level, int):
         raise TypeError(f"wavelet_level must be a whole number, got {level!r}")

@@ -188,7 +188,7 @@ def kind_of(pipe: Any) -> Kind:
     """The kind of a pipeline.
 
     Raises:
-        TypeError: it is of none.
+        TypeError: it is none of them.
     """
     for kind in KINDS:
         if kind.matches(pipe):

@@ -20,7 +20,7 @@ def stage_sizes(sizes: Sequence[Size], multiple: int, start: tuple[int, int] | N
 
     Raises:
         TypeError: a size is neither a number nor a pair.
-        ValueError: a side is no multiple, a stage is not larger than the one before, or has another aspect ratio.
+        ValueError: a side is not a multiple, or a stage is not larger than the one before or has another aspect ratio.
     """
     if isinstance(sizes, str | int) or not isinstance(sizes, Sequence) or not sizes:
         raise ValueError(f"sizes is a sequence of one or more sizes, such as [1024, 2048], got {sizes!r}")
@@ -58,7 +58,7 @@ def _check_growth(size: tuple[int, int], before: tuple[int, int], multiple: int,
     if abs(width - height * old_width / old_height) > slack and abs(height - width * old_height / old_width) > slack:
         raise ValueError(
             f"{height} x {width} has another aspect ratio than {old_height} x {old_width}, from which it is enlarged: the "
-            "image would be distorted. Crop it first, or give one number, the longer side"
+            "image would be distorted. Crop it first, or pass one number, the longer side"
         )
     larger = height * width > old_height * old_width or (first and max(size) >= max(before))
     if not larger:

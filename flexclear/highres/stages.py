@@ -93,7 +93,7 @@ def per_stage(name: str, value: Any, stages: int, has_base: bool) -> list[Any]:
     """One value per stage: a sequence as it is, anything else for all.
 
     Raises:
-        ValueError: the sequence has another length, or says something of the first stage that does not concern it.
+        ValueError: the sequence has another length, or sets something for the first stage that does not apply to it.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         values = [value] * stages
@@ -102,7 +102,7 @@ def per_stage(name: str, value: Any, stages: int, has_base: bool) -> list[Any]:
         raise ValueError(f"{name} as a sequence needs one entry per size: {stages}, got {len(value)}")
     if has_base and name in _ENLARGING_ONLY and value[0] is not None:
         raise ValueError(
-            f"{name} is of stages that enlarge an image; the first one draws from the prompt, so its entry must be None, "
+            f"{name} is for stages that enlarge an image; the first one draws from the prompt, so its entry must be None, "
             f"got {value[0]!r}"
         )
     return list(value)
@@ -112,19 +112,17 @@ def check_radii(r: Any, stages: int) -> list[Radii | str]:
     """The radius of each stage; see ``per_stage``.
 
     Raises:
-        ValueError: the sequence has another length, or a word is none that is known.
+        ValueError: the sequence has another length, or contains an unknown word.
     """
     radii = per_stage("r", r, stages, has_base=False)
     for radius in radii:
         if isinstance(radius, str) and radius != KEEP:
-            raise ValueError(
-                f"r is a radius as transform takes it, or {KEEP!r} for the windows there are, got {radius!r}"
-            )
+            raise ValueError(f"r is a radius as in transform, or {KEEP!r} for the current windows, got {radius!r}")
     return radii
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
-    """Raise for steps, strength, guidance or shift of one stage that make no sense; None is left to choose.
+    """Raise for invalid steps, strength, guidance or shift of one stage; None is left to be chosen.
 
     Raises:
         TypeError, ValueError: one does not.
@@ -149,7 +147,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
 
 
 def settings_of(method: str, is_base: bool, asked: Mapping[str, Any], follow_released_base: bool) -> dict[str, Any]:
-    """One stage's settings: what was asked for, else the released ones, else None: the pipeline's own.
+    """One stage's settings: those requested, else the released ones, else None for the pipeline's own.
 
     Args:
         method: of the cascade.
@@ -163,7 +161,7 @@ def settings_of(method: str, is_base: bool, asked: Mapping[str, Any], follow_rel
     check_numbers(asked)
     if method == "imax" and asked["strength"] is not None:
         raise ValueError(
-            f"strength={asked['strength']!r} is SDEdit's: I-Max starts from noise. Leave it out, or method='sdedit'"
+            f"strength={asked['strength']!r} is for SDEdit: I-Max starts from noise. Leave it out, or use method='sdedit'"
         )
     base = RELEASED_BASE[method if follow_released_base else "sdedit"]
     defaults = base if is_base else RELEASED[method]

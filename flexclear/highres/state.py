@@ -40,7 +40,7 @@ def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
     asked = {layer.name: window for layer, window in zip(layers, windows, strict=True)}
     if entry is not None and entry.parallel is not None and asked != own:
         raise ValueError(
-            "r: this model shares each image among several ranks, which a stage cannot change the windows of. Give them to "
+            "r: this model shares each image among several ranks, so a stage cannot change its windows. Pass them to "
             "flexclear.transform before, and leave r out"
         )
     return asked

@@ -23,7 +23,7 @@ def tile_size(vae: Any, tile: int | None = None) -> int:
         ValueError: a tile that its latents do not divide.
     """
     if not all(hasattr(vae, name) for name in _STATE):
-        raise TypeError(f"a {type(vae).__name__} has no square tiles; AutoencoderKL, FLUX.1's and SD3.5's, has")
+        raise TypeError(f"a {type(vae).__name__} has no square tiles; AutoencoderKL, the VAE of FLUX.1 and SD3.5, does")
     step = 4 * 2 ** (len(vae.config.block_out_channels) - 1)  # A quarter of a tile is a whole number of latents.
     if tile is None:
         side = vae.config.sample_size
@@ -39,8 +39,8 @@ def tile_size(vae: Any, tile: int | None = None) -> int:
 
 @contextlib.contextmanager
 def tiled(vae: Any, tile: int | None = None) -> Iterator[int]:
-    """Encode and decode in overlapping, blended tiles inside a ``with`` block; the VAE's own settings come back after it.
-    Several blocks on one VAE may end in any order.
+    """Encode and decode in overlapping, blended tiles inside a ``with`` block, then restore the VAE's own settings. Several
+    blocks on one VAE may end in any order.
 
     Images up to one tile are not cut. Larger ones differ slightly from what the whole VAE makes of them, because
     group norms see one tile at a time.

@@ -100,7 +100,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         path = path / FRAME.format(1) if path.is_dir() else path
         text, where = png_text(path, CHUNK), f"text chunk {CHUNK!r}"
     if text is None:
-        raise ValueError(f"{path} has no {where}: it was not written by flexclear generate")
+        raise ValueError(f"{path} has no {where}: flexclear generate did not write it")
     try:
         found = parse_json(text)
     except ValueError as error:
@@ -131,9 +131,9 @@ class Target:
 
     @classmethod
     def of(cls, out: Path, pictures: int, overwrite: bool, resume: bool = False, suffix: str = ".png") -> Target:
-        """The target that ``out`` names: a file if it ends in ``suffix`` and is no folder, else a folder, made if missing.
+        """The target that ``out`` names: a file if it ends in ``suffix`` and is not a folder, else a folder, made if missing.
 
-        ``resume`` permits a file that exists; ``flexclear.generation.resuming`` compares it with what was asked for.
+        ``resume`` permits an existing file; ``flexclear.generation.resuming`` compares it with what was requested.
 
         Raises:
             ValueError: ``out`` cannot be written, is a file of another kind, exists, or is a file for several images.

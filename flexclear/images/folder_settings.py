@@ -1,4 +1,4 @@
-"""The settings that a folder's images were drawn with, beside them: images of other settings are never mixed in."""
+"""The settings with which a folder's images were drawn, stored beside them: images with other settings are never mixed in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE = "settings.json"
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any], others: str) -> None:
-    """Write ``settings.json`` into a folder that has none; one that is there must hold the same.
+    """Write ``settings.json`` into a folder that has none; an existing one must hold the same settings.
 
     Of several processes that begin together, one writes it and the others compare.
 
@@ -24,13 +24,13 @@ def keep_settings(folder: Path, settings: Mapping[str, Any], others: str) -> Non
         others: what may be done instead, for the message.
 
     Raises:
-        ValueError: the folder holds images of other settings, images without settings, or a damaged ``settings.json``.
+        ValueError: the folder holds images with other settings, images without settings, or a damaged ``settings.json``.
     """
     file = folder / FILE
     told = json.loads(json.dumps(settings, default=str))
     if not file.exists():
         if next(folder.glob("*.png"), None) is not None:
-            raise ValueError(f"{folder} holds images and no {FILE} that says how they were drawn. {others}")
+            raise ValueError(f"{folder} holds images, but no {FILE} that says how they were drawn. {others}")
         try:
             with whole_file(file, overwrite=False) as beside:
                 beside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -42,7 +42,7 @@ def keep_settings(folder: Path, settings: Mapping[str, Any], others: str) -> Non
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}. {others}") from error
     if known != told:
-        raise ValueError(f"{folder} holds images of other settings ({'; '.join(differences(known, told))}). {others}")
+        raise ValueError(f"{folder} holds images with other settings ({'; '.join(differences(known, told))}). {others}")
 
 
 def differences(known: Any, told: Any, where: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Images that other programs wrote: whatever is wrong with a file is one ``ValueError`` that names it."""
+"""Reads images that other programs wrote: any fault in a file is a single ``ValueError`` that names it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     Raises:
         MemoryError: it has more pixels than fit into memory.
         OSError: the file cannot be read.
-        ValueError: it is no image, is damaged, or has more pixels than Pillow takes.
+        ValueError: it is not an image, is damaged, or has more pixels than Pillow accepts.
     """
     with _decoding(source if name is None else name), Image.open(_stream(source)) as opened:
         opened.load()
@@ -48,7 +48,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no image, or has more pixels than Pillow takes.
+        ValueError: it is not an image, or has more pixels than Pillow accepts.
     """
     with _decoding(path), Image.open(path) as opened:
         return opened.size
@@ -59,7 +59,7 @@ def png_text(path: Path, chunk: str) -> str | None:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no PNG or is damaged.
+        ValueError: it is not a PNG or is damaged.
     """
     with _decoding(path), path.open("rb") as stream, PngImageFile(stream) as opened:
         text = opened.info.get(chunk)
@@ -71,7 +71,7 @@ def gif_comment(path: Path) -> str | None:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no GIF or is damaged.
+        ValueError: it is not a GIF or is damaged.
     """
     with _decoding(path), path.open("rb") as stream, GifImageFile(stream) as opened:
         text = opened.info.get("comment")
@@ -84,7 +84,7 @@ def mp4_comment(path: Path) -> str | None:
     Raises:
         ImportError: PyAV is not installed.
         OSError: the file cannot be read.
-        ValueError: it is no MP4 or is damaged.
+        ValueError: it is not an MP4 or is damaged.
     """
     require("av", f"reading {path}")
     import av

@@ -19,12 +19,12 @@ FASTEST_GIF = 50
 
 
 def check_video(kind: str, fps: float, frames: int | None = None) -> None:
-    """Raise for a format that cannot be written here, or a pace that it has not.
+    """Raise for a format that cannot be written here, or a frame rate that it does not support.
 
     Args:
         kind: one of ``flexclear.common.choices.VIDEO_FORMATS``.
         fps: frames per second.
-        frames: how many, if that is known.
+        frames: number of frames, if known.
 
     Raises:
         ImportError: MP4, and PyAV is not installed.
@@ -35,7 +35,7 @@ def check_video(kind: str, fps: float, frames: int | None = None) -> None:
         raise ValueError(f"--fps must be above 0 and at most 240, got {fps:g}")
     if kind == "gif" and fps > FASTEST_GIF:
         raise ValueError(
-            f"--fps {fps:g}: a GIF has at most {FASTEST_GIF} frames per second; --format mp4 or png has any number"
+            f"--fps {fps:g}: a GIF has at most {FASTEST_GIF} frames per second; --format mp4 and png have no such limit"
         )
     if kind == "mp4":
         require("av", "an MP4 file")

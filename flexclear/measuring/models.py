@@ -63,7 +63,7 @@ def find_model(name: str, dtype: torch.dtype, text_len: int | None = None) -> Mo
         text_len: text tokens; the pipeline's number by default.
 
     Raises:
-        ValueError: its class is none whose calls are known.
+        ValueError: the calls of its class are not known.
         FileNotFoundError: there is no such folder.
     """
     known = CONFIGS.get(name)
@@ -75,9 +75,7 @@ def find_model(name: str, dtype: torch.dtype, text_len: int | None = None) -> Mo
 
     made = getattr(diffusers, known.model_class, None)
     if known.model_class not in CALLS or made is None:
-        raise ValueError(
-            f"{name} is a {known.model_class}, and calls are known for {', '.join(sorted(CALLS))}: flexclear bench takes those"
-        )
+        raise ValueError(f"{name} is a {known.model_class}; flexclear bench supports {', '.join(sorted(CALLS))}")
     with torch.device("meta"):
         # Not diffusers' own .to, which speaks of modules that are to stay in float32, where there are none.
         transformer = nn.Module.to(made.from_config(known.config), dtype).eval().requires_grad_(False)
@@ -92,13 +90,13 @@ def _from_folder(folder: Path) -> Published:
         raise FileNotFoundError(f"no file {file}")
     config = parse_json(read_text(file))
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
-        raise ValueError(f"{file} is no configuration of a diffusers model: it names no _class_name")
+        raise ValueError(f"{file} is not the configuration of a diffusers model: it has no _class_name")
     known = next((one for one in CONFIGS.values() if one.model_class == config["_class_name"]), None)
     return Published(config["_class_name"], config, 512 if known is None else known.text_len)
 
 
 def few_blocks(model: Model, blocks: int | None) -> nn.Module:
-    """A copy of the model's transformer, still without weights, that has at most so many blocks of each kind; None: all."""
+    """A copy of the model's transformer, still without weights, with at most ``blocks`` blocks of each kind; None: all."""
     from copy import deepcopy
 
     transformer = deepcopy(model.transformer)

@@ -1,4 +1,4 @@
-"""Models that ``flexclear bench`` knows by name; no torch, so that a mistyped one is refused at once."""
+"""Models that ``flexclear bench`` knows by name; without torch, so that a mistyped name is refused at once."""
 
 from __future__ import annotations
 

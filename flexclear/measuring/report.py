@@ -30,8 +30,8 @@ def table(found: Found) -> str:
     reckoned = (
         "all blocks were run"
         if about["blocks"] == about["blocks_run"]
-        else f"{about['blocks_run']} blocks were run, and the others of the {about['blocks']} reckoned from a block's time; "
-        "peaks have the weights of all"
+        else f"{about['blocks_run']} blocks were run, and the others of the {about['blocks']} extrapolated from a block's time; "
+        "peaks include all weights"
     )
     lines += [
         "",

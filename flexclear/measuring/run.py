@@ -1,4 +1,4 @@
-"""What ``flexclear bench`` does: measures, fits rates, keeps both, and says it."""
+"""What ``flexclear bench`` does: measure, fit rates, keep both, and report them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flexclear.rates import kept
 from flexclear.rates.rates import Rates, fit_windows
 
 SMALL = (16, 16)
-"""Image tokens of a layout where windowed attention is hardly more than its call."""
+"""Image tokens of a layout so small that windowed attention takes hardly more time than its call."""
 
 
 TUNED_SIDE = 128
@@ -41,9 +41,9 @@ class Job:
         radii: of windows, in tokens.
         device, dtype: of the tensors.
         text_len: text tokens; None: the model's.
-        blocks: blocks of each kind that are run, the others reckoned; None: all.
+        blocks: blocks of each kind that are run; the others are extrapolated. None: all are run.
         repeats: rounds of each measurement.
-        seconds: for each size after which no further round of a measurement is begun.
+        seconds: time per size after which no further round of a measurement begins.
         compiled: whether blocks are compiled.
         memory: whether peak memory is measured.
     """
@@ -64,7 +64,7 @@ class Job:
         """The model; what cannot be measured is refused.
 
         Raises:
-            ValueError: this machine or a size cannot.
+            ValueError: this machine or a size cannot be measured.
         """
         why_not = why_not_compiled(self.device)
         if why_not is not None:
@@ -72,7 +72,9 @@ class Job:
         model = find_model(self.model, self.dtype, self.text_len)
         for size in self.sizes:
             if min(grid_of(size, model)) < 1:
-                raise ValueError(f"a token of {model.name} is {model.px} pixels, got a size of {size[0]} x {size[1]}")
+                raise ValueError(
+                    f"a token of {model.name} covers {model.px} pixels a side; got a size of {size[0]} x {size[1]}"
+                )
         reach = getattr(model.transformer.config, "pos_embed_max_size", None)
         for size in self.sizes:
             if reach is not None and max(grid_of(size, model)) > reach:

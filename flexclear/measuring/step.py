@@ -1,4 +1,4 @@
-"""One step of a transformer with random weights and few blocks, dense and windowed in turns; the rest of its blocks reckoned."""
+"""One step of a transformer with random weights and few blocks, dense and windowed in turns; the rest is extrapolated."""
 
 from __future__ import annotations
 

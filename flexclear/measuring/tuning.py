@@ -18,11 +18,11 @@ from flexclear.measuring.attention import check_error, first_call, inputs, relat
 from flexclear.measuring.timing import timed
 
 LEAST_GAIN = 1.02
-"""Gain over the table's choice from which on another one is kept: below, it may be noise."""
+"""Smallest gain over the table's choice for which another one is kept: below, it may be noise."""
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
 FAR_BEHIND = 1.15
-"""Times as slow as the fastest after ``LEAST_ROUNDS``: what is given up."""
+"""Candidates this many times slower than the fastest after ``LEAST_ROUNDS`` are given up."""
 
 BLOCKS = ((64, 64), (128, 64), (128, 128), (64, 128), (64, 32), (32, 64), (32, 32))
 """Blocks that are tried, on every device."""
@@ -186,7 +186,7 @@ class Outcome:
         radius: of the window.
         trials: all candidates that were tried; the first is the table's choice.
         gain: how many times as fast as that the best is, by the median of ratios in the same rounds.
-        kept: the entry that ``transform`` takes from now on; None: the table's choice stays.
+        kept: the entry that ``transform`` uses from now on; None: the table's choice stays.
     """
 
     radius: int
@@ -207,7 +207,7 @@ def tune(
 ) -> list[Outcome]:
     """Find the fastest blocks and kernel options for windows over ``layout``, and keep them for this machine.
 
-    An older entry for the same is replaced, or dropped where the table's choice is as fast.
+    An older entry for the same case is replaced, or dropped if the table's choice is as fast.
     """
     tensors = inputs(layout, heads if device.type == "cuda" else min(heads, CPU_HEADS), head_dim, device, dtype)
     defaults = {radius: choose(device, dtype, head_dim, reach=radius, seq_len=layout.seq_len) for radius in radii}

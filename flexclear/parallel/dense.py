@@ -23,22 +23,22 @@ MARK = "flexclear.parallel.enable_dense"
 def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
     """Share the dense model's images among all ranks by diffusers' own context parallelism, for comparison.
 
-    Call it on every rank; ``disable`` undoes it. Ranks that stop or differ are not told of here: the others wait for
-    torch's own time-out, that of the default process group. Image and text tokens must each be a multiple of the number of ranks.
+    Call it on every rank; ``disable`` undoes it. Ranks that stop or differ are not reported here: the others wait until the
+    default process group times out. Image and text tokens must each be a multiple of the number of ranks.
 
     Args:
         model_or_pipe: a model that is not transformed, or a pipeline with one.
-        kind: ``"ring"``: keys and values go round, and partial results are merged by their log-sum-exp. Needs an
+        kind: ``"ring"``: keys and values travel round the ranks, and partial results are merged by their log-sum-exp. Needs an
             attention backend that returns it: ``model.set_attention_backend("_native_cudnn")`` in bfloat16 on CUDA,
-            ``"_native_flash"`` on CPUs; neither takes attention masks, and diffusers makes it the default of every
-            model in the process: ``with diffusers.attention_backend("native"):`` around all of it puts that back.
+            ``"_native_flash"`` on CPUs. Neither takes attention masks, and diffusers makes the backend the default for every
+            model in the process; wrap everything in ``with diffusers.attention_backend("native"):`` to undo that.
             ``"ulysses"``: each rank attends over the whole image with its share of the heads, with any backend.
 
     Returns:
-        What was given.
+        What was passed in.
 
     Raises:
-        ValueError: the model is transformed, runs in parallel already or cannot be shared like this, or there is no
+        ValueError: the model is transformed, already runs in parallel or cannot be shared like this, or there is no
             process group. The model is as it was.
     """
     if kind not in KINDS:
@@ -46,9 +46,7 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
     model: Any = model_of(model_or_pipe)
     name = type(model).__name__
     if entry_hook_of(model) is not None:
-        raise ValueError(
-            f"this {name} has windows: flexclear.parallel.enable shares it out; or flexclear.restore it first"
-        )
+        raise ValueError(f"this {name} has windows: use flexclear.parallel.enable, or call flexclear.restore first")
     refuse_other_parallelism(model)
     if getattr(model, "_cp_plan", None) is None:
         raise ValueError(f"diffusers has no plan for sharing the dense {name} (_cp_plan)")
@@ -56,11 +54,11 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
         _refuse_without_log_sum_exp(model)
     count = len(ranks_of(None))
     if count == 1:
-        raise ValueError("there is one rank, and nothing to share: start with torchrun --nproc-per-node N, N from 2 on")
+        raise ValueError("there is only one rank: start with torchrun --nproc-per-node N, N >= 2")
     heads = getattr(model.config, "num_attention_heads", None)
     if kind == "ulysses" and heads is not None and heads % count:
         raise ValueError(
-            f"kind='ulysses' shares out heads, and the {heads} of this {name} do not divide by {count} ranks"
+            f"kind='ulysses' distributes heads, and the {heads} of this {name} are not divisible by {count} ranks"
         )
     from diffusers import ContextParallelConfig
 
@@ -81,7 +79,7 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
 
 
 def disable_dense(model: nn.Module) -> None:
-    """Undo ``enable_dense``; what somebody else enabled is left."""
+    """Undo ``enable_dense``; parallelism enabled elsewhere stays."""
     if getattr(context_parallelism_of(model), "enabled_by", None) != MARK:
         return
     from diffusers.hooks.context_parallel import remove_context_parallel
@@ -103,9 +101,9 @@ def refuse_other_parallelism(model: nn.Module) -> None:
     if inner is not None:
         raise ValueError(
             f"this {type(model).__name__} has diffusers' context parallelism (ring_degree={inner.ring_degree}, "
-            f"ulysses_degree={inner.ulysses_degree}), which shares out the dense attention. Either that, dense; or windows: "
-            "load the model without enable_parallelism, flexclear.transform, flexclear.parallel.enable. Both at once would "
-            "cut the image twice"
+            f"ulysses_degree={inner.ulysses_degree}), which distributes the dense attention. Use either that, or windows: "
+            "load the model without enable_parallelism, then flexclear.transform and flexclear.parallel.enable. Both at once "
+            "would cut the image twice"
         )
 
 
@@ -128,7 +126,7 @@ def _refuse_without_log_sum_exp(model: Any) -> None:
     if not enough:
         raise ValueError(
             f"a ring merges results by their log-sum-exp, which the attention backend {backend.value!r} of this "
-            f"{type(model).__name__} does not give here: {fitting}, or kind='ulysses'"
+            f"{type(model).__name__} does not return here: use {fitting}, or kind='ulysses'"
         )
 
 

@@ -42,34 +42,34 @@ def enable(
     """Share each image among the ranks of a group; call it on every rank, after ``flexclear.transform``.
 
     The token grid is cut along its longer side into bands, in multiples of 8 lines; a video along its rows, columns or frames,
-    where the layers' windows let the fewest keys pass. In each attention layer a rank's image
-    queries see its own keys, all text, and border keys that its neighbours send: as far as the layer's window reaches,
-    from several neighbours where bands are thinner than that. Text is computed on every rank. Outside of the transformer
-    every rank does the same; the result is the same image everywhere.
+    whichever lets the layers exchange the fewest keys. In each attention layer a rank's image queries see its own keys, all
+    text, and border keys that its neighbours send: as far as the layer's window reaches, from several neighbours where bands
+    are thinner than that. Text is computed on every rank. Outside of the transformer every rank does the same work; the result
+    is the same image everywhere.
 
     Args:
         model_or_pipe: a transformed model, or a pipeline with one.
-        mesh: a one-dimensional ``DeviceMesh``, or None: all ranks. Under torchrun the default process group is made if
+        mesh: a one-dimensional ``DeviceMesh``, or None for all ranks. Under torchrun the default process group is created if
             there is none yet (NCCL on CUDA, gloo elsewhere).
         text: how text queries, which see all of the image, are computed. ``"exact"``: each rank attends to its band, and
-            partial results are merged by their log-sum-exp, two small sums per layer: one process's result up to rounding.
-            ``"average"``: the average of what the ranks' own bands give (paper Eq. 7), one sum per layer.
+            partial results are merged by their log-sum-exp, with two small sums per layer: equal to one process's result up to
+            rounding. ``"average"``: the average over the ranks' own bands (paper Eq. 7), one sum per layer.
         exchange: ``"sync"``: a layer waits for its borders. ``"stale"``: after ``warmup_steps``, it uses the borders of the
             denoising step before while the current ones travel (DistriFusion, arXiv 2402.19481). Needs a pipeline.
         warmup_steps: first steps of a run that are synchronous with ``"stale"``.
         shares: each rank's share of the image, as proportions, for ranks of unequal speed; equal by default.
         too_small: for images with fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last ranks are idle.
-        timeout: seconds without an answer after which a rank counts as gone. A rank that stops, by an interrupt or an error
-            in a callback, too, is heard of at once.
-        split_vae: of a pipeline whose VAE decodes in tiles (``pipe.vae.enable_tiling()``): share the tiles, too.
+        timeout: seconds without an answer after which a rank counts as gone. A rank that stops because of an interrupt or an
+            error, also in a callback, is reported at once.
+        split_vae: share the tiles, too, of a pipeline whose VAE decodes in tiles (``pipe.vae.enable_tiling()``).
 
     Returns:
-        What was given.
+        What was passed in.
 
     Raises:
-        TypeError: neither a model nor a pipeline with one, or ``mesh`` is no DeviceMesh.
-        ValueError: the model cannot run on several ranks, an argument makes no sense, or there is no process group.
-        ParallelError: the process group had to be made, and ranks are missing.
+        TypeError: neither a model nor a pipeline with one, or ``mesh`` is not a DeviceMesh.
+        ValueError: the model cannot run on several ranks, an argument is invalid, or there is no process group.
+        ParallelError: the process group had to be created, and ranks are missing.
     """
     model = model_of(model_or_pipe)
     entry = entry_hook_of(model)
@@ -80,20 +80,20 @@ def enable(
     if too_small not in TOO_SMALL:
         raise ValueError(f"too_small must be one of {list(TOO_SMALL)}, got {too_small!r}")
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1:
-        raise ValueError(f"warmup_steps must be a number of steps from 1 on, got {warmup_steps!r}")
+        raise ValueError(f"warmup_steps must be a number of steps >= 1, got {warmup_steps!r}")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
     if entry is None:
         refuse_other_parallelism(model)
         raise ValueError(
-            f"this {type(model).__name__} is dense, and borders are those of a window: flexclear.transform(model, r=...) "
-            "first. flexclear.parallel.enable_dense runs the dense model on several ranks"
+            f"this {type(model).__name__} is dense and has no window whose borders could be exchanged: call "
+            "flexclear.transform(model, r=...) first. flexclear.parallel.enable_dense runs the dense model on several ranks"
         )
     refuse_unshared(model, entry.family, entry.settings)
     pipe = None if model_or_pipe is model else model_or_pipe
     if exchange == "stale" and (pipe is None or not hasattr(getattr(pipe, "scheduler", None), "step_index")):
         raise ValueError(
-            "exchange='stale' needs to know the denoising step: give the pipeline, whose scheduler counts steps "
+            "exchange='stale' needs to know the denoising step: pass the pipeline, whose scheduler counts steps "
             "(step_index)"
         )
     ranks = ranks_of(mesh, float(timeout))
@@ -140,10 +140,10 @@ def _let(model: nn.Module, entry: EntryHook, session: Session | None) -> None:
 
 
 def disable(model_or_pipe: Target) -> Target:
-    """Undo ``enable`` or ``enable_dense``: the model runs whole on this rank again. Others are left as they are.
+    """Undo ``enable`` or ``enable_dense``: the model runs whole on this rank again. Other models are left alone.
 
     Returns:
-        What was given.
+        What was passed in.
     """
     for model in models_of(model_or_pipe):
         entry = entry_hook_of(model)
@@ -156,12 +156,12 @@ def disable(model_or_pipe: Target) -> Target:
 
 def sent_bytes(model_or_pipe: Any) -> dict[str, int]:
     """Bytes that this rank has sent since ``enable``, by kind: ``border``, ``text``, ``pooled``, ``output``, ``vae``,
-    ``control``. Of sums and gathers, what this rank puts in.
+    ``control``. Sums and gathers count by what this rank contributes.
 
     Raises:
         ValueError: the model does not run on several ranks.
     """
     session = session_of(model_of(model_or_pipe))
     if session is None:
-        raise ValueError("this model does not run on several ranks; flexclear.parallel.enable(pipe) first")
+        raise ValueError("this model does not run on several ranks; call flexclear.parallel.enable(pipe) first")
     return dict(session.links.sent)

@@ -1,4 +1,4 @@
-"""The process group that the ranks are of."""
+"""The process group that the ranks belong to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ranks_of(mesh: Any, timeout: float | None = None) -> list[int]:
 
     Raises:
         ParallelError: ranks are missing.
-        TypeError: ``mesh`` is no DeviceMesh.
+        TypeError: ``mesh`` is not a DeviceMesh.
         ValueError: it has several dimensions, or does not hold this rank; or there is no process group.
     """
     if not dist.is_available():
@@ -45,7 +45,7 @@ def ranks_of(mesh: Any, timeout: float | None = None) -> list[int]:
         raise TypeError(f"mesh must be a torch.distributed DeviceMesh or None, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(
-            f"mesh must have one dimension, that of the bands; this one has {mesh.ndim}. Take one, such as "
+            f"mesh must have one dimension, that of the bands; this one has {mesh.ndim}. Use one, such as "
             f"mesh[{(mesh.mesh_dim_names or ('bands',))[-1]!r}]"
         )
     ranks = mesh.mesh.flatten().tolist()
@@ -69,8 +69,8 @@ def _make_default_group(backend: str, timeout: float | None) -> None:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         who = "others" if rank == "0" else "rank 0"
         raise ParallelError(
-            f"rank {rank}, set-up: waited {limit.total_seconds():g} s for {who} at {place}, and of {size} ranks not all came: "
-            f"{str(error).splitlines()[0]}. Every rank must be started, and call flexclear.parallel.enable"
+            f"rank {rank}, set-up: waited {limit.total_seconds():g} s for {who} at {place}, and not all of {size} ranks arrived: "
+            f"{str(error).splitlines()[0]}. Every rank must be started and call flexclear.parallel.enable"
         ) from error
     store.set_timeout(dist.default_pg_timeout)  # what this group is used for beside us
     dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=number, world_size=count)

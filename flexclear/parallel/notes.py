@@ -142,7 +142,7 @@ class Notes:
                 self._gone = error
         raise StoreGoneError(
             f"{self.here}: no answer from the store of the process group: {_holder()}, which holds it, is gone or halted. "
-            "Start all ranks anew"
+            "Start all ranks again"
         ) from self._gone
 
 

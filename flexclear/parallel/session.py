@@ -268,7 +268,7 @@ def why_not_cached(model: nn.Module) -> str | None:
         return None
     return (
         "it has a cache (enable_cache), which decides from the tokens that it sees which blocks to skip, and each rank sees "
-        "others. model.disable_cache() first"
+        "different ones. Call model.disable_cache() first"
     )
 
 
@@ -281,8 +281,8 @@ def refuse_unshared(model: nn.Module, family: Family, settings: Settings) -> Non
     why = why_not_cached(model) or family.why_not_parallel(model)
     if settings.formula is not None:
         why = (
-            f"attention={settings.formula.kind!r} is no softmax over a window; CLEAR and the alternatives that are "
-            "masks can"
+            f"attention={settings.formula.kind!r} is not softmax over a window, as CLEAR and the alternatives that are "
+            "masks are"
         )
     if why is not None:
         raise ValueError(f"this {type(model).__name__} cannot be shared by several ranks: {why}")

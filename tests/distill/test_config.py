@@ -200,7 +200,7 @@ def test_pictures_of_other_settings_are_never_mixed_and_a_deleted_caption_comes_
         caption.unlink(missing_ok=True)
         status, _, error = run(capsys, *generate, option, value, "--count", 13)
         assert status == 2
-        assert "holds images of other settings" in error
+        assert "holds images with other settings" in error
         assert told in error
         assert not caption.exists()
     status, output, _ = run(capsys, *generate)
@@ -216,7 +216,7 @@ def test_pictures_of_other_settings_are_never_mixed_and_a_deleted_caption_comes_
     settings.unlink()
     status, _, error = run(capsys, *generate)
     assert status == 2
-    assert "holds images and no settings.json" in error
+    assert "holds images, but no settings.json" in error
     settings.write_bytes(before["settings.json"])
 
 

@@ -98,7 +98,7 @@ def test_variants_of_the_embedded_model_fill_the_tables_and_are_drawn_once(tmp_p
     assert changed == [missing]
 
     file.write_text(file.read_text().replace("steps: 1", "steps: 2"))
-    with pytest.raises(ValueError, match=r"holds images of other settings \(base\.steps was 1, is 2\)"):
+    with pytest.raises(ValueError, match=r"holds images with other settings \(base\.steps was 1, is 2\)"):
         run(read_eval_config(file))
 
 

@@ -52,7 +52,7 @@ def test_file_names_are_made_of_any_prompt():
 
 def test_a_picture_of_another_program_has_no_settings(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "plain.png")
-    with pytest.raises(ValueError, match="was not written by flexclear generate"):
+    with pytest.raises(ValueError, match="flexclear generate did not write it"):
         read_settings(tmp_path / "plain.png")
     content = png_bytes(Image.new("RGB", (2, 2)), {"prompt": "p", "seed": 1}, {"torch": "2"})
     (tmp_path / "ours.png").write_bytes(content)

@@ -185,7 +185,7 @@ def test_a_folder_whose_files_are_not_what_the_manifest_says_is_refused(flux, tm
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "stage_1_32x32.png").write_bytes(b"theirs")
-    with pytest.raises(ValueError, match=r"stage_1_32x32.png exists and no cascade.json says whose it is"):
+    with pytest.raises(ValueError, match=r"stage_1_32x32.png exists, but no cascade.json says where it is from"):
         upscale_cascade(flux, **call, folder=foreign)
     mine = tmp_path / "mine"
     upscale_cascade(flux, PROMPT, [32], folder=mine, **FAST)
@@ -194,10 +194,10 @@ def test_a_folder_whose_files_are_not_what_the_manifest_says_is_refused(flux, tm
     with pytest.raises(ValueError, match="was changed since its stage was finished"):
         upscale_cascade(flux, **call, folder=mine)
     (mine / "cascade.json").write_text(manifest.replace('"format": 1', '"format": 99'))
-    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="has format 99, but this version reads 1"):
         upscale_cascade(flux, **call, folder=mine)
     (mine / "cascade.json").write_text(manifest[:40])
-    with pytest.raises(ValueError, match="is no manifest of a cascade"):
+    with pytest.raises(ValueError, match="is not a cascade.s manifest"):
         upscale_cascade(flux, **call, folder=mine)
 
 
@@ -312,14 +312,14 @@ BAD = {
     "steps for other stages": ({"steps": [2, 2, 2]}, ValueError, "one entry per size: 2, got 3"),
     "no strength": ({"strength": 0.0}, ValueError, "strength is the share of the steps"),
     "too strong": ({"strength": 1.5}, ValueError, "above 0 and at most 1, got 1.5"),
-    "a strength for the first": ({"strength": [0.5, 0.5]}, ValueError, "strength is of stages that enlarge"),
-    "a strength for I-Max": ({"method": "imax", "strength": 0.5}, ValueError, "strength=0.5 is SDEdit's"),
+    "a strength for the first": ({"strength": [0.5, 0.5]}, ValueError, "strength is for stages that enlarge"),
+    "a strength for I-Max": ({"method": "imax", "strength": 0.5}, ValueError, "strength=0.5 is for SDEdit"),
     "a negative guidance": ({"guidance": -1}, ValueError, "guidance must be finite and not negative"),
     "a shift": ({"shift": "dynamic"}, TypeError, "shift must be a number or 'own', got 'dynamic'"),
     "no shift": ({"shift": 0}, ValueError, "shift must be above 0"),
     "a proportion": ({"proportional_attention": 2}, TypeError, "proportional_attention must be True or False"),
     "a radius": ({"r": 0}, ValueError, "radius"),
-    "a radius by name": ({"r": "wide"}, ValueError, "'keep' for the windows there are, got 'wide'"),
+    "a radius by name": ({"r": "wide"}, ValueError, "'keep' for the current windows, got 'wide'"),
     "radii for other stages": ({"r": [1, 2, 3]}, ValueError, "r as a sequence needs one entry per size: 2, got 3"),
     "a native size": ({"native": 1}, ValueError, "native must be a side in pixels, 8 or more, got 1"),
     "a tile": ({"tile": 40}, ValueError, "tile must be a multiple of 16 pixels for this VAE, got 40; near it: 32"),
@@ -354,7 +354,7 @@ def test_what_one_model_cannot_do_is_named_before_any_work(flux, sd3, embedded, 
         upscale_cascade(flux, **call, ntk_factor=0)
     with pytest.raises(ValueError, match=r"negative_prompt: this FLUX.1 is guidance-distilled"):
         upscale_cascade(flux, **call, negative_prompt="")
-    with pytest.raises(ValueError, match=r"guidance=3: this FLUX.1 has no guidance input .* give a negative_prompt"):
+    with pytest.raises(ValueError, match=r"guidance=3: this FLUX.1 has no guidance input .* pass a negative_prompt"):
         upscale_cascade(embedded, **call, guidance=3)
     flexclear.transform(flux, r=5, backend="sdpa")
     with monkeypatch.context() as patch:
@@ -362,7 +362,7 @@ def test_what_one_model_cannot_do_is_named_before_any_work(flux, sd3, embedded, 
         with pytest.raises(ValueError, match="r: this model shares each image among several ranks"):
             upscale_cascade(flux, **call, r=2)
     flexclear.transform(flux, attention="sigmoid", backend="sdpa")
-    with pytest.raises(ValueError, match=r"proportional_attention: attention='sigmoid' has a formula of its own"):
+    with pytest.raises(ValueError, match=r"proportional_attention: attention='sigmoid' has its own formula"):
         upscale_cascade(flux, **call, proportional_attention=True)
     assert not upscale_cascade(flux, PROMPT, [32, 48], **FAST).stages[1].proportional_attention
     from diffusers import FlowMatchHeunDiscreteScheduler, FluxInpaintPipeline

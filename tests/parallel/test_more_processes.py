@@ -51,7 +51,7 @@ def test_three_bands_are_the_whole_picture(group):
     assert max(result["error"] for result in group.results("dense_against_one", "ring", 24, 8, 9)) <= EXACT
     for kind, message in group.errors("dense_against_one", "ulysses", 24, 8, 9):
         assert kind == "ValueError"
-        assert "the 2 of this FluxTransformer2DModel do not divide by 3 ranks" in message
+        assert "the 2 of this FluxTransformer2DModel are not divisible by 3 ranks" in message
 
 
 @pytest.mark.parametrize("group", [4], indirect=True)

@@ -31,11 +31,11 @@ def model():
         ({"text": "some"}, "text must be one of"),
         ({"exchange": "later"}, "exchange must be one of"),
         ({"too_small": "skip"}, "too_small must be one of"),
-        ({"warmup_steps": 0}, "warmup_steps must be a number of steps from 1 on"),
+        ({"warmup_steps": 0}, "warmup_steps must be a number of steps >= 1"),
         ({"warmup_steps": True}, "warmup_steps must be"),
         ({"timeout": 0}, "timeout must be a positive number"),
         ({"timeout": float("nan")}, "timeout must be a positive number"),
-        ({"exchange": "stale"}, "needs to know the denoising step: give the pipeline"),
+        ({"exchange": "stale"}, "needs to know the denoising step: pass the pipeline"),
         ({}, "no process group: start with torchrun"),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_dense_model_is_told_what_shares_it_out():
 def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
     from types import SimpleNamespace
 
-    with pytest.raises(ValueError, match=r"has windows: flexclear\.parallel\.enable"):
+    with pytest.raises(ValueError, match=r"has windows: use flexclear\.parallel\.enable"):
         parallel.enable_dense(model)
     with pytest.raises(ValueError, match="kind must be 'ring' or 'ulysses'"):
         parallel.enable_dense(tiny_flux(), kind="star")
@@ -88,7 +88,7 @@ def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
 def test_a_ring_is_refused_with_an_attention_that_gives_no_log_sum_exp(monkeypatch, devices, fitting):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
     model = tiny_flux()
-    with pytest.raises(ValueError, match=rf"'native'.*not give here: model\.set_attention_backend\('{fitting}'\)"):
+    with pytest.raises(ValueError, match=rf"'native'.*not return here: use model\.set_attention_backend\('{fitting}'\)"):
         parallel.enable_dense(model)
     # What gives it gets further, to the next thing that is missing here.
     for module in model.modules():
@@ -104,7 +104,7 @@ def test_a_model_that_diffusers_cannot_share_and_a_single_rank_are_refused(monke
     with pytest.raises(ValueError, match=r"no plan for sharing the dense SD3Transformer2DModel \(_cp_plan\)"):
         parallel.enable_dense(tiny_sd3(), kind="ulysses")
     monkeypatch.setattr(parallel.dense, "ranks_of", lambda mesh: [0])
-    with pytest.raises(ValueError, match="one rank, and nothing to share"):
+    with pytest.raises(ValueError, match="there is only one rank"):
         parallel.enable_dense(tiny_flux(), kind="ulysses")
 
 
@@ -119,7 +119,7 @@ def test_disabling_leaves_what_somebody_else_enabled():
 
 def test_a_formula_is_refused_with_what_can_be_shared():
     model = flexclear.transform(tiny_flux(), attention="linear")
-    with pytest.raises(ValueError, match="attention='linear' is no softmax over a window"):
+    with pytest.raises(ValueError, match="attention='linear' is not softmax over a window"):
         parallel.enable(model)
 
 

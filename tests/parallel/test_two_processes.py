@@ -208,7 +208,7 @@ def test_a_cascade_of_stages_is_shared_and_its_tiles_too(two, method, tmp_path):
         assert max(result["differences"]) <= 1, "rounding to whole colours"
         assert result["stages"] > 1
         assert result["sent"]["vae"] > 0
-        assert "all of them would write there. Leave folder out" in result["refused"]
+        assert "which would all write there. Leave folder out" in result["refused"]
     assert len({result["sum"] for result in found}) == 1
     assert not list(tmp_path.iterdir())
 
