@@ -90,7 +90,7 @@ def test_the_library_prints_nothing_but_warnings_that_concern_its_user(tmp_path)
     text = "\n".join(rest)
     for own in (
         "UserWarning: the user's own",
-        "trained for a window other than the model",
+        "trained for another window than the model has",
         "was truncated because CLIP",
     ):
         assert text.count(own) == 1, text

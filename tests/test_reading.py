@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_a_value_error(parse, text, message):
         ("p.json", "[" * 100_000, "nested too deeply"),
         ("p.json", '{"a": "\\ud800"}', "not valid Unicode"),
         ("p.jsonl", '{"file_name": "a", "text": "x"}\n{"file_name": "a.png", "text": "y"}', "'a' is named twice"),
-        ("p.jsonl", '{"file_name": "a", "text": 5}', "the prompt of 'a' is no text"),
+        ("p.jsonl", '{"file_name": "a", "text": 5}', "the prompt of 'a' is not text"),
     ],
 )
 def test_prompts_by_name_must_be_clear(tmp_path, name, text, message):

@@ -4,7 +4,7 @@
 >>> flexclear.transform(model, attention=alternatives.SwinAttention(size=4))          # doctest: +SKIP
 
 Strided, Swin and neighborhood attention are masks: they become one window per layer. Sigmoid, linear, PixArt-Sigma and
-agent attention have formulas of their own.
+agent attention have their own formulas.
 """
 
 from flexclear.alternatives.agent import AgentAttention

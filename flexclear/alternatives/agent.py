@@ -28,7 +28,7 @@ class AgentAttention(Formula):
         O_{img} = \mathrm{softmax}(Q_{img} [K_{txt}; A]^T / \sqrt d) [V_{txt}; V_A]
 
     Agents read image keys only, image queries see all text keys and the agents in one softmax, text queries see
-    everything: with 256 agents these pairs make the published 80.5 GFLOPs at 1024 px. Nothing is trained beside the
+    everything: with 256 agents these pairs make the published 80.5 GFLOPs at 1024 px. Nothing is trained besides the
     projections; the biases and the depth-wise convolution of the source are left out.
 
     The grid is cut into ``side`` x ``side`` cells by adaptive average pooling, whatever its size: cell i of n over h rows

@@ -14,7 +14,7 @@ def flops(
     heads: int = 24,
     layer: int = 0,
 ) -> int:
-    """FLOPs of one attention layer, one sample: products and what a mechanism adds to them, not softmax.
+    """FLOPs of one attention layer for one sample: products and what a mechanism adds to them, but not softmax.
 
     >>> f"{flops('pixart', Layout(64, 64)) / 1e9:.1f} GFLOPs"
     '67.7 GFLOPs'
@@ -36,5 +36,5 @@ def flops(
         return cost(layout, attention, channels=channels).flops
     mechanism = named(attention)
     if mechanism is None:
-        raise ValueError("the FLOPs of 'clear' depend on its window; give flexclear.masks.Disc(r) instead")
+        raise ValueError("the FLOPs of 'clear' depend on its window; pass flexclear.masks.Disc(r) instead")
     return mechanism.flops(layout, channels, heads, layer)

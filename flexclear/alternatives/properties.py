@@ -135,12 +135,12 @@ def capture(model: nn.Module, call: Mapping[str, Any], layer: str) -> Captured:
 
 def _captured(plan: CallPlan, slot: int, query: Tensor, key: Tensor, weight: Tensor | None) -> Captured:
     if len(query) != 1:
-        raise ValueError(f"properties are measured on one sample, and this call has {len(query)}")
+        raise ValueError(f"properties are measured on one sample, but this call has {len(query)}")
     one_grid(plan.base.layout, "distance between tokens")
     mask = plan.slots[slot].mask
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(
-            "properties are measured in float64, which FlexAttention has not: transform with backend='sdpa'"
+            "properties are measured in float64, which FlexAttention does not support: transform with backend='sdpa'"
         )
     query, key = (tokens.detach().transpose(1, 2).double() for tokens in (query, key))
     gain = plan.slots[slot].gain

@@ -1,4 +1,4 @@
-"""Sigmoid attention: every pair weighed by itself, no competition between keys."""
+"""Sigmoid attention: every pair is weighted on its own, without competition between keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's attention does in a real run, what it needs of positions, and what it costs: the paper's figures."""
+"""What a model's attention does in a real run, how it depends on positions, and what it costs: the paper's figures."""
 
 from flexclear.analysis.attention import Observed, attention_pictures, observe
 from flexclear.analysis.cost import CostRow, cost_table, published_seconds

@@ -1,4 +1,4 @@
-"""Other attention in the layers of a transformed model, for the time of a block."""
+"""Replaces attention in the layers of a transformed model inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Attend = Callable[..., Tensor]
 
 @contextlib.contextmanager
 def attending(processors: Mapping[str, Any], attend: Attend) -> Iterator[None]:
-    """Inside the block ``attend`` stands for the ``attend`` of these processors, which are given by layer name.
+    """Inside the block, ``attend`` replaces the ``attend`` of these processors, given by layer name.
 
     Raises:
-        ValueError: another block stands for it in one of the layers.
+        ValueError: another block already replaces it in one of the layers.
     """
     taken = [name for name, processor in processors.items() if "attend" in vars(processor)]
     if taken:

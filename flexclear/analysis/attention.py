@@ -1,4 +1,4 @@
-"""Attention of a real run: where the mass of every layer lies, and maps of single queries. Never N x N at a time.
+"""Attention in a real run: where the mass of every layer lies, and maps of single queries. Never N x N at a time.
 
 Layers are watched as they attend; what is kept is one histogram per head and one map per chosen query and head.
 """
@@ -69,20 +69,20 @@ def observe(
     steps: Sequence[int] | None = None,
     queries: Sequence[Place] = (),
 ) -> Iterator[list[Observed]]:
-    """Gives a list that fills as the model is called inside the block.
+    """Yields a list that fills as the model is called inside the block.
 
     >>> with observe(pipe, steps=[10], queries=[(32, 32)]) as found:          # doctest: +SKIP
     ...     pipe(prompt)
 
     Args:
-        model_or_pipe: transformed; ``flexclear.transform(pipe, None)`` leaves it dense. The bare model counts its calls as
-            steps. Of several calls in a step (guidance by two prompts) the first one counts.
-        layers: paths of attention modules; all that attend over text and image by default.
-        steps: numbers of denoising steps, from 0; all by default.
+        model_or_pipe: transformed; ``flexclear.transform(pipe, None)`` leaves it dense. A bare model counts its calls as steps.
+            If a step makes several calls (guidance with two prompts), the first one counts.
+        layers: paths of attention modules; by default all that attend over text and image.
+        steps: numbers of denoising steps, from 0; by default all.
         queries: row and column of image tokens whose maps are kept.
 
     Raises:
-        ValueError: it is not transformed, attends by a formula or over pooled keys, has no such layer, is observed already,
+        ValueError: it is not transformed, attends by a formula or over pooled keys, has no such layer, is already observed,
             or, when it is called, a query is outside of the image.
     """
     model = model_of(model_or_pipe)
@@ -92,7 +92,7 @@ def observe(
             f"this {type(model).__name__} is not transformed; flexclear.transform(model, None) leaves it dense"
         )
     if entry.settings.formula is not None:
-        raise ValueError(f"attention={entry.settings.formula.kind!r} has no weights of softmax over keys to look at")
+        raise ValueError(f"attention={entry.settings.formula.kind!r} has no softmax weights over keys to observe")
     joint = [layer.name for layer in family_of(model).layers(model) if layer.scope == JOINT]
     chosen = joint if layers is None else list(layers)
     unknown = [name for name in chosen if name not in joint]
@@ -101,7 +101,7 @@ def observe(
     processors: dict[str, Any] = {name: model.get_submodule(name).processor for name in chosen}
     pooled = [name for name, own in processors.items() if own.pooling_weight(torch.device("cpu")) is not None]
     if pooled:
-        raise ValueError(f"{pooled[0]} has pooled keys, which have no place and no distance")
+        raise ValueError(f"{pooled[0]} has pooled keys, which have no position and no distance")
     counter = None if isinstance(model_or_pipe, nn.Module) else StepCounter(model_or_pipe)
     found: list[Observed] = []
     seen: set[tuple[str, int]] = set()

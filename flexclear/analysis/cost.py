@@ -61,7 +61,7 @@ def cost_table(
         px_per_token: pixels a token's side covers.
 
     Raises:
-        TypeError, ValueError: a number makes no sense.
+        TypeError, ValueError: a number is invalid.
     """
     check_int("px_per_token", px_per_token, 1, None, "in pixels")
     check_int("channels", channels, 1, None, "channels")
@@ -121,7 +121,7 @@ def read_measured(folder: Path) -> list[dict[str, Any]]:
             rows = parse_json(read_text(file))["rows"]
             found += [{**row, "file": file.name} for row in rows if needed <= set(row)]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no result of bench/attention/speed.py: {error!r}") from error
+            raise ValueError(f"{file} is not a result of bench/attention/speed.py: {error!r}") from error
     if not found:
         raise ValueError(f"{folder} holds no attention*.json of bench/attention/speed.py")
     return found

@@ -1,4 +1,4 @@
-"""What a model needs of positions: relative distances that rotary embeddings see, clipped from above or from below.
+"""How a model depends on positions: the relative distances that rotary embeddings see, clipped from above or below.
 
 With rotary embeddings the score of query i and key j is, summed over the frequencies w of each axis, the real part of
 ``q conj(k) exp(1j w d)``, where d is the difference of their coordinates on that axis. Clipping puts d' in place of d for
@@ -10,8 +10,8 @@ every (query, key) pair of image tokens, each axis by itself:
 No assignment of positions to tokens gives such differences, so rotating queries and keys once does not do it. But
 ``exp(1j w d') = exp(1j w d) exp(1j w (d' - d))``, and on one axis d' - d depends on two rows (or two columns) only. So the
 queries of one row, already rotated as usual, are turned by the correction for each row of keys, and those of each column
-for each column of keys: exact for every pair, and about the arithmetic of attention as it is. Content is untouched, and so
-are all pairs with text, whose positions are no places in the image.
+for each column of keys: exact for every pair, at about the arithmetic of plain attention. Content is untouched, and so
+are all pairs with text, whose positions are not places in the image.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Clip:
         distance: in tokens, 0 or more.
 
     Raises:
-        TypeError, ValueError: an argument makes no sense.
+        TypeError, ValueError: an argument is invalid.
     """
 
     kind: str
@@ -153,7 +153,7 @@ def _corrections(
 
 @contextlib.contextmanager
 def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
-    """Inside the block every attention layer sees clipped relative distances; after it, what it saw before.
+    """Inside the block, every attention layer sees clipped relative distances.
 
     >>> flexclear.transform(pipe, None, backend="sdpa", order="raster")      # doctest: +SKIP
     >>> with clipped_distances(pipe, Clip("remote", 16)):                    # doctest: +SKIP
@@ -164,7 +164,7 @@ def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
         clip: what is done to distances.
 
     Raises:
-        ValueError: it is another model, transformed otherwise, or inside such a block already.
+        ValueError: it is another model, is transformed differently, or is already inside such a block.
     """
     model = model_of(model_or_pipe)
     family = family_of(model)

@@ -1,4 +1,4 @@
-"""Decide what each training step sees. Everything follows from the seed and the batch's number, so a run resumes exactly."""
+"""Decides what each training step sees. Everything follows from the seed and the batch's number, so a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def held_out_indices(count: int, total: int, seed: int) -> list[int]:
         ValueError: nothing would be left to train on.
     """
     if count >= total:
-        raise ValueError(f"held_out.count is {count} of {total} samples: none is left to train on")
+        raise ValueError(f"held_out.count is {count} of {total} samples: none are left to train on")
     return sorted(random.Random(f"{seed}/held out").sample(range(total), count))
 
 

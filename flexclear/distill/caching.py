@@ -53,9 +53,9 @@ def cache(
     on_item: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Cached:
-    """Encode images and captions. A run that was stopped resumes with the first shard that is missing.
+    """Encode images and captions. A run that was stopped resumes with the first missing shard.
 
-    What is in the pictures' files decides whether a cache is of them, not their names or times.
+    Whether a cache belongs to some images is decided by the contents of their files, not by their names or times.
 
     Args:
         source: see ``find_items``.
@@ -66,15 +66,15 @@ def cache(
         text_len: text tokens.
         shard_size: samples per file.
         device, dtype: of the encoders.
-        pipe: ``model``, loaded; it is loaded if there is something to do otherwise.
-        on_item: called with how many are done, and how many there are.
+        pipe: ``model``, already loaded; otherwise it is loaded if there is anything to do.
+        on_item: called with the number of items done and their total.
         say: called with a line for everything that is skipped.
 
     Raises:
         FileNotFoundError: no such source or model.
         OSError: an image was replaced meanwhile, or the disk is full; what is finished is kept.
-        TypeError: a model that training does not know.
-        ValueError: there are more text tokens than the pipeline takes, nothing usable is there, or ``out`` holds a cache of
+        TypeError: a model that training does not support.
+        ValueError: there are more text tokens than the pipeline takes, there is nothing usable, or ``out`` holds a cache of
             something else.
     """
     out = Path(out).expanduser()
@@ -150,7 +150,7 @@ def _work(index: Path) -> Any:
         return parse_json(read_text(index))["work"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{index} is no index of a cache: {error!r}; name another folder, or delete that one"
+            f"{index} is not the index of a cache: {error!r}; name another folder, or delete that one"
         ) from error
 
 

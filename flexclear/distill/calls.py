@@ -144,8 +144,8 @@ def check_samples(samples: Samples, model: Any, fingerprint: str | None = None, 
     if fingerprint is not None and samples.fingerprint is not None and samples.fingerprint != fingerprint:
         made = getattr(samples, "model", "another model")
         raise ValueError(
-            f"{name} was encoded by other encoders than the model has (by {made}; fingerprint {samples.fingerprint}, the "
-            f"model's is {fingerprint}). flexclear data cache again with this model"
+            f"{name} was encoded by encoders other than this model's (by {made}; fingerprint {samples.fingerprint}, the "
+            f"model's is {fingerprint}). Run flexclear data cache again with this model"
         )
     caller = caller_of(model)
     for index in range(len(samples)):

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and what a run must have in common with the one it resumes."""
+"""Checkpoints that exist whole or not at all, and what a run must have in common with the one it resumes."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ def check_identity(place: Path, now: dict[str, Any]) -> None:
     try:
         then = dict(parse_json(read_text(place / RUN))["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} is no checkpoint of a distillation: {error}") from error
+        raise ValueError(f"{place} is not a checkpoint of a distillation: {error}") from error
     now = json.loads(json.dumps(now))
     differing = [
         f"{key}: {then.get(key)} then, {now.get(key)} now" for key in {**then, **now} if then.get(key) != now.get(key)
     ]
     if differing:
         raise ValueError(
-            f"{place} is of a run with other settings ({'; '.join(differing)}). Name another output, or delete "
-            f"{place.parent} to begin anew"
+            f"{place} is from a run with other settings ({'; '.join(differing)}). Name another output, or delete "
+            f"{place.parent} to start again"
         )
 
 

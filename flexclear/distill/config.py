@@ -1,4 +1,4 @@
-"""What a distillation is asked for: a YAML file read into dataclasses, every mistake named before anything runs."""
+"""Settings of a distillation: a YAML file read into dataclasses; every mistake is named before anything runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the three losses (method, section 5); 0 switches one off, and what it alone needs is not computed.
+    """Weights of the three losses (method, section 5); 0 switches one off, and what only it needs is not computed.
 
     Attributes:
         flow: against noise - latent.
@@ -60,7 +60,7 @@ class OptimizerConfig:
     """Attributes:
     name: ``"prodigy"`` (package prodigyopt) or ``"adamw"``.
     learning_rate: None: 1 for Prodigy, which multiplies the step size that it estimates by it; 1e-4 for AdamW.
-    betas, epsilon, weight_decay: of both; the decay is decoupled from the gradient.
+    betas, epsilon, weight_decay: for both; the decay is decoupled from the gradient.
     use_bias_correction, safeguard_warmup: Prodigy's, as its package names them. On as published; its own default is off.
     schedule, warmup_steps: of the learning rate, as diffusers names them.
     """
@@ -91,7 +91,7 @@ class OptimizerConfig:
             )
         for name in ("use_bias_correction", "safeguard_warmup"):
             if self.name != "prodigy" and not getattr(self, name):
-                raise ValueError(f"optimizer.{name} is of name: prodigy, not of {self.name}; leave it out")
+                raise ValueError(f"optimizer.{name} is for name: prodigy, not for {self.name}; leave it out")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas!r}")
         _number("optimizer.weight_decay", self.weight_decay, 0)
@@ -101,7 +101,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Of ``train: lora``: rank and alpha of every attention projection's adapter."""
+    """For ``train: lora``: rank and alpha of every attention projection's adapter."""
 
     rank: int = 16
     alpha: int = 16
@@ -142,8 +142,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """So many samples are kept out of training, and the losses on them, always with the same noise, are taken before the
-    first step, after every ``every`` steps (0: never between) and after the last one."""
+    """``count`` samples are kept out of training. The losses on them, always with the same noise, are measured before the
+    first step, after every ``every`` steps (0: not in between) and after the last one."""
 
     count: int = 0
     every: int = 0
@@ -180,34 +180,33 @@ class SheetConfig:
 class DistillConfig:
     """A distillation (method, section 5). The defaults are the published settings.
 
-    Left to the machine are ``gradient_accumulation`` (published: 4 on each of 4 GPUs, 32 images in all),
-    ``mixed_precision`` (bf16), ``gradient_checkpointing`` (on) and what accelerate's own configuration says (DeepSpeed's ZeRO
+    Settings that depend on the machine are not set: ``gradient_accumulation`` (published: 4 on each of 4 GPUs, 32 images in
+    all), ``mixed_precision`` (bf16), ``gradient_checkpointing`` (on) and accelerate's own configuration (DeepSpeed's ZeRO
     stage 2).
 
     Attributes:
         output: folder for checkpoints, losses and the weights file.
-        model: pipeline folder, hub id, or ``"embedded"``; not needed where a pipeline is handed over.
-        data: folder of ``flexclear data cache``, or images with captions as that command takes them, which one process
-            encodes into ``output/cache`` first; not needed where samples are handed over.
-        r, frame_radius, down_factor, backend, attention: of ``flexclear.transform``, for a model that is not transformed;
+        model: pipeline folder, hub id, or ``"embedded"``; not needed if a pipeline is passed.
+        data: folder from ``flexclear data cache``, or images with captions in the form that command takes, which one process
+            encodes into ``output/cache`` first; not needed if samples are passed.
+        r, frame_radius, down_factor, backend, attention: as in ``flexclear.transform``, for a model that is not transformed;
             ``sizes`` are those of ``attention``. r None: 16.
-        initial_weights: a weights file that the student starts from, or None: the teacher's weights.
-        train: ``"projections"``, with pooling weights, or ``"lora"``.
-        teacher: ``"shared"``: its frozen weights are the student's own; ``"copy"``: a model of its own, for sharding
-            (FSDP).
+        initial_weights: a weights file that the student starts from, or None for the teacher's weights.
+        train: ``"projections"``, including pooling weights, or ``"lora"``.
+        teacher: ``"shared"``: it shares the student's frozen weights; ``"copy"``: a model of its own, for sharding (FSDP).
         steps: optimizer steps.
         batch_size: images per device and forward pass.
         gradient_accumulation: forward passes per step and device; None: what accelerate's own configuration says.
-        max_grad_norm: gradients are clipped to it; 0: not at all.
+        max_grad_norm: gradients are clipped to it; 0: no clipping.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None: what accelerate's own configuration says. Frozen
             weights are loaded in that type, trained ones are kept in float32.
-        guidance: fed to teacher and student where they have a guidance embedding.
-        latents: ``"sample"``: drawn from the VAE's moments, as published; ``"mean"``: their means. None: drawn, but the
-            means for the embedded model, which was trained on them and whose VAE's variances mean nothing.
-        ema: decay of an average of the trained weights, which is then what is written; None: no average.
+        guidance: fed to teacher and student if they have a guidance embedding.
+        latents: ``"sample"``: drawn from the VAE's moments, as published; ``"mean"``: their means. None: drawn, except for
+            the embedded model, which was trained on the means and whose VAE's variances are meaningless.
+        ema: decay of a moving average of the trained weights, which is then written instead of them; None: no average.
         seed: of data order, noise and noise levels.
         tracker: ``"tensorboard"``, ``"wandb"`` or None.
-        device: None: what accelerate chooses; ``"cpu"``.
+        device: ``"cpu"``, or None for what accelerate chooses.
     """
 
     output: Path
@@ -251,22 +250,22 @@ class DistillConfig:
         """What ``attention`` and ``sizes`` name; None: CLEAR's windows.
 
         Raises:
-            TypeError, ValueError: nothing.
+            TypeError, ValueError: they name nothing.
         """
         return named(self.attention, **self.sizes)
 
     def check(self) -> None:
-        """Everything that can be known from the settings alone.
+        """Check everything that can be known from the settings alone.
 
         Raises:
-            TypeError, ValueError, FileNotFoundError: a setting makes no sense; the message begins with its name.
+            TypeError, ValueError, FileNotFoundError: a setting is invalid; the message begins with its name.
         """
         check_values(self)
         mechanism = self.mechanism
         if mechanism is not None and (self.r is not None or self.down_factor is not None):
-            raise ValueError(f"r and down_factor are those of attention: clear; leave them out of {self.attention}")
+            raise ValueError(f"r and down_factor are for attention: clear; leave them out for {self.attention}")
         if isinstance(mechanism, Formula) and self.initial_weights is not None:
-            raise ValueError(f"initial_weights are for windows; attention: {self.attention} has a formula of its own")
+            raise ValueError(f"initial_weights are for windows; attention: {self.attention} has its own formula")
         Disc(self.radius)
         if self.down_factor is not None:
             Downsampled(Disc(self.radius), self.down_factor)
@@ -293,7 +292,7 @@ class DistillConfig:
         if self.initial_weights is not None and not self.initial_weights.is_file():
             raise FileNotFoundError(f"initial_weights: no file {self.initial_weights}")
         if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"output must be a folder, {self.output} is a file")
+            raise ValueError(f"output must be a folder, but {self.output} is a file")
         for part in dataclasses.fields(self):
             value: Any = getattr(self, part.name)
             if hasattr(value, "check"):
@@ -305,7 +304,7 @@ def read_config(path: str | Path) -> DistillConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError, ValueError: it is no YAML, has unknown settings, lacks some, or one makes no sense.
+        TypeError, ValueError: it is not valid YAML, has unknown settings, lacks some, or one is invalid.
     """
 
     def made(found: Mapping[str, Any], folder: Path) -> DistillConfig:
@@ -324,7 +323,7 @@ def read_settings_file(path: str | Path, make: Callable[[Mapping[str, Any], Path
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError, ValueError: it is no YAML, or ``make`` says so.
+        TypeError, ValueError: it is not valid YAML, or ``make`` raises.
     """
     path = Path(path).expanduser()
     found = read_mapping(path)
@@ -339,7 +338,7 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML, gives a setting twice, or holds no settings.
+        ValueError: it is not valid YAML, gives a setting twice, or holds no settings.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -476,9 +475,9 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def check_whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
 def _number(name: str, value: float, least: float) -> None:
     if not (value >= least and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number from {least} on, got {value!r}")
+        raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")

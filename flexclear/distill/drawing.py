@@ -1,4 +1,4 @@
-"""``flexclear data generate``: the teacher's own images to learn from, captions beside them."""
+"""``flexclear data generate``: the teacher's own images to learn from, with captions."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class DataPlan:
                 known = read_settings(path)["settings"]
                 told = (known["prompt"], known["seed"], known["model"])
             except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{path} is there, and is no image of this command: {error}") from error
+                raise ValueError(f"{path} exists, but this command did not write it: {error}") from error
             if told != (wanted.prompts[0], wanted.seeds[0], wanted.model):
                 raise ValueError(
                     f"{path} shows {told[0]!r} by {told[2]} with seed {told[1]}; it would be "
@@ -97,7 +97,7 @@ class DataPlan:
         Of an image's own, prompt and seed, see ``missing``: more images or prompts may be asked for later.
 
         Raises:
-            ValueError: the folder holds images of other settings, or of nobody knows which.
+            ValueError: the folder holds images with other or unknown settings.
         """
         settings = self.settings
         told = {
@@ -128,7 +128,7 @@ def draw_data(
     """
     out = plan.settings.out.expanduser()
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
+        raise ValueError(f"--out must be a folder, but {out} is a file")
     plan = replace(plan, settings=replace(plan.settings, out=out))
     setup = check(plan.settings)
     left = plan.missing()

@@ -32,11 +32,12 @@ def samples_of(config: DistillConfig, say: Callable[[str], None]) -> CachedSampl
     first = f"flexclear data cache {config.data} --model {config.model or 'MODEL'} --out CACHE"
     if config.model is None:
         raise ValueError(
-            f"data: {config.data} holds images, and no model is named to encode them. {first}; then data: CACHE"
+            f"data: {config.data} holds images, but no model is named to encode them. Run {first}; then set data: CACHE"
         )
     if started() > 1:
         raise ValueError(
-            f"data: {config.data} holds images, which each of {started()} processes would encode. {first}; then data: CACHE"
+            f"data: {config.data} holds images, which each of {started()} processes would encode. Run {first}; then set data: "
+            "CACHE"
         )
     out = config.output / CACHE
     on_cuda = config.device != "cpu" and torch.cuda.is_available()

@@ -48,8 +48,8 @@ class Estimate:
         lines += [
             f"{self.total / GIB:9.3f} GiB  in all",
             f"DeepSpeed's ZeRO stage 2 on n GPUs divides gradients and optimizer states, {sharded / GIB:.1f} GiB, by n.",
-            "Activations are within a factor of two or so; the allocator's own needs, CUDA's context, DDP's buckets and "
-            "compiled kernels are not in it.",
+            "Activations are accurate to a factor of about two; the allocator's own needs, CUDA's context, DDP's buckets and "
+            "compiled kernels are not included.",
         ]
         return "\n".join(lines)
 
@@ -64,7 +64,7 @@ def estimate(config: DistillConfig, size: tuple[int, int] = (1024, 1024), text_l
 
     Raises:
         FileNotFoundError: no such model.
-        TypeError: a model that the trainer does not know.
+        TypeError: a model that the trainer does not support.
         ValueError: ``config`` names no model.
     """
     if config.model is None:

@@ -32,10 +32,10 @@ def pipeline_folder(model: str) -> Path:
     place = Path(model).expanduser()
     if place.is_dir():
         if not (place / "model_index.json").is_file():
-            raise FileNotFoundError(f"model: {place} is no pipeline folder: it has no model_index.json")
+            raise FileNotFoundError(f"model: {place} is not a pipeline folder: it has no model_index.json")
         return place
     if place.exists() or HUB_ID.fullmatch(model) is None or model.startswith("."):
-        raise FileNotFoundError(f"model: no folder {model}, and it is no hub id such as 'owner/name'")
+        raise FileNotFoundError(f"model: there is no folder {model}, and it is not a hub id such as 'owner/name'")
     from diffusers import DiffusionPipeline
 
     try:
@@ -67,7 +67,7 @@ def check_encoded(name: str | None) -> None:
     """
     if name in CALLERS and name not in ENCODED:
         raise TypeError(
-            f"images with captions are encoded for {' or '.join(ENCODED)}; this is a {name}, for which samples are handed over: "
+            f"images with captions can be encoded for {' or '.join(ENCODED)}; this is a {name}, for which samples are passed: "
             "distill(pipe, config, MemorySamples([...]))"
         )
     check_class(name)

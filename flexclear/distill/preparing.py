@@ -1,4 +1,4 @@
-"""What can be wrong with a run, looked for before any weight is read."""
+"""Finds what can be wrong with a run before any weight is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flexclear.families.target import model_of
 
 @dataclass(frozen=True)
 class Prepared:
-    """What ``prepare`` has found out before any weight is read."""
+    """What ``prepare`` finds out before any weight is read."""
 
     samples: Samples
     folder: Path | None
@@ -37,12 +37,12 @@ def prepare(
     data: Samples | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Everything that can be wrong with a run, looked for before weights are read; images are encoded at its end.
+    """Check everything that can be wrong with a run before weights are read; at the end, encode images.
 
     Raises:
         FileNotFoundError: there is no such model, cache or file.
         ImportError: an optional package that the settings ask for is missing.
-        TypeError, ValueError: a setting makes no sense, the model cannot be trained, or the data are of another model.
+        TypeError, ValueError: a setting is invalid, the model cannot be trained, or the data belong to another model.
     """
     config.check()
     check_optimizer(config.optimizer)
@@ -51,7 +51,7 @@ def prepare(
     if config.tracker is not None and importlib.util.find_spec(config.tracker) is None:
         raise ImportError(f"tracker: {config.tracker} is not installed (pip install {config.tracker})")
     if config.sheets.every and model_or_pipe is not None and isinstance(model_or_pipe, nn.Module):
-        raise ValueError("sheets.every needs the pipeline, which draws them; a bare model was given")
+        raise ValueError("sheets.every needs the pipeline, which draws them; a bare model was passed")
     if data is None and config.data is None:
         raise ValueError("data is missing: a folder of flexclear data cache")
     folder = made = None
@@ -68,7 +68,7 @@ def prepare(
             made = fingerprint(pipeline_folder(config.model))
     video = caller_of(model).video
     if config.sheets.every and video:
-        raise ValueError(f"sheets.every draws images, and {type(model).__name__} is a video model; leave it out")
+        raise ValueError(f"sheets.every draws images, but {type(model).__name__} is a video model; leave it out")
     if config.losses.attention:
         compared_layers(model, config.losses.attention_every)
     if data is None:
@@ -77,7 +77,7 @@ def prepare(
     left = len(data) - len(held_out_indices(config.held_out.count, len(data), config.seed))
     if config.batch_size > left:
         raise ValueError(
-            f"batch_size is {config.batch_size}, and there are {left} samples to train on: every batch would hold some of them "
-            "twice. Take a smaller one, with gradient_accumulation for the rest"
+            f"batch_size is {config.batch_size}, but there are only {left} samples to train on: every batch would hold some of "
+            "them twice. Use a smaller one, with gradient_accumulation for the rest"
         )
     return Prepared(data, folder, made if made is not None else data.fingerprint)

@@ -1,4 +1,4 @@
-"""Which processes and devices a run has, by accelerate, and what they cannot do."""
+"""Which processes and devices accelerate gives a run, and what they cannot do."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def _check_deepspeed() -> None:
 
 
 def check_accelerator(accelerator: Any, config: DistillConfig) -> None:
-    """Compare what was asked for with what accelerate has made of it, and with the settings.
+    """Compare what was requested with what accelerate has made of it, and with the settings.
 
     Raises:
-        ValueError: the run would not be what was asked for, or its settings need what sharding takes away.
+        ValueError: the run would not be what was requested, or its settings are incompatible with sharding.
     """
     from accelerate import DistributedType
 
     if accelerator.mixed_precision not in DTYPES:
-        raise ValueError(f"mixed precision {accelerator.mixed_precision!r} is not known here; {list(DTYPES)} are")
+        raise ValueError(f"mixed precision {accelerator.mixed_precision!r} is not supported; {list(DTYPES)} are")
     kind, processes = accelerator.distributed_type, accelerator.num_processes
     if processes < started():
         raise ValueError(
-            f"{started()} processes were started, and accelerate knows of {processes}: each would train alone and write the "
+            f"{started()} processes were started, but accelerate knows of {processes}: each would train alone and write the "
             "same files. On CPUs its Accelerator needs cpu=True, which device: cpu gives it"
         )
     if _asked("FSDP") and kind != DistributedType.FSDP:
@@ -90,13 +90,15 @@ def check_accelerator(accelerator: Any, config: DistillConfig) -> None:
     if processes > 1 and not losses.flow and not losses.prediction:
         raise ValueError(
             "losses: attention alone leaves the layers behind the last compared one without gradients, which several "
-            "processes cannot average. Give losses.flow or losses.prediction a weight, or use one process"
+            "processes cannot average. Set a weight for losses.flow or losses.prediction, or use one process"
         )
     sharded = sharding_of(accelerator) is not None
     if sharded and config.teacher == "shared":
-        raise ValueError(f"teacher: shared needs whole weights on every device, {kind} shards them; teacher: copy")
+        raise ValueError(
+            f"teacher: shared needs whole weights on every device, but {kind} shards them; use teacher: copy"
+        )
     if sharded and config.ema is not None:
-        raise ValueError(f"ema needs whole weights on every device, {kind} shards them")
+        raise ValueError(f"ema needs whole weights on every device, but {kind} shards them")
     if kind == DistributedType.DEEPSPEED:
         match_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, config)
 
@@ -115,7 +117,7 @@ def check_precision(accelerator: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"a model in {dtype} trains with mixed_precision: {fitting}")
     if accelerator.distributed_type == DistributedType.DEEPSPEED and dtype != DTYPES[precision]:
         raise ValueError(
-            f"DeepSpeed in {precision} casts the whole model, and the teacher stays in {dtype}: load the model in "
+            f"DeepSpeed in {precision} casts the whole model, while the teacher stays in {dtype}: load the model in "
             f"{DTYPES[precision]}"
         )
 
@@ -135,6 +137,6 @@ def match_deepspeed(own: dict[str, Any], config: DistillConfig) -> None:
     for name, (setting, value) in wanted.items():
         if own.get(name, "auto") not in ("auto", value):
             raise ValueError(
-                f'DeepSpeed\'s configuration has {name}: {own[name]}, the settings {setting}: {value}; let it be "auto"'
+                f'DeepSpeed\'s configuration has {name}: {own[name]}, the settings have {setting}: {value}; set it to "auto"'
             )
         own[name] = value

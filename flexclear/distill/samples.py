@@ -79,10 +79,10 @@ FRAMES = {**NUMBERS, "mean": 4, "logvar": 4}
 
 
 def check_sample(sample: Sample) -> None:
-    """Raise unless the tensors of a sample are what ``Sample`` says: floating-point and finite, of those dimensions.
+    """Raise unless the tensors of a sample are as ``Sample`` says: floating-point and finite, with those dimensions.
 
     Raises:
-        TypeError: one is no floating-point tensor.
+        TypeError: one is not a floating-point tensor.
         ValueError: one has another shape, or holds a number that is not finite, as a VAE in float16 makes them.
     """
     for name, dimensions in (FRAMES if getattr(sample.mean, "ndim", 3) == FRAMES["mean"] else NUMBERS).items():
@@ -101,7 +101,7 @@ def check_sample(sample: Sample) -> None:
 
 def _check_shape(name: str, shape: tuple[int, ...], dimensions: int) -> None:
     if len(shape) != dimensions or 0 in shape:
-        raise ValueError(f"{name} must have {dimensions} dimensions and none of 0, got {list(shape)}")
+        raise ValueError(f"{name} must have {dimensions} dimensions, none of them 0, got {list(shape)}")
 
 
 def shape_of(sample: Sample) -> Shape:
@@ -153,12 +153,12 @@ class MemorySamples:
 
 
 class CachedSamples:
-    """The folder that ``flexclear data cache`` writes; tensors are read when asked for.
+    """The folder that ``flexclear data cache`` writes; tensors are read when needed.
 
     Raises:
         FileNotFoundError: there is no such folder, or a shard is missing.
-        ValueError: it is no finished cache, holds nothing, or a shard is damaged or holds other types or shapes than the
-            index says.
+        ValueError: it is not a finished cache, holds nothing, or a shard is damaged or does not have the types and shapes that
+            the index names.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -166,7 +166,7 @@ class CachedSamples:
         index = self.folder / INDEX
         if not index.is_file():
             raise FileNotFoundError(
-                f"{self.folder} is no finished cache: it has no {INDEX}, which flexclear data cache writes last"
+                f"{self.folder} is not a finished cache: it has no {INDEX}, which flexclear data cache writes last"
             )
         try:
             found = parse_json(read_text(index))
@@ -186,7 +186,7 @@ class CachedSamples:
             if any(not isinstance(entry[name], str) for entry in self.entries for name in ("shard", "key", "caption")):
                 raise TypeError("shard, key and caption of a sample must be text")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is no index of a cache: {error}") from error
+            raise ValueError(f"{index} is not the index of a cache: {error}") from error
         if not self.entries:
             raise ValueError(f"the cache {self.folder} holds no samples")
         missing = sorted(

@@ -1,4 +1,4 @@
-"""Images with captions: a folder, or WebDataset tar files. What is damaged is named, never left out silently."""
+"""Images with captions: a folder, or WebDataset tar files. Damaged ones are named, never left out silently."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Item:
         Raises:
             MemoryError: it does not fit into memory.
             OSError: the file has another digest now.
-            ValueError: it is damaged, cannot be read, or has more pixels than Pillow takes.
+            ValueError: it is damaged, cannot be read, or has more pixels than Pillow accepts.
         """
         try:
             content = self.read()
@@ -110,7 +110,7 @@ def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
             items.append(Item(name, caption, file.read_bytes))
     skipped += _without_pictures(source, files)
     lost = sorted(set(listed) - {file.relative_to(source).as_posix() for file in files})
-    skipped += [Skipped(name, f"{METADATA} names it, there is no such picture") for name in lost]
+    skipped += [Skipped(name, f"{METADATA} names it, but there is no such image") for name in lost]
     return items, skipped
 
 
@@ -205,7 +205,7 @@ def _in_shards(shards: list[Path]) -> tuple[list[Item], list[Skipped]]:
                 elif ".json" in parts:
                     caption = _caption_in(parse_json(_reader(shard, parts[".json"])()))
                 else:
-                    raise ValueError("neither .txt nor .json beside the picture")
+                    raise ValueError("neither .txt nor .json beside the image")
             except (OSError, ValueError) as error:
                 skipped.append(Skipped(name, f"no caption: {error}"))
                 continue

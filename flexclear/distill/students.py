@@ -1,4 +1,4 @@
-"""Which parameters train, and a teacher that holds the frozen ones in common with the student."""
+"""Which parameters train, and a teacher that shares the frozen ones with the student."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         processor = layer.module.processor
         if isinstance(processor, WindowProcessor) and isinstance(processor, nn.Module):
             if isinstance(processor.replaced, nn.Module):
-                raise ValueError(f"{layer.name} has an IP-Adapter. pipe.unload_ip_adapter() before training")
+                raise ValueError(f"{layer.name} has an IP-Adapter. Call pipe.unload_ip_adapter() before training")
             for name, parameter in processor.named_parameters():
                 found[f"{layer.name}.processor.{name}"] = parameter
     return found
@@ -45,7 +45,7 @@ def make_teacher(model: nn.Module, trained: Iterable[nn.Parameter] | None = None
 
     Args:
         model: transformed or not.
-        trained: parameters that the teacher gets copies of; all others are held in common. None: everything is copied.
+        trained: parameters that the teacher gets copies of; all others are shared. None: everything is copied.
     """
     memo: dict[int, Any] = {}
     if trained is not None:
@@ -67,7 +67,9 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0) -> dict[str, nn.P
     from peft import LoraConfig
 
     if ADAPTER in getattr(model, "peft_config", {}):
-        raise ValueError(f"the model has a LoRA named {ADAPTER!r} already; model.delete_adapters({ADAPTER!r}) first")
+        raise ValueError(
+            f"the model already has a LoRA named {ADAPTER!r}; call model.delete_adapters({ADAPTER!r}) first"
+        )
     names = [name.removesuffix(".weight") for name in trained_parameters(model) if name.endswith(".weight")]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -48,13 +48,13 @@ OnStep = Callable[[Record], None]
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a run has come to.
+    """The result of a run.
 
     Attributes:
-        steps: optimizer steps done, those of earlier runs that it resumed among them.
-        weights: the file for ``flexclear.load_weights``; None: the run was interrupted, a checkpoint is kept.
-        losses: what ``losses.jsonl`` holds, one record per step of this run.
-        held_out: what ``held_out.jsonl`` holds, of this run.
+        steps: optimizer steps done, including those of earlier runs that this one resumed.
+        weights: the file for ``flexclear.load_weights``; None if the run was interrupted, and a checkpoint is kept.
+        losses: this run's records in ``losses.jsonl``, one per step.
+        held_out: this run's records in ``held_out.jsonl``.
     """
 
     steps: int
@@ -81,23 +81,22 @@ def distill(
     >>> distill(pipe, DistillConfig(output=Path("runs/r16"), data=Path("cache"), r=16))     # doctest: +SKIP
 
     Args:
-        model_or_pipe: the teacher, or a pipeline with it; it becomes the student, in place: transformed as the settings
-            say, unless it is already, with the trained weights at the end. None: what ``config.model`` names.
+        model_or_pipe: the teacher, or a pipeline with it; it becomes the student in place: transformed as the settings say,
+            unless it already is, and with the trained weights at the end. None: what ``config.model`` names.
         config: the settings.
-        data: samples, in place of those that ``config.data`` names.
-        accelerator: an ``accelerate.Accelerator``; one is made from the settings and accelerate's own configuration
-            otherwise.
+        data: samples, instead of those that ``config.data`` names.
+        accelerator: an ``accelerate.Accelerator``; by default one is made from the settings and accelerate's own
+            configuration.
         on_step: called with each step's record on the main process.
         say: called with lines for people.
 
-    SIGTERM and Ctrl-C write a checkpoint after the step that they fall into, and end the run.
+    SIGTERM and Ctrl-C let the current step finish, write a checkpoint and end the run.
 
     Returns:
-        What has come of it. ``config.output`` then has the weights file, ``losses.jsonl``, ``held_out.jsonl``, and
-        checkpoints.
+        The result. ``config.output`` then holds the weights file, ``losses.jsonl``, ``held_out.jsonl``, and checkpoints.
 
     Raises:
-        FloatingPointError: a loss, a gradient or a trained parameter is not finite. Checkpoints hold finite weights only.
+        FloatingPointError: a loss, a gradient or a trained parameter is not finite. Checkpoints only ever hold finite weights.
         OSError: a file cannot be written, such as on a full disk; the last checkpoint is kept.
         Others: see ``prepare``.
     """
@@ -408,7 +407,7 @@ class _Run:
         else:
             step, place = found
             if step > self.config.steps:
-                raise ValueError(f"{place} has {step} steps already, steps is {self.config.steps}")
+                raise ValueError(f"{place} has {step} steps already, but steps is {self.config.steps}")
             self.checkpoints.load(place)
             self.say(f"resuming from step {step} ({place})")
         if self.accelerator.is_main_process:

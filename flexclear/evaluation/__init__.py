@@ -1,4 +1,4 @@
-"""Quality of images in numbers: the metrics of the paper's tables, for folders of images and for models."""
+"""Image quality in numbers: the metrics of the paper's tables, for folders of images and for models."""
 
 from flexclear.evaluation.evaluate import Evaluation, evaluate
 from flexclear.evaluation.judge import Judge, Score

@@ -1,4 +1,4 @@
-"""What ``flexclear eval run`` is asked for: a YAML file, every mistake named before anything is drawn."""
+"""Settings of ``flexclear eval run``: a YAML file; every mistake is named before anything is drawn."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class VariantConfig:
         r: window radius in tokens, or ``"dense"``: the plain model. None: the weights' own, or 16.
         down_factor: side of the pooled cells in tokens, or None.
         weights: file of distilled weights, or None.
-        attention: ``"clear"``, or a name of ``flexclear.alternatives`` in place of CLEAR.
+        attention: ``"clear"``, or a name from ``flexclear.alternatives`` instead of CLEAR.
         sizes: its sizes, such as ``size: 8``.
-        pictures: a folder of images that were drawn elsewhere, named as those of the reference; nothing is drawn then.
+        pictures: a folder of images drawn elsewhere, named like those of the reference; nothing is drawn then.
     """
 
     name: str
@@ -60,9 +60,9 @@ class VariantConfig:
             named(self.attention, **self.sizes)
             given = [name for name in given if name != "weights"]
             if given:
-                raise ValueError(f"{where}{', '.join(given)} are those of attention: clear; leave them out")
+                raise ValueError(f"{where}{', '.join(given)} are for attention: clear; leave them out")
         elif self.sizes:
-            raise ValueError(f"{where}sizes are those of another attention than clear; got {self.sizes}")
+            raise ValueError(f"{where}sizes are for attention other than clear; got {self.sizes}")
         if self.r is not None:
             parse_radius(str(self.r))
         if self.dense and (self.down_factor is not None or self.weights is not None):
@@ -70,7 +70,7 @@ class VariantConfig:
         if self.down_factor is not None:
             Downsampled(Disc(1), self.down_factor)
         if self.pictures is not None and given:
-            raise ValueError(f"{where}images are drawn already; leave {', '.join(given)} out")
+            raise ValueError(f"{where}its images are already drawn; leave {', '.join(given)} out")
         if self.weights is not None and not self.weights.is_file():
             raise FileNotFoundError(f"{where}no file {self.weights}")
 
@@ -82,19 +82,19 @@ class EvalConfig:
     Attributes:
         output: folder for images and results.
         variants: the rows.
-        model: pipeline folder, hub id or ``"embedded"``; None where all images are drawn already.
-        prompts: text file with one prompt per line; None where all images are drawn already and carry theirs.
+        model: pipeline folder, hub id or ``"embedded"``; None if all images are already drawn.
+        prompts: text file with one prompt per line; None if all images are already drawn and carry theirs.
         reference: name of the variant that the others are compared with; the first by default.
         tables: the paper's numbers.
         columns: further columns for every table.
         sizes: ``HEIGHTxWIDTH``; empty: the pipeline's own. seeds: of the noise, for each prompt and size.
         steps, guidance, text_len: None: the pipeline's own.
-        dtype, device, backend: as ``flexclear generate`` has them.
-        networks: places of networks by name. download: whether CLIP and DINO may be fetched.
-        real: folder of real images, or None. For LPIPS one for each image, in the order of names.
-        conditions: folder of the conditions that a ControlNet was given, named as the images, or None.
-        condition: which condition they are.
-        batch: images at once in the networks.
+        dtype, device, backend: as in ``flexclear generate``.
+        networks: locations of networks by name. download: whether CLIP and DINO may be downloaded.
+        real: folder of real images, or None. LPIPS needs one for each image, in the order of names.
+        conditions: folder of the conditions that a ControlNet was given, named like the images, or None.
+        condition: which kind of condition they are.
+        batch: images per batch in the networks.
     """
 
     output: Path
@@ -142,7 +142,7 @@ class EvalConfig:
             raise ValueError("variants is empty; name at least the plain model: {name: original, r: dense}")
         names = [variant.name for variant in self.variants]
         if len(set(names)) != len(names):
-            raise ValueError(f"variants must have names of their own, got {names}")
+            raise ValueError(f"variants must have different names, got {names}")
         for variant in self.variants:
             variant.check()
         if self.reference_name not in names:
@@ -182,7 +182,7 @@ def read_eval_config(path: str | Path) -> EvalConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError, ValueError: it is no YAML, has unknown settings, lacks some, or one makes no sense.
+        TypeError, ValueError: it is not valid YAML, has unknown settings, lacks some, or one is invalid.
     """
 
     def made(found: Mapping[str, Any], folder: Path) -> EvalConfig:

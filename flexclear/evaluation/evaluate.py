@@ -106,13 +106,13 @@ def evaluate(
         a: folder of the images that are judged.
         b: folder of what they are compared with.
         metrics: names, of ``flexclear.evaluation.METRICS``.
-        prompts: of the images of ``a``, for CLIP-T; see ``read_captions``.
-        size: (height, width) in pixels that every image is scaled to first.
+        prompts: for the images of ``a``, for CLIP-T; see ``read_captions``.
+        size: (height, width) in pixels to which every image is scaled first.
         networks: where networks come from; the user's caches by default.
-        batch: images at once.
-        out: folder for ``scores.json``, ``scores.md``, and what was computed of each image: the same call then resumes
-            where it was stopped, and a call with more images computes the new ones only.
-        common: measure the pairs that there are, where an image lacks its partner.
+        batch: images per batch.
+        out: folder for ``scores.json``, ``scores.md``, and each image's intermediate results: the same call then resumes
+            where it was stopped, and a call with more images only computes the new ones.
+        common: measure the existing pairs if an image lacks its partner.
         on_progress: see ``OnProgress``.
 
     Returns:
@@ -121,7 +121,7 @@ def evaluate(
     Raises:
         FileNotFoundError: a folder or file is missing.
         ImportError: a metric needs a package that is not installed.
-        ValueError: images do not pair, a prompt is missing, or images of a pair differ in size.
+        ValueError: images do not form pairs, a prompt is missing, or images of a pair differ in size.
     """
     asked = parse_metrics(metrics)
     require_for_metrics(asked)

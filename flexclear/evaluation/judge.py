@@ -1,4 +1,4 @@
-"""Scores of images: what is known is taken from the store, what is not is computed in batches and stored."""
+"""Scores of images: known results come from the store, the others are computed in batches and stored."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Score:
         metric: its name.
         value: the score; None: not computed.
         deviation: standard deviation over images or pairs (of the Inception score: over its parts), or None.
-        pictures: of how many images or pairs; for FID how many were judged.
-        network: what it looked through, or None.
+        pictures: number of images or pairs; for FID the number judged.
+        network: the network it used, or None.
         reason: why it was not computed, or None.
         note: what to bear in mind, or None.
         each: the score of each image or pair by name, where there is one.
@@ -60,7 +60,7 @@ class Judge:
         batch: images at once.
         on_progress: see ``OnProgress``.
 
-    A network that is missing makes a score without a value and with a reason, not an exception.
+    A missing network is not an exception: the score then has no value, but a reason.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Judge:
         on_progress: OnProgress = lambda metric, done, total: None,
     ) -> None:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch must be a whole number from 1 on, got {batch!r}")
+            raise ValueError(f"batch must be a whole number >= 1, got {batch!r}")
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"size must be (height, width) in pixels, got {size!r}")
         self.networks = networks or Networks()

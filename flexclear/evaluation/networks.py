@@ -1,6 +1,6 @@
-"""The networks that metrics look through: found in the user's caches or where the user says, loaded when needed.
+"""The networks that metrics use: found in the user's caches or where the user says, loaded when needed.
 
-Nothing is downloaded unless asked for. A network that cannot be had raises ``NetworkMissing`` with what to do.
+Nothing is downloaded unless requested. A network that is not available raises ``NetworkMissing``, which says what to do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OTHER_INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
 class NetworkMissing(Exception):
-    """A network cannot be had here; the message says why and what would do."""
+    """A network is not available here; the message says why and what to do."""
 
 
 class Networks:
@@ -125,7 +125,7 @@ class Inception:
             try:
                 self._model: Any = torch.jit.load(str(path), map_location=device).eval()
             except RuntimeError as error:
-                raise NetworkMissing(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+                raise NetworkMissing(f"{path} is not a TorchScript file: {str(error).splitlines()[0]}") from error
         else:
             try:
                 module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
@@ -201,7 +201,7 @@ class _Pretrained:
             first = str(error).strip().splitlines()[0]
             raise NetworkMissing(
                 f"{self._source} cannot be loaded ({first}). Name a folder: --network {self._name}=PATH"
-                + ("" if self._options["local_files_only"] is False else ", or let it be fetched: --download")
+                + ("" if self._options["local_files_only"] is False else ", or allow the download: --download")
             ) from error
 
     def _processor(self) -> Any:

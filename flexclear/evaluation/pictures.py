@@ -45,13 +45,13 @@ def read_folder(path: str | Path) -> Folder:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is a file, holds no image, or two that differ in the ending only.
+        ValueError: it is a file, holds no image, or two that differ only in their ending.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no folder {path}")
     if not path.is_dir():
-        raise ValueError(f"{path} must be a folder of images, it is a file")
+        raise ValueError(f"{path} must be a folder of images, but it is a file")
     files: dict[str, Path] = {}
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
@@ -60,7 +60,7 @@ def read_folder(path: str | Path) -> Folder:
         name = inside.with_suffix("").as_posix()
         if name in files:
             raise ValueError(
-                f"{files[name]} and {file} differ in the ending only, so their name {name!r} names no pair"
+                f"{files[name]} and {file} differ only in their ending, so the name {name!r} does not identify a pair"
             )
         files[name] = file
     if not files:
@@ -90,7 +90,7 @@ def pair_names(a: Folder, b: Folder, common: bool = False) -> list[str]:
             raise ValueError(
                 f"{len(names)} images of {one.path} have no partner in {other.path}, such as {names[0]!r}. Pairs are "
                 "made by file name; common=True (--common) measures the "
-                f"{len(both)} pairs that there are"
+                f"{len(both)} pairs that exist"
             )
     return both
 
@@ -101,14 +101,14 @@ def content_key(path: Path) -> str:
 
 
 def read_picture(path: Path, size: Size | None = None) -> Tensor:
-    """An image as uint8 ``[3, height, width]``; what is transparent lies on white.
+    """An image as uint8 ``[3, height, width]``, transparent parts on white.
 
     Args:
         path: the file.
         size: scale to it by PIL's Lanczos filter, which averages where it shrinks; None: as it is.
 
     Raises:
-        ValueError: the file is no image, or has more pixels than Pillow takes.
+        ValueError: the file is not an image, or has more pixels than Pillow accepts.
     """
     picture = on_white(read_image(path))
     if size is not None and picture.size != size[::-1]:
@@ -151,7 +151,7 @@ def read_captions(file: str | Path | None, folder: Folder) -> dict[str, str]:
     named = _named_prompts(file)
     missing = [name for name in folder.files if name not in named]
     if missing:
-        raise ValueError(f"{file} says nothing of {len(missing)} images of {folder.path}, such as {missing[0]!r}")
+        raise ValueError(f"{file} has no prompt for {len(missing)} images of {folder.path}, such as {missing[0]!r}")
     return {name: named[name] for name in folder.files}
 
 
@@ -166,7 +166,7 @@ def _named_prompts(file: Path) -> dict[str, str]:
             found = list(parse_json(text).items())
         for name, prompt in found:
             if not isinstance(prompt, str):
-                raise TypeError(f"the prompt of {name!r} is no text")
+                raise TypeError(f"the prompt of {name!r} is not text")
             if _bare(name) in whole:
                 raise ValueError(f"{_bare(name)!r} is named twice")
             whole[_bare(name)] = check_unicode(prompt, f"the prompt of {name!r}")

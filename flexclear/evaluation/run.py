@@ -63,7 +63,7 @@ class Run:
         config = self.config
         values = {title: {column: score.value for column, score in row.items()} for title, row in self.scores.items()}
         parts = [
-            f"Model: {config.model or 'pictures drawn elsewhere'}. Original: {config.reference_name}. "
+            f"Model: {config.model or 'images drawn elsewhere'}. Original: {config.reference_name}. "
             f"{max((s.pictures for row in self.scores.values() for s in row.values()), default=0)} images a row.\n"
         ]
         for number in config.tables:
@@ -107,14 +107,14 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     on_progress: OnProgress = lambda metric, done, total: None,
 ) -> Run:
-    """Draw what is missing, score all, write ``results.json``, ``results.md`` and ``sheet.png``.
+    """Draw missing images, score all, and write ``results.json``, ``results.md`` and ``sheet.png``.
 
     The same call resumes where it was stopped.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
         ImportError: a column needs a package that is not installed.
-        TypeError, ValueError: a setting makes no sense, or the output holds images of other settings.
+        TypeError, ValueError: a setting is invalid, or the output holds images with other settings.
     """
     config.check()
     require_for_metrics([COLUMNS[column].metric for column in config.asked_columns()])

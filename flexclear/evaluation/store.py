@@ -1,4 +1,4 @@
-"""What was computed of images, kept on disk with checksums, so that an evaluation resumes where it was stopped."""
+"""Results for images, kept on disk with checksums, so that an evaluation resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Store:
 
         Raises:
             OSError: the file cannot be opened or written, such as on a full disk, or another process keeps it locked.
-            ValueError: the file is there and is no store, or is damaged.
+            ValueError: the file exists, but is not a store or is damaged.
         """
         self._path = path
         if path is not None:
@@ -83,9 +83,7 @@ class Store:
             raise ValueError(self._damaged(error)) from error
 
     def _damaged(self, error: object) -> str:
-        return (
-            f"{self._path} is damaged or holds no results of an evaluation: {error}. Delete it: all is computed again"
-        )
+        return f"{self._path} is damaged or holds no results of an evaluation: {error}. Delete it to compute all again"
 
 
 def _checksum(key: str, value: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Testing masks and model families: Hypothesis strategies, ``assert_matches_dense``, a fuzzer, and ``check_family``. Needs
+"""Testing masks and model families: Hypothesis strategies, ``assert_matches_dense``, a fuzzer, and ``check_family``. Requires
 the extra ``testing``.
 
 >>> from flexclear.masks import Disc, Layout

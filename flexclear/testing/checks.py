@@ -1,4 +1,4 @@
-"""``assert_matches_dense``: a block mask and the attention under it against the dense reference, everything at once."""
+"""``assert_matches_dense``: checks a block mask and the attention under it against the dense reference."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def assert_matches_dense(
     reference: Tensor | None = None,
     build: Builder = block_mask,
 ) -> None:
-    """Assert that the block mask of ``window`` over ``layout`` means what the dense reference means.
+    """Assert that the block mask of ``window`` over ``layout`` agrees with the dense reference.
 
     Checks the ``mask_mod`` on every pair, the block lists in both directions (no needed block missing, no full block
     wrong, none named twice), and compiled FlexAttention against masked SDPA in float32 (float32: 1e-5 absolute; other
     types: twice the error of masked SDPA in that type). On CUDA also the log-sum-exp and the gradients.
 
-    The windows of ``flexclear.masks`` are compared with their definitions (``flexclear.testing.oracle``), and so is what
-    is made of a layout and a window besides: token order and ways back, pooled keys, padded text, the dense mask, costs,
-    masked SDPA, and the masks of ranks that share an image. Beyond 4,194,304 pairs, the rows of some query blocks are
-    compared, and attention is left out.
+    The windows of ``flexclear.masks`` are compared with their definitions (``flexclear.testing.oracle``), and so is
+    everything else that is derived from a layout and a window: token order and its inverse, pooled keys, padded text, the
+    dense mask, costs, masked SDPA, and the masks of ranks that share an image. Beyond 4,194,304 pairs, only the rows of some
+    query blocks are compared, and attention is left out.
 
     >>> from flexclear.masks import Disc
     >>> assert_matches_dense(Layout(9, 14, text_len=5), Disc(3), block_size=32, attention=False)
@@ -61,13 +61,13 @@ def assert_matches_dense(
         block_size: tokens per block, or a (query, key-value) pair.
         dtype, head_dim: of query, key and value.
         device: where it runs.
-        attention: whether to run compiled attention too.
-        around: whether to check what is made besides the mask; without it and attention, a small case takes
+        attention: whether to run compiled attention as well.
+        around: whether to check what is derived besides the mask; without it and without attention, a small case takes
             milliseconds.
-        reference: what is right, bool ``[seq_len, keys]`` in sequence order. By default the window's definition; for
-            windows and ``mask_mod`` functions of your own, ``dense_mask``: give one that does not come from them.
-        build: what makes the block mask; ``flexclear.masks.block_mask`` by default. With another one, the mask and the
-            attention are checked alone, as without ``around``.
+        reference: the correct mask, bool ``[seq_len, keys]`` in sequence order. By default the window's definition; for your
+            own windows and ``mask_mod`` functions, ``dense_mask``: pass a reference that is not derived from them.
+        build: the function that makes the block mask; ``flexclear.masks.block_mask`` by default. With another one, only the
+            mask and the attention are checked, as without ``around``.
 
     Raises:
         AssertionError: they differ; the message says where.

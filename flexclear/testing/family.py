@@ -1,4 +1,4 @@
-"""``check_family``: a model family's declaration against the plain model whose attention gets the dense mask."""
+"""``check_family``: checks a model family's declaration against the plain model under the dense mask."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ def check_family(
     """Assert that ``transform`` does to a model what its family declares.
 
     The plain model is run with scaled-dot-product attention replaced by the same under the dense mask of the window, in
-    raster order, wherever its sequence is as long as the family says: projections, positions and the model's own masks of
-    padding stay the model's, and nothing of how flexclear attends is used. The transformed model must give the same in both
-    token orders, and the same gradients, with gradient checkpointing too; blocks must compile to whole graphs; a window one
-    token wider must make a difference; and ``restore`` must give the plain model back bit by bit.
+    raster order, wherever its sequence is as long as the family says: projections, positions and padding masks remain the
+    model's own, and none of flexclear's attention code is used. The transformed model must give the same output in both token
+    orders, and the same gradients, also with gradient checkpointing; blocks must compile to whole graphs; a window one token
+    wider must make a difference; and ``restore`` must bring the plain model back bit by bit.
 
     >>> flexclear.testing.check_family(model, call, grid=(9, 13))      # doctest: +SKIP
 
     Args:
-        model: small, random weights, float32; not transformed. A model whose last layer is initialised with zeros shows
-            nothing: give it other weights.
-        call: arguments of one call by name. Best are a grid that is not square, two samples, and padded text where the model
-            knows that.
-        grid: height and width in tokens of the image of that call, or of the image and of each reference image; of a video
-            model, frames, height and width in tokens. The family reads it from the call itself; here is said what is right.
-        r: radius of the window; the grid must be larger. Of a video, the frame before and the one after are seen.
+        model: small, with random weights, in float32; not transformed. A model whose last layer is initialised with zeros
+            shows nothing: use other weights.
+        call: arguments of one call by name. Best are a grid that is not square, two samples, and padded text if the model
+            supports it.
+        grid: the correct height and width in tokens of that call's image, or of the image and each reference image; for a
+            video model, frames, height and width in tokens. The family has to read the same from the call.
+        r: radius of the window; the grid must be larger. In a video, the previous and the next frame are seen too.
 
     Returns:
         The differences found.
@@ -81,9 +81,9 @@ def check_family(
     """
     family = family_of(model)
     if entry_hook_of(model) is not None:
-        raise ValueError("check_family needs the plain model: flexclear.restore(model) first")
+        raise ValueError("check_family needs the plain model: call flexclear.restore(model) first")
     if any(parameter.dtype != torch.float32 for parameter in model.parameters() if parameter.is_floating_point()):
-        raise ValueError("check_family needs a model in float32: in a lower precision rounding hides what is wrong")
+        raise ValueError("check_family needs a model in float32: lower precision hides faults behind rounding")
     facts = family.read(model, dict(call), GridReader())
     grids: Any = tuple(grid) if not isinstance(grid[0], int) else (grid[-2:],)
     frames = grid[0] if family.video else 1
@@ -114,14 +114,16 @@ class _Checks:
         for name, other in (("the window", dense), ("one token more of radius", wider)):
             least = min(_differ(mine, theirs) for mine, theirs in zip(other, right, strict=True))
             assert least > MATTERS, (
-                f"{name} makes no difference to the output of one sample ({least:.1e} of its largest value): nothing is shown "
-                "by such weights, or such a call"
+                f"{name} makes no difference to the output of one sample ({least:.1e} of its largest value): such weights, or "
+                "such a call, show nothing"
             )
         for order in ("tiled", "raster"):
             with self._transformed(order):
                 self._same(f"output, {order} order", _run(self.model, self.call), right, OUTPUT)
-        assert torch.equal(_run(self.model, self.call), dense), "the restored model computes something else than before"
-        assert _processors(self.model) == processors, "restore has not given every attention processor back"
+        assert torch.equal(_run(self.model, self.call), dense), (
+            "the restored model computes something different from before"
+        )
+        assert _processors(self.model) == processors, "restore has not brought every attention processor back"
 
     def gradients(self) -> None:
         """Gradients of all parameters, with and without checkpointing."""
@@ -187,7 +189,7 @@ class _Checks:
     def _same(self, name: str, found: Any, right: Any, hint: str) -> None:
         if isinstance(found, Tensor):
             found, right = [found], [right]
-        assert len(found) == len(right), f"{name}: {len(found)} tensors, {len(right)} are right"
+        assert len(found) == len(right), f"{name}: {len(found)} tensors, should be {len(right)}"
         largest = max((each.abs().max().item() for each in right if each is not None), default=0.0)
         error = 0.0
         for mine, theirs in zip(found, right, strict=True):
@@ -195,9 +197,7 @@ class _Checks:
                 f"{name}: there is one where there should be none, or none for one"
             )
             if mine is not None:
-                assert mine.shape == theirs.shape, (
-                    f"{name}: of shape {tuple(mine.shape)}, {tuple(theirs.shape)} is right"
-                )
+                assert mine.shape == theirs.shape, f"{name}: shape {tuple(mine.shape)}, should be {tuple(theirs.shape)}"
                 error = max(error, (mine - theirs).abs().max().item() / largest)
         self.errors[name] = error
         assert error <= TOLERANCE, (
@@ -208,11 +208,11 @@ class _Checks:
 
 OUTPUT = (
     "Look at text_first, at where the family says that the image begins (text_lens of read), at the order in which tokens, "
-    "position ids and residuals enter and leave, and at masks of padding (keep)"
+    "position ids and residuals enter and leave, and at padding masks (keep)"
 )
 GRADIENTS = "The output was right: look at what the entry detaches, or computes without gradients"
 CHECKPOINTING = (
-    "Without checkpointing they were right: look at what carries the plan (carriers), and what a block gets anew"
+    "They were right without checkpointing: look at what carries the plan (carriers), and what a recomputed block gets"
 )
 
 

@@ -1,4 +1,4 @@
-"""Fuzzing as a product: keep trying masks, shrink a failure, print it as Python that reproduces it.
+"""A fuzzer for users: it keeps trying masks, shrinks a failure, and prints it as Python that reproduces it.
 
 Layouts are small ones, ones with reference grids, long ones, and large ones; see ``ROUNDS``. What is right comes from
 ``oracle.py``, never from the code that is tried.
@@ -76,7 +76,7 @@ ROUNDS = {
 
 @dataclass(frozen=True)
 class Own:
-    """A ``mask_mod`` factory of somebody's own in the place of a window: ``layout -> mask_mod``."""
+    """A user's ``mask_mod`` factory in place of a window: ``layout -> mask_mod``."""
 
     factory: Callable[[Layout], MaskMod]
 
@@ -132,7 +132,7 @@ def cases(
     own: Own | None = None,
     turn: Round = ROUNDS["masks"],
 ) -> Case:
-    """Cases of the given kinds of windows, see ``KINDS``, or of one's own factory."""
+    """Cases of the given kinds of windows, see ``KINDS``, or of a user's factory."""
     layout = draw(turn.layouts)
     if set(kinds) <= set(ON_ONE_GRID):
         layout = dataclasses.replace(layout, references=())
@@ -163,14 +163,14 @@ def fuzz(
     """Try cases for ``seconds``; a failure ends the run and is shrunk, for 20 seconds, to a small case that still fails.
 
     Args:
-        seconds: how long to try; shrinking and a compile under way come on top. At least one case is tried.
+        seconds: how long to try, not counting shrinking and a compile in progress. At least one case is tried.
         kinds: kinds of windows.
         device: ``"cpu"`` (mask and output) or ``"cuda"`` (log-sum-exp and gradients too).
         attention: whether compiled attention runs too, after a third of the time; False checks the masks alone.
         build: what makes the block masks.
         own: a ``mask_mod`` factory to try in place of windows: ``layout -> mask_mod`` over the layout's sequence
             positions, its tensors on ``device``. Then its classification and the attention under it are checked.
-        seed: of the random choices; None takes another one each time.
+        seed: of the random choices; None uses a different one each time.
         on_example: called with the number of cases so far.
 
     Raises:

@@ -122,7 +122,7 @@ def load_weights(
     if any(part.entry is not None for part in anew):
         # Before any change: where warnings are errors, this one leaves the model as it was too.
         warnings.warn(
-            f"flexclear: {header.name} was trained for a window other than the model's, so the model is transformed again "
+            f"flexclear: {header.name} was trained for another window than the model has, so the model is transformed again "
             "with the file's. To use these weights under a window of your own, call flexclear.transform afterwards",
             stacklevel=2,
         )

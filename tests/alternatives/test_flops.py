@@ -74,5 +74,5 @@ def test_formulas_count_the_pairs_of_any_grid(height, width):
 
 
 def test_clear_needs_its_window():
-    with pytest.raises(ValueError, match=r"FLOPs of 'clear' depend on its window; give flexclear.masks.Disc\(r\)"):
+    with pytest.raises(ValueError, match=r"FLOPs of 'clear' depend on its window; pass flexclear.masks.Disc\(r\)"):
         flops("clear", PUBLISHED)

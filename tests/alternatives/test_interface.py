@@ -220,7 +220,7 @@ def test_weights_under_a_mask_are_saved_with_its_windows_and_load_as_such(model,
 def test_clear_s_weights_make_a_model_under_a_formula_clear_again(model, tmp_path):
     flexclear.save_weights(flexclear.transform(tiny_flux(), r=3), tmp_path / "clear.safetensors")
     flexclear.transform(model, attention="linear")
-    with pytest.warns(UserWarning, match="was trained for a window other than"):
+    with pytest.warns(UserWarning, match="was trained for another window"):
         flexclear.load_weights(model, tmp_path / "clear.safetensors")
     assert windows_of(model) == [Disc(3)] * 4
     assert {layer.formula for layer in flexclear.explain(model).layers} == {None}

@@ -146,7 +146,7 @@ def test_the_table_has_a_row_for_each_mechanism(found):
     [
         ({"r": 3}, {}, "blocks.0", r"layer must be an attention layer of the model, from 'transformer_blocks.0.attn'"),
         (None, {}, LAYER, r"is not transformed; flexclear.transform\(model, None\) leaves it dense"),
-        ({"r": 3}, {"batch": 2}, LAYER, "measured on one sample, and this call has 2"),
+        ({"r": 3}, {"batch": 2}, LAYER, "measured on one sample, but this call has 2"),
     ],
 )
 def test_what_cannot_be_measured_is_named(options, changes, layer, message):

@@ -79,7 +79,7 @@ def test_the_cost_command_puts_measured_times_beside(tmp_path):
     with pytest.raises(ValueError, match="holds no attention"):
         read_measured(tmp_path / "out")
     (measured / "attention-cpu.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"is no result of bench/attention/speed\.py"):
+    with pytest.raises(ValueError, match=r"is not a result of bench/attention/speed\.py"):
         read_measured(measured)
 
 

@@ -109,7 +109,7 @@ def test_a_missing_or_mismatched_cache_is_one_line_before_anything_runs(tmp_path
     file.write_text("model: embedded\ndata: gone\noutput: run\n")
     status, _, error = run(capsys, "distill", file)
     assert status == 2
-    assert "no finished cache" in error
+    assert "not a finished cache" in error
     file.write_text("model: nowhere/at/all\ndata: gone\noutput: run\n")
     assert run(capsys, "distill", file)[0] == 2
     assert not (tmp_path / "run").exists()

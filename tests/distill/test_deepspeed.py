@@ -125,23 +125,23 @@ def test_sharded_weights_draw_sheets(two, file, tmp_path):
         (
             {"mixed_precision": "bf16"},
             {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}},
-            "DeepSpeed in bf16 casts the whole model, and the teacher stays in torch.float32: load the model in torch.bfloat16",
+            "DeepSpeed in bf16 casts the whole model, while the teacher stays in torch.float32: load the model in torch.bfloat16",
         ),
         ({"teacher": "copy", "ema": 0.9}, {}, "ema needs whole weights on every device"),
         (
             {"teacher": "copy"},
             {"train_micro_batch_size_per_gpu": 7},
-            "has train_micro_batch_size_per_gpu: 7, the settings batch_size: 2; let it be",
+            "has train_micro_batch_size_per_gpu: 7, the settings have batch_size: 2; set it to",
         ),
         (
             {"teacher": "copy"},
             {"gradient_clipping": 0.5},
-            "has gradient_clipping: 0.5, the settings max_grad_norm: 1.0",
+            "has gradient_clipping: 0.5, the settings have max_grad_norm: 1.0",
         ),
         (
             {"teacher": "copy", "gradient_accumulation": 3},
             {"gradient_accumulation_steps": 2},
-            "has gradient_accumulation_steps: 2, the settings gradient_accumulation: 3",
+            "has gradient_accumulation_steps: 2, the settings have gradient_accumulation: 3",
         ),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",

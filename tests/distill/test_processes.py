@@ -143,7 +143,7 @@ def test_processes_that_accelerate_does_not_know_of_are_refused(tmp_path, monkey
 
     alone = Accelerator(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started, and accelerate knows of 1"):
+    with pytest.raises(ValueError, match="2 processes were started, but accelerate knows of 1"):
         distill_cases.train(tmp_path, accelerator=alone)
 
 

@@ -131,9 +131,9 @@ def test_adamw_is_made_with_the_released_arguments(parameter):
         ({"learning_rate": 1e-4}, r"multiplies it by this, usually 1; 0.0001 would hardly train. name: adamw takes"),
         (
             {"name": "adamw", "use_bias_correction": False},
-            "optimizer.use_bias_correction is of name: prodigy, not of adamw",
+            "optimizer.use_bias_correction is for name: prodigy, not for adamw",
         ),
-        ({"name": "adamw", "safeguard_warmup": False}, "optimizer.safeguard_warmup is of name: prodigy"),
+        ({"name": "adamw", "safeguard_warmup": False}, "optimizer.safeguard_warmup is for name: prodigy"),
     ],
 )
 def test_what_an_optimizer_does_not_take_is_refused(changed, message):

@@ -91,12 +91,12 @@ def test_pictures_that_cannot_be_encoded_in_the_run_are_refused(published, tmp_p
     from helpers.models import tiny_flux
 
     with pytest.raises(
-        ValueError, match=r"no model is named to encode them\. flexclear data cache .*; then data: CACHE"
+        ValueError, match=r"no model is named to encode them\. Run flexclear data cache .*; then set data: CACHE"
     ):
         distill(tiny_flux(num_single_layers=3), settings(published, tmp_path / "run", model=None))
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        ValueError, match=r"each of 4 processes would encode\. flexclear data cache .* --model embedded"
+        ValueError, match=r"each of 4 processes would encode\. Run flexclear data cache .* --model embedded"
     ):
         distill(config=settings(published, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

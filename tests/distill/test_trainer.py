@@ -235,10 +235,10 @@ def test_what_does_not_fit_is_refused_before_the_model_changes(fresh, samples, s
     for config, data, message in (
         (settings(), other, "sample 0 has 11 pooled features, the model takes 10"),
         (settings(), None, "data is missing"),
-        (settings(held_out=HeldOutConfig(count=6)), samples, "none is left to train on"),
+        (settings(held_out=HeldOutConfig(count=6)), samples, "none are left to train on"),
         (settings(steps=0), samples, "steps must be"),
         (settings(r=0), samples, "radius"),
-        (settings(attention="swin"), samples, "r and down_factor are those of"),
+        (settings(attention="swin"), samples, "r and down_factor are for"),
         (settings(attention="swine", r=None), samples, "attention must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

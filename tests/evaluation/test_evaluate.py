@@ -132,7 +132,7 @@ def test_a_missing_network_is_reported_with_its_reason_and_the_others_go_on(fold
     ("name", "content", "reason"),
     [
         ("lpips", b"nonsense", "holds no weights|cannot|invalid"),
-        ("inception", b"nonsense", "is no TorchScript file"),
+        ("inception", b"nonsense", "is not a TorchScript file"),
     ],
 )
 def test_a_file_that_holds_no_network_is_a_reason(tmp_path, name, content, reason):
@@ -230,7 +230,7 @@ def test_folders_that_cannot_be_used_are_named(tmp_path, folders):
     with pytest.raises(ValueError, match="holds no images"):
         evaluate(tmp_path / "empty", folders[1], "psnr")
     picture(1).save(folders[0] / "00.jpg")
-    with pytest.raises(ValueError, match="differ in the ending only"):
+    with pytest.raises(ValueError, match="differ only in their ending"):
         evaluate(*folders, "psnr")
 
 
@@ -256,7 +256,7 @@ def test_prompts_come_by_line_by_name_or_from_the_pictures_themselves(tmp_path, 
     with pytest.raises(ValueError, match="1 prompts for the 6 images"):
         read_captions(lines, folder)
     named.write_text("{}")
-    with pytest.raises(ValueError, match="says nothing of 6 images"):
+    with pytest.raises(ValueError, match="has no prompt for 6 images"):
         read_captions(named, folder)
     named.write_text("[1]")
     with pytest.raises(ValueError, match="must hold names of images and their prompts"):
@@ -294,7 +294,7 @@ def test_a_damaged_store_is_named_and_never_believed(folders, tmp_path):
     content = known.read_bytes()
     with sqlite3.connect(known) as connection:
         connection.execute("UPDATE checked SET value = zeroblob(length(value))")
-    with pytest.raises(ValueError, match=r"known.sqlite is damaged.*checksum.*Delete it: all is computed again"):
+    with pytest.raises(ValueError, match=r"known.sqlite is damaged.*checksum.*Delete it to compute all again"):
         evaluate(*folders, "psnr", out=tmp_path)
     known.write_bytes(content[:4096] + bytes(len(content) - 4096))
     with pytest.raises(ValueError, match=r"known.sqlite is damaged.*Delete it"):
