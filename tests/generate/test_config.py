@@ -114,7 +114,7 @@ def test_files_that_have_changed_since_are_told(generate, command, saved, tmp_pa
 
 BAD = {
     "no file": (None, "--config: no file "),
-    "no YAML": ("a: [", "it is no YAML"),
+    "no YAML": ("a: [", "it is not valid YAML"),
     "a list": ("- steps", "must hold options and their values, such as 'steps: 20'; it holds ['steps']"),
     "an unknown key": ("stps: 3", "there is no option 'stps'; meant steps?"),
     "a number for a key": ("3: 3", "there is no option 3"),
@@ -157,7 +157,7 @@ def test_images_of_other_programs_give_nothing_back(command, tmp_path):
     for arguments in (("generate", "--config", tmp_path / "other.png"), ("settings", tmp_path / "other.png")):
         status, _, error = command(*arguments)
         assert status == 2
-        assert "it was not written by flexclear generate" in error
+        assert "flexclear generate did not write it" in error
     with pytest.raises(ValueError, match="carries a setting that this version does not know: colour"):
         options_of({"prompt": "a", "seed": 1, "height": 8, "width": 8, "colour": "red"}, "a.png")
     with pytest.raises(ValueError, match="carries no settings of an image"):

@@ -197,7 +197,7 @@ def test_a_folder_whose_files_are_not_what_the_manifest_says_is_refused(flux, tm
     with pytest.raises(ValueError, match="has format 99, but this version reads 1"):
         upscale_cascade(flux, **call, folder=mine)
     (mine / "cascade.json").write_text(manifest[:40])
-    with pytest.raises(ValueError, match="is not a cascade.s manifest"):
+    with pytest.raises(ValueError, match="is not a cascade's manifest"):
         upscale_cascade(flux, **call, folder=mine)
 
 

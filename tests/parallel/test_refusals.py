@@ -88,7 +88,9 @@ def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
 def test_a_ring_is_refused_with_an_attention_that_gives_no_log_sum_exp(monkeypatch, devices, fitting):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
     model = tiny_flux()
-    with pytest.raises(ValueError, match=rf"'native'.*not return here: use model\.set_attention_backend\('{fitting}'\)"):
+    with pytest.raises(
+        ValueError, match=rf"'native'.*not return here: use model\.set_attention_backend\('{fitting}'\)"
+    ):
         parallel.enable_dense(model)
     # What gives it gets further, to the next thing that is missing here.
     for module in model.modules():
