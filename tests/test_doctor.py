@@ -98,7 +98,7 @@ def test_a_failure_while_trying_is_told_on_one_line(monkeypatch):
 @able
 def test_attention_that_computes_something_else_is_no_working_attention(monkeypatch):
     monkeypatch.setattr(doctor, "_transformed", lambda device, backend: torch.ones(2) * (2 if backend == "flex" else 1))
-    assert "something else than masked SDPA: relative error 1.0e+00" in doctor._attempt(
+    assert "something other than masked SDPA: relative error 1.0e+00" in doctor._attempt(
         lambda: doctor._agree(torch.device("cpu"))
     )
 

@@ -88,7 +88,7 @@ def test_a_hook_that_is_left_behind_is_found(monkeypatch):
 
     monkeypatch.setattr("flexclear.tools.soak.perform", leaving)
     failures = " ".join(short(count=2).failures)
-    had, has = map(int, re.search(r"the model had (\d+) hooks, now it has (\d+)", failures).groups())
+    had, has = map(int, re.search(r"the model had (\d+) hooks, and now has (\d+)", failures).groups())
     assert has == had + 1
 
 

@@ -68,7 +68,7 @@ def test_students_of_another_teacher_are_refused(shipped, tmp_path):
         read_students()
     assert len(read_students(of_any_teacher=True)) == 2
     index.write_text("{}")
-    with pytest.raises(ValueError, match="no index of students"):
+    with pytest.raises(ValueError, match="not an index of students"):
         read_students()
     index.write_text(json.dumps(content))
     (shipped / "clear_local_4.safetensors").unlink()

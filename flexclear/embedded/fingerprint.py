@@ -1,4 +1,4 @@
-"""What tells the embedded model from earlier ones, whose students and ControlNet do not fit it."""
+"""Fingerprints that tell the embedded model from earlier ones, whose students and ControlNet do not fit it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flexclear.common.shipped import model_directory
 
 
 def teacher_fingerprint(folder: Path | None = None) -> str:
-    """Of every weights file of the embedded model, or of the pipeline folder given: what a student was distilled from.
+    """A fingerprint of the weights of the embedded model, or of a pipeline folder: what a student was distilled from.
 
     Raises:
         FileNotFoundError: the folder holds no weights.

@@ -32,7 +32,7 @@ def extract_bitmaps(code_points: Sequence[int], font_path: Path | None = None) -
     if not path.is_file():
         raise EmojiFontError(
             f"no emoji font at {path}: install the Debian or Ubuntu package fonts-noto-color-emoji "
-            "(apt-get install fonts-noto-color-emoji), or give the path of a NotoColorEmoji.ttf with bitmaps"
+            "(apt-get install fonts-noto-color-emoji), or pass the path of a NotoColorEmoji.ttf with bitmaps"
         )
     try:
         require("fontTools", "reading the emoji font")

@@ -35,11 +35,11 @@ def read_reference_sheet(folder: Path, count: int) -> list[Image.Image]:
     """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, so the embedded model is not installed completely")
+        raise FileNotFoundError(f"{path} is missing, so the embedded model is not completely installed")
     sheet = read_image(path).convert("RGBA")
     room = (sheet.width // CELL_PIXELS) * (sheet.height // CELL_PIXELS)
     if count > room:
-        raise ValueError(f"{path} holds at most {room} drawings, {count} were asked for")
+        raise ValueError(f"{path} holds at most {room} drawings; {count} were requested")
     corners = [_corner(index) for index in range(count)]
     return [sheet.crop((x, y, x + CELL_PIXELS, y + CELL_PIXELS)) for x, y in corners]
 

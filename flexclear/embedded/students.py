@@ -50,11 +50,11 @@ def file_name(radius: int, down_factor: int | None = None) -> str:
 
 
 def write_index(folder: Path, students: Sequence[Student], teacher: str) -> Path:
-    """Name the students in ``folder`` and their teacher; files of an older index that are no longer named are deleted.
+    """Write the index of the students in ``folder`` and their teacher; files that only an older index names are deleted.
 
     Args:
         folder: holds the students' files.
-        students: which of them there are.
+        students: the students.
         teacher: see ``teacher_fingerprint``.
 
     Raises:
@@ -91,7 +91,7 @@ def read_students(folder: Path | None = None, of_any_teacher: bool = False) -> t
         teacher = content["teacher"]
         found = [Student(folder / e["path"], e["radius"], e["down_factor"]) for e in content["students"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of students: {error}") from error
+        raise ValueError(f"{index} is not an index of students: {error}") from error
     if not of_any_teacher and teacher != (ours := teacher_fingerprint()):
         raise ValueError(f"the students in {folder} learned from another teacher ({teacher}, the model here is {ours})")
     for student in found:

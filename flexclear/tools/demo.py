@@ -1,4 +1,4 @@
-"""The demonstration: the embedded pipeline draws the same prompts and seeds dense and under several windows."""
+"""The demo: the embedded pipeline draws the same prompts and seeds, dense and under several windows."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def run_variants(
     students: Sequence[Student] = (),
     on_step: Callable[[str], None] = lambda label: None,
 ) -> list[Variant]:
-    """Draw every prompt dense, under every radius, and by every student; the pipeline is given back as it came.
+    """Draw every prompt dense, under every radius, and with every student; the pipeline is left as it was.
 
     Args:
         pipe: the embedded pipeline, not transformed.

@@ -19,24 +19,24 @@ OPTIONAL = {
     "natten": "a comparison in benchmarks",
     "flash-attn": "a comparison in benchmarks",
 }
-"""Distributions that flexclear does without, and what they are for."""
+"""Distributions that flexclear can do without, and what they are for."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``diagnose`` found. ``print`` it. In every mapping None means that it works, a text says why it does not.
+    """What ``diagnose`` found. ``print`` it. In every mapping, None means that something works; a text says why it does not.
 
     Attributes:
         versions: of flexclear, Python and what it stands on.
         device: kind, name, capability, memory and how many there are.
-        torch_range: why this torch is outside the tested versions; a newer one is no obstacle.
+        torch_range: why this torch is outside the tested versions; a newer one is not an obstacle.
         compiler: which compiler torch.compile uses here, or that there is none.
         compile: ``torch.compile`` on the device.
         backends: attention, ``flex`` (compiled) and ``sdpa``.
         recipes: of quantisation.
         optional: version of each optional package, or None.
         tuned: a line for each entry that ``flexclear bench --tune`` keeps for this device and these versions.
-        tried: whether things were run, not only asked for.
+        tried: whether things were actually run, not only looked up.
         problem: why ``transform`` cannot run compiled here, or None.
     """
 
@@ -90,7 +90,7 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
 
     Args:
         device: as torch names it, or ``"auto"``: CUDA where there is one.
-        quick: ask only; otherwise a small transformed model is run with each backend (compiling takes some ten
+        quick: only look things up; otherwise a small transformed model runs with each backend (compiling takes about ten
             seconds), and a small layer with each recipe.
 
     Raises:
@@ -138,7 +138,7 @@ def _torch_range(version: str) -> tuple[str | None, bool]:
     oldest, newest = TESTED_TORCH
     between = f"tested with {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
     if found < oldest:
-        return f"torch {version} is too old, it computes wrong results under some masks; {between}", True
+        return f"torch {version} is too old: it computes wrong results under some masks; {between}", True
     return (f"torch {version} is newer than what was tested; {between}", False) if found > newest else (None, False)
 
 
@@ -187,7 +187,7 @@ def _compiler(device: torch.device) -> str:
 
 
 def _attempt(run: Callable[[], object]) -> str | None:
-    """None if ``run`` ends well, else what went wrong, on one line."""
+    """None if ``run`` succeeds, else what went wrong, on one line."""
     try:
         run()
     except Exception as error:
@@ -238,11 +238,11 @@ def _agree(device: torch.device) -> None:
     error = float((flex - sdpa).abs().max() / sdpa.abs().max())
     # Float32 products may be TF32 on CUDA.
     if not error <= 2e-2:
-        raise ArithmeticError(f"it computes something else than masked SDPA: relative error {error:.1e}")
+        raise ArithmeticError(f"it computes something other than masked SDPA: relative error {error:.1e}")
 
 
 def _quantise(recipe: str, device: torch.device) -> None:
-    """One linear layer, quantised, multiplies as it did before, about."""
+    """A quantised linear layer multiplies roughly as it did before."""
     from torchao.quantization import quantize_
 
     from flexclear.compile import RECIPES, sqnr

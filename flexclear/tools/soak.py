@@ -1,4 +1,4 @@
-"""The soak test: hundreds of calls as a service gets them; memory, graphs and caches stay bounded, images stay right.
+"""The soak test: hundreds of calls as a service gets them; memory, graphs and caches stay bounded, images stay correct.
 
     flexclear soak --seconds 600
 
@@ -138,9 +138,9 @@ def soak_test(
     Args:
         settings: which pipeline, and what it is asked for.
         bounds: what must hold.
-        seconds: how long to run; the fresh process comes on top.
+        seconds: how long to run, not counting the fresh process.
         max_calls: or how many calls.
-        on_call: told how many calls are done.
+        on_call: called with the number of calls done.
 
     Returns:
         What was seen; an exception inside a call ends the run and is one of the failures.
@@ -206,7 +206,7 @@ def _run(
             memory.append((call.number, _memory_mib(settings.device)))
         on_call(found.calls)
     if not found.failures and _hooks(model) != hooks:
-        found.failures.append(f"the model had {hooks} hooks, now it has {_hooks(model)}")
+        found.failures.append(f"the model had {hooks} hooks, and now has {_hooks(model)}")
     kinds = len({type(block) for block in repeated_blocks(model)})
     found.graphs = len(report().since(before).graphs)
     if settings.compile:
@@ -243,7 +243,7 @@ def _memory_mib(device: str) -> float:
     if torch.device(device).type == "cuda":
         held = torch.cuda.memory_allocated(device)
     else:
-        # What glibc has kept of freed memory is no growth.
+        # Freed memory that glibc keeps is not growth.
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
@@ -258,7 +258,7 @@ def _judge_memory(found: SoakReport, memory: Sequence[tuple[int, float]]) -> Non
     if len(warm) < LEAST_MEASUREMENTS:
         if not found.failures:
             needed = warm_up + MEASURE_EVERY * LEAST_MEASUREMENTS
-            found.failures.append(f"only {found.calls} calls: {needed} are needed to judge memory; give it longer")
+            found.failures.append(f"only {found.calls} calls: {needed} are needed to judge memory; run it longer")
         return
     third = len(warm) // 3
     found.growth_mib = statistics.median(warm[-third:]) - statistics.median(warm[:third])

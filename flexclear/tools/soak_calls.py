@@ -1,4 +1,4 @@
-"""The random calls of the soak test: what a service is asked for over days, from a seed."""
+"""The random calls of the soak test: a service's requests over days, generated from a seed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def load(settings: Settings) -> Any:
             pipe = getattr(importlib.import_module(module), name)()
         except Exception as error:  # It is the user's function, whatever it raises.
             raise ValueError(
-                f"the model must be {EMBEDDED!r}, a folder or MODULE:NAME, {settings.model!r} cannot be loaded: {error}"
+                f"the model must be {EMBEDDED!r}, a folder or MODULE:NAME; {settings.model!r} cannot be loaded: {error}"
             ) from error
         finally:
             sys.path.pop(0)
@@ -129,7 +129,7 @@ def set_up(pipe: Any, settings: Settings) -> None:
 
 
 def calls(settings: Settings, px: int) -> Iterator[Call]:
-    """Random calls without end, the same ones for the same settings.
+    """An endless stream of random calls, the same for the same settings.
 
     Args:
         settings: sizes, radii, text lengths, seed.
