@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import pytest
@@ -32,7 +33,7 @@ def test_what_is_tried_works_as_transform_does():
     assert found["device"]["type"] == "cpu"
     assert found["device"]["capability"] == torch.backends.cpu.get_cpu_capability()
     assert found["versions"]["flexclear"] == flexclear.__version__
-    assert found["versions"]["torch"] == str(torch.__version__)
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert set(found["versions"]) >= {"python", "torch", "diffusers", "transformers", "torchao"}
     assert set(found["optional"]) == {"peft", "natten", "flash-attn"}
     for name in RECIPES:
