@@ -83,17 +83,17 @@ def transform(
             2 n + 1 in all; ``"all"`` for every frame. Frames are those of the latents: Wan's VAE turns 81 into 21. Other shapes
             in time are windows of ``flexclear.masks`` (``cylinder``, ``all_frames``, ``ball``, ``radial``, ``Tube``), passed
             as ``r``.
-        attention: ``"clear"``, the windows of ``r``, or what the paper compares it with, in its settings at 1024 px; for
-            other sizes pass a class of ``flexclear.alternatives``, such as ``SwinAttention(size=8)``. ``r`` and
+        attention: ``"clear"``, the windows of ``r``, or a mechanism that the paper compares it with, in its settings at 1024 px;
+            for other sizes pass a class of ``flexclear.alternatives``, such as ``SwinAttention(size=8)``. ``r`` and
             ``down_factor`` apply to CLEAR only. Masks, on every model: ``"strided"`` (sparse transformers, arXiv 1904.10509),
             ``"swin"`` (Swin Transformer, 2103.14030), ``"neighborhood"`` (NAT, 2204.07143). Formulas, on FLUX.1:
             ``"sigmoid"`` (2409.04431), ``"linear"`` (elu + 1, 2006.16236), ``"pixart"`` (PixArt-Sigma's key / value
             compression, 2403.04692; one parameter per layer, ``<block>.attn.processor.compression_weight``),
             ``"agent"`` (2312.08874).
         down_factor: side d in tokens of cells whose pooled keys image queries see as well (method, section 4). Adds one
-            parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only. ``save_pretrained`` writes them
-            too, and ``flexclear.from_pretrained`` reads them; diffusers' own leaves them out, with a warning.
-            ``EMAModel.save_pretrained`` does not know them: ``ema.copy_to(model.parameters())``, then ``save_weights``.
+            parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only. ``save_pretrained`` writes these
+            too, and ``flexclear.from_pretrained`` reads them; diffusers' own drops them with a warning.
+            ``EMAModel.save_pretrained`` does not support them: ``ema.copy_to(model.parameters())``, then ``save_weights``.
         dense_steps: (first, last): that many denoising steps at either end run dense attention. Needs the pipeline.
         ntk_factor: factor on the base of the rotary frequencies, for sizes beyond training; released setting: 10.
         proportional_attention: scale scores by sqrt(log_n0(n) / d) instead of sqrt(1 / d), with n keys and n0 = 4608.
@@ -140,7 +140,7 @@ def transform(
 
 
 def transform_each(model_or_pipe: Any, options: Sequence[Mapping[str, Any] | None]) -> None:
-    """``transform`` with options of their own for each transformer of a pipeline: all of them, or none.
+    """``transform`` with separate options for each transformer of a pipeline: all are transformed, or none.
 
     Args:
         model_or_pipe: see ``transform``.
@@ -157,7 +157,7 @@ def transform_each(model_or_pipe: Any, options: Sequence[Mapping[str, Any] | Non
 
 @dataclass(frozen=True)
 class _Asked:
-    """Arguments of ``transform``; what can be said of them without a model is checked when they are given."""
+    """Arguments of ``transform``; what can be checked without a model is checked at once."""
 
     r: Radii = DEFAULT_RADIUS
     frame_radius: int | str | None = None
@@ -183,7 +183,7 @@ class _Asked:
             check_int("down_factor", self.down_factor, 1, MAX_SIDE, "in tokens")
 
     def changes(self, models: Sequence[nn.Module], steps: StepCounter) -> list[Change]:
-        """What they ask for of each model; nothing is made yet.
+        """The changes to each model that they ask for; nothing is applied yet.
 
         Raises:
             TypeError, ValueError: see ``transform``.

@@ -111,7 +111,7 @@ def test_a_plain_load_is_dense_and_is_transformed_from_its_configuration(tmp_pat
     assert not flexclear.is_transformed(loaded)
     assert torch.equal(run(loaded), run(tiny_flux()))
     shutil.move(tmp_path / "model", tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"pooled keys.*are not in .*model: .*Give the folder"):
+    with pytest.raises(ValueError, match=r"pooled keys.*are not in .*model: .*Pass the folder"):
         flexclear.transform_from_config(loaded)
     assert not flexclear.is_transformed(loaded)
     assert flexclear.transform_from_config(loaded, tmp_path / "elsewhere") is loaded

@@ -113,18 +113,18 @@ def upscale_cascade(
         r: a radius as in ``transform``, ``"keep"`` for the current windows, or a sequence with one per stage (radii per layer:
             as a mapping).
         steps: one value for every stage, or a sequence with one per stage; None is the released setting, or the pipeline's
-            own. The next five are given likewise.
+            own. The same holds for the next five.
         strength: share of the steps that are run. The first stage from a prompt has none.
         guidance: guidance scale.
-        shift: a constant time shift, or ``"own"``: the scheduler as it is. FLUX.1's dynamic shift is extrapolated in the
+        shift: a constant time shift, or ``"own"`` for the scheduler as it is. FLUX.1's dynamic shift is extrapolated in the
             number of tokens and leaves nothing but noise above 2048 px.
         ntk_factor: see ``transform``. The first stage from a prompt is drawn with the pipeline's own switches.
         proportional_attention: likewise.
-        negative_prompt: of classifier-free guidance: SD3, and FLUX.1 models without a guidance input.
-        seed: of the noise, made on the CPU; stage n has ``seed + n - 1``.
-        max_sequence_length: text tokens (T5), the pipeline's default otherwise.
-        native: side in pixels of the images that the model was trained on, from which NTK's clipping and proportional
-            attention count; the pipeline's default size otherwise.
+        negative_prompt: for classifier-free guidance: SD3, and FLUX.1 models without a guidance input.
+        seed: of the noise, which is made on the CPU; stage n uses ``seed + n - 1``.
+        max_sequence_length: text tokens (T5); by default the pipeline's.
+        native: side in pixels of the images that the model was trained on, the reference for NTK's clipping and proportional
+            attention; by default the pipeline's default size.
         tile: side of the VAE's tiles in pixels; see ``flexclear.highres.tiled``.
         wavelet_level: of the Haar transform whose approximation is I-Max's low band.
         folder: keep every stage's image there, and resume after the last finished one, whose settings must be the same.

@@ -20,10 +20,10 @@ METHOD = "save_pretrained"
 
 
 class SaveHook(Hook):
-    """``state_dict`` pre-hook: writes the settings where it is ``model.save_pretrained`` that asks, a pipeline's too.
+    """``state_dict`` pre-hook: writes the settings when the caller is ``save_pretrained``, the model's or a pipeline's.
 
-    A hook, because it goes with the model wherever that goes: into copies, pickles, other pipelines. diffusers has written
-    ``config.json`` when it asks for the weights. Other callers of ``state_dict`` see nothing of it.
+    A hook, because it follows the model wherever that goes: into copies, pickles, other pipelines. diffusers has written
+    ``config.json`` by the time it asks for the weights. Other callers of ``state_dict`` are not affected.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -43,13 +43,13 @@ class SaveHook(Hook):
         while frame is not None and frame.f_code.co_name == METHOD:
             level, frame = level + 1, frame.f_back
         warnings.warn(
-            f"flexclear: save_pretrained writes the weights of this {type(model).__name__}, but not its window: {why}. Loaded, "
-            "it will be dense; flexclear.transform it again with the same arguments",
+            f"flexclear: save_pretrained writes the weights of this {type(model).__name__}, but not its window: {why}. When "
+            "loaded, it will be dense; call flexclear.transform again with the same arguments",
             stacklevel=level,
         )
 
     def _write(self, model: Any, directory: Any) -> str | None:
-        """Put the settings into the ``config.json`` of a folder; why not, where it cannot be done."""
+        """Put the settings into a folder's ``config.json``; returns the reason if that is impossible."""
         try:
             stated = state(model, self.settings)
         except ValueError as error:

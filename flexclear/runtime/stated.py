@@ -1,4 +1,4 @@
-"""How a model was transformed, as the ``config.json`` beside its saved weights states it."""
+"""How a model was transformed, as stated in the ``config.json`` beside its saved weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flexclear.masks.encoding import encode
 from flexclear.runtime.facts import Settings
 
 KEY = "_flexclear"
-"""Entry of ``config.json``. diffusers passes over entries that begin with an underscore, and keeps them in ``model.config``."""
+"""Entry of ``config.json``. diffusers ignores entries that begin with an underscore, but keeps them in ``model.config``."""
 
 FORMAT = 1
-"""Version of what stands there."""
+"""Version of its format."""
 
 WEIGHTS = ("spatial_weight", "compression_weight")
 """Parameters that ``transform`` adds to a processor; diffusers saves them with the model's own and does not load them."""
@@ -28,7 +28,7 @@ def state(model: nn.Module, settings: Settings) -> dict[str, Any]:
     A window that all layers share is written once, as ``window``; otherwise ``windows`` has one for each layer by name.
 
     Raises:
-        ValueError: a window is of a class of the user's own, which JSON cannot hold.
+        ValueError: a window is of a user's own class, which JSON cannot hold.
     """
     options = settings.options()
     windows, formula = options.pop("windows"), options.pop("formula")

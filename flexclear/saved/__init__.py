@@ -1,1 +1,1 @@
-"""A transformed model saved, described, and loaded as it was."""
+"""Describing, saving and loading transformed models."""

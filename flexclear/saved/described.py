@@ -1,4 +1,4 @@
-"""What was done to a model, in one line."""
+"""What was done to a model, on one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULTS: Mapping[str, Any] = {
     "exact_position_ids": True,
     **{one.name: one.default for one in fields(Switches)},
 }
-"""Settings that are not worth a word where they are as ``transform`` sets them."""
+"""Settings that are not mentioned when they have ``transform``'s default values."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ModelSummary:
 
     Attributes:
         model: name of its class.
-        settings: how it was transformed, None: it was not.
+        settings: how it was transformed; None: it was not.
     """
 
     model: str
@@ -39,7 +39,7 @@ class ModelSummary:
 
     @property
     def window(self) -> str:
-        """Windows by the number of their layers, or the formula in place of windows."""
+        """Windows with the number of their layers, or the formula in place of windows."""
         if self.settings is None:
             return "dense, as it came"
         if self.settings.formula is not None:
@@ -51,7 +51,7 @@ class ModelSummary:
 
     @property
     def others(self) -> dict[str, Any]:
-        """Settings beside the window that are not the default ones."""
+        """Settings other than the window that do not have their defaults."""
         if self.settings is None:
             return {}
         found = {name: value for name, value in self.settings.options().items() if name in DEFAULTS}
@@ -90,7 +90,7 @@ def _shown(value: Any) -> str:
 
 
 def summary(model_or_pipe: Any) -> Summary:
-    """What ``transform`` has made of a model, or of a pipeline's.
+    """What ``transform`` has done to a model, or to a pipeline's.
 
     >>> flexclear.summary(pipe)                                                 # doctest: +SKIP
     FluxTransformer2DModel: disc_r16 in all 57 layers

@@ -1,4 +1,4 @@
-"""A transformed model on the hub, with a model card that says what was done to it."""
+"""Puts a transformed model on the hub, with a model card that says what was done to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexclear.families.target import models_of
 from flexclear.saved.described import is_transformed, summary
 
 BEGIN, END = "<!-- flexclear -->", "<!-- /flexclear -->"
-"""Around our part of a model card; what else stands there stays."""
+"""Markers around our part of a model card; the rest of the card is kept."""
 
 
 def model_card(model_or_pipe: Any, repo_id: str, existing: str = "") -> str:
@@ -25,7 +25,7 @@ def model_card(model_or_pipe: Any, repo_id: str, existing: str = "") -> str:
     Args:
         model_or_pipe: transformed.
         repo_id: what the code on the card loads.
-        existing: the card that is there. Its metadata win, and only our part of its text is replaced.
+        existing: the current card. Its metadata take precedence, and only our part of its text is replaced.
 
     Raises:
         TypeError: neither a model nor a pipeline with a transformer.
@@ -36,7 +36,7 @@ def model_card(model_or_pipe: Any, repo_id: str, existing: str = "") -> str:
     if not is_transformed(model_or_pipe):
         raise ValueError(
             f"this {type(model_or_pipe).__name__} is not transformed, so there is no window to describe. "
-            "flexclear.transform it first, or push it with its own push_to_hub"
+            "Call flexclear.transform first, or push it with its own push_to_hub"
         )
     models = models_of(model_or_pipe)
     card = ModelCard(existing or "---\n---\n", ignore_metadata_errors=True)
@@ -88,14 +88,14 @@ def push_to_hub(
     create_pr: bool = False,
     variant: str | None = None,
 ) -> str:
-    """Upload a transformed model or pipeline, its window with it, and a model card that describes it.
+    """Upload a transformed model or pipeline with its window, and a model card that describes it.
 
-    What ``push_to_hub`` of diffusers uploads is loaded by ``flexclear.from_pretrained`` as well; its card says nothing of the
-    window. A card that is on the hub already keeps its metadata and its text; the part about the window is replaced.
+    ``flexclear.from_pretrained`` also loads what diffusers' ``push_to_hub`` uploads, but that card does not mention the window.
+    A card that is already on the hub keeps its metadata and its text; only the part about the window is replaced.
 
     Args:
         model_or_pipe: transformed.
-        repo_id: ``"owner/name"``; it is made if it is not there.
+        repo_id: ``"owner/name"``; created if it does not exist.
         commit_message, private, token, create_pr: as diffusers' ``push_to_hub`` takes them.
         variant: of the weights' file names, as ``save_pretrained`` takes it.
 

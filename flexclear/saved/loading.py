@@ -1,4 +1,4 @@
-"""Saved models that were transformed, loaded as they were: ``from_pretrained`` and ``transform_from_config``."""
+"""Loads saved transformed models as they were: ``from_pretrained`` and ``transform_from_config``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Stated:
 
     Attributes:
         options: arguments of ``transform``.
-        weights: names of the parameters that it adds, which lie with the model's own.
+        weights: names of the parameters that it adds, which are stored with the model's own.
     """
 
     options: Mapping[str, Any]
@@ -59,14 +59,14 @@ class Stated:
 
 
 def read(config: Mapping[str, Any], where: str) -> Stated | None:
-    """What a model's configuration says under ``KEY``; None where it says nothing.
+    """What a model's configuration says under ``KEY``; None if it has no such entry.
 
     Args:
         config: of ``config.json``.
         where: what to call it in messages.
 
     Raises:
-        ValueError: it is of another format, of another class of models, or damaged.
+        ValueError: it has another format, is for another class of models, or is damaged.
     """
     if KEY not in config:
         return None
@@ -77,11 +77,11 @@ def read(config: Mapping[str, Any], where: str) -> Stated | None:
         raise ValueError(
             f"{where} states its window in format {found.get('format')!r}, written by flexclear {found.get('flexclear')}; "
             f"this is flexclear {VERSION}, which reads format {FORMAT}. Install that version, or load it with diffusers and "
-            "flexclear.transform it"
+            "call flexclear.transform"
         )
     wanted, present = found.get("model"), config.get("_class_name", found.get("model"))
     if wanted != present:
-        raise ValueError(f"{where} states a window for {wanted}, and is the configuration of {present}")
+        raise ValueError(f"{where} states a window for {wanted}, but is the configuration of {present}")
     try:
         return _stated(found)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -114,25 +114,24 @@ def from_pretrained(cls: type[Target], path: str | os.PathLike[str], **options: 
     """``cls.from_pretrained(path, **options)`` of a model that was saved transformed, with its window and pooled weights.
 
     ``save_pretrained`` and ``push_to_hub`` of a transformed model or pipeline write how it was transformed into the
-    ``config.json`` of the model. What is there is checked before weights are read. diffusers' own ``from_pretrained`` still
-    loads the same folder, as a dense model.
+    ``config.json`` of the model. That is checked before weights are read. diffusers' own ``from_pretrained`` still loads the
+    same folder, as a dense model.
 
     >>> pipe.save_pretrained("local")                                            # doctest: +SKIP
     >>> pipe = flexclear.from_pretrained(FluxPipeline, "local", dtype=torch.bfloat16)    # doctest: +SKIP
 
     Args:
-        cls: a class of diffusers: of a pipeline or of a model.
+        cls: a pipeline or model class of diffusers.
         path: folder or hub id.
-        options: for ``cls.from_pretrained``. A transformer that is given among them is transformed as its own
-            configuration says.
+        options: for ``cls.from_pretrained``. A transformer passed among them is transformed as its own configuration says.
 
     Returns:
         The pipeline or the model, transformed.
 
     Raises:
-        TypeError: ``cls`` is no such class.
-        ValueError: nothing there states a window, or in another format, or for another model; or weights that belong to it
-            are not there.
+        TypeError: ``cls`` is not such a class.
+        ValueError: no window is stated there, or it has another format or is for another model; or weights that belong to it
+            are missing.
     """
     if not isinstance(cls, type) or not callable(getattr(cls, "from_pretrained", None)):
         raise TypeError(
@@ -146,7 +145,7 @@ def from_pretrained(cls: type[Target], path: str | os.PathLike[str], **options: 
     if not any(places.values()):
         raise ValueError(
             f"{path} does not say how it was transformed: {_and(places)} was saved without a window. Load it with "
-            f"{cls.__name__}.from_pretrained, then flexclear.transform it"
+            f"{cls.__name__}.from_pretrained, then call flexclear.transform"
         )
     with _without_remarks_on_weights():
         loaded: Any = cls.from_pretrained(path, **options)  # type: ignore[attr-defined]
@@ -164,23 +163,23 @@ def from_pretrained(cls: type[Target], path: str | os.PathLike[str], **options: 
 
 
 def transform_from_config(model_or_pipe: Target, path: str | os.PathLike[str] | None = None) -> Target:
-    """Transform what diffusers has loaded as its configuration says that it was saved; see ``from_pretrained``.
+    """Transform a model that diffusers has loaded the way its configuration says it was saved; see ``from_pretrained``.
 
     >>> pipe = flexclear.transform_from_config(FluxPipeline.from_pretrained("local"))           # doctest: +SKIP
 
     Args:
         model_or_pipe: see ``transform``.
-        path: folder of the model's weights, where pooled keys have parameters that diffusers does not load. Default: the
-            folder that it was loaded from.
+        path: folder of the model's weights, needed for the parameters of pooled keys, which diffusers does not load. Default:
+            the folder that it was loaded from.
 
     Returns:
-        What was given.
+        What was passed in.
 
     Raises:
         TypeError: see ``transform``.
         ValueError: the configuration states no window, see also ``from_pretrained``.
 
-    Whatever is raised, the model is as it was.
+    After any exception the model is as it was.
     """
     models = models_of(model_or_pipe)
     if path is not None and len(models) > 1:
@@ -201,7 +200,7 @@ def _transform(model_or_pipe: Any, checkpoints: list[_Checkpoint]) -> None:
     if not any(stated):
         raise ValueError(
             f"the configuration of this {type(models[0]).__name__} does not say how it was transformed: it was not saved by a "
-            "transformed model. flexclear.transform(model, r=...)"
+            "transformed model. Call flexclear.transform(model, r=...)"
         )
     tensors = [
         {} if each is None else checkpoint.read(each.weights)
@@ -225,7 +224,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     added = {name: one for name, one in model.named_parameters() if name.rpartition(".")[2] in WEIGHTS}
     if {name: one.shape for name, one in added.items()} != {name: one.shape for name, one in tensors.items()}:
         raise ValueError(
-            f"the weights of pooled keys that were saved do not fit the window that was: {len(tensors)} parameters for "
+            f"the saved weights of pooled keys do not fit the saved window: {len(tensors)} parameters for "
             f"{len(added)}. Nothing was changed"
         )
     for name, parameter in added.items():
@@ -294,7 +293,7 @@ class _Checkpoint:
         if missing := set(names) - set(found):
             raise ValueError(
                 f"the weights of pooled keys that belong to this window are not in {self._path}: "
-                f"{', '.join(sorted(missing)[:3])}{' ...' if len(missing) > 3 else ''}. Give the folder that it was saved to: "
+                f"{', '.join(sorted(missing)[:3])}{' ...' if len(missing) > 3 else ''}. Pass the folder that it was saved to: "
                 "flexclear.from_pretrained(cls, folder), or flexclear.transform_from_config(model, folder)"
             )
         return found
