@@ -31,7 +31,7 @@ def encode(window: Window | None, where: str) -> Any:
         return {"kind": kind, "parts": [encode(part, where) for part in window.parts]}
     if type(window) is PLAIN.get(kind):
         return {"kind": kind, **dataclasses.asdict(window)}
-    raise ValueError(f"{where} has the window {window!r}, which metadata cannot hold: it is none of flexclear.masks")
+    raise ValueError(f"{where} has the window {window!r}, which metadata cannot hold: it is not from flexclear.masks")
 
 
 def decode(found: Any) -> Window | None:
@@ -49,7 +49,7 @@ def decode(found: Any) -> Window | None:
     if kind in COMPOSED:
         return COMPOSED[kind](*(decode(part) for part in fields["parts"]))  # type: ignore[arg-type]
     if kind not in PLAIN:
-        raise ValueError(f"{kind!r} is no window that this flexclear knows")
+        raise ValueError(f"{kind!r} is not a window that this flexclear knows")
     # JSON has lists for tuples.
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return PLAIN[kind](**given)
