@@ -30,7 +30,7 @@ def model_of(model_or_pipe: Any) -> nn.Module:
     if len(found) > 1:
         names = " or ".join(f"pipe.{name}" for name in names_of(model_or_pipe))
         raise TypeError(
-            f"this {type(model_or_pipe).__name__} has {len(found)} transformers, and this works on one: give {names}"
+            f"this {type(model_or_pipe).__name__} has {len(found)} transformers, and this works on one: pass {names}"
         )
     return found[0]
 

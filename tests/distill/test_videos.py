@@ -172,7 +172,7 @@ def test_what_cannot_be_distilled_is_named(clips):
         distill(tiny_wan(), clips(frame_radius=None), video_samples())
     with pytest.raises(ValueError, match="an image's among them, which training does not give it"):
         distill(tiny_wan(in_channels=9), clips(), video_samples())
-    with pytest.raises(TypeError, match=r"has 2 transformers.*give pipe.transformer or"):
+    with pytest.raises(TypeError, match=r"has 2 transformers.*pass pipe.transformer or"):
         distill(SimpleNamespace(transformer=tiny_wan(), transformer_2=tiny_wan()), clips(), video_samples())
     sheets = SheetConfig(every=1, prompts=("a",))
     with pytest.raises(ValueError, match=r"sheets.every draws images"):

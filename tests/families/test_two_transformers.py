@@ -252,6 +252,6 @@ def test_what_works_on_one_model_asks_which(monkeypatch):
         lambda: parallel.enable_dense(pipe),
         lambda: observe(pipe).__enter__(),
     ):
-        with pytest.raises(TypeError, match=r"this WanPipeline has 2 transformers.*give pipe.transformer or"):
+        with pytest.raises(TypeError, match=r"this WanPipeline has 2 transformers.*pass pipe.transformer or"):
             ask()
     assert parallel.disable(pipe) is pipe
