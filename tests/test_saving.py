@@ -223,9 +223,9 @@ def test_two_transformers_keep_their_own_windows(tmp_path):
 
 CHANGES = {
     "format": ({"format": 2, "flexclear": "9.0"}, r"in format 2, written by flexclear 9\.0; this is .* reads format 1"),
-    "model": ({"model": "SD3Transformer2DModel"}, "states a window for SD3Transformer2DModel, and is .* of FluxTransf"),
+    "model": ({"model": "SD3Transformer2DModel"}, "states a window for SD3Transformer2DModel, but is .* of FluxTransf"),
     "unknown": ({"shape": 3, "flexclear": "0.9"}, r"cannot read \(unknown settings \['shape'\]\); flexclear 0\.9 has"),
-    "no window": ({"window": {"kind": "Sphere"}}, "cannot read .*'Sphere' is no window"),
+    "no window": ({"window": {"kind": "Sphere"}}, "cannot read .*'Sphere' is not a window"),
     "both": ({"windows": {}}, "one window is stated as"),
     "order": ({"order": "spiral"}, "order must be one of"),
     "weights": ({"weights": ["x.processor.spatial_weight"]}, r"pooled keys .* are not in .*x\.processor"),

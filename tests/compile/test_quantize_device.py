@@ -99,4 +99,4 @@ def test_a_device_is_refused_where_it_has_no_meaning(base):
 
 def test_weights_on_the_cpu_of_a_machine_with_a_gpu_are_told_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert why_not_recipe("rowwise", torch.device("cpu")).endswith("give device='cuda'")
+    assert why_not_recipe("rowwise", torch.device("cpu")).endswith("pass device='cuda'")

@@ -317,7 +317,7 @@ def assert_same_weights(a, b):
 def test_a_batch_larger_than_the_data_is_refused(fresh, samples, settings):
     model = fresh()
     distill(model, settings("four", steps=1, batch_size=4), samples)
-    with pytest.raises(ValueError, match="batch_size is 5, and there are 4 samples to train on"):
+    with pytest.raises(ValueError, match="batch_size is 5, but there are only 4 samples to train on"):
         distill(fresh(), settings("five", steps=1, batch_size=5), samples)
 
 
