@@ -73,7 +73,7 @@ def optimize(
     The passes have a fixed order: transform, weights, LoRA, then this function: fuse, quantise, compile, warm. Sizes that were
     not warmed compile in their first call, which is logged with its cost; attention never runs unfused. Some passes also work
     afterwards, at the price of compiling again: another transform, a LoRA that stays unfused, quantising. Weights
-    (``flexclear.load_weights``) and fused LoRA cannot come after FP8, and raise.
+    (``flexclear.load_weights``) that come after FP8 are quantised as they are loaded; a fused LoRA cannot come then, and raises.
 
     >>> flexclear.optimize(pipe, fp8=True, sizes=[(1024, 1024), (2048, 2048)])      # doctest: +SKIP
 
