@@ -39,6 +39,7 @@ def run(out, *options, model="tiny"):
     return done, json.loads(file.read_text())["rows"] if file.is_file() else []
 
 
+@pytest.mark.kept
 def test_every_variant_is_timed_and_checked_against_the_dense_mask(tmp_path):
     done, rows = run(tmp_path)
     assert done.exit_code == 0

@@ -137,7 +137,8 @@ NOT_PUBLISHED = {
     "embedded/train/export.py": "writes a folder under another name, then renames it",
     "embedded/train/tokenizers.py": "its rules are in a temporary folder",
     "distill/model_state.py": "the adapter goes into a folder of another name first",
-    "measuring/peak.py": "resets a counter of the kernel's",
+    "common/resident.py": "resets a counter of the kernel's",
+    "saved/hub.py": "writes to a temporary folder, which is uploaded",
     "soak.py": "hands over between two processes in a temporary folder",
 }
 

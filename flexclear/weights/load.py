@@ -192,8 +192,8 @@ def _check_transformers(header: files.Header, prefixes: list[str]) -> None:
     if found != prefixes:
         named = [" and ".join(prefix.rstrip(".") or TRANSFORMERS[0] for prefix in each) for each in (found, prefixes)]
         raise ValueError(
-            f"{header.path} holds weights of {named[0]}, and they are asked for {named[1]}. Give the pipeline for a file of all "
-            "its transformers, and pipe.transformer or another of them for a file of one. Nothing was changed"
+            f"{header.path} holds weights of {named[0]}, but the weights of {named[1]} are wanted. Give the pipeline for a file "
+            "of all its transformers, and pipe.transformer or another of them for a file of one. Nothing was changed"
         )
 
 

@@ -78,6 +78,7 @@ def test_quantising_and_transforming_after_compiling_compile_again(base, region,
     assert report().since(before).recompiles
 
 
+@pytest.mark.kept
 def test_a_lora_that_is_loaded_after_compiling_compiles_again_and_acts(base, files, graphs):
     theirs, ours = (pipeline(eight_bit(local(base), "weight_only")) for _ in range(2))
     compile_blocks(ours.transformer, backend="eager")

@@ -65,6 +65,7 @@ def in_process(code, *arguments, **environment):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.kept
 @needs_inductor
 def test_another_process_compiles_no_kernel_that_the_file_holds(tmp_path):
     artefacts, result, empty = (tmp_path / name for name in ("artefacts.zip", "result.pt", "empty"))

@@ -98,7 +98,7 @@ def check_kernels(row, shape, **config):
 
 # One process runs this file, so that families share kernels: one of plain attention, one where text is padded, one where a
 # mask is added.
-@pytest.mark.costly("flux", "qwen", "sd3", "chroma", "zimage", "krea2")
+@pytest.mark.costly("flux", "qwen", "sd3", "krea2")
 @pytest.mark.brief("krea2", "text20")  # heads of keys that several of the query share
 @compiles
 @cases(lambda row: [] if row.joint_block is None else kernels(row))

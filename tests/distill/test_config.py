@@ -281,6 +281,7 @@ def test_a_killed_process_loses_at_most_the_steps_since_the_last_checkpoint(cach
     assert [r["loss"] for r in after[: len(before)]] == pytest.approx([r["loss"] for r in before], rel=1e-5)
 
 
+@pytest.mark.kept
 def test_two_processes_train_what_one_does_with_twice_the_accumulation(cached, capsys):
     folder, _ = cached
     common = {"batch_size": 2, "steps": 2, "held_out": {"count": 2}}

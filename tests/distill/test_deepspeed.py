@@ -61,7 +61,7 @@ def one(tmp_path_factory):
     }
 
 
-@pytest.mark.kept("2-projections", "3-lora")
+@pytest.mark.kept("2-projections")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("stage", "train"), [(2, "projections"), (2, "lora"), (3, "projections"), (3, "lora")])
 def test_deepspeed_trains_what_one_process_trains_and_goes_on(two, one, file, tmp_path, stage, train):

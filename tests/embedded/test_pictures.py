@@ -70,7 +70,7 @@ def test_padding_changes_little(pipe):
     assert picture_psnr(short, long).item() > 22
 
 
-@pytest.mark.kept("held out")
+@pytest.mark.kept
 @pytest.mark.parametrize("kind", ["trained", "held out"])
 def test_nineteen_pictures_in_twenty_are_right(pipe, vocabulary, retriever, kind):
     """On pairs that training showed, and on every pair that it did not; bench/quality/retrieval.py measures more of them."""

@@ -262,6 +262,7 @@ def test_check_family_finds_text_or_frames_that_a_declaration_counts_wrongly(fam
         check_family(model, call, grid=(3, 8, 9))
 
 
+@pytest.mark.kept
 @pytest.mark.skipif(why_not_compiled(torch.device("cpu")) is not None, reason="no compiler")
 def test_compiled_flex_attention_has_windows_of_other_orders_in_one_model():
     """And for clips of other sizes."""

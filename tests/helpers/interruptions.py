@@ -133,4 +133,8 @@ def outline_of(model):
 
 def _said(hook):
     settings = getattr(hook, "settings", None)
-    return None if settings is None else (settings.windows, settings.slots, settings.order, hook.parallel is not None)
+    return (
+        None
+        if settings is None
+        else (settings.windows, settings.slots, settings.order, getattr(hook, "parallel", None) is not None)
+    )

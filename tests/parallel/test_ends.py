@@ -64,6 +64,7 @@ def test_a_rank_that_stops_tells_the_others_why_and_the_next_run_starts_in_step(
     assert_told(found, rank, what, f"rank {rank} stopped in {place}: {REASON[what]}")
 
 
+@pytest.mark.kept
 def test_three_ranks_are_told_by_the_one_that_stops(three):
     for where, what, rank in (("step 2", "interrupt", 1), ("after step 2", "raise", 2)):
         place = where if what == "interrupt" else f"the pipeline's loop {where}"

@@ -17,6 +17,7 @@ def group(request):
     made.close()
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("group", [3], indirect=True)
 def test_three_bands_are_the_whole_picture(group):
     for size, r, options in (

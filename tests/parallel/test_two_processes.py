@@ -299,6 +299,7 @@ def test_compiled_blocks_are_shared_like_others(two, kind):
     assert [(result["graphs"] > 0, result["new"]) for result in found] == [(True, 0)] * 2
 
 
+@pytest.mark.kept
 @pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
 def test_compiled_flex_attention_over_a_band_s_block_mask_is_the_whole_one(two):
     found = two.results("flux_against_one", 24, 17, 20, 4, batch=2, backend="flex", timeout=1800)

@@ -67,6 +67,7 @@ def test_a_compiled_transformed_model_gives_the_same_from_two_graphs_per_part(pa
     assert sum(counters["graph_break"].values()) == broken
 
 
+@pytest.mark.kept
 @pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
 def test_attention_stays_fused_in_a_compiled_model(monkeypatch):
     torch.compiler.reset()

@@ -166,6 +166,7 @@ def test_a_state_dict_goes_from_a_transformed_model_to_another_and_to_the_origin
     assert torch.equal(run(third), run(flexclear.restore(target)))
 
 
+@pytest.mark.kept
 def test_whole_pickled_models_run_windowed_and_are_restored_in_another_process(tmp_path):
     call = flux_call(8, 12, 20)
     options = ({"r": 3}, {"r": 3, "down_factor": 2, "ntk_factor": 2.0}, {"r": [Square(2) | Disc(3), 2, None, 4]})
