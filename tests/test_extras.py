@@ -26,6 +26,7 @@ BLOCKED = (
     "prodigyopt",
     "fontTools",
     "av",
+    "ray",
     "deepspeed",
 )
 """As they are imported; the distributions are named alike but for one."""
@@ -86,6 +87,7 @@ NEEDING = {
         ("generate", "embedded", "--prompt", "a", "--lora", "a.safetensors"),
         "flexclear generate --lora needs peft",
     ),
+    "Ray": (("generate", "embedded", "--prompt", "a", "--ray", "auto"), "--ray needs ray"),
     "eval": (("eval", ".", ".", "--metrics", "psnr"), "scoring by psnr needs torchmetrics"),
     "eval, all": (("eval", ".", "."), "scoring by fid, is, lpips, psnr, ssim needs torchmetrics"),
 }

@@ -86,6 +86,7 @@ def documented_names():
 
 
 INTERNAL = {
+    "cluster",
     "commands",
     "common",
     "explanation",

@@ -40,6 +40,7 @@ PARTS: dict[str, tuple[str, ...] | None] = {
     "generation": BELOW,
     "distill": BELOW,
     "evaluation": BELOW,
+    "cluster": BELOW,
     "measuring": BELOW,
     "embedded.train": BELOW,
     "": BELOW,  # flexclear/__init__.py, which hands names out

@@ -11,6 +11,7 @@ import typer
 
 from flexclear.commands.terminal import output
 from flexclear.common.choices import check_finite
+from flexclear.common.extras import require
 
 PANEL = "Output"
 
@@ -63,6 +64,19 @@ def _inside_folders(out: Path, option: str) -> None:
     above = next((folder for folder in out.parents if folder.exists()), None)
     if above is not None and not above.is_dir():
         raise ValueError(f"{option} {out} cannot be written: {above} is a file")
+
+
+def check_ray(address: str | None, actors: int | None) -> None:
+    """Raise where ``--ray`` cannot be, or ``--ray-actors`` is given without it.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: there is no ``--ray``.
+    """
+    if address is not None:
+        require("ray", "--ray")
+    elif actors is not None:
+        raise ValueError(f"--ray-actors {actors} is of --ray, which is missing")
 
 
 def _show_version(asked: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flexclear.commands.common import finite, out_folder
+from flexclear.commands.common import check_ray, finite, out_folder
 from flexclear.commands.config import IMAGES, configurable
 from flexclear.commands.terminal import console, output, progress_bars
 from flexclear.common.choices import EMBEDDED, LARGEST_SEED
@@ -185,6 +186,17 @@ def generate(
     exchange: Annotated[
         str, typer.Option(help="Of --parallel: sync, or stale: borders of the step before while new ones travel.")
     ] = "sync",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Many images on the GPUs of a Ray cluster: HOST:PORT of one that this machine is a node of, auto (find it), or "
+            "local (the GPUs of this machine). Needs the extra ray."
+        ),
+    ] = None,
+    ray_actors: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of --ray: pipelines at once. Default: one per GPU; without GPUs, per node."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder, or a .png file for one image, a .gif or .mp4 file for one video.")
     ] = Path("pictures"),
@@ -259,14 +271,16 @@ def generate(
     settings.check()
     if stages is not None:
         out_folder(stages, "--stages")
+    check_ray(ray, ray_actors)
 
+    from flexclear.cluster import drawing
     from flexclear.common.versions import versions
     from flexclear.generation import generate as job
     from flexclear.generation.given_back import FILES, changed_since
     from flexclear.parallel import ParallelError, leave
 
     silent = parallel and int(os.environ.get("RANK", "0")) != 0  # the first process speaks for all
-    setup = job.check(settings, videos=True)
+    setup = job.check(settings, videos=True) if ray is None else drawing.check_here(settings)
     lines = console(quiet=silent)
     if config is not None and (config.is_dir() or config.suffix.lower() in IMAGES) and not from_line & set(FILES):
         for cause in changed_since(config.expanduser(), setup.fingerprints, versions()):
@@ -285,9 +299,6 @@ def generate(
     try:
         with progress_bars(lines) as progress:
             pictures = progress.add_task("loading", total=settings.pictures)
-            inner = progress.add_task("steps", total=steps)
-            pipe = job.load(settings, setup, lines.print)
-            progress.update(pictures, description="pictures")
 
             def on_step(picture: int, step: int, total: int) -> None:
                 progress.update(inner, completed=step, total=total)
@@ -298,20 +309,22 @@ def generate(
                 progress.update(pictures, completed=done)
                 lines.print(f"{path}: finished already")
 
-            for drawn in job.draw(pipe, settings, setup, on_step, on_kept):
-                done += 1
-                progress.update(pictures, completed=done)
-                pace = drawn.median_step_seconds
-                frames = "" if drawn.frames is None else f"{drawn.frames} frames of "
-                line = (
-                    f"{drawn.path}: {frames}{drawn.height} x {drawn.width}, seed {drawn.seed}, {drawn.steps} steps in "
-                    f"{drawn.seconds:.2f} s"
-                    + ("" if pace is None else f", {pace:.3f} s each (median)")
-                    + _more(drawn, memory)
-                )
-                if json:
-                    lines.print(line)
-                print(drawn.as_json() if json else line, flush=True)
+            images: Any
+            if ray is None:
+                inner = progress.add_task("steps", total=steps)
+                pipe = job.load(settings, setup, lines.print)
+                progress.update(pictures, description="pictures")
+                images = job.draw(pipe, settings, setup, on_step, on_kept)
+            else:
+                images = drawing.draw(settings, setup, ray, ray_actors, lines.print, on_kept)
+            with contextlib.closing(images):
+                for drawn in images:
+                    done += 1
+                    progress.update(pictures, completed=done, description="pictures")
+                    line = _line(drawn, memory)
+                    if json:
+                        lines.print(line)
+                    print(drawn.as_json() if json else line, flush=True)
     except KeyboardInterrupt:
         lines.print(f"interrupted: {done} of {settings.pictures} images are finished and kept in {out}")
         raise typer.Exit(130) from None
@@ -323,9 +336,16 @@ def generate(
             leave()
 
 
-def _more(drawn: Any, memory: bool) -> str:
-    """What a line tells of an image besides, where it was asked for."""
-    told = "" if drawn.batch == 1 else f", {drawn.batch} images at once"
+def _line(drawn: Any, memory: bool) -> str:
+    """What is told of an image: of its memory where that was asked for."""
+    pace = drawn.median_step_seconds
+    frames = "" if drawn.frames is None else f"{drawn.frames} frames of "
+    told = (
+        f"{drawn.path}: {frames}{drawn.height} x {drawn.width}, seed {drawn.seed}, {drawn.steps} steps in "
+        f"{drawn.seconds:.2f} s"
+    )
+    told += "" if pace is None else f", {pace:.3f} s each (median)"
+    told += "" if drawn.batch == 1 else f", {drawn.batch} images at once"
     if memory and drawn.peak_memory_bytes is not None:
         told += f", peak {drawn.peak_memory_bytes / 2**30:.2f} GiB of the {drawn.peak_memory_of}"
     return told

@@ -13,6 +13,7 @@ EXTRAS = {
     "prodigyopt": ("prodigyopt", "train"),
     "fontTools": ("fonttools", "train"),
     "av": ("av", "video"),
+    "ray": ("ray", "ray"),
 }
 """(distribution, extra of flexclear that installs it), by import name."""
 

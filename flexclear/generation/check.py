@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from flexclear.common.choices import DTYPES
-from flexclear.common.fingerprints import counts, fingerprint_files, fingerprint_pipeline
 from flexclear.families import FAMILIES
 from flexclear.families.target import px_per_token
 from flexclear.generation.calls import call_arguments
 from flexclear.generation.clips import check_clip, check_images, check_videos, draws_videos, suffix_of
+from flexclear.generation.fingerprints import fingerprints_of
 from flexclear.generation.inputs import Inputs, own_size
 from flexclear.generation.kinds import check_cleaning, check_controlnet, drawing_kind, own_image
 from flexclear.generation.loras import check_loras
@@ -78,18 +78,11 @@ def check(settings: GenerateSettings, videos: bool = False) -> Setup:
     with loading(settings.controlnet or settings.model):
         mode = None if kind is None else check_controlnet(kind, controlnet, settings)
     settings = _check_inputs(folder, config, kind, settings)
-    weights = None if settings.weights is None else _weights(settings.weights)
+    weights = None if settings.weights is None else weights_file(settings.weights)
     suffix = suffix_of(settings) if video else ".png"
     target = Target.of(settings.out, settings.pictures, settings.overwrite, settings.resume, suffix)
-    fingerprints = [fingerprint_pipeline(Path(folder))] if Path(folder).is_dir() else []
-    files = [weights, settings.image, settings.control_image, *(path for path, _ in settings.loras)]
-    for file in (file.expanduser() for file in files if file is not None):
-        fingerprints.append(fingerprint_files(file.parent, [file]))
-    if (place := Path(controlnet)).is_dir() and controlnet:
-        fingerprints.append(fingerprint_files(place, sorted(file for file in place.glob("*") if counts(file))))
-    return Setup(
-        folder, device, dtype, recipe, weights, target, tuple(fingerprints), settings.sizes, kind, controlnet, mode
-    )
+    fingerprints = fingerprints_of(settings, folder, weights, controlnet)
+    return Setup(folder, device, dtype, recipe, weights, target, fingerprints, settings.sizes, kind, controlnet, mode)
 
 
 def choose_device(name: str) -> torch.device:
@@ -278,7 +271,7 @@ def check_text_len(pipe: Any, text_len: int) -> None:
                 raise ValueError(f"--text-len {text_len}: {error}") from error
 
 
-def _weights(text: str) -> Path:
+def weights_file(text: str) -> Path:
     """The weights file; from the hub it is downloaded. Raises for what is no whole safetensors file."""
     from flexclear.weights.files import locate, read_header
 

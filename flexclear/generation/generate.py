@@ -10,7 +10,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,50 +108,17 @@ def draw(
         ValueError: the pipeline has no such option, or cannot draw this; or ``resume``, and the images there are of
             other sets.
     """
-    kind = type(pipe)
-    defaults = parameters_of(kind) | (EMBEDDED_DEFAULTS if settings.model == EMBEDDED else {})
-    fixed = call_arguments(kind, settings, defaults)
-    common = metadata(pipe, settings, setup, {**defaults, **fixed})
-    inputs = Inputs(kind, settings, setup.control_mode)
-    wishes = [
-        Wish(number, prompt, size, seed)
-        for number, (prompt, size, seed) in enumerate(
-            itertools.product(settings.prompts, settings.sizes or setup.sizes or (None,), settings.seeds), 1
-        )
-    ]
+    drawer = Drawer(pipe, settings, setup)
+    wishes = wishes_of(settings, setup)
     target = setup.target
     kept: dict[int, Path] = {}
     if settings.resume:
-        kept, target = find_finished(target, [{**wish.told, **common} for wish in wishes], versions())
+        kept, target = find_finished(target, [{**wish.told, **drawer.told} for wish in wishes], versions())
         for path in kept.values():
             on_kept(path)
     for together in in_calls([wish for wish in wishes if wish.number not in kept], settings.batch):
-        call = _Call(pipe, settings, setup, together, on_step)
-        pictures, stages = call.run(fixed, inputs)
-        if settings.parallel and torch.distributed.get_rank() != 0:
-            continue
-        for wish, made in zip(together, pictures, strict=True):
-            frames = made if draws_videos(kind) else [made]
-            width, height = frames[0].size
-            told = {"prompt": wish.prompt, "height": height, "width": width, "seed": wish.seed, **common, **stages}
-            if draws_videos(kind):
-                content = video_content(format_of(settings), frames, common["fps"], told, versions())
-            else:
-                content = png_bytes(made, told, versions())
-            yield Drawn(
-                path=target.write(wish.number, wish.prompt, content),
-                prompt=wish.prompt,
-                height=height,
-                width=width,
-                seed=wish.seed,
-                steps=call.steps,
-                seconds=call.seconds,
-                step_seconds=tuple(b - a for a, b in itertools.pairwise(call.ends)),
-                peak_memory_bytes=call.peak.bytes_seen,
-                peak_memory_of=call.peak.of,
-                frames=len(frames) if draws_videos(kind) else None,
-                batch=len(together),
-            )
+        for made in drawer.draw(together, on_step):
+            yield made.at(target.write(made.wish.number, made.wish.prompt, made.content))
 
 
 @dataclass(frozen=True)
@@ -170,12 +137,93 @@ class Wish:
         return {"prompt": self.prompt, **size, "seed": self.seed}
 
 
+def wishes_of(settings: GenerateSettings, setup: Setup) -> list[Wish]:
+    """The images of a set, in their order."""
+    sizes = settings.sizes or setup.sizes or (None,)
+    combinations = itertools.product(settings.prompts, sizes, settings.seeds)
+    return [Wish(number, prompt, size, seed) for number, (prompt, size, seed) in enumerate(combinations, 1)]
+
+
 def in_calls(wishes: Sequence[Wish], batch: int) -> Iterator[list[Wish]]:
     """Images that one call draws: up to ``batch`` that follow one another and have one size."""
     for _, alike in itertools.groupby(wishes, key=lambda wish: wish.size):
         together = list(alike)
         for first in range(0, len(together), batch):
             yield together[first : first + batch]
+
+
+@dataclass(frozen=True)
+class Made:
+    """One image or video that is drawn and not written yet.
+
+    Attributes:
+        wish: what was asked for.
+        content: of its file, or by name of the files of its folder.
+        facts: of ``Drawn``, but for the path.
+    """
+
+    wish: Wish
+    content: bytes | Mapping[str, bytes]
+    facts: Mapping[str, Any]
+
+    def at(self, path: Path) -> Drawn:
+        """What is told of it once it is written."""
+        return Drawn(path=path, **self.facts)
+
+
+class Drawer:
+    """Draws images of one set by a loaded pipeline.
+
+    Args:
+        pipe: of ``load``.
+        settings: what to draw.
+        setup: of ``check``.
+
+    Attributes:
+        told: the settings that all images share, as their files carry them.
+
+    Raises:
+        ValueError: the pipeline has no such option.
+    """
+
+    def __init__(self, pipe: Any, settings: GenerateSettings, setup: Setup) -> None:
+        self._pipe, self._settings, self._setup = pipe, settings, setup
+        kind = type(pipe)
+        defaults = parameters_of(kind) | (EMBEDDED_DEFAULTS if settings.model == EMBEDDED else {})
+        self._fixed = call_arguments(kind, settings, defaults)
+        self.told = metadata(pipe, settings, setup, {**defaults, **self._fixed})
+        self._inputs = Inputs(kind, settings, setup.control_mode)
+
+    def draw(self, wishes: Sequence[Wish], on_step: OnStep = lambda picture, step, steps: None) -> Iterator[Made]:
+        """Draw images of one size in one call; of several processes that share images, the others yield none.
+
+        Raises:
+            ValueError: the pipeline cannot draw this.
+        """
+        settings, videos = self._settings, draws_videos(type(self._pipe))
+        call = _Call(self._pipe, settings, self._setup, wishes, on_step)
+        pictures, stages = call.run(self._fixed, self._inputs)
+        if settings.parallel and torch.distributed.get_rank() != 0:
+            return
+        for wish, made in zip(wishes, pictures, strict=True):
+            frames = made if videos else [made]
+            width, height = frames[0].size
+            told = {"prompt": wish.prompt, "height": height, "width": width, "seed": wish.seed, **self.told, **stages}
+            if videos:
+                content = video_content(format_of(settings), frames, self.told["fps"], told, versions())
+            else:
+                content = png_bytes(made, told, versions())
+            facts = {
+                **{name: told[name] for name in ("prompt", "height", "width", "seed")},
+                "steps": call.steps,
+                "seconds": call.seconds,
+                "step_seconds": tuple(b - a for a, b in itertools.pairwise(call.ends)),
+                "peak_memory_bytes": call.peak.bytes_seen,
+                "peak_memory_of": call.peak.of,
+                "frames": len(frames) if videos else None,
+                "batch": len(wishes),
+            }
+            yield Made(wish, content, facts)
 
 
 class _Call:

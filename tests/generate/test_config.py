@@ -172,6 +172,7 @@ def test_every_setting_that_an_image_carries_is_an_option(generate):
     told = set(read_settings(line["path"])["settings"])
     assert told - {*SAME, *FOUND} == {"prompt", "height", "width", "seed"}
     drawing = names - {"out", "overwrite", "resume", "json", "prompts", "height", "width", "fp8", "memory", "stages"}
+    drawing -= {"ray", "ray_actors"}
     given_elsewhere = {
         "prompt",
         "size",

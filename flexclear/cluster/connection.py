@@ -1,0 +1,225 @@
+"""A Ray cluster, its nodes, and whether they can do a job."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flexclear.cluster import probe
+from flexclear.cluster.job import Job
+from flexclear.common.extras import require
+from flexclear.common.versions import versions
+
+logger = logging.getLogger("flexclear")
+
+ANSWER_SECONDS = 300
+"""In which a node must have looked at its files."""
+
+REACH_SECONDS = 5
+"""In which a cluster's address must take a connection."""
+
+LOCAL, FOUND = "local", "auto"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine: its id, address, and how many CPUs and GPUs of it the cluster has."""
+
+    id: str
+    address: str
+    cpus: float
+    gpus: float
+
+    @property
+    def label(self) -> str:
+        return f"node {self.address} ({self.id[:8]})"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where actors go.
+
+    Attributes:
+        ray: the module, connected.
+        nodes: that have room for one.
+        gpus: whether each actor has a GPU.
+    """
+
+    ray: Any
+    nodes: tuple[Node, ...]
+    gpus: bool
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    def actors(self, asked: int | None) -> int:
+        """How many there are: as asked for; else one per GPU, without GPUs one per node."""
+        if asked is not None:
+            return asked
+        return int(sum(node.gpus for node in self.nodes)) if self.gpus else len(self.nodes)
+
+    def resources(self, actors: int) -> dict[str, float]:
+        """What each of so many actors takes: a GPU, or an equal share of the CPUs, which is its number of threads."""
+        if self.gpus:
+            return {"num_gpus": 1, "num_cpus": 0}
+        share = min(sum(node.cpus for node in self.nodes) // actors, min(node.cpus for node in self.nodes))
+        return {"num_cpus": max(1, int(share))}
+
+    def label(self, node_id: str) -> str:
+        """A node as messages name it, one that came later too."""
+        found = next((node for node in (*self.nodes, *_nodes(self.ray)) if node.id == node_id), None)
+        return f"node {node_id[:8]}" if found is None else found.label
+
+    def check(self, job: Job) -> None:
+        """Ask every node whether it can do a job.
+
+        Raises:
+            ValueError: one cannot; all of them are named, with all that hinders.
+        """
+        from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
+        from ray.exceptions import GetTimeoutError, RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+        # A worker process that has looked ends: what it imported without a GPU is not for an actor that has one.
+        task = self.ray.remote(num_cpus=0, max_calls=1, max_retries=0)(probe.examine)
+        register_pickle_by_value(probe)
+        try:
+            asked = [
+                task.options(scheduling_strategy=On(node.id, soft=False)).remote(
+                    pickle.dumps(job), os.getcwd(), versions()
+                )
+                for node in self.nodes
+            ]
+        finally:
+            unregister_pickle_by_value(probe)
+        problems = []
+        for node, answer in zip(self.nodes, asked, strict=True):
+            try:
+                problems += [f"{node.label}: {text}" for text in self.ray.get(answer, timeout=ANSWER_SECONDS)]
+            except GetTimeoutError:
+                problems.append(f"{node.label} has not answered in {ANSWER_SECONDS} s")
+            except RayError as error:
+                problems.append(f"{node.label}: {first_line(error)}")
+        if problems:
+            raise ValueError(f"--ray: not every node can do this. {'; '.join(problems)}")
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """The module ``ray``, connected to a cluster; afterwards it is not any more.
+
+    Args:
+        address: ``HOST:PORT``; ``"auto"``: of the cluster that this machine is a node of; ``"local"``: one of this machine alone,
+            started for the job.
+
+    Raises:
+        ImportError: Ray is not installed.
+        OSError: there is no such cluster.
+        ValueError: this is no address.
+    """
+    require("ray", "--ray")
+    _check_address(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        raise ValueError("--ray: this process is connected to a Ray cluster already")
+    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    try:
+        # What workers print would go to standard output, where results are.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(f"--ray {address}: this cluster cannot be used: {first_line(error)}") from error
+    results = sys.stdout
+    aside: Any = _WithoutRay(results)
+    sys.stdout = aside
+    try:
+        yield ray
+    finally:
+        aside.ending = True
+        ray.shutdown()
+        if sys.stdout is aside:
+            sys.stdout = results
+
+
+class _WithoutRay:
+    """A stream without what Ray writes, in a thread of its own and when it ends: it prints the end of a lost node's log on
+    standard output, where results are. Those lines are log records for ``--verbose``.
+
+    Attributes:
+        ending: whether all that is written now is Ray's.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.ending = False
+
+    def write(self, text: str) -> int:
+        if not self.ending and not threading.current_thread().name.startswith("ray_"):
+            return self._stream.write(text)
+        for line in filter(str.strip, text.splitlines()):
+            logger.debug(line)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def cluster_of(ray: Any, device: str) -> Cluster:
+    """Where a job on ``device`` (``"auto"``, ``"cuda"`` or ``"cpu"``) goes: with ``"auto"`` to GPUs where there are some.
+
+    Raises:
+        ValueError: to nowhere.
+    """
+    nodes = _nodes(ray)
+    with_gpus = tuple(node for node in nodes if node.gpus >= 1)
+    if device == "cuda" and not with_gpus:
+        raise ValueError(f"--device cuda: no node of this cluster has a GPU; it has {len(nodes)} nodes")
+    if with_gpus and device != "cpu":
+        return Cluster(ray, with_gpus, True)
+    with_cpus = tuple(node for node in nodes if node.cpus >= 1)
+    if not with_cpus:
+        raise ValueError(f"--ray: no node of this cluster has a CPU to work with; it has {len(nodes)} nodes")
+    return Cluster(ray, with_cpus, False)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _nodes(ray: Any) -> list[Node]:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            node["Resources"].get("CPU", 0),
+            node["Resources"].get("GPU", 0),
+        )
+        for node in alive
+    ]
+
+
+def _check_address(address: str) -> None:
+    if address in (LOCAL, FOUND):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in address:
+        raise ValueError(
+            f"--ray must be HOST:PORT of a cluster that this machine is a node of, {FOUND!r} to find that one, or {LOCAL!r} "
+            f"for the GPUs of this machine; got {address!r}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--ray {address}: no cluster can be reached there: {error}") from error

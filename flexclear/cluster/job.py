@@ -1,0 +1,44 @@
+"""What a job is to the cluster: something that nodes can be asked about, and that a worker opens."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Work(Protocol):
+    """A job in a worker, its pipeline loaded.
+
+    Attributes:
+        told: what must be equal in all workers, as JSON can hold it.
+        remarks: lines for people.
+    """
+
+    told: dict[str, Any]
+    remarks: list[str]
+
+    def run(self, payload: Any) -> Any:
+        """Do one call."""
+
+
+class Job(Protocol):
+    """A job as it travels to the nodes.
+
+    Attributes:
+        device: where its workers compute: ``"cuda"``, ``"cpu"``, or ``"auto"``, while it has not been said.
+        files: what ``look`` returns where the files are those of the process that has the job.
+    """
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
+    def on(self, device: str) -> Job:
+        """The same job for workers with this kind of device."""
+
+    def look(self) -> tuple[str, ...]:
+        """Fingerprints of the files that the job reads, on a node; raises for what is missing there. Imports little."""
+
+    def open(self) -> Work:
+        """Check what depends on the device, and load."""

@@ -1,0 +1,41 @@
+"""What a node says of itself. Its functions travel by value: the package need not be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def examine(job: bytes, folder: str, wanted: dict[str, str]) -> list[str]:
+    """What hinders a job on this node; empty: nothing.
+
+    Args:
+        job: pickled.
+        folder: the working directory, from which relative paths count.
+        wanted: versions of the process that has the job.
+    """
+    import pickle
+    import sys
+
+    try:
+        from flexclear.common.versions import versions
+
+        found = versions()
+    except ImportError as error:
+        return [f"flexclear cannot be imported by {sys.executable}: {error}"]
+    names: Any = {**wanted, **found}
+    unequal = [
+        f"{name} {found.get(name, 'missing')}, here {wanted.get(name, 'missing')}"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    ]
+    if unequal:
+        return unequal
+    try:
+        from flexclear.cluster.worker import enter
+
+        enter(folder)
+        asked = pickle.loads(job)
+        files = asked.look()
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        return [str(error)]
+    return [] if files == asked.files else ["files of the job have the same names there as here, and other contents"]

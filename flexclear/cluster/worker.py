@@ -1,0 +1,42 @@
+"""The process of an actor."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from flexclear.cluster.job import Job, Work
+
+
+def enter(folder: str) -> None:
+    """Make the driver's working directory this process's, where a node has it: relative paths then mean the same files."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
+class Worker:
+    """Holds a job with its pipeline, and does one call after the other.
+
+    Args:
+        folder: see ``enter``.
+    """
+
+    def __init__(self, folder: str) -> None:
+        enter(folder)
+        self._work: Work | None = None
+
+    def place(self) -> str:
+        """Id of the node; answered as soon as the cluster has found room."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def prepare(self, job: Job) -> tuple[dict[str, Any], list[str]]:
+        """Load; returns what must be equal in all workers, and lines for people."""
+        self._work = job.open()
+        return self._work.told, self._work.remarks
+
+    def run(self, payload: Any) -> Any:
+        """Do one call."""
+        assert self._work is not None
+        return self._work.run(payload)

@@ -1,0 +1,58 @@
+"""A local Ray cluster of two nodes in namespaces of its own: network, so that it probes no other host, and processes, so that all
+of them end with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from flexclear.common.extras import is_installed
+
+TESTS = Path(__file__).parents[1]
+
+ALONE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def needs_ray():
+    """Skip, with the reason, where no such cluster can be."""
+    if not is_installed("ray"):
+        pytest.skip("Ray is not installed (extra ray)")
+    try:
+        tried = subprocess.run([*ALONE, "ip", "link", "set", "lo", "up"], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        pytest.skip(f"no namespace of its own: {error}")
+    if tried.returncode:
+        pytest.skip(f"no namespace of its own: {tried.stderr.strip()}")
+
+
+def in_cluster(scenario, **given):
+    """What a function of ``helpers.ray_scenarios`` returns, called with a running cluster and ``given``."""
+    needs_ray()
+    with tempfile.TemporaryDirectory(prefix="rc") as folder:  # short: paths of sockets are
+        environment = {
+            **os.environ,
+            "RAY_TMPDIR": folder,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_memory_monitor_refresh_ms": "0",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(TESTS),
+        }
+        result = Path(folder) / "result.json"
+        run = [sys.executable, "-m", "helpers.ray_scenarios", scenario, json.dumps(given), str(result)]
+        done = subprocess.run(
+            [*ALONE, "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *run],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(result.read_text(encoding="utf-8"))

@@ -1,0 +1,107 @@
+"""What tests do with a Ray cluster; runs in the cluster's namespaces, see ``helpers.ray_cluster``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+
+
+class Nodes:
+    """A cluster of two nodes: the head, and ``second`` with environment variables of its own."""
+
+    def __init__(self, **environment):
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        self.second = self.add(**environment)
+        self.address = self.cluster.address
+
+    def add(self, **env):
+        return self.cluster.add_node(**NODE, **({"env_vars": env} if env else {}))
+
+    def remove(self, node):
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def processor_seconds(self):
+        import psutil
+
+        return sum(sum(one.cpu_times()[:4]) for one in psutil.process_iter())
+
+
+def command(*arguments):
+    """Status, standard output and standard error of ``flexclear``."""
+    from flexclear.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(list(arguments))
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def actors():
+    """Processes of actors of flexclear."""
+    import psutil
+
+    return [one.pid for one in psutil.process_iter() if "ray::Worker" in " ".join(one.cmdline())]
+
+
+class Disturbed:
+    """Does something as soon as so many images are in a folder: in a thread, while a command runs."""
+
+    def __init__(self, folder, **steps):
+        import threading
+
+        self.folder, self.did, self._over = Path(folder), [], False
+        self._thread = threading.Thread(target=self._run, args=(steps,))
+
+    def _run(self, steps):
+        for name, (count, act) in steps.items():
+            while len(list(self.folder.glob("*.png"))) < count:
+                if self._over:
+                    return
+                time.sleep(0.01)
+            self.did.append([name, act()])
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._over = True
+        self._thread.join()
+
+
+def kill_one():
+    [pid, *_] = actors()
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def images(nodes, arguments, out, alone, removed_after, killed_after=None):
+    """``flexclear generate --ray`` while a node is removed, and before that an actor is killed; then without a cluster."""
+    steps = {} if killed_after is None else {"killed": (killed_after, kill_one)}
+    steps["removed"] = removed_after, lambda: nodes.remove(nodes.second)
+    with Disturbed(out, **steps) as disturbed:
+        status, told, said = command(*arguments, "--out", out, "--ray", nodes.address)
+    alone = command(*arguments, "--out", alone)
+    return {"status": [status, alone[0]], "out": told, "err": said, "did": [name for name, _ in disturbed.did]}
+
+
+if __name__ == "__main__":
+    name, given, result = sys.argv[1:]
+    cluster = Nodes()
+    found = globals()[name](cluster, **json.loads(given))
+    found["processor seconds"] = cluster.processor_seconds()
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+    os._exit(0)  # the kernel ends the rest of the namespace
