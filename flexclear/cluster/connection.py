@@ -126,8 +126,7 @@ def connected(address: str) -> Iterator[Any]:
         OSError: there is no such cluster.
         ValueError: this is no address.
     """
-    require("ray", "--ray")
-    _check_address(address)
+    check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -210,7 +209,13 @@ def _nodes(ray: Any) -> list[Node]:
     ]
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
+    """Raise where there is no cluster, as far as that is known without Ray being imported.
+
+    Raises:
+        ImportError, OSError, ValueError: see ``connected``.
+    """
+    require("ray", "--ray")
     if address in (LOCAL, FOUND):
         return
     host, _, port = address.rpartition(":")

@@ -11,7 +11,6 @@ import typer
 
 from flexclear.commands.terminal import output
 from flexclear.common.choices import check_finite
-from flexclear.common.extras import require
 
 PANEL = "Output"
 
@@ -71,10 +70,13 @@ def check_ray(address: str | None, actors: int | None) -> None:
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: there is no ``--ray``.
+        OSError: no cluster is there.
+        ValueError: the address is none, or there is none.
     """
     if address is not None:
-        require("ray", "--ray")
+        from flexclear.cluster.connection import check_address
+
+        check_address(address)
     elif actors is not None:
         raise ValueError(f"--ray-actors {actors} is of --ray, which is missing")
 
