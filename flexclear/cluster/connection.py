@@ -173,6 +173,13 @@ class _WithoutRay:
         return getattr(self._stream, name)
 
 
+@contextlib.contextmanager
+def cluster_at(address: str, device: str) -> Iterator[Cluster]:
+    """A cluster that is connected, for a job on ``device``; see ``connected`` and ``cluster_of``."""
+    with connected(address) as ray:
+        yield cluster_of(ray, device)
+
+
 def cluster_of(ray: Any, device: str) -> Cluster:
     """Where a job on ``device`` (``"auto"``, ``"cuda"`` or ``"cpu"``) goes: with ``"auto"`` to GPUs where there are some.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexclear.cluster.connection import Cluster, cluster_of, connected, first_line
+from flexclear.cluster.connection import Cluster, first_line
 from flexclear.cluster.job import Job
 from flexclear.cluster.queue import Call, Queue
 from flexclear.cluster.worker import Worker
@@ -34,30 +34,27 @@ class _Member:
 
 @contextlib.contextmanager
 def crew_for(
-    job: Job, address: str, actors: int | None, calls: int, say: Callable[[str], None]
+    job: Job, cluster: Cluster, actors: int | None, calls: int, say: Callable[[str], None]
 ) -> Iterator[tuple[Crew, dict[str, Any]]]:
     """Actors of a cluster that have loaded a job, and what all of them tell of it; afterwards they are gone.
 
     Args:
         job: what.
-        address: of ``connected``.
+        cluster: where.
         actors: how many; None: see ``Cluster.actors``.
         calls: how many there are at most; of further actors there would be no use.
         say: called with lines for people.
 
     Raises:
-        OSError, TypeError, ValueError: the cluster cannot be reached, or a node or actor cannot do this.
+        OSError, TypeError, ValueError: a node or actor cannot do this.
         RuntimeError: actors are lost over and over.
     """
-    with connected(address) as ray:
-        cluster = cluster_of(ray, job.device)
-        job = job.on(cluster.device)
-        cluster.check(job)
-        crew = Crew(cluster, job, min(cluster.actors(actors), calls), say)
-        try:
-            yield crew, crew.start()
-        finally:
-            crew.close()
+    cluster.check(job)
+    crew = Crew(cluster, job, min(cluster.actors(actors), calls), say)
+    try:
+        yield crew, crew.start()
+    finally:
+        crew.close()
 
 
 class Crew:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexclear.cluster.connection import Cluster, cluster_at
 from flexclear.cluster.crew import crew_for
 from flexclear.cluster.queue import Call
 from flexclear.common.versions import versions
@@ -32,14 +33,6 @@ class DrawingJob:
 
     settings: GenerateSettings
     files: tuple[str, ...]
-
-    @property
-    def device(self) -> str:
-        return self.settings.device
-
-    def on(self, device: str) -> DrawingJob:
-        """The same for workers with this kind of device."""
-        return replace(self, settings=replace(self.settings, device=device))
 
     def look(self) -> tuple[str, ...]:
         """Fingerprints of the files here.
@@ -92,6 +85,17 @@ class _Drawing:
         return list(self._drawer.draw(payload))
 
 
+def job_of(settings: GenerateSettings, setup: Setup, cluster: Cluster) -> DrawingJob:
+    """Images as workers of a cluster draw them.
+
+    Args:
+        settings: what to draw.
+        setup: of ``check_here``.
+        cluster: where.
+    """
+    return DrawingJob(replace(settings, device=cluster.device), setup.fingerprints)
+
+
 def calls_of(groups: Iterable[Sequence[Wish]]) -> list[Call]:
     """Images that are drawn at once, as calls of ``DrawingJob``."""
     return [
@@ -105,7 +109,7 @@ def _name(wishes: Sequence[Wish]) -> str:
     return f"image {first}" if first == last else f"images {first} to {last}"
 
 
-def check_here(settings: GenerateSettings) -> Setup:
+def check_here(settings: GenerateSettings, videos: bool = True) -> Setup:
     """``flexclear.generation.check.check`` for what other machines draw: here there need be no GPU.
 
     Raises:
@@ -117,11 +121,20 @@ def check_here(settings: GenerateSettings) -> Setup:
         raise ValueError("--ray draws many images, each on one GPU, and --parallel one image on several; leave one out")
     if settings.stages is not None:
         raise ValueError("--stages keeps files where an image is drawn, on any node of --ray; leave one of them out")
-    if settings.device not in DEVICES:
+    check_device(settings.device)
+    return check(replace(settings, device="cpu", recipe=None, offload=None), videos)
+
+
+def check_device(device: str) -> None:
+    """Raise for a ``--device`` that is not the cluster's to choose.
+
+    Raises:
+        ValueError: it names one of several, or another kind.
+    """
+    if device not in DEVICES:
         raise ValueError(
-            f"--device {settings.device}: with --ray the cluster gives each actor its GPU; leave it out, or give 'cpu'"
+            f"--device {device}: with --ray the cluster gives each actor its GPU; leave it out, or give 'cpu'"
         )
-    return check(replace(settings, device="cpu", recipe=None, offload=None), videos=True)
 
 
 def draw(
@@ -151,7 +164,10 @@ def draw(
     from flexclear.images.files import numbered
 
     wishes = wishes_of(settings, setup)
-    with crew_for(DrawingJob(settings, setup.fingerprints), address, actors, len(wishes), say) as (crew, told):
+    with (
+        cluster_at(address, settings.device) as cluster,
+        crew_for(job_of(settings, setup, cluster), cluster, actors, len(wishes), say) as (crew, told),
+    ):
         target = setup.target
         kept: dict[int, Path] = {}
         if settings.resume:

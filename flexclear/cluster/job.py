@@ -24,18 +24,11 @@ class Job(Protocol):
     """A job as it travels to the nodes.
 
     Attributes:
-        device: where its workers compute: ``"cuda"``, ``"cpu"``, or ``"auto"``, while it has not been said.
         files: what ``look`` returns where the files are those of the process that has the job.
     """
 
     @property
-    def device(self) -> str: ...
-
-    @property
     def files(self) -> tuple[str, ...]: ...
-
-    def on(self, device: str) -> Job:
-        """The same job for workers with this kind of device."""
 
     def look(self) -> tuple[str, ...]:
         """Fingerprints of the files that the job reads, on a node; raises for what is missing there. Imports little."""

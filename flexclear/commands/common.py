@@ -81,6 +81,18 @@ def check_ray(address: str | None, actors: int | None) -> None:
         raise ValueError(f"--ray-actors {actors} is of --ray, which is missing")
 
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="Many images on the GPUs of a Ray cluster: HOST:PORT of one that this machine is a node of, auto (find it), or "
+        "local (the GPUs of this machine). Needs the extra ray."
+    ),
+]
+RayActors = Annotated[
+    int | None, typer.Option(min=1, help="Of --ray: pipelines at once. Default: one per GPU; without GPUs, per node.")
+]
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         import flexclear

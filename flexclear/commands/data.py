@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from flexclear.commands.common import Commands, finite, must_exist, out_folder
+from flexclear.commands.common import Commands, Ray, RayActors, check_ray, finite, must_exist, out_folder
 from flexclear.commands.terminal import console, progress_bars
 from flexclear.common.choices import DTYPES, LARGEST_SEED, check_choice, check_seeds
 
@@ -32,6 +33,8 @@ def generate(
     text_len: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
+    ray: Ray = None,
+    ray_actors: RayActors = None,
 ) -> None:
     """Draw COUNT images with the plain model, each with its caption in a .txt file beside it.
 
@@ -59,11 +62,13 @@ def generate(
     check_seeds("--seed", seed, count)
     settings.check()
     out_folder(out)
+    check_ray(ray, ray_actors)
 
     from flexclear.distill.drawing import DataPlan, draw_data
     from flexclear.generation.check import choose_device
 
-    choose_device(device)
+    if ray is None:
+        choose_device(device)
 
     plan = DataPlan(settings, count, part)
     total, left = len(plan.numbers()), len(plan.missing())
@@ -72,9 +77,17 @@ def generate(
         task = progress.add_task("pictures", total=total, completed=total - left)
         drawn = 0
         try:
-            for _ in draw_data(plan, say=lines.print):
-                drawn += 1
-                progress.update(task, advance=1)
+            images: Any
+            if ray is None:
+                images = draw_data(plan, say=lines.print)
+            else:
+                from flexclear.cluster import data as cluster
+
+                images = cluster.draw_data(plan, ray, ray_actors, lines.print)
+            with contextlib.closing(images):
+                for _ in images:
+                    drawn += 1
+                    progress.update(task, advance=1)
         except KeyboardInterrupt:
             lines.print(f"interrupted: {total - left + drawn} of {total} images are finished and kept in {out}")
             raise typer.Exit(130) from None
@@ -95,6 +108,8 @@ def cache(
         str, typer.Option(help="float32, bfloat16, float16; auto: bfloat16 on CUDA, else float32.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
+    ray: Ray = None,
+    ray_actors: RayActors = None,
 ) -> None:
     """Encode images and captions once, so that training loads neither text encoders nor VAE.
 
@@ -110,25 +125,23 @@ def cache(
     model_folder(model)
     must_exist(source, "no folder of images and no .tar file at")
     out_folder(out)
+    check_ray(ray, ray_actors)
 
     from flexclear.distill.caching import cache as job
     from flexclear.distill.models import text_len_of
     from flexclear.generation.check import choose_device, choose_dtype
 
-    place = choose_device(device)
+    place = choose_device(device) if ray is None else None
+    tokens = text_len_of(model) if text_len is None else text_len
     lines = console()
     with progress_bars(lines) as progress:
         task = progress.add_task("encoding", total=None)
-        done = job(
-            source,
-            model,
-            out,
-            size=sides,
-            text_len=text_len_of(model) if text_len is None else text_len,
-            shard_size=shard_size,
-            device=place,
-            dtype=choose_dtype(dtype, place),
-            on_item=lambda number, total: progress.update(task, completed=number, total=total),
-            say=lines.print,
-        )
+        options: Any = {"size": sides, "text_len": tokens, "shard_size": shard_size, "say": lines.print}
+        options["on_item"] = lambda number, total: progress.update(task, completed=number, total=total)
+        if place is not None:
+            done = job(source, model, out, device=place, dtype=choose_dtype(dtype, place), **options)
+        else:
+            from flexclear.cluster import data as cluster
+
+            done = cluster.cache(source, model, out, str(ray), ray_actors, device=device, dtype=dtype, **options)
     print(f"{done.folder}: {done.samples} samples, {len(done.skipped)} skipped")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexclear.commands.common import check_ray, finite, out_folder
+from flexclear.commands.common import Ray, RayActors, check_ray, finite, out_folder
 from flexclear.commands.config import IMAGES, configurable
 from flexclear.commands.terminal import console, output, progress_bars
 from flexclear.common.choices import EMBEDDED, LARGEST_SEED
@@ -186,17 +186,8 @@ def generate(
     exchange: Annotated[
         str, typer.Option(help="Of --parallel: sync, or stale: borders of the step before while new ones travel.")
     ] = "sync",
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            help="Many images on the GPUs of a Ray cluster: HOST:PORT of one that this machine is a node of, auto (find it), or "
-            "local (the GPUs of this machine). Needs the extra ray."
-        ),
-    ] = None,
-    ray_actors: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of --ray: pipelines at once. Default: one per GPU; without GPUs, per node."),
-    ] = None,
+    ray: Ray = None,
+    ray_actors: RayActors = None,
     out: Annotated[
         Path, typer.Option(help="Folder, or a .png file for one image, a .gif or .mp4 file for one video.")
     ] = Path("pictures"),

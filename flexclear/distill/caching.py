@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from flexclear.common.reading import parse_json, read_text
@@ -21,7 +22,31 @@ from flexclear.distill.models import check_encoded, fingerprint, load_pipeline, 
 from flexclear.distill.samples import CACHE_FORMAT, INDEX, TENSORS, CachedSamples, Sample, check_sample, shape_of
 from flexclear.distill.sources import Item, Skipped, find_items
 from flexclear.generation.check import check_text_len, skeleton_of
+from flexclear.images.files import write_whole
 from flexclear.images.fitting import fitted
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one file of a cache is made from.
+
+    Attributes:
+        name: of the file.
+        start: number of the first sample.
+        items: images and captions.
+        digests: of the images' files.
+        work: what the cache is of.
+    """
+
+    name: str
+    start: int
+    items: tuple[Item, ...]
+    digests: tuple[str, ...]
+    work: str
+
+
+Elsewhere = Callable[[Sequence[Part]], Iterator[tuple[Part, bytes]]]
+"""Encodes parts on other machines; yields each with its file's contents, in any order."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,7 @@ def cache(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     pipe: Any = None,
+    elsewhere: Elsewhere | None = None,
     on_item: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Cached:
@@ -67,6 +93,7 @@ def cache(
         shard_size: samples per file.
         device, dtype: of the encoders.
         pipe: ``model``, already loaded; otherwise it is loaded if there is anything to do.
+        elsewhere: encodes what is missing, in place of ``pipe``.
         on_item: called with the number of items done and their total.
         say: called with a line for everything that is skipped.
 
@@ -98,26 +125,43 @@ def cache(
             f"{out} holds a cache of other images, captions, settings or encoders; name another folder, or delete that one"
         )
     out.mkdir(parents=True, exist_ok=True)
+    parts = [
+        Part(
+            f"{number:05d}.safetensors",
+            start,
+            tuple(items[start : start + shard_size]),
+            tuple(digests[start : start + shard_size]),
+            work,
+        )
+        for number, start in enumerate(range(0, len(items), shard_size))
+    ]
+    if elsewhere is not None:
+        missing = [part for part in parts if _header(out / part.name, work) is None]
+        done = len(items) - sum(len(part.items) for part in missing)
+        on_item(done, len(items))
+        for part, content in elsewhere(missing) if missing else ():
+            write_whole(out / part.name, content, overwrite=True)
+            done += len(part.items)
+            on_item(done, len(items))
     entries: list[dict[str, Any]] = []
     factors: dict[str, float] = {}
-    for number, start in enumerate(range(0, len(items), shard_size)):
-        shard = out / f"{number:05d}.safetensors"
-        part = items[start : start + shard_size]
+    for part in parts:
+        shard = out / part.name
         found = _header(shard, work)
         if found is None:
             if pipe is None:
                 pipe = load_pipeline(model, folder, dtype, True)
             pipe.to(device)
-            encode = _Encoder(pipe, size, text_len)
-            factors = {"scaling_factor": encode.scaling, "shift_factor": encode.shift}
-            count = functools.partial(_count, on_item, start, len(items))
-            found = _write(shard, part, digests[start : start + shard_size], start, encode, work, factors, count)
+            encode = Encoder(pipe, size, text_len)
+            tensors, found = encode_part(part, encode, functools.partial(_count, on_item, part.start, len(items)))
+            with whole_file(shard) as beside:
+                save_file(tensors, beside, _metadata(found))
         for lost in found["skipped"]:
             skipped.append(Skipped(**lost))
             say(f"skipped {lost['name']}: {lost['reason']}")
         entries += found["samples"]
         factors = found["factors"]
-        on_item(start + len(part), len(items))
+        on_item(part.start + len(part.items), len(items))
     if not entries:
         raise ValueError(f"no image of {source} could be encoded; {len(skipped)} were skipped")
     index = {
@@ -168,22 +212,31 @@ def _header(shard: Path, work: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("work") == work else None
 
 
-def _write(
-    shard: Path,
-    items: list[Item],
-    digests: list[str],
-    start: int,
-    encode: _Encoder,
-    work: str,
-    factors: dict[str, float],
-    on_item: Callable[[int], None],
-) -> dict[str, Any]:
-    from safetensors.torch import save_file
+def part_bytes(part: Part, encode: Encoder) -> bytes:
+    """The contents of a part's file, made where its images may not be those that it was planned from.
 
+    Raises:
+        OSError: an image has other contents here, or cannot be read.
+    """
+    for item, digest in zip(part.items, part.digests, strict=True):
+        if item.digest() != digest:
+            raise OSError(f"{item.name} is not the same image here; all machines must see the same files")
+    tensors, found = encode_part(part, encode)
+    return save(tensors, _metadata(found))
+
+
+def _metadata(found: dict[str, Any]) -> dict[str, str]:
+    return {"flexclear": json.dumps(found)}
+
+
+def encode_part(
+    part: Part, encode: Encoder, on_item: Callable[[int], None] = lambda done: None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a part's samples by name, and what its file says of them."""
     tensors: dict[str, Tensor] = {}
     samples: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    for place, (item, digest) in enumerate(zip(items, digests, strict=True)):
+    for place, (item, digest) in enumerate(zip(part.items, part.digests, strict=True)):
         try:
             picture = item.picture(digest)
             sample = encode(picture, item.caption)
@@ -191,11 +244,11 @@ def _write(
         except ValueError as error:
             skipped.append({"name": item.name, "reason": str(error)})
             continue
-        key = f"{start + place:08d}"
+        key = f"{part.start + place:08d}"
         tensors |= {f"{key}.{name}": getattr(sample, name).contiguous() for name in TENSORS}
         samples.append(
             {
-                "shard": shard.name,
+                "shard": part.name,
                 "key": key,
                 "name": item.name,
                 "caption": item.caption,
@@ -203,13 +256,10 @@ def _write(
             }
         )
         on_item(place + 1)
-    found = {"work": work, "factors": factors, "samples": samples, "skipped": skipped}
-    with whole_file(shard) as beside:
-        save_file(tensors, beside, {"flexclear": json.dumps(found)})
-    return found
+    return tensors, {"work": part.work, "factors": encode.factors, "samples": samples, "skipped": skipped}
 
 
-class _Encoder:
+class Encoder:
     """Images and captions into samples, by a FLUX pipeline's encoders."""
 
     def __init__(self, pipe: Any, size: tuple[int, int] | None, text_len: int) -> None:
@@ -219,7 +269,10 @@ class _Encoder:
             raise ValueError(f"sides must be multiples of {self._multiple} pixels, got {size[0]}x{size[1]}")
         self._size = size
         config = pipe.vae.config
-        self.scaling, self.shift = float(config.scaling_factor), float(config.shift_factor or 0)
+        self.factors = {
+            "scaling_factor": float(config.scaling_factor),
+            "shift_factor": float(config.shift_factor or 0),
+        }
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, caption: str) -> Sample:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from flexclear.generation.generate import GenerateSettings, Setup, check, draw, load
 from flexclear.images.files import read_settings, write_whole
@@ -13,7 +15,7 @@ from flexclear.images.folder_settings import keep_settings
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where one image goes; stands in for ``flexclear.images.files.Target``."""
 
     path: Path
@@ -91,7 +93,7 @@ class DataPlan:
                 )
         return left
 
-    def check_folder(self, setup: Setup) -> None:
+    def check_folder(self, fingerprints: Sequence[str], dtype: torch.dtype) -> None:
         """Write the settings that all images share into ``settings.json`` in the folder, or compare them with it.
 
         Of an image's own, prompt and seed, see ``missing``: more images or prompts may be asked for later.
@@ -102,12 +104,12 @@ class DataPlan:
         settings = self.settings
         told = {
             "model": settings.model,
-            "fingerprints": setup.fingerprints,
+            "fingerprints": fingerprints,
             "sizes": settings.sizes,
             "steps": settings.steps,
             "guidance": settings.guidance,
             "text_len": settings.text_len,
-            "dtype": str(setup.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
         }
         keep_settings(settings.out, told, "Name another folder, or delete that one")
 
@@ -126,19 +128,43 @@ def draw_data(
         See ``flexclear.generation.generate.check``, ``DataPlan.missing`` and ``DataPlan.check_folder``. Nothing happens before
         the first image is asked for.
     """
-    out = plan.settings.out.expanduser()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, but {out} is a file")
-    plan = replace(plan, settings=replace(plan.settings, out=out))
-    setup = check(plan.settings)
-    left = plan.missing()
-    plan.check_folder(setup)
-    for number in sorted(set(plan.numbers()) - set(left)):
-        if not plan.path(number).with_suffix(".txt").exists():
-            write_caption(plan.path(number), plan.single(number).prompts[0])
+    plan, setup = checked(plan, check)
+    left = begin(plan, setup.fingerprints, setup.dtype)
     if not left:
         return
     pipe = load(plan.settings, setup, say)
     for number in left:
-        place: Any = _Place(plan.path(number))
+        place: Any = Place(plan.path(number))
         yield from draw(pipe, plan.single(number), replace(setup, target=place), on_step)
+
+
+def checked(plan: DataPlan, check: Callable[[GenerateSettings], Setup]) -> tuple[DataPlan, Setup]:
+    """A plan whose folder has no ``~``, and what ``check`` has found out.
+
+    Raises:
+        ValueError: its folder is a file; or see ``check``.
+    """
+    out = plan.settings.out.expanduser()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, but {out} is a file")
+    plan = replace(plan, settings=replace(plan.settings, out=out))
+    return plan, check(plan.settings)
+
+
+def begin(plan: DataPlan, fingerprints: Sequence[str], dtype: torch.dtype) -> list[int]:
+    """The numbers of the missing images; missing captions of the others are written.
+
+    Args:
+        plan: of ``checked``.
+        fingerprints: of the model's files.
+        dtype: of the model.
+
+    Raises:
+        See ``DataPlan.missing`` and ``DataPlan.check_folder``.
+    """
+    left = plan.missing()
+    plan.check_folder(fingerprints, dtype)
+    for number in sorted(set(plan.numbers()) - set(left)):
+        if not plan.path(number).with_suffix(".txt").exists():
+            write_caption(plan.path(number), plan.single(number).prompts[0])
+    return left

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
 
@@ -112,4 +112,6 @@ def _decoding(name: object) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         cause = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # it names a stream's address, which differs from run to run
+            cause = "it is of no known format"
         raise ValueError(f"{name} cannot be read as an image: {cause}") from error

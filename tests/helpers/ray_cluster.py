@@ -52,6 +52,7 @@ def in_cluster(scenario, **given):
             text=True,
             check=False,
             env=environment,
+            cwd=folder,  # workers look for modules where the driver does, and the package is beside its tests
             timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -98,10 +98,42 @@ def images(nodes, arguments, out, alone, removed_after, killed_after=None):
     return {"status": [status, alone[0]], "out": told, "err": said, "did": [name for name, _ in disturbed.did]}
 
 
+def crews(nodes, cases):
+    """What crews do: of each case (job, calls as (text, key, seconds, what happens)), results, lines, and the error if any."""
+    from flexclear.cluster.connection import cluster_at
+    from flexclear.cluster.crew import crew_for
+    from flexclear.cluster.queue import Call
+
+    from helpers.ray_jobs import Note
+
+    found = []
+    for options, calls in cases:
+        told = {"results": [], "lines": [], "error": None}
+        os.makedirs(options["folder"])
+        try:
+            with (
+                cluster_at(nodes.address, "auto") as cluster,
+                crew_for(Note(**options), cluster, None, len(calls), told["lines"].append) as (crew, _),
+            ):
+                asked = [Call(text, key, 1, (text, seconds, happens)) for text, key, seconds, happens in calls]
+                for call, (_, pid) in crew.run(asked):
+                    told["results"].append((call.name, call.key, pid))
+        except (OSError, ValueError, RuntimeError) as error:
+            told["error"] = f"{type(error).__name__}: {error}"
+        found.append(told)
+    return {"cases": found}
+
+
+def runs(nodes, commands):
+    """What came of each command, run one after the other; ``ADDRESS`` is the cluster's."""
+    return {"runs": [command(*(nodes.address if part == "ADDRESS" else part for part in one)) for one in commands]}
+
+
 if __name__ == "__main__":
     name, given, result = sys.argv[1:]
-    cluster = Nodes()
-    found = globals()[name](cluster, **json.loads(given))
+    given = json.loads(given)
+    cluster = Nodes(**given.pop("environment", {}))
+    found = globals()[name](cluster, **given)
     found["processor seconds"] = cluster.processor_seconds()
     Path(result).write_text(json.dumps(found), encoding="utf-8")
     os._exit(0)  # the kernel ends the rest of the namespace
