@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from flexclear.cluster import data as cluster_data
+from flexclear.cluster.connection import Cluster, Node
 from flexclear.cluster.data import CachingJob
 from flexclear.distill.caching import Part, cache
+from flexclear.distill.drawing import DataPlan, draw_data
 from flexclear.distill.models import fingerprint, pipeline_folder
 from flexclear.distill.sources import find_items
+from flexclear.generation.settings import GenerateSettings
 
 from helpers.ray_cluster import in_cluster
 
@@ -109,3 +114,44 @@ def test_an_image_that_a_node_does_not_have_is_not_taken_for_a_damaged_one(image
         work.run(part)
     with pytest.raises(FileNotFoundError, match="no folder of images"):
         dataclasses.replace(job_for(images), source="nowhere").look()
+
+
+class Alone:
+    """A crew in this process, which does the last call first."""
+
+    def __init__(self, work):
+        self._work = work
+
+    def run(self, calls):
+        for call in reversed(calls):
+            yield call, self._work.run(pickle.loads(pickle.dumps(call.payload)))
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    @contextlib.contextmanager
+    def crew_for(job, cluster, actors, count, say):
+        work = pickle.loads(pickle.dumps(job)).open()
+        yield Alone(work), work.told
+
+    @contextlib.contextmanager
+    def cluster_at(address, device):
+        yield Cluster(None, (Node("0", "10.0.0.1", 1, 0),), False)
+
+    monkeypatch.setattr("flexclear.cluster.data.crew_for", crew_for)
+    monkeypatch.setattr("flexclear.cluster.data.cluster_at", cluster_at)
+
+
+def test_images_that_others_draw_are_those_that_one_process_draws(tmp_path, without_ray):
+    fast = {"prompts": ("a red apple", "a blue book"), "sizes": ((64, 64),), "steps": 1, "text_len": 16}
+    plans = {
+        name: DataPlan(GenerateSettings("embedded", out=tmp_path / name, r="dense", device="cpu", **fast), 3)
+        for name in ("a", "b")
+    }
+    names = [drawn.path.name for drawn in cluster_data.draw_data(plans["a"], "auto")]
+    assert names == ["000002.png", "000001.png", "000000.png"]
+    list(draw_data(plans["b"]))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert list(cluster_data.draw_data(plans["a"], "auto")) == [], "nothing is drawn again"
+    with pytest.raises(ValueError, match=r"--shard 0/2 .* --ray shares them out by itself"):
+        list(cluster_data.draw_data(dataclasses.replace(plans["a"], shard=(0, 2)), "auto"))
