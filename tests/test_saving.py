@@ -279,7 +279,7 @@ def test_what_is_no_class_of_diffusers_is_named(cls, options, error, message, tm
 
 def test_a_summary_is_one_line_and_a_table_in_notebooks():
     model = tiny_flux()
-    assert repr(flexclear.summary(model)) == "FluxTransformer2DModel: dense, as it came"
+    assert repr(flexclear.summary(model)) == "FluxTransformer2DModel: not transformed"
     assert not flexclear.is_transformed(model)
     layers = len(list(family_of(model).layers(model)))
     flexclear.transform(model, r=3)

@@ -28,9 +28,9 @@ class Call:
 class Queue:
     """Who does what next. Workers are any hashable objects.
 
-    A worker goes on with the key that it has. Then it takes one that nobody has, the most work first, and at last it helps
-    others; but not with what they, who have done such calls, finish by one further call each, while it would begin with
-    compiling.
+    A worker keeps its key while calls with that key remain. Then it takes a key that nobody works on, the one with the most work
+    first. Only then does it help others, and not where each of them has at most one call left: they have compiled already, and it
+    would have to compile first.
     """
 
     def __init__(self, calls: Iterable[Call]) -> None:

@@ -41,7 +41,7 @@ class ModelSummary:
     def window(self) -> str:
         """Windows with the number of their layers, or the formula in place of windows."""
         if self.settings is None:
-            return "dense, as it came"
+            return "not transformed"
         if self.settings.formula is not None:
             return self.settings.formula.name
         layers = Counter(_name(window) for window in self.settings.windows.values())

@@ -242,6 +242,10 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
         )
     if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.dtype in DTYPES:
         return Plain(name, parameter)
+    if getattr(
+        parameter, "has_fp16_weights", False
+    ):  # bitsandbytes' Int8Params that quantises in each call, from these
+        return Plain(name, parameter)
     if kind == "weight":
         if type(parameter.data).__module__.startswith("torchao."):
             return Torchao(name, linear, config)

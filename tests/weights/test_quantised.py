@@ -282,6 +282,23 @@ def test_an_error_puts_bitsandbytes_weights_back(bits, path, tmp_path, monkeypat
     assert torch.equal(run(model), before)
 
 
+def test_bitsandbytes_weights_that_are_kept_in_float16_stay_so():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from flexclear.weights.requantizing import Plain, place_of
+
+    linear = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=True).half()
+    weight, value = linear.weight, torch.randn(32, 64)
+    place = place_of(linear, "weight", "x.to_q.weight")
+    assert type(place) is Plain
+    assert place.shape == (32, 64)
+    kept = place.keep()
+    place.write(value)
+    assert linear.weight is weight
+    assert torch.equal(weight.data, value.half())
+    place.put_back(kept)
+    assert torch.equal(weight.data, kept)
+
+
 def test_an_error_puts_torchao_s_weights_back(path, monkeypatch):
     model = flexclear.transform(quantised(flux(), "weight_only"), r=3)
     kept = copy.deepcopy(model)
