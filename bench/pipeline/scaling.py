@@ -178,7 +178,11 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             axes.loglog([one["image_tokens"] for one in own], [one[key] / scale for one in own], style, label=text)
         ticks = sorted({one["image_tokens"] for one in rows})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
+        if key == "peak_bytes":
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_yticks([20, 50, 100, 200, 500])
+            axes.yaxis.minorticks_off()
         axes.set(xlabel="image tokens", ylabel=name)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)

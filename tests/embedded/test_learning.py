@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from flexclear import embedded
 from flexclear.embedded.evaluation import Request
 from flexclear.embedded.retrieval import Match
-from flexclear.embedded.train.batches import BATCH_KINDS, BatchMaker
+from flexclear.embedded.train.batches import BATCH_KINDS, BatchMaker, shares
 from flexclear.embedded.train.emphasis import LARGEST_ERROR_WEIGHT, faintness, read_emphasis, weigh, write_emphasis
 from flexclear.embedded.train.latents import LatentCache, LatentSet
 from flexclear.embedded.train.transformer import Learners, TransformerRecipe, flow_loss
@@ -67,6 +68,17 @@ def test_noisier_steps_see_the_same_pictures_at_higher_levels(pipe):
         assert torch.equal(first.latents, noisier.latents)
         assert torch.equal(first.noise, noisier.noise)
         torch.testing.assert_close(noisier.sigmas.logit(), first.sigmas.logit() + 1.2, rtol=1e-4, atol=1e-4)
+
+
+def test_the_share_of_large_pictures_is_what_was_asked_for(pipe):
+    usual = sum(kind.share for kind in BATCH_KINDS if kind.large)
+    for asked in (None, 0.0, 0.8, 1.0):
+        drawn = shares(asked)
+        large = sum(share for share, kind in zip(drawn, BATCH_KINDS, strict=True) if kind.large)
+        assert math.isclose(large, usual if asked is None else asked, abs_tol=1e-12)
+        assert math.isclose(sum(drawn), 1.0)
+    maker = dataclasses.replace(_maker(pipe), large_share=1.0)
+    assert {maker.make(step).latents.shape[-1] for step in range(8)} == {64}
 
 
 def test_the_empty_caption_has_the_shape_of_the_others(pipe):

@@ -73,6 +73,9 @@ def transformer(
         typer.Option(min=0, max=1, help="Share of images on backgrounds of other colours, which no caption names."),
     ] = 0.0,
     noisier: Annotated[float, typer.Option(help="Added to the noise levels' logits, whose median is 0.5.")] = 0.0,
+    large_share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of batches at 256 pixels; three tenths by default.")
+    ] = None,
     matrix_rate: Annotated[float, typer.Option(help="Muon's learning rate.")] = 7e-3,
     guided_from: Annotated[
         int | None, typer.Option(help="First step that learns to do without classifier-free guidance.")
@@ -97,6 +100,7 @@ def transformer(
         faint,
         unnamed,
         noisier,
+        large_share,
     )
 
 

@@ -48,6 +48,15 @@ BATCH_KINDS = (
 )
 
 
+def shares(large: float | None = None) -> list[float]:
+    """Return how often each of ``BATCH_KINDS`` is drawn, with ``large`` of all batches, 0 to 1, at 256 pixels if given."""
+    drawn = [kind.share for kind in BATCH_KINDS]
+    if large is None:
+        return drawn
+    usual = sum(kind.share for kind in BATCH_KINDS if kind.large) / sum(drawn)
+    return [kind.share * (large / usual if kind.large else (1 - large) / (1 - usual)) for kind in BATCH_KINDS]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One training batch.
@@ -76,7 +85,8 @@ class BatchMaker:
     """Makes the batch of any step number, the same one every time.
 
     ``emphasis``, shape (emoji, backgrounds), is how often each pair is drawn relative to the others; all the same without it.
-    An image whose background has no name counts as its emoji does on average. ``noisier`` is added to the noise levels' logits.
+    An image whose background has no name counts as its emoji does on average. ``noisier`` is added to the noise levels' logits;
+    ``large_share`` is the share of batches at 256 pixels, where it is not that of ``BATCH_KINDS``.
     """
 
     cache: LatentCache
@@ -87,11 +97,12 @@ class BatchMaker:
     seed: int
     emphasis: torch.Tensor | None = None
     noisier: float = 0.0
+    large_share: float | None = None
 
     def make(self, step: int) -> Batch:
         """Return the batch of step ``step``."""
         choice = random.Random(f"{self.seed}/{step}")
-        kind = choice.choices(BATCH_KINDS, [kind.share for kind in BATCH_KINDS])[0]
+        kind = choice.choices(BATCH_KINDS, shares(self.large_share))[0]
         chosen_set = self.cache.large if kind.large else self.cache.small
         rows = self._rows(kind, len(chosen_set.latents), choice)
         captions = [

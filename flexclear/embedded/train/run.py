@@ -30,6 +30,7 @@ def run_transformer(
     faint: float = 0.0,
     unnamed: float = 0.0,
     noisier: float = 0.0,
+    large_share: float | None = None,
 ) -> int:
     """Train the transformer with checkpoints in ``folder`` and return the number of steps done so far.
 
@@ -37,7 +38,8 @@ def run_transformer(
     only, too little to be noticed at the start; on still images it explains nearly all of it. Where ``folder`` holds
     an ``emphasis.json``, the emoji that it favours are shown more often; ``faint`` favours pairs of little contrast.
     ``unnamed`` is the share of images on backgrounds of other colours, see :mod:`backgrounds`; ``noisier`` moves the
-    noise levels up, to where place, size and direction of an emoji are decided.
+    noise levels up, to where place, size and direction of an emoji are decided; ``large_share`` is the share of
+    batches at 256 pixels.
 
     Latents are kept, in a file for each ``still`` and ``unnamed``. A run that is resumed keeps the normalisation that
     it began with.
@@ -72,6 +74,7 @@ def run_transformer(
         recipe.seed,
         emphasis,
         noisier,
+        large_share,
     )
     prompts = [caption(emoji[(5 * i) % len(emoji)].name, names[i % len(names)]) for i in range(24)]
     return train_transformer(recipe, learners, maker, pipeline, prompts, folder, total, decay_from)
