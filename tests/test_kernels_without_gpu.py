@@ -66,6 +66,7 @@ def compiled(capability, head_dim, kind, **others):
     return kernel
 
 
+@pytest.mark.kept("sm_90-*")
 @pytest.mark.parametrize("kind", ["forward", "lse", "backward"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm_89", "sm_90"])

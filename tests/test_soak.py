@@ -26,6 +26,7 @@ def short(bounds=NO_SAMPLES, count=10, settings=SMALL):
     return soak_test(settings, bounds, seconds=60, max_calls=count)
 
 
+@pytest.mark.kept
 def test_dozens_of_calls_with_swaps_and_interruptions_leave_everything_bounded_and_pictures_the_same():
     from diffusers.utils import logging
 

@@ -175,7 +175,7 @@ def test_a_swin_window_runs_by_compiled_flex_attention_too(model):
     assert (run(flexclear.transform(model, attention="swin", backend="flex"), call) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.kept("pixart", "agent")
+@pytest.mark.kept("pixart")
 @pytest.mark.parametrize("name", FORMULAS)
 def test_blocks_under_a_formula_are_one_graph_each(name):
     model = tiny_flux(num_layers=1, num_single_layers=1)

@@ -65,6 +65,7 @@ def test_windows_come_change_and_go_over_eight_bit_weights(base, recipe):
     assert torch.equal(run(flexclear.transform(model, r=3, backend="sdpa")), first)
 
 
+@pytest.mark.kept("compile_blocks")
 @pytest.mark.parametrize("region", [compile_blocks, compile_whole])
 def test_quantising_and_transforming_after_compiling_compile_again(base, region, graphs):
     model = copy.deepcopy(base)

@@ -97,7 +97,7 @@ def check(compiled, plain, call, kinds):
         assert new == first, (length, [graph.cause for graph in new[len(first) :]])
 
 
-@pytest.mark.kept("flux", "qwen, padded", "zimage")
+@pytest.mark.kept("flux", "qwen, padded")
 # The eager backend runs what Dynamo traced as it is: graphs and guards are the real ones, and no kernel is built.
 @pytest.mark.parametrize("kind", MODELS)
 def test_twenty_text_lengths_need_the_graphs_of_one(kind):

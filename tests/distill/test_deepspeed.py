@@ -93,6 +93,7 @@ def near_in_bfloat16(name, value):
     return pytest.approx(value, rel=BFLOAT16, abs=2 * value**0.5 * 2**-8 if name == "prediction" else 0)
 
 
+@pytest.mark.kept
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("any_precision")
 def test_deepspeed_in_bfloat16_trains_what_one_process_trains(two, file, tmp_path):

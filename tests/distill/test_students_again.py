@@ -63,6 +63,7 @@ def invoke(source: Path, *more: str):
     )
 
 
+@pytest.mark.kept
 def test_students_go_on_from_their_weights_one_process_after_the_other(source, monkeypatch):
     monkeypatch.setattr(bench, "DENOISING", 2)
     # Masked SDPA: kernels for two windows would take longer than all the rest.

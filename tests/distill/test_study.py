@@ -97,6 +97,7 @@ def test_a_chosen_row_is_measured_before_and_after_and_the_rest_is_named_as_miss
     assert (finished / "out" / "distillation-curves.png").stat().st_size > 1000
 
 
+@pytest.mark.kept
 def test_a_study_that_is_cut_off_anywhere_ends_as_the_one_that_is_not(finished, tmp_path, monkeypatch):
     class PowerCut(Exception):
         pass

@@ -85,6 +85,7 @@ def test_the_page_s_table_is_the_committed_result():
     assert f"each window was distilled in {re.search(r'(?<!_)steps ([0-9]+)', facts)[1]} steps" in PAGE
 
 
+@pytest.mark.kept
 def test_the_benchmark_measures_every_window_before_and_after(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "WINDOWS", dict(list(video.WINDOWS.items())[:2]))
     monkeypatch.setattr(video, "EULER", 2)
