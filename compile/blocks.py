@@ -1,4 +1,4 @@
-"""The repeated blocks of a transformer: what is compiled once for all of them, and what is quantised."""
+"""The repeated blocks of a transformer: what is compiled once for all of them, and what is quantized."""
 
 from __future__ import annotations
 

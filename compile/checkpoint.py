@@ -1,4 +1,4 @@
-"""Quantised weights on disk: safetensors, bit-equal after the round trip."""
+"""Quantized weights on disk: safetensors, bit-equal after the round trip."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMAT = "flexclear-quantized-1"
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> Path:
-    """Write all of a quantised model's weights to a safetensors file, through torchao's own flattening.
+    """Write all of a quantized model's weights to a safetensors file, through torchao's own flattening.
 
     Pooling weights (``down_factor``) are among them. LoRA layers are not: they have files of their own.
 
@@ -25,13 +25,13 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
         path: the file; written under another name first, so that a crash leaves no partial file.
 
     Raises:
-        ValueError: the model is not quantised, is offloaded in parts, or has a LoRA loaded.
+        ValueError: the model is not quantized, is offloaded in parts, or has a LoRA loaded.
     """
     from safetensors.torch import save_file
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     if not is_quantized(model):
-        raise ValueError(f"this {type(model).__name__} is not quantised: use save_pretrained, or quantize it first")
+        raise ValueError(f"this {type(model).__name__} is not quantized: use save_pretrained, or quantize it first")
     _check_no_lora(model, "Save")
     if any(parameter.is_meta for parameter in model.parameters()):
         check_not_offloaded(model, "Save first, then offload")
@@ -57,7 +57,7 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file does not hold quantised weights, is damaged, or belongs to another model; or the model is offloaded
+        ValueError: the file does not hold quantized weights, is damaged, or belongs to another model; or the model is offloaded
             or has a LoRA loaded. Nothing is changed then.
     """
     from safetensors import SafetensorError, safe_open
@@ -75,7 +75,7 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
             own = json.loads(metadata.pop("flexclear", "{}"))
             if own.get("format") != FORMAT:
                 raise ValueError(
-                    f"{path} does not hold quantised weights of flexclear's format {FORMAT}; its format: {own.get('format')!r}"
+                    f"{path} does not hold quantized weights of flexclear's format {FORMAT}; its format: {own.get('format')!r}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -101,7 +101,7 @@ def _check_no_lora(model: nn.Module, action: str) -> None:
     wrapped = next(iter(lora_layers(model)), None)
     if wrapped is not None:
         raise ValueError(
-            f"{wrapped} of this {type(model).__name__} has a LoRA loaded, which files of quantised weights do not hold. "
+            f"{wrapped} of this {type(model).__name__} has a LoRA loaded, which files of quantized weights do not hold. "
             f"{action} without it: pipe.unload_lora_weights(), and load the LoRA from its own file afterwards"
         )
 

@@ -1,6 +1,6 @@
 """Compiled FlexAttention that never silently becomes the unfused one.
 
-``flex_attention`` outside a compiled region materialises all N x N scores: at 4096 px that is a hundred times slower
+``flex_attention`` outside a compiled region materializes all N x N scores: at 4096 px that is a hundred times slower
 and needs terabytes. Dynamo falls back to that silently when compilation is disabled, when an error is suppressed or when
 its recompile limit is hit. Here each of these is an error that says what to do.
 """
@@ -25,11 +25,11 @@ from flexclear.masks.cpu import PACKED_TYPES
 
 
 class UnfusedAttentionError(RuntimeError):
-    """FlexAttention would have run unfused, which materialises the whole score matrix."""
+    """FlexAttention would have run unfused, which materializes the whole score matrix."""
 
 
 _ADVICE = (
-    "Unfused, it would materialise the whole {n} x {n} score matrix. Enable torch.compile (unset TORCHDYNAMO_DISABLE, "
+    "Unfused, it would materialize the whole {n} x {n} score matrix. Enable torch.compile (unset TORCHDYNAMO_DISABLE, "
     "TORCH_COMPILE_DISABLE and torch._dynamo.config.suppress_errors, leave torch.compiler.set_stance at 'default'), or "
     "choose backend='sdpa' in flexclear.transform for small images."
 )

@@ -52,7 +52,7 @@ class QuantizationReport:
 
 
 def why_kept(name: str, linear: nn.Linear, in_block: bool, min_features: int = MIN_FEATURES) -> str | None:
-    """Why a linear stays in high precision, or None if it is to be quantised.
+    """Why a linear stays in high precision, or None if it is to be quantized.
 
     Args:
         name: path of the module in the model.
@@ -101,7 +101,7 @@ def quantized_elsewhere(model: nn.Module) -> str | None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes that the model's parameters and buffers take, scales of quantised weights included."""
+    """Bytes that the model's parameters and buffers take, scales of quantized weights included."""
     return sum(_bytes_of(tensor) for tensor in [*model.parameters(), *model.buffers()])
 
 
@@ -132,7 +132,7 @@ def quantize(
 ) -> QuantizationReport:
     """Store the big linears of ``model``'s transformer blocks in eight bits, in place.
 
-    The order of passes is: transform, weights, LoRA, quantise, compile; then offload. Of these, transforming and
+    The order of passes is: transform, weights, LoRA, quantize, compile; then offload. Of these, transforming and
     compiling may also come first. A LoRA that is to be fused must be fused and unloaded before (``pipe.unload_lora_weights()``
     leaves fused weights in place): eight-bit weights cannot be changed, so peft's ``fuse_lora`` raises afterwards
     (``pipe.unfuse_lora()`` then undoes it in the linears that were kept). Adapters that stay separate may be loaded before
@@ -143,24 +143,24 @@ def quantize(
     (``safe_serialization=False``). It can be offloaded to memory, not to disk.
 
     If the original weights do not fit on the GPU, leave the model on the CPU and pass ``device``: the linears are moved there and
-    quantised one by one, then the rest of the model follows. The GPU needs room for the result and one linear.
+    quantized one by one, then the rest of the model follows. The GPU needs room for the result and one linear.
 
     Args:
         model: a transformer.
         recipe: a name of ``flexclear.compile.RECIPES``: ``"rowwise"`` and ``"tensorwise"`` (FP8 products; compute
             capability 8.9 or later), ``"weight_only"`` (anywhere), ``"int8"`` (older GPUs, CPU).
         min_features: linears with fewer input or output features are kept.
-        keep: called with (name, linear); True keeps a linear that the rules would quantise.
+        keep: called with (name, linear); True keeps a linear that the rules would quantize.
         device: where the model is to run; all of it is there afterwards. None: where its weights are.
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: an unknown recipe, one that this device cannot run (the message names the device and the recipes it
-            can run), weights of a type that the recipe does not take, a model that is already quantised (by any library),
-            is offloaded or has a fused LoRA that is still loaded, or nothing to quantise. Nothing is changed then.
+            can run), weights of a type that the recipe does not take, a model that is already quantized (by any library),
+            is offloaded or has a fused LoRA that is still loaded, or nothing to quantize. Nothing is changed then.
 
     After any other exception, such as running out of memory, a model that was being moved is put back as it was. One that was
-    being quantised in place has lost some of its original weights; a note on the exception says how many.
+    being quantized in place has lost some of its original weights; a note on the exception says how many.
     """
     target = None if device is None else _indexed(torch.device(device))
     chosen, kept = choose_linears(model, recipe, min_features, keep, target)
@@ -191,7 +191,7 @@ def _indexed(device: torch.device) -> torch.device:
 def _put_back(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[None]:
     """If anything is raised in a ``with`` block, put back the parameters and buffers of ``model``, where they were.
 
-    At the beginning, weights that are to be quantised are exchanged for copies: the originals kept here would otherwise be
+    At the beginning, weights that are to be quantized are exchanged for copies: the originals kept here would otherwise be
     moved, and occupy the device.
     """
     kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
@@ -218,7 +218,7 @@ def _put_back(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _said(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """Add a note to anything raised in a ``with`` block that says how far quantising got."""
+    """Add a note to anything raised in a ``with`` block that says how far quantizing got."""
     try:
         yield
     except BaseException as error:
@@ -238,7 +238,7 @@ def choose_linears(
     keep: Callable[[str, nn.Linear], bool] | None = None,
     device: torch.device | None = None,
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """What ``quantize`` would do, with all of its checks: the linears to quantise, and why each other one is kept."""
+    """What ``quantize`` would do, with all of its checks: the linears to quantize, and why each other one is kept."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got {type(model).__name__}; for a pipeline, pass pipe.transformer")
     parameter = next(model.parameters(), None)
@@ -247,16 +247,16 @@ def choose_linears(
     check_recipe(recipe, device or parameter.device)
     if is_quantized(model):
         raise ValueError(
-            f"this {type(model).__name__} is already quantised: leave this pass out (fp8=False), or load the original "
+            f"this {type(model).__name__} is already quantized: leave this pass out (fp8=False), or load the original "
             "weights to change the recipe"
         )
     foreign = quantized_elsewhere(model)
     if foreign is not None:
         raise ValueError(
-            f"this {type(model).__name__} is already quantised ({foreign}): leave this pass out (fp8=False), or load the "
+            f"this {type(model).__name__} is already quantized ({foreign}): leave this pass out (fp8=False), or load the "
             "original weights"
         )
-    check_not_offloaded(model, "Quantise first, then offload")
+    check_not_offloaded(model, "Quantize first, then offload")
     _check_no_fused_lora(model)
     kept, chosen = {}, {}
     for name, linear, in_block in linears(model):
@@ -272,7 +272,7 @@ def choose_linears(
             kept[name] = reason
     if not chosen:
         reasons = "; ".join(sorted(set(kept.values())))
-        raise ValueError(f"this {type(model).__name__} has no linear to quantise: {reasons or 'it has none at all'}")
+        raise ValueError(f"this {type(model).__name__} has no linear to quantize: {reasons or 'it has none at all'}")
     wrong = {linear.weight.dtype for linear in chosen.values()} - set(RECIPES[recipe].dtypes)
     if wrong:
         wanted = ", ".join(str(dtype) for dtype in RECIPES[recipe].dtypes)
@@ -314,6 +314,6 @@ def _check_no_fused_lora(model: nn.Module) -> None:
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:
-    """Signal to quantisation noise, 20 log10(|reference| / |reference - approximation|), in dB."""
+    """Signal to quantization noise, 20 log10(|reference| / |reference - approximation|), in dB."""
     reference, noise = reference.float(), reference.float() - approximation.float()
     return float(20 * torch.log10(reference.norm() / noise.norm().clamp_min(1e-30)))

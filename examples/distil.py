@@ -1,6 +1,6 @@
 """Distil a window into a model, then draw with the new weights.
 
-    flexclear data generate black-forest-labs/FLUX.1-dev --prompts prompts.txt --count 10000 --out pictures
+    flexclear data generate black-forest-labs/FLUX.1-dev --prompts prompts.txt --count 10000 --out images
     flexclear data cache pictures --model black-forest-labs/FLUX.1-dev --out cache
     accelerate launch examples/distil.py --data cache --output runs/r16
 

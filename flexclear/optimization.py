@@ -70,18 +70,18 @@ def optimize(
 ) -> Target:
     """Make a pipeline fast, and keep it fast while it serves many sizes. In place.
 
-    The passes have a fixed order: transform, weights, LoRA, then this function: fuse, quantise, compile, warm. Sizes that were
+    The passes have a fixed order: transform, weights, LoRA, then this function: fuse, quantize, compile, warm. Sizes that were
     not warmed compile in their first call, which is logged with its cost; attention never runs unfused. Some passes also work
-    afterwards, at the price of compiling again: another transform, a LoRA that stays unfused, quantising. Weights
-    (``flexclear.load_weights``) that come after FP8 are quantised as they are loaded; a fused LoRA cannot come then, and raises.
+    afterwards, at the price of compiling again: another transform, a LoRA that stays unfused, quantizing. Weights
+    (``flexclear.load_weights``) that come after FP8 are quantized as they are loaded; a fused LoRA cannot come then, and raises.
 
     >>> flexclear.optimize(pipe, fp8=True, sizes=[(1024, 1024), (2048, 2048)])      # doctest: +SKIP
 
     Args:
         model_or_pipe: a pipeline, or its transformer; if a pipeline has two, both.
-        fp8: True: FP8 products with one scale per row. Or a name from ``flexclear.compile.RECIPES``. False: no quantisation.
+        fp8: True: FP8 products with one scale per row. Or a name from ``flexclear.compile.RECIPES``. False: no quantization.
         device: with ``fp8``, for a model that is on the CPU because its original weights do not fit on the GPU: it is moved
-            there one linear at a time as it is quantised (``flexclear.compile.quantize``). The rest of a pipeline stays where
+            there one linear at a time as it is quantized (``flexclear.compile.quantize``). The rest of a pipeline stays where
             it is: ``pipe.to(device)`` or ``pipe.enable_model_cpu_offload()`` afterwards.
         compile: True or ``"blocks"``: each repeated block; equal blocks share their graphs. ``"whole"``: the model as one
             graph, which takes minutes instead of seconds to compile. False: do not compile.
@@ -100,7 +100,7 @@ def optimize(
             pipelines that need more than a prompt.
         warm_start: a file from ``flexclear.compile.save_artifacts`` to load first; a stale or damaged one is logged and
             ignored.
-        min_features: linears with fewer input or output features are not quantised.
+        min_features: linears with fewer input or output features are not quantized.
         progress: whether to show a bar.
         backend: ``torch.compile``'s; others than ``"inductor"`` are for debugging.
 
@@ -111,7 +111,7 @@ def optimize(
         TypeError: neither a model nor a pipeline.
         ValueError: FP8 that this device does not support (the message names the device and the recipes it can run), an
             unknown mode or recipe, sizes without a pipeline, no compiler for this device, FP8 on a model that is already
-            quantised (by any library), ``fuse_qkv`` with a LoRA or quantised weights, ``device`` without ``fp8`` or with
+            quantized (by any library), ``fuse_qkv`` with a LoRA or quantized weights, ``device`` without ``fp8`` or with
             ``sizes``. Nothing is changed then.
     """
     models = models_of(model_or_pipe)
@@ -215,7 +215,7 @@ def _check_fusable(model: nn.Module) -> None:
     foreign = quantized_elsewhere(model)
     if foreign is not None:
         raise ValueError(
-            f"fuse_qkv concatenates weights, and this {type(model).__name__} has quantised ones ({foreign}). Leave fuse_qkv out"
+            f"fuse_qkv concatenates weights, and this {type(model).__name__} has quantized ones ({foreign}). Leave fuse_qkv out"
         )
 
 

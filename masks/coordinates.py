@@ -1,7 +1,7 @@
 """Frame, row and column of the token at each sequence position, for a ``mask_mod``: by arithmetic, or from a table.
 
 The tiled order walks bands of equal size across the image, so a few products and floors turn a position into its token's
-place (``computed``). In float32 these are exact up to 2^22 tokens, and they vectorise; a table costs a gather for every
+place (``computed``). In float32 these are exact up to 2^22 tokens, and they vectorize; a table costs a gather for every
 pair of a partial block. Where arithmetic does not apply, a table is used: several grids, the keys of a band of the image,
 longer sequences.
 """

@@ -60,7 +60,7 @@ LONGEST = (
     "distill/test_trainer.py",
     "test_reliability.py",
     "distill/test_config.py",
-    "test_synchronisation.py",
+    "test_synchronization.py",
     "test_students.py",
     "distill/test_deepspeed.py",
 )

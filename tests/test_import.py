@@ -55,7 +55,7 @@ def python():
         forks.stdin.close()
 
 
-def test_importing_flexclear_imports_neither_diffusers_nor_torchao_and_does_not_initialise_cuda(python):
+def test_importing_flexclear_imports_neither_diffusers_nor_torchao_and_does_not_initialize_cuda(python):
     heavy = python(
         "import sys, flexclear, flexclear.masks, flexclear.compile, flexclear.embedded, torch\n"
         "heavy = {'diffusers', 'torchao', 'transformers', 'torch._inductor', 'rich', 'typer'} & set(sys.modules)\n"

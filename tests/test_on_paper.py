@@ -47,7 +47,7 @@ def test_calls_wait_for_nothing_compile_once_and_fuse_everything(found, name):
     assert sum(row["graphs"] for row in calls) > 0
 
 
-def test_every_quantised_linear_is_one_product_in_eight_bits(found):
+def test_every_quantized_linear_is_one_product_in_eight_bits(found):
     own = found["FLUX.1, FP8 by rows from the CPU"]
     loaded = next(row for row in own if row["what"] == "loaded")
     assert loaded["quantized"] == 34, "two double blocks of twelve, two single blocks of five"
@@ -69,7 +69,7 @@ def test_the_report_has_every_job_and_says_that_it_is_computed(found):
         ({"readings": ["a", "b"]}, "reads values on the GPU"),
         ({"what": "second", "graphs": 1}, "1 graphs, at most 0"),
         ({"what": "second", "transfers": ["cpu->cuda"]}, "copies between CPU and GPU"),
-        ({"products": {"mm": 34}}, "0 FP8 products for 34 quantised linears"),
+        ({"products": {"mm": 34}}, "0 FP8 products for 34 quantized linears"),
     ],
 )
 def test_the_report_names_what_is_wrong(change, fault):

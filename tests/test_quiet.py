@@ -30,11 +30,11 @@ def test_generate_prints_its_pictures_and_its_progress_and_nothing_else(tmp_path
     command = ("-m", "flexclear", "generate", "embedded", "--prompt", "a red apple on a zebra", *FAST)
     results, rest = process(*command, cwd=tmp_path)
     assert len(results) == 1
-    assert re.match(r"pictures/0001_a-red-apple-on-a-zebra\.png: 64 x 64, seed 0, 2 steps in ", results[0])
+    assert re.match(r"images/0001_a-red-apple-on-a-zebra\.png: 64 x 64, seed 0, 2 steps in ", results[0])
     assert rest.pop(0) == (
         "The embedded model was not trained on: zebra (in 'a red apple on a zebra'). It draws all the same."
     )
-    assert [re.sub(r"[━╸╺ ]*\d+/\d+ .*", "", line).strip() for line in rest] == ["pictures", "steps"]
+    assert [re.sub(r"[━╸╺ ]*\d+/\d+ .*", "", line).strip() for line in rest] == ["images", "steps"]
 
 
 def readme_snippet():

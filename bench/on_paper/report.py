@@ -15,7 +15,7 @@ OUTSIDE = 1.0
 """GB that are not counted: CUDA's context (about 0.5), cuBLAS's workspaces, what the allocator splits."""
 
 COPIES = 7
-"""Times the largest linear that quantising it may take besides: itself in bfloat16, and in float32 as it is, scaled and
+"""Times the largest linear that quantizing it may take besides: itself in bfloat16, and in float32 as it is, scaled and
 clamped. A model whose largest linears come last has all else there already."""
 
 FIRST_READING = {
@@ -72,7 +72,7 @@ def _wrong(job: Row, row: Row, quantized: int) -> list[str]:
         found.append(f"copies between CPU and GPU: {row['transfers']}")
     products = row["products"].get("_scaled_mm", 0)
     if job["compiled"] and products != quantized:
-        found.append(f"{products} FP8 products for {quantized} quantised linears")
+        found.append(f"{products} FP8 products for {quantized} quantized linears")
     return found
 
 
@@ -89,8 +89,8 @@ def report(rows: list[Row], versions: dict[str, str]) -> str:
         "## Largest square image by memory of the card, px\n",
         f"Of those above; peak and {OUTSIDE:g} GB within the card's memory, everything else of the pipeline off it.\n",
         _cards(rows),
-        "## Quantising\n",
-        _quantising(rows),
+        "## Quantizing\n",
+        _quantizing(rows),
         "## What a call does\n",
         "Readings: values on the GPU that the host waits for; copies: tensors that are put on the GPU. Both in a size's first "
         "call; in every other call there are none. Graphs of a size's first call, again: of its second, of the first size after "
@@ -161,7 +161,7 @@ def _cards(rows: list[Row]) -> str:
     return _table(["", *(f"{card} GB" for card in CARDS)], lines)
 
 
-def _quantising(rows: list[Row]) -> str:
+def _quantizing(rows: list[Row]) -> str:
     loaded = [row for row in rows if row["what"] == "loaded" and row["quantized"]]
     lines = [
         [

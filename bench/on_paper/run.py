@@ -1,4 +1,4 @@
-"""Published models at full width and depth on a GPU that is not there: what synchronises, compiles, multiplies, and memory.
+"""Published models at full width and depth on a GPU that is not there: what synchronizes, compiles, multiplies, and memory.
 
     python -m bench.on_paper.run                                  # all, about an hour; resumes where it was stopped
     python -m bench.on_paper.run --model FLUX.1-dev --again
@@ -6,7 +6,7 @@
 Weights and tokens are fake, masks and plans are real, Inductor's wrappers are generated and run with kernels that do nothing
 (``tests/fakegpu``). Nothing is timed: memory is computed. Writes ``bench/results/on_paper.{json,md}`` after every job. Fails if
 a call waits for the GPU but to read a new grid, a size that was seen before compiles anything, a LoRA that is exchanged does, a
-size needs more than one graph for each kind of block, or a quantised linear multiplies otherwise than in FP8.
+size needs more than one graph for each kind of block, or a quantized linear multiplies otherwise than in FP8.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ STARTS = (
 
 
 def painter(model: str, device: torch.device, steps: int) -> tuple[Any, Callable[[int], float]]:
-    """The pipeline or bare transformer to optimise, and a function from a side in pixels to the seconds of a picture."""
+    """The pipeline or bare transformer to optimize, and a function from a side in pixels to the seconds of a picture."""
     dtype = torch.bfloat16
     if model == "embedded":
         pipe = flexclear.embedded.pipeline(dtype, device)

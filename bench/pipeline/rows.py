@@ -13,7 +13,7 @@ from torch import nn
 from flexclear.masks import Disc
 
 from bench.pipeline.models import Job, Model, build
-from bench.pipeline.variants import CHECK_SIDE, ERROR_BARS, Variant, cold, make_check, prepare, quantise_for, time_steps
+from bench.pipeline.variants import CHECK_SIDE, ERROR_BARS, Variant, cold, make_check, prepare, quantize_for, time_steps
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 def _measure(settings: Settings, transformer: nn.Module, variant: Variant, r: int | None) -> Iterator[dict[str, Any]]:
     device, jobs = settings.device, (settings.model, transformer)
     try:
-        quantise_for(transformer, variant)
+        quantize_for(transformer, variant)
         small = min(*settings.sizes, CHECK_SIDE * settings.model.px_per_token)
         check = make_check(
             transformer,

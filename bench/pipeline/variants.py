@@ -59,18 +59,18 @@ VARIANTS = {
         Variant("dense", windowed=False),
         Variant("raster order", windowed=True, options=(("order", "raster"), ("block_size", RASTER_BLOCK))),
         Variant("flexclear", windowed=True),
-        # Last: quantising is for good.
+        # Last: quantizing is for good.
         Variant("flexclear FP8", windowed=True, fp8=True),
     )
 }
 
 
 def plain(transformer: nn.Module) -> nn.Module:
-    """The transformer as diffusers made it, but for quantised weights."""
+    """The transformer as diffusers made it, but for quantized weights."""
     return uncompile(flexclear.restore(transformer))
 
 
-def quantise_for(transformer: nn.Module, variant: Variant) -> None:
+def quantize_for(transformer: nn.Module, variant: Variant) -> None:
     """Put the weights into the variant's type, once and for good."""
     if variant.fp8 and not is_quantized(transformer):
         flexclear.optimize(transformer, fp8=True, compile=False)

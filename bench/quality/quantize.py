@@ -174,7 +174,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Eight-bit linears of the embedded pipeline, against bfloat16",
         "",
-        "SQNR of each quantised linear on the activations of one call, and of the transformer's output in that call; PSNR "
+        "SQNR of each quantized linear on the activations of one call, and of the transformer's output in that call; PSNR "
         "of the pictures of the same seeds. Peak: allocated device memory while drawing (CPU: not measured).",
         "",
         "| recipe | window | linears | weights | peak | SQNR lowest layer | SQNR median layer | SQNR output "

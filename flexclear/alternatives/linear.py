@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LinearAttention(Formula):
-    r"""Linear attention over everything, text and image, normalised.
+    r"""Linear attention over everything, text and image, normalized.
 
     .. math:: o_i = \frac{\phi(q_i) \sum_j \phi(k_j)^T v_j}{\phi(q_i) \sum_j \phi(k_j)^T}, \quad \phi(x) = \mathrm{elu}(x) + 1
 
@@ -32,7 +32,7 @@ class LinearAttention(Formula):
         return linear_attention
 
     def flops(self, layout: Layout, channels: int, heads: int, layer: int = 0) -> int:
-        """Two products through a ``head_dim`` x ``head_dim`` state, and the normaliser: its sum of keys, its product with
+        """Two products through a ``head_dim`` x ``head_dim`` state, and the normalizer: its sum of keys, its product with
         each query, one division."""
         return 4 * layout.seq_len * channels * (channels // heads) + 4 * layout.seq_len * channels
 

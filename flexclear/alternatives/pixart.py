@@ -27,7 +27,7 @@ class PixArtAttention(Formula):
 
     .. math:: \tilde k_c = \sum_{p \in c} w_p \odot k_p, \quad \tilde v_c = \sum_{p \in c} w_p \odot v_p
 
-    A strided depth-wise convolution, initialised as the mean, one for keys and values as in PixArt-Sigma: the parameter
+    A strided depth-wise convolution, initialized as the mean, one for keys and values as in PixArt-Sigma: the parameter
     ``<block>.attn.processor.compression_weight``, ``[channels, 1, factor, factor]``, without bias and without the norm
     that PixArt-Sigma puts behind it, so that it starts as the mean. Keys are taken after QK-norm and RoPE, like CLEAR's
     down-sampled ones.

@@ -70,7 +70,7 @@ class Properties:
         softmax_error: how far weights are from softmax over the original keys that they are on: mean total variation,
             0 where the formulation is kept, at most 1 for weights that sum to 1, more for others (sigmoid).
         numerical_rank: of the image-to-image map, singular values above ``RANK_TOLERANCE``; mean over heads.
-        effective_rank: exponential of the entropy of its normalised singular values; mean over heads.
+        effective_rank: exponential of the entropy of its normalized singular values; mean over heads.
         rank_limit: the number of image tokens.
         intact: share of image tokens that are weighed in their original form: some image query sees the token, and when
             its key changes all other weights of every query stay in proportion. Pooled tokens drag others along.

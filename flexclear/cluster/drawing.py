@@ -64,12 +64,12 @@ class DrawingJob:
         remarks: list[str] = []
         with tempfile.TemporaryDirectory() as folder:
             # Nothing is written here; a video's format depends on how its target is called.
-            out = Path(folder) / (self.settings.out.name or "pictures")
+            out = Path(folder) / (self.settings.out.name or "images")
             out.mkdir()
             settings = replace(self.settings, out=out, overwrite=False, resume=False)
             setup = check(settings, videos=True)
         if setup.recipe is not None:
-            remarks.append(f"quantising with recipe {setup.recipe}")
+            remarks.append(f"quantizing with recipe {setup.recipe}")
         return _Drawing(Drawer(load(settings, setup, remarks.append), settings, setup), remarks)
 
 

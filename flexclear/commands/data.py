@@ -74,7 +74,7 @@ def generate(
     total, left = len(plan.numbers()), len(plan.missing())
     lines = console()
     with progress_bars(lines) as progress:
-        task = progress.add_task("pictures", total=total, completed=total - left)
+        task = progress.add_task("images", total=total, completed=total - left)
         drawn = 0
         try:
             images: Any

@@ -79,4 +79,4 @@ def demo(
             on_step=lambda label: progress.update(task, advance=1, description=label),
         )
     picture, table = write(variants, prompts, out)
-    print(f"{markdown_table(variants)}\npictures: {picture}\ntable:    {table}")
+    print(f"{markdown_table(variants)}\nimages:  {picture}\ntable:    {table}")

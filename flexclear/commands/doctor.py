@@ -14,7 +14,7 @@ def doctor(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Say what runs here: versions, device, attention, quantisation. Exit status 1 if transform cannot run compiled."""
+    """Say what runs here: versions, device, attention, quantization. Exit status 1 if transform cannot run compiled."""
     from flexclear.tools.doctor import diagnose
 
     found = diagnose(device, quick=quick)

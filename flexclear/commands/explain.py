@@ -67,4 +67,4 @@ def explain(
             "\n" + resolution_table(r, text_len=TEXT_LEN if text_len is None else text_len, px_per_token=px_per_token)
         )
     if png is not None:
-        print(f"picture: {told.save(png)}")
+        print(f"image: {told.save(png)}")

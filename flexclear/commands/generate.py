@@ -96,12 +96,12 @@ def generate(
     weights: Annotated[
         str | None, typer.Option(help="Weights for local attention: a file, FOLDER_OR_HUB_ID:FILE, or embedded:FILE.")
     ] = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Quantise with the best FP8 recipe that runs here.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Quantize with the best FP8 recipe that runs here.")] = False,
     recipe: Annotated[
-        str | None, typer.Option(help="Quantise with this one: rowwise, tensorwise, weight_only, int8.")
+        str | None, typer.Option(help="Quantize with this one: rowwise, tensorwise, weight_only, int8.")
     ] = None,
     min_features: Annotated[
-        int | None, typer.Option(min=16, help="Linears smaller than this are not quantised. Default: 256.")
+        int | None, typer.Option(min=16, help="Linears smaller than this are not quantized. Default: 256.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
     seed: Annotated[
@@ -190,7 +190,7 @@ def generate(
     ray_actors: RayActors = None,
     out: Annotated[
         Path, typer.Option(help="Folder, or a .png file for one image, a .gif or .mp4 file for one video.")
-    ] = Path("pictures"),
+    ] = Path("images"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Number from 1 and replace. Else a folder's numbers go on.")
     ] = False,
@@ -285,7 +285,7 @@ def generate(
                     f"The embedded model was not trained on: {', '.join(strangers)} (in {text!r}). It draws all the same."
                 )
     if setup.recipe is not None:
-        lines.print(f"quantising with recipe {setup.recipe}")
+        lines.print(f"quantizing with recipe {setup.recipe}")
     done = 0
     try:
         with progress_bars(lines) as progress:
@@ -304,14 +304,14 @@ def generate(
             if ray is None:
                 inner = progress.add_task("steps", total=steps)
                 pipe = job.load(settings, setup, lines.print)
-                progress.update(pictures, description="pictures")
+                progress.update(pictures, description="images")
                 images = job.draw(pipe, settings, setup, on_step, on_kept)
             else:
                 images = drawing.draw(settings, setup, ray, ray_actors, lines.print, on_kept)
             with contextlib.closing(images):
                 for drawn in images:
                     done += 1
-                    progress.update(pictures, completed=done, description="pictures")
+                    progress.update(pictures, completed=done, description="images")
                     line = _line(drawn, memory)
                     if json:
                         lines.print(line)

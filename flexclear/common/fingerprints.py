@@ -15,7 +15,7 @@ PIECES = 8
 def fingerprint_files(folder: Path, files: Iterable[Path]) -> str:
     """A fingerprint of some files in ``folder``: names, sizes and eight pieces of each, so that gigabytes need not be read.
 
-    A model that was trained further or quantised differs in every piece.
+    A model that was trained further or quantized differs in every piece.
     """
     digest = hashlib.sha256()
     for file in files:

@@ -19,7 +19,7 @@ class Batch:
     """What teacher and student are given, on the CPU in float32 until ``to``.
 
     Attributes:
-        latents: clean, normalised, ``[B, C, h, w]``, of a video ``[B, C, F, h, w]``.
+        latents: clean, normalized, ``[B, C, h, w]``, of a video ``[B, C, F, h, w]``.
         noise: standard normal, the same shape.
         sigmas: noise levels from 0 to 1, ``[B]``.
         prompt_embeds: ``[B, T, D]``.

@@ -23,7 +23,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         TypeError: an unsupported model.
-        ValueError: they are fused, quantised or offloaded; see ``flexclear.weights.keys.projections``.
+        ValueError: they are fused, quantized or offloaded; see ``flexclear.weights.keys.projections``.
     """
     layers = list(family_of(model).layers(model))
     found = keys.projections(model, layers)

@@ -1,4 +1,4 @@
-"""The sheet of clean emoji drawings that comes with the model, for recognising what an image shows."""
+"""The sheet of clean emoji drawings that comes with the model, for recognizing what an image shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognise which emoji and which background a generated image shows, by comparing with clean drawings.
+"""Recognize which emoji and which background a generated image shows, by comparing with clean drawings.
 
 A clean drawing is ``T = a E + (1 - a) b``: emoji colours E and coverage a, moved, scaled and maybe mirrored,
 over a flat background b. The squared distance to an image is found for every place at once by correlation.

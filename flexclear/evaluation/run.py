@@ -246,7 +246,7 @@ def draw_variants(
     for variant in config.drawn:
         folder = picture_folder(config, variant)
         missing = [number for number in range(len(wanted)) if not (folder / f"{number:06d}.png").is_file()]
-        on_progress(f"{variant.name} pictures", len(wanted) - len(missing), len(wanted))
+        on_progress(f"{variant.name} images", len(wanted) - len(missing), len(wanted))
         with as_variant(pipe, variant, config.backend):
             for done, number in enumerate(missing, len(wanted) - len(missing) + 1):
                 prompt, size, seed = wanted[number]
@@ -260,7 +260,7 @@ def draw_variants(
                 )
                 target = Target(folder / f"{number:06d}.png", is_file=True, overwrite=True)
                 list(draw(pipe, settings, replace(setup, target=target)))
-                on_progress(f"{variant.name} pictures", done, len(wanted))
+                on_progress(f"{variant.name} images", done, len(wanted))
             gflops[variant.name] = _gflops(pipe, read_settings(folder / "000000.png")["settings"])
     return gflops
 

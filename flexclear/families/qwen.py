@@ -24,7 +24,7 @@ RESIDUALS = ("controlnet_block_samples",)
 
 SHAPES_EXPECTED = (
     "a list with one entry per sample, each a list of (frames, height, width) in tokens: the image's first, then those "
-    "of its reference pictures"
+    "of its reference images"
 )
 
 

@@ -1,4 +1,4 @@
-"""``flexclear generate``: images from a pipeline, windowed and quantised as asked, each with its settings and times.
+"""``flexclear generate``: images from a pipeline, windowed and quantized as asked, each with its settings and times.
 
 Everything that can be wrong is looked for before a weight is read: ``check``. Then ``load``, then ``draw``;
 ``generate`` is all three.

@@ -1,4 +1,4 @@
-"""The pipeline of ``flexclear generate``: loaded, windowed, quantised, compiled and put where it runs, in this order."""
+"""The pipeline of ``flexclear generate``: loaded, windowed, quantized, compiled and put where it runs, in this order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None) -> Any:
-    """The pipeline, ready to draw: loaded, transformed, with its weights and LoRA, quantised, moved, compiled,
+    """The pipeline, ready to draw: loaded, transformed, with its weights and LoRA, quantized, moved, compiled,
     offloaded.
 
     Raises:
@@ -78,7 +78,7 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
 
 
 def min_features_of(settings: GenerateSettings) -> int:
-    """Features below which a linear is not quantised."""
+    """Features below which a linear is not quantized."""
     from flexclear.compile.quantize import MIN_FEATURES
 
     return MIN_FEATURES if settings.min_features is None else settings.min_features

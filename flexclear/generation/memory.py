@@ -41,7 +41,7 @@ def check_offload(config: dict[str, Any], settings: GenerateSettings, device: to
 def offload(pipe: Any, how: str, device: torch.device) -> None:
     """Keep a pipeline's weights in main memory and bring to ``device`` what runs.
 
-    Last of all: after windows, weights, LoRA, quantising and compiling.
+    Last of all: after windows, weights, LoRA, quantizing and compiling.
 
     Args:
         pipe: the pipeline.
@@ -49,7 +49,7 @@ def offload(pipe: Any, how: str, device: torch.device) -> None:
             a time, of the rest one layer.
         device: where it runs.
     """
-    pipe.to("cpu")  # where quantising has left parts on the device
+    pipe.to("cpu")  # where quantizing has left parts on the device
     if how == "model":
         pipe.enable_model_cpu_offload(device=device)
         return

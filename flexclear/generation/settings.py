@@ -43,7 +43,7 @@ class GenerateSettings:
         weights: for ``flexclear.load_weights``: a file, or ``PLACE:FILE`` in a folder or hub repository, or of those that
             ship with the embedded model: ``embedded:clear_local_8.safetensors``.
         recipe: a name of ``flexclear.compile.RECIPES``, ``"best"`` for the best FP8 one here, or None.
-        min_features: linears smaller than this are not quantised; None: as ``flexclear.compile.quantize`` has it.
+        min_features: linears smaller than this are not quantized; None: as ``flexclear.compile.quantize`` has it.
         steps, guidance, text_len: None: the pipeline's own.
         dtype: a name of ``flexclear.common.choices.DTYPES``, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
         device: as torch names it, or ``"auto"``: CUDA where there is one.

@@ -201,7 +201,7 @@ def _check(pipe: Any, prompt: Any, method: Any, image: Any, negative_prompt: Any
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be one text, got {prompt!r}; call upscale_cascade once per picture")
+        raise TypeError(f"prompt must be one text, got {prompt!r}; call upscale_cascade once per image")
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise TypeError(f"negative_prompt must be one text, got {negative_prompt!r}")
     if method not in METHODS:

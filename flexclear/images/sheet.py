@@ -35,7 +35,7 @@ def contact_sheet(
     if len(rows) != len(row_labels) or any(len(row) != columns for row in rows):
         raise ValueError(
             f"need one label per row and column, got {len(row_labels)} row labels for {len(rows)} rows and {columns} "
-            f"column labels for rows of {sorted({len(row) for row in rows})} pictures"
+            f"column labels for rows of {sorted({len(row) for row in rows})} images"
         )
     font = ImageFont.load_default(size=14)
     width = LABEL_WIDTH + columns * (cell + MARGIN) + MARGIN

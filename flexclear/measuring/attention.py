@@ -15,7 +15,7 @@ from torch import Tensor
 from flexclear.compile.kernels import Kernel
 from flexclear.compile.tuned import choose_tuned
 from flexclear.masks import Cost, Disc, Layout, Window, cost
-from flexclear.measuring.timing import in_turns, synchronise
+from flexclear.measuring.timing import in_turns, synchronize
 from flexclear.runtime.attention import windowed_attention
 from flexclear.runtime.plan import build_plan
 
@@ -105,7 +105,7 @@ def first_call(run: Callable[[], Tensor], device: torch.device) -> tuple[float, 
     """Seconds of a first call, and its result."""
     start = time.perf_counter()
     out = run()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start, out
 
 

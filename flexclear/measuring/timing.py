@@ -14,15 +14,15 @@ LEAST_S = 0.01
 
 def timed(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
     """Seconds of one call, of so many in a row."""
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    synchronise(device)
+    synchronize(device)
     return (time.perf_counter() - start) / calls
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

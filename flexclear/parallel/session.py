@@ -169,7 +169,7 @@ class Session:
             raise AgreedError(
                 f"an image of {call.grids[0][0]} x {call.grids[0][1]} tokens leaves {bands.ranks - bands.busy} of "
                 f"{bands.ranks} ranks idle (too_small='fewer'), and {type(model).__name__} cannot run without image tokens. "
-                f"Use {bands.busy} ranks, or a larger picture"
+                f"Use {bands.busy} ranks, or a larger image"
             )
         self.current = BandCall(self, bands, layout, step, branch, family.text_first)
 

@@ -141,7 +141,7 @@ def _check_axes(index: Tensor, starts: Sequence[int], grids: Grids, axes: Axes, 
         raise ValueError(
             f"{given} read as {axes} are {len(grids)} images of {grids[0][0]} x {grids[0][1]} tokens, numbered one "
             f"after the other: rows of one image of {len(grids)} x {max(grids[0])} whose axes are in another order? The "
-            f"columns must be {axes}, with the same index for all tokens of a picture"
+            f"columns must be {axes}, with the same index for all tokens of an image"
         )
 
 
@@ -167,7 +167,7 @@ def _read_one(ids: Tensor, axes: Axes, origin: Tensor, given: str) -> tuple[int,
     raise ValueError(
         f"{given} are not full grids of height x width tokens in raster order that start at {begin}{steps}: they start "
         f"at row {ids[0, 1].item():g} and column {ids[0, 2].item():g}, and the first row has {width} of {len(ids)} tokens. "
-        "Windows need whole pictures"
+        "Windows need whole images"
     )
 
 
@@ -232,7 +232,7 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 
 class GridReader:
-    """``read_grids`` once per tensor: on a GPU each reading is a synchronisation, and ids live for a whole generation."""
+    """``read_grids`` once per tensor: on a GPU each reading is a synchronization, and ids live for a whole generation."""
 
     def __init__(self) -> None:
         self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -265,7 +265,7 @@ class GridReader:
 
     def guarded(self, kwargs: dict[str, Any], name: str = "hidden_states") -> dict[str, Any]:
         """A call's arguments, with the tensor ``name``, or those in the list, NaN if the device finds that any of them was
-        written to in place since it was read: without a synchronisation no error can be raised in time, and a window over
+        written to in place since it was read: without a synchronization no error can be raised in time, and a window over
         another grid would be silently wrong."""
         for tensor in [value for value in tree_leaves(kwargs) if isinstance(value, Tensor)]:
             known = self._seen.get(tensor)

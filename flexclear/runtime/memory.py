@@ -61,7 +61,7 @@ def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
 
 
 def _saved_by_eight_bits(model: nn.Module) -> int:
-    """Bytes that quantising the big linears would save; 0 where they are quantised already."""
+    """Bytes that quantizing the big linears would save; 0 where they are quantized already."""
     if is_quantized(model) or quantized_elsewhere(model) is not None:
         return 0
     return sum(

@@ -64,7 +64,7 @@ def check_family(
     >>> flexclear.testing.check_family(model, call, grid=(9, 13))      # doctest: +SKIP
 
     Args:
-        model: small, with random weights, in float32; not transformed. A model whose last layer is initialised with zeros
+        model: small, with random weights, in float32; not transformed. A model whose last layer is initialized with zeros
             shows nothing: use other weights.
         call: arguments of one call by name. Best are a grid that is not square, two samples, and padded text if the model
             supports it.

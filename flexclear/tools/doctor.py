@@ -33,7 +33,7 @@ class Diagnosis:
         compiler: which compiler torch.compile uses here, or that there is none.
         compile: ``torch.compile`` on the device.
         backends: attention, ``flex`` (compiled) and ``sdpa``.
-        recipes: of quantisation.
+        recipes: of quantization.
         optional: version of each optional package, or None.
         tuned: a line for each entry that ``flexclear bench --tune`` keeps for this device and these versions.
         tried: whether things were actually run, not only looked up.
@@ -71,7 +71,7 @@ class Diagnosis:
             "",
             "attention",
             *(f"  {name:12}{state(reason)}" for name, reason in self.backends.items()),
-            "quantisation",
+            "quantization",
             *(f"  {name:12}{state(reason)}" for name, reason in self.recipes.items()),
             "optional",
             *(f"  {name:12}{value or f'not installed; for {OPTIONAL[name]}'}" for name, value in self.optional.items()),
@@ -114,7 +114,7 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
     recipes = {name: why_not_recipe(name, place) for name in RECIPES}
     if not quick:
         recipes = {
-            name: _attempt(lambda name=name: _quantise(name, place)) if reason is None else reason  # type: ignore[misc]
+            name: _attempt(lambda name=name: _quantize(name, place)) if reason is None else reason  # type: ignore[misc]
             for name, reason in recipes.items()
         }
     return Diagnosis(
@@ -241,8 +241,8 @@ def _agree(device: torch.device) -> None:
         raise ArithmeticError(f"it computes something other than masked SDPA: relative error {error:.1e}")
 
 
-def _quantise(recipe: str, device: torch.device) -> None:
-    """A quantised linear layer multiplies roughly as it did before."""
+def _quantize(recipe: str, device: torch.device) -> None:
+    """A quantized linear layer multiplies roughly as it did before."""
     from torchao.quantization import quantize_
 
     from flexclear.compile import RECIPES, sqnr

@@ -30,7 +30,7 @@ def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Param
     """The trained parameters of the attention layers by their released names, looked up below LoRA layers.
 
     Raises:
-        ValueError: they are fused, quantised, offloaded, or the layers have none; the message says what to do.
+        ValueError: they are fused, quantized, offloaded, or the layers have none; the message says what to do.
     """
     return {
         f"{name}.{kind}": _plain(getattr(linear, kind), f"{name}.{kind}")
@@ -39,10 +39,10 @@ def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Param
 
 
 def places(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Place]:
-    """Where the numbers of a file go, by their released names: the same parameters, quantised ones too.
+    """Where the numbers of a file go, by their released names: the same parameters, quantized ones too.
 
     Raises:
-        ValueError: they are fused, offloaded, quantised in a way that cannot be repeated, or the layers have none.
+        ValueError: they are fused, offloaded, quantized in a way that cannot be repeated, or the layers have none.
     """
     config = getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "quant_type", None)
     found: dict[str, Place] = {}
@@ -117,8 +117,8 @@ def _plain(parameter: Any, name: str) -> nn.Parameter:
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor or parameter.dtype not in DTYPES:
         kind = type(getattr(parameter, "data", parameter)).__name__
         raise ValueError(
-            f"{name} is quantised ({kind}, {getattr(parameter, 'dtype', None)}). Save weights of the original model, before "
-            "it is quantised"
+            f"{name} is quantized ({kind}, {getattr(parameter, 'dtype', None)}). Save weights of the original model, before "
+            "it is quantized"
         )
     return parameter
 

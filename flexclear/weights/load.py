@@ -80,7 +80,7 @@ def load_weights(
 
     Numbers are cast to the type and device of the model's parameters and written into them, so that LoRA layers around
     them, compiled graphs and optimizers stay valid. Projections that torchao, GGUF or bitsandbytes keep in low precision are
-    quantised anew from the file's numbers, as if that had been done after loading; the others of the model are not touched.
+    quantized anew from the file's numbers, as if that had been done after loading; the others of the model are not touched.
     An error leaves the model as it was.
 
     Returns:
@@ -90,7 +90,7 @@ def load_weights(
         TypeError: an unsupported model.
         FileNotFoundError, IsADirectoryError: no such file; the message names what is nearby.
         ValueError: a pickle, a damaged file, keys or shapes that do not fit, another base model, projections that are fused,
-            or quantised in a way that cannot be repeated, or a file that does not say its radius and a model that is not
+            or quantized in a way that cannot be repeated, or a file that does not say its radius and a model that is not
             transformed.
 
     Warns:

@@ -1,4 +1,4 @@
-"""Numbers written into weights that a library keeps in low precision: quantised anew, by that library, as the old ones were."""
+"""Numbers written into weights that a library keeps in low precision: quantized anew, by that library, as the old ones were."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Quantized(Place):
     """The weight of a linear layer in low precision: another takes its place.
 
     Raises:
-        ValueError: it is quantised in a way that cannot be repeated here.
+        ValueError: it is quantized in a way that cannot be repeated here.
     """
 
     def __init__(self, name: str, linear: Any) -> None:
@@ -82,7 +82,7 @@ class Quantized(Place):
 
     @abstractmethod
     def requantized(self, value: Tensor) -> Any:
-        """A parameter of these numbers, quantised as the present one is, on its device."""
+        """A parameter of these numbers, quantized as the present one is, on its device."""
 
 
 class Torchao(Quantized):
@@ -96,9 +96,9 @@ class Torchao(Quantized):
         )
         if self.config is None:
             raise ValueError(
-                f"{name} is quantised by torchao to a {_described(linear.weight)}, by a configuration that the model does not "
+                f"{name} is quantized by torchao to a {_described(linear.weight)}, by a configuration that the model does not "
                 f"name and that is none of flexclear's ({', '.join(RECIPES)}), so it cannot be repeated. Load weights into the "
-                "original model, then quantise. Nothing was changed"
+                "original model, then quantize. Nothing was changed"
             )
 
     def _makes_alike(self, config: Any) -> bool:
@@ -229,10 +229,10 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
         linear: the layer.
         kind: ``"weight"`` or ``"bias"``.
         name: in the file.
-        config: torchao's, that the model was quantised by, if it says so.
+        config: torchao's, that the model was quantized by, if it says so.
 
     Raises:
-        ValueError: it is not in memory, or quantised in a way that cannot be repeated; the message says what to do.
+        ValueError: it is not in memory, or quantized in a way that cannot be repeated; the message says what to do.
     """
     parameter = getattr(linear, kind)
     if isinstance(parameter, Tensor) and parameter.is_meta:
@@ -244,7 +244,7 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
         return Plain(name, parameter)
     if getattr(
         parameter, "has_fp16_weights", False
-    ):  # bitsandbytes' Int8Params that quantises in each call, from these
+    ):  # bitsandbytes' Int8Params that quantizes in each call, from these
         return Plain(name, parameter)
     if kind == "weight":
         if type(parameter.data).__module__.startswith("torchao."):
@@ -255,8 +255,8 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
         if library is not None:
             return library(name, linear)
     raise ValueError(
-        f"{name} is quantised ({type(getattr(parameter, 'data', parameter)).__name__}, {getattr(parameter, 'dtype', None)}) by a "
-        "library that flexclear does not know. Load weights into the original model, then quantise"
+        f"{name} is quantized ({type(getattr(parameter, 'data', parameter)).__name__}, {getattr(parameter, 'dtype', None)}) by a "
+        "library that flexclear does not know. Load weights into the original model, then quantize"
     )
 
 

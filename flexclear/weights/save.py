@@ -36,7 +36,7 @@ def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = Non
     Raises:
         TypeError: an unsupported model.
         ValueError: the model is not transformed, or attends by a formula; a window is not from ``flexclear.masks``,
-            projections are fused or quantised, or ``path`` does not end in ``.safetensors``.
+            projections are fused or quantized, or ``path`` does not end in ``.safetensors``.
     """
     from importlib.metadata import version
 

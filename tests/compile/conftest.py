@@ -1,4 +1,4 @@
-"""The model that is quantised beside everything else."""
+"""The model that is quantized beside everything else."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def graphs():
 
 @pytest.fixture(scope="module")
 def files(base, tmp_path_factory):
-    """LoRA files over quantised and kept linears of ``base``, by name."""
+    """LoRA files over quantized and kept linears of ``base``, by name."""
     folder = tmp_path_factory.mktemp("lora")
     return {
         "first": lora_file(folder / "first.safetensors", base, 1, 4, ATTENTION),

@@ -43,7 +43,7 @@ def both(layout, r, dtype=torch.float32, batch=1):
 @given(layouts(), radii)
 @example(Layout(17, 23, 77), 5)
 def test_compiled_attention_equals_masked_sdpa_in_float32(layout, r):
-    # Sequences of one block are graphs of their own (Dynamo specialises sizes of 1); the next test has one.
+    # Sequences of one block are graphs of their own (Dynamo specializes sizes of 1); the next test has one.
     assume(layout.seq_len > 128)
     ours, reference = both(layout, r)
     assert (ours - reference).abs().max() <= 1e-5

@@ -165,7 +165,7 @@ def test_a_forward_that_somebody_has_put_on_a_block_is_not_compiled_away():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_eight_bit_weights_are_quantised_compiled_and_then_offloaded(base, recipe):
+def test_eight_bit_weights_are_quantized_compiled_and_then_offloaded(base, recipe):
     model = local(base)
     expected = run_eight_bit(eight_bit(copy.deepcopy(model), recipe))
     flexclear.optimize(model, fp8=recipe, backend="eager")

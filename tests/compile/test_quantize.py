@@ -88,7 +88,7 @@ def test_a_weight_that_torchao_would_take_for_one_block_of_scales_is_kept(monkey
     assert name in chosen
 
 
-def test_every_linear_is_quantised_or_kept_with_a_reason(model):
+def test_every_linear_is_quantized_or_kept_with_a_reason(model):
     names = {name for name, _, _ in linears(model)}
     report = quantize(model, "weight_only", keep=lambda name, linear: name.endswith("to_k"))
     assert set(report.quantized) | set(report.kept) == names
@@ -128,7 +128,7 @@ def test_the_filter_names_its_reason(name, shape, in_block, reason):
 
 
 @pytest.mark.parametrize("recipe", ON_CPU)
-def test_a_quantised_model_comes_back_from_its_file_bit_for_bit(base, model, call, recipe, tmp_path):
+def test_a_quantized_model_comes_back_from_its_file_bit_for_bit(base, model, call, recipe, tmp_path):
     quantize(model, recipe)
     path = save_quantized(model, tmp_path / "model.safetensors")
     loaded = load_quantized(copy.deepcopy(base), path)
@@ -146,7 +146,7 @@ def _umask():
     return mask
 
 
-def test_a_transformed_model_is_quantised_and_a_quantised_one_transformed_alike(base, call):
+def test_a_transformed_model_is_quantized_and_a_quantized_one_transformed_alike(base, call):
     first = quantize_of(flexclear.transform(copy.deepcopy(base), r=3, backend="sdpa"))
     second = copy.deepcopy(base)
     quantize(second, "weight_only")
@@ -197,8 +197,8 @@ def test_a_gpu_runs_the_recipes_of_its_capability(monkeypatch, capability, able)
     [
         (lambda base: base, "fp4", ValueError, r"recipe must be one of \['rowwise'.*got 'fp4'"),
         (lambda base: "pipe", "int8", TypeError, "expected a model, got str; for a pipeline, pass pipe.transformer"),
-        (lambda base: tiny_flux(), "int8", ValueError, "no linear to quantise: .*tiny: fewer than 256 features"),
-        (lambda base: quantize_of(copy.deepcopy(base)), "int8", ValueError, "already quantised"),
+        (lambda base: tiny_flux(), "int8", ValueError, "no linear to quantize: .*tiny: fewer than 256 features"),
+        (lambda base: quantize_of(copy.deepcopy(base)), "int8", ValueError, "already quantized"),
         (
             lambda base: copy.deepcopy(base).double(),
             "int8",
@@ -207,7 +207,7 @@ def test_a_gpu_runs_the_recipes_of_its_capability(monkeypatch, capability, able)
         ),
     ],
 )
-def test_what_cannot_be_quantised_is_named(base, make, recipe, error, message):
+def test_what_cannot_be_quantized_is_named(base, make, recipe, error, message):
     with pytest.raises(error, match=message):
         quantize(make(base), recipe)
 
@@ -249,12 +249,12 @@ def replace_queries(model, make):
 
 
 @pytest.mark.parametrize("by", [by_quanto, by_bitsandbytes, by_gguf, by_diffusers_itself, by_hand])
-def test_weights_that_another_library_has_quantised_are_refused_by_name(model, by):
+def test_weights_that_another_library_has_quantized_are_refused_by_name(model, by):
     by(model)
     layer = r"\(transformer_blocks.0.attn.to_q is a \w*Linear\w* of [\w.]+\)"
     for options, message in (
-        ({"fp8": "int8"}, rf"FluxTransformer2DModel is already quantised {layer}: leave this pass out \(fp8=False\)"),
-        ({"fuse_qkv": True}, rf"fuse_qkv concatenates weights, .* quantised ones {layer}"),
+        ({"fp8": "int8"}, rf"FluxTransformer2DModel is already quantized {layer}: leave this pass out \(fp8=False\)"),
+        ({"fuse_qkv": True}, rf"fuse_qkv concatenates weights, .* quantized ones {layer}"),
     ):
         with pytest.raises(ValueError, match=message):
             flexclear.optimize(model, compile=False, **options)
@@ -287,7 +287,7 @@ def test_a_file_that_does_not_fit_changes_nothing(base, model, call, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path, {"other": json.dumps({})})
-    refused("does not hold quantised weights of flexclear")
+    refused("does not hold quantized weights of flexclear")
     assert torch.equal(run(target, call), before)
-    with pytest.raises(ValueError, match="is not quantised"):
+    with pytest.raises(ValueError, match="is not quantized"):
         save_quantized(base, path)

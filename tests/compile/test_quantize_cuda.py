@@ -155,7 +155,7 @@ def test_optimize_takes_fp8_products_where_the_gpu_has_them(base, recipe, graphs
             flexclear.optimize(local(base), fp8=recipe)
 
 
-def test_a_model_on_the_cpu_is_quantised_on_its_way_and_never_there_as_a_whole(recipe):
+def test_a_model_on_the_cpu_is_quantized_on_its_way_and_never_there_as_a_whole(recipe):
     model = quantizable_flux(num_single_layers=8)
     largest = max(linear.weight.nbytes for linear in model.modules() if isinstance(linear, torch.nn.Linear))
     # What was asked for: the allocator rounds up, and gives larger blocks that happen to be free.

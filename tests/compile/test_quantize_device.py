@@ -1,4 +1,4 @@
-"""Quantising on the way to a device: the same result, from weights that need not fit it, and all of it or nothing."""
+"""Quantizing on the way to a device: the same result, from weights that need not fit it, and all of it or nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def interrupted(monkeypatch, after):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_model_that_is_moved_meanwhile_is_quantised_alike(base, recipe):
+def test_a_model_that_is_moved_meanwhile_is_quantized_alike(base, recipe):
     model = local(base, down_factor=2)
     report = quantize(model, recipe, device=ELSEWHERE)
     expected = local(base, down_factor=2)

@@ -1,4 +1,4 @@
-"""LoRA over eight-bit weights: before and after quantising, fused, mixed, swapped."""
+"""LoRA over eight-bit weights: before and after quantizing, fused, mixed, swapped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_fused_lora_is_quantised_with_the_weights(base, files, recipe):
+def test_a_fused_lora_is_quantized_with_the_weights(base, files, recipe):
     pipe = pipeline(local(base))
     plain = run(pipe)
     pipe.load_lora_weights(files["first"])
@@ -38,15 +38,15 @@ def test_a_fused_lora_is_quantised_with_the_weights(base, files, recipe):
     assert sqnr(adapted, run(pipe)) >= FLOOR[recipe] > sqnr(adapted, plain) + 10
 
 
-@pytest.mark.parametrize("events", ["adapter first", "quantise first"])
+@pytest.mark.parametrize("events", ["adapter first", "quantize first"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_adapter_acts_beside_eight_bit_weights_by_its_scale_and_leaves_them_as_they_were(
     base, files, recipe, events
 ):
-    quantised = run(eight_bit(local(base), recipe))
+    quantized = run(eight_bit(local(base), recipe))
     theirs, ours = pipeline(local(base)), pipeline(local(base))
     theirs.load_lora_weights(files["first"])
-    if events == "quantise first":
+    if events == "quantize first":
         quantize(ours.transformer, recipe)
     ours.load_lora_weights(files["first"])
     if events == "adapter first":
@@ -59,16 +59,16 @@ def test_an_adapter_acts_beside_eight_bit_weights_by_its_scale_and_leaves_them_a
     for scale in (1.0, 0.5):
         assert sqnr(run(theirs, scale=scale), run(ours, scale=scale)) >= FLOOR[recipe]
     assert sqnr(run(ours), run(ours, scale=0.5)) < 20, "the scale makes no difference"
-    assert torch.equal(run(ours, scale=0.0), quantised)
+    assert torch.equal(run(ours, scale=0.0), quantized)
     ours.unload_lora_weights()
-    assert torch.equal(run(ours), quantised)
+    assert torch.equal(run(ours), quantized)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_adapters_mix_switch_off_and_leave_one_by_one(base, files, recipe):
-    quantised = run(eight_bit(local(base), recipe))
+    quantized = run(eight_bit(local(base), recipe))
     theirs, ours = pipeline(local(base)), pipeline(eight_bit(local(base), recipe))
-    outputs = [quantised]
+    outputs = [quantized]
     for pipe in (theirs, ours):
         pipe.load_lora_weights(files["first"], adapter_name="a")
         pipe.load_lora_weights(files["second"], adapter_name="b")
@@ -78,7 +78,7 @@ def test_two_adapters_mix_switch_off_and_leave_one_by_one(base, files, recipe):
         outputs.append(run(ours))
         assert sqnr(run(theirs), outputs[-1]) >= FLOOR[recipe]
     ours.disable_lora()
-    assert torch.equal(run(ours), quantised)
+    assert torch.equal(run(ours), quantized)
     ours.enable_lora()
     for pipe in (theirs, ours):
         pipe.delete_adapters("a")
@@ -87,17 +87,17 @@ def test_two_adapters_mix_switch_off_and_leave_one_by_one(base, files, recipe):
     assert all(sqnr(before, after) < 20 for before, after in itertools.pairwise(outputs))
 
 
-@pytest.mark.parametrize("events", ["adapter first", "quantise first"])
+@pytest.mark.parametrize("events", ["adapter first", "quantize first"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fusing_into_eight_bit_weights_raises_and_can_be_taken_back(base, files, recipe, events):
     pipe = pipeline(local(base))
-    if events == "quantise first":
+    if events == "quantize first":
         quantize(pipe.transformer, recipe)
     pipe.load_lora_weights(files["kept too"])
     if events == "adapter first":
         quantize(pipe.transformer, recipe)
     before = run(pipe)
-    # "aten.add_" is what torchao refuses where peft does not know the weights for quantised ones.
+    # "aten.add_" is what torchao refuses where peft does not know the weights for quantized ones.
     with pytest.raises((ValueError, NotImplementedError), match=r"re-quantize the base layer|aten\.add_"):
         pipe.fuse_lora()
     assert sqnr(before, run(pipe)) >= FLOOR[recipe], "what was fused until then acts as it did"

@@ -68,13 +68,13 @@ def test_offloading_to_disk_raises(base, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("offload", "message"),
     [
-        (sequential, r"is on the meta device: .*enable_sequential_cpu_offload.*Quantise first, then offload"),
-        (OFFLOADS["groups of blocks"], r"is offloaded in groups .*Quantise first, then offload"),
-        (OFFLOADS["groups of leaves"], r"is offloaded in groups .*Quantise first, then offload"),
+        (sequential, r"is on the meta device: .*enable_sequential_cpu_offload.*Quantize first, then offload"),
+        (OFFLOADS["groups of blocks"], r"is offloaded in groups .*Quantize first, then offload"),
+        (OFFLOADS["groups of leaves"], r"is offloaded in groups .*Quantize first, then offload"),
     ],
     ids=["sequential", "groups of blocks", "groups of leaves"],
 )
-def test_quantising_what_is_offloaded_is_refused_and_changes_nothing(base, offload, message, tmp_path):
+def test_quantizing_what_is_offloaded_is_refused_and_changes_nothing(base, offload, message, tmp_path):
     model = local(base)
     expected = run(model)
     file = save_quantized(eight_bit(local(base), "int8"), tmp_path / "model.safetensors")
@@ -87,7 +87,7 @@ def test_quantising_what_is_offloaded_is_refused_and_changes_nothing(base, offlo
     assert torch.equal(run(model), expected)
 
 
-def test_a_model_offloaded_as_a_whole_may_still_be_quantised(base):
+def test_a_model_offloaded_as_a_whole_may_still_be_quantized(base):
     model = local(base)
     whole(model)
     assert torch.equal(run(eight_bit(model, "weight_only")), run(eight_bit(local(base), "weight_only")))
@@ -108,7 +108,7 @@ def test_copies_pickles_and_moves_are_bit_equal(base, recipe):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_another_type_after_quantising_never_changes_eight_bit_weights(base, dtype):
+def test_another_type_after_quantizing_never_changes_eight_bit_weights(base, dtype):
     cast = {recipe: eight_bit(local(base), recipe).to(dtype) for recipe in RECIPES}
     assert all(is_quantized(model) for model in cast.values())
     with pytest.raises(RuntimeError, match="same dtype"):

@@ -56,6 +56,6 @@ def test_eight_bit_weights_draw_the_same_pictures(pipe, draw, expected, recipe):
     finally:
         pipe.transformer = plain
     assert levels.min() >= FLOOR[recipe], levels
-    assert levels.max() < 70, "nothing was quantised"
+    assert levels.max() < 70, "nothing was quantized"
     strangers = picture_psnr(expected[:-1], expected[1:])
     assert strangers.max() < FLOOR[recipe], "the floor would let another image pass"

@@ -67,7 +67,7 @@ def test_windows_come_change_and_go_over_eight_bit_weights(base, recipe):
 
 @pytest.mark.kept("compile_blocks")
 @pytest.mark.parametrize("region", [compile_blocks, compile_whole])
-def test_quantising_and_transforming_after_compiling_compile_again(base, region, graphs):
+def test_quantizing_and_transforming_after_compiling_compile_again(base, region, graphs):
     model = copy.deepcopy(base)
     region(model, backend="eager")
     dense = run(model)
@@ -83,15 +83,15 @@ def test_quantising_and_transforming_after_compiling_compile_again(base, region,
 def test_a_lora_that_is_loaded_after_compiling_compiles_again_and_acts(base, files, graphs):
     theirs, ours = (pipeline(eight_bit(local(base), "weight_only")) for _ in range(2))
     compile_blocks(ours.transformer, backend="eager")
-    quantised = run(ours)
+    quantized = run(ours)
     for pipe in (theirs, ours):
         pipe.load_lora_weights(files["first"])
     assert torch.equal(run(ours), run(theirs))
     ours.unload_lora_weights()
-    assert torch.equal(run(ours), quantised)
+    assert torch.equal(run(ours), quantized)
 
 
-def test_trained_weights_that_come_after_eight_bits_are_quantised_as_they_are_loaded(base, tmp_path):
+def test_trained_weights_that_come_after_eight_bits_are_quantized_as_they_are_loaded(base, tmp_path):
     trained = local(base)
     for name, parameter in trained.named_parameters():
         if ".attn.to_q." in name:
@@ -108,11 +108,11 @@ def test_trained_weights_that_come_after_eight_bits_are_quantised_as_they_are_lo
     assert sqnr(run(trained), run(right)) >= FLOOR["weight_only"]
 
 
-def test_optimizing_twice_compiles_anew_and_refuses_a_second_quantising(base, graphs):
+def test_optimizing_twice_compiles_anew_and_refuses_a_second_quantizing(base, graphs):
     model = flexclear.optimize(local(base), fp8="weight_only", backend="eager")
     expected = run(model)
     assert torch.equal(expected, run(eight_bit(local(base), "weight_only")))
-    with pytest.raises(ValueError, match=r"is already quantised: leave this pass out \(fp8=False\)"):
+    with pytest.raises(ValueError, match=r"is already quantized: leave this pass out \(fp8=False\)"):
         flexclear.optimize(model, fp8="int8", compile=False, fuse_qkv=False)
     assert torch.equal(run(model), expected)
     hooks = len(model._forward_hooks)
@@ -122,7 +122,7 @@ def test_optimizing_twice_compiles_anew_and_refuses_a_second_quantising(base, gr
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_projections_are_fused_before_they_are_quantised(base, recipe, tmp_path):
+def test_projections_are_fused_before_they_are_quantized(base, recipe, tmp_path):
     expected = run(eight_bit(local(base), recipe))
     model = flexclear.optimize(local(base), fp8=recipe, fuse_qkv=True, compile=False)
     assert model.transformer_blocks[0].attn.fused_projections
@@ -160,7 +160,7 @@ def test_fused_projections_and_a_lora_that_they_would_leave_out_are_refused_toge
 def test_what_is_refused_for_its_options_changes_nothing(base):
     model = local(base)
     before = run(model)
-    with pytest.raises(ValueError, match="no linear to quantise"):
+    with pytest.raises(ValueError, match="no linear to quantize"):
         flexclear.optimize(model, fp8="weight_only", min_features=4096, fuse_qkv=True)
     assert not model.transformer_blocks[0].attn.fused_projections
     assert all(module._compiled_call_impl is None for module in model.modules())

@@ -258,7 +258,7 @@ def test_what_is_cheap_of_the_readme_s_commands_runs(tmp_path, monkeypatch, caps
             cli.main([*words, *(FAST if words[0] == "generate" else ())])
         assert not end.value.code
     assert "image tokens" in capsys.readouterr().out
-    assert list(Path("pictures").glob("*.png"))
+    assert list(Path("images").glob("*.png"))
 
 
 def test_every_kind_of_block_is_checked():

@@ -19,7 +19,7 @@ from flexclear import embedded
 from flexclear.embedded.captions import random_caption
 from flexclear.embedded.scenes import UNNAMED, draw, still_scene
 from flexclear.embedded.train import corpus
-from flexclear.embedded.train.assembly import assemble, begin_with, kept_normalisation, load_trained
+from flexclear.embedded.train.assembly import assemble, begin_with, kept_normalization, load_trained
 from flexclear.embedded.train.backgrounds import KEPT_AWAY, OWN_SHARE, OWN_SPREAD, unname
 from flexclear.embedded.train.batches import BatchMaker
 from flexclear.embedded.train.checkpoint import load_checkpoint
@@ -113,7 +113,7 @@ def test_pictures_without_a_name_have_captions_without_one_and_weigh_as_their_em
     assert favoured["bell False"] > 5 * favoured["banana False"]
 
 
-def test_latents_keep_a_normalisation_that_is_given(pipe, tmp_path):
+def test_latents_keep_a_normalization_that_is_given(pipe, tmp_path):
     scenes = ([still_scene(0, YELLOW), still_scene(1, GREEN)], [still_scene(1, YELLOW)])
     own = build_cache(pipe.vae, scenes, BITMAPS, COLOURS, tmp_path / "own.pt")
     given_ = build_cache(pipe.vae, scenes, BITMAPS, COLOURS, tmp_path / "given.pt", (0.25, 2.0))
@@ -125,7 +125,7 @@ def test_latents_keep_a_normalisation_that_is_given(pipe, tmp_path):
     again = build_cache(pipe.vae, scenes, BITMAPS, COLOURS, tmp_path / "given.pt")
     assert torch.equal(again.small.latents, given_.small.latents)
     with pytest.raises(
-        ValueError, match=r"own\.pt is normalised by .*, the run expects \(0\.25, 2\.0\): delete the file"
+        ValueError, match=r"own\.pt is normalized by .*, the run expects \(0\.25, 2\.0\): delete the file"
     ):
         build_cache(pipe.vae, scenes, BITMAPS, COLOURS, tmp_path / "own.pt", (0.25, 2.0))
     same = (own.shift, own.scaling)
@@ -134,7 +134,7 @@ def test_latents_keep_a_normalisation_that_is_given(pipe, tmp_path):
 
 def test_a_run_can_begin_with_the_exported_model(pipe, tmp_path):
     folder = begin_with(embedded.model_directory(), tmp_path / "run")
-    assert kept_normalisation(folder) == (pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor)
+    assert kept_normalization(folder) == (pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor)
     loaded = load_trained(folder)
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         ours, theirs = (getattr(p, name).state_dict() for p in (loaded, pipe))
@@ -157,7 +157,7 @@ def test_a_run_that_began_with_the_exported_model_is_gone_on_with(pipe, tmp_path
     kept = LatentSet(
         torch.randn(4, 8, 32, 32).half(), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, UNNAMED, UNNAMED])
     )
-    cache = LatentCache(kept, kept, *kept_normalisation(folder))
+    cache = LatentCache(kept, kept, *kept_normalization(folder))
     recipe = TransformerRecipe(compiled=False, warmup=1)
     steps = []
     for total in (1, 2):
@@ -171,8 +171,8 @@ def test_a_run_that_began_with_the_exported_model_is_gone_on_with(pipe, tmp_path
     first, second = (after[name] - before[name] for before, after in itertools.pairwise(weights))
     assert 0 < first.abs().max() < 0.1 * weights[0][name].abs().max()  # The shipped weights, one step on.
     assert second.abs().max() > 0
-    assert kept_normalisation(folder) == (cache.shift, cache.scaling)
+    assert kept_normalization(folder) == (cache.shift, cache.scaling)
 
 
-def test_a_new_run_has_no_normalisation_yet(tmp_path):
-    assert kept_normalisation(tmp_path) is None
+def test_a_new_run_has_no_normalization_yet(tmp_path):
+    assert kept_normalization(tmp_path) is None

@@ -1,4 +1,4 @@
-"""What a training step of the embedded model sees and minimises."""
+"""What a training step of the embedded model sees and minimizes."""
 
 from __future__ import annotations
 

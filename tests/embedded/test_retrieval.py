@@ -23,19 +23,19 @@ def retriever(vocabulary, bitmaps) -> Retriever:
     return Retriever(bitmaps, list(vocabulary.backgrounds.values()))
 
 
-def test_clean_drawings_are_all_recognised(vocabulary, bitmaps, retriever):
+def test_clean_drawings_are_all_recognized(vocabulary, bitmaps, retriever):
     pictures, requests = clean_pictures(vocabulary, bitmaps, 64, seed=11)
     found = evaluate(retriever, requests, pictures)
     assert (found.emoji, found.background) == (1, 1)
     assert found.error < 0.005
 
 
-def test_larger_clean_drawings_are_recognised(vocabulary, bitmaps, retriever):
+def test_larger_clean_drawings_are_recognized(vocabulary, bitmaps, retriever):
     pictures, requests = clean_pictures(vocabulary, bitmaps, 16, seed=12, pixels=256)
     assert evaluate(retriever, requests, pictures).both == 1
 
 
-def test_autoencoder_round_trips_are_recognised(pipe, vocabulary, bitmaps, retriever):
+def test_autoencoder_round_trips_are_recognized(pipe, vocabulary, bitmaps, retriever):
     pictures, requests = clean_pictures(vocabulary, bitmaps, 64, seed=13)
     decoded = vae_round_trip(pipe.vae, pictures)
     assert evaluate(retriever, requests, decoded).both >= 0.98

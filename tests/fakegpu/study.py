@@ -29,7 +29,7 @@ class Job:
         pixels: sides of the square images, in the order of the calls; each size is called twice, then the first again.
         precision: one of ``PRECISIONS``; the last two are FP8 recipes.
         compiled: whether blocks are.
-        from_cpu: whether the weights are on the CPU when they are quantised.
+        from_cpu: whether the weights are on the CPU when they are quantized.
         lora: whether a LoRA is loaded and exchanged for another, where each size has been called.
         tiny: of few blocks and heads.
         r: window radius in tokens.

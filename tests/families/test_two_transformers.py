@@ -1,4 +1,4 @@
-"""A pipeline with two transformers, as Wan 2.2's A14B: both are transformed, restored, explained, quantised and saved."""
+"""A pipeline with two transformers, as Wan 2.2's A14B: both are transformed, restored, explained, quantized and saved."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_both_are_explained(monkeypatch):
         flexclear.explain(pipe, height=48, width=64)
 
 
-def test_both_are_quantised_and_compiled_and_warmed(monkeypatch):
+def test_both_are_quantized_and_compiled_and_warmed(monkeypatch):
     """The boundary is late, so that one step of the warm-up would run the first alone."""
     one_by_one, pipe = (flexclear.transform(pipeline(monkeypatch, attention_head_dim=32), **WINDOW) for _ in range(2))
     plain = draw(pipe, **CALL)
@@ -190,9 +190,9 @@ def test_both_are_quantised_and_compiled_and_warmed(monkeypatch):
         assert is_quantized(pipe.transformer_2)
         assert all(calls), "the warm-up leaves one out"
         made = len(report().since(before).graphs)
-        quantised = draw(pipe, **CALL)
-        assert torch.equal(quantised, draw(one_by_one, **CALL))
-        far(quantised, plain, "eight bits")
+        quantized = draw(pipe, **CALL)
+        assert torch.equal(quantized, draw(one_by_one, **CALL))
+        far(quantized, plain, "eight bits")
         assert len(report().since(before).graphs) == made, "a size that was warmed is compiled again"
     finally:
         torch.compiler.reset()

@@ -191,7 +191,7 @@ def test_pooled_keys_are_an_option(generate):
     assert (told["r"], told["down_factor"]) == (3, 4)
 
 
-def test_quantised_pictures_say_their_recipe_and_resemble_the_others(generate):
+def test_quantized_pictures_say_their_recipe_and_resemble_the_others(generate):
     [plain] = generate("--prompt", APPLE, "--r", 4)
     name = "int8" if why_not_recipe("int8", torch.device("cpu")) is None else "weight_only"
     [named] = generate("--prompt", APPLE, "--r", 4, "--recipe", name, "--min-features", 128)
@@ -200,5 +200,5 @@ def test_quantised_pictures_say_their_recipe_and_resemble_the_others(generate):
     assert [one["recipe"] for one in settings[:2]] == [None, name]
     assert settings[2]["recipe"] == "weight_only", "the only FP8 recipe of a CPU"
     values = [torch.frombuffer(bytearray(pixels(line)[1]), dtype=torch.uint8).float() for line in (plain, named, fp8)]
-    for quantised in values[1:]:
-        assert 0 < (quantised - values[0]).abs().mean() < 8
+    for quantized in values[1:]:
+        assert 0 < (quantized - values[0]).abs().mean() < 8

@@ -14,11 +14,11 @@ from flexclear.generation.settings import GenerateSettings
 from helpers.generate_calls import APPLE, FAST, FLOWER
 
 
-def test_quantising_what_is_too_small_says_which_option_lowers_the_limit(command, tmp_path):
+def test_quantizing_what_is_too_small_says_which_option_lowers_the_limit(command, tmp_path):
     arguments = ("generate", "embedded", *FAST, "--prompt", APPLE, "--recipe", "weight_only", "--out", tmp_path)
     status, _, error = command(*arguments)
     assert status == 2
-    assert "has no linear to quantise" in error
+    assert "has no linear to quantize" in error
     assert "--min-features (now 256)" in error
     assert "Traceback" not in error
 

@@ -38,7 +38,7 @@ class Sigmoid(ReferenceProcessor):
 
 
 class Linear(Sigmoid):
-    """Weights of every pair formed in full, then normalised."""
+    """Weights of every pair formed in full, then normalized."""
 
     def mix(self, query, key, value):
         phi = lambda tokens: nn.functional.elu(tokens) + 1  # noqa: E731

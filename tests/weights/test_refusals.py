@@ -209,7 +209,7 @@ def test_a_hub_id_and_a_file_name_go_through_huggingface_hub(model, tmp_path, mo
     assert (loaded.radius, loaded.down_factor) == (8, 2)
 
 
-def quantised(model):
+def quantized(model):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig(), lambda module, name: name.endswith("to_q"))
@@ -224,10 +224,10 @@ OBSTACLES = {
     "on disk": (on_disk, r"is offloaded to disk in groups .* before enable_group_offload"),
     "fused": (lambda model: model.fuse_qkv_projections(), r"fused projections .*unfuse_qkv_projections\(\) first"),
     "lora": (lambda model: with_lora(model).fuse_lora(), r"a LoRA is fused into .*unfuse_lora\(\) first"),
-    "quantised": (quantised, "to_q.weight is quantised "),
+    "quantized": (quantized, "to_q.weight is quantized "),
     "float8": (
         lambda model: model.transformer_blocks[0].attn.to_k.to(torch.float8_e4m3fn),
-        "transformer_blocks.0.attn.to_k.weight is quantised .*float8",
+        "transformer_blocks.0.attn.to_k.weight is quantized .*float8",
     ),
     "meta": (
         lambda model: model.transformer_blocks[0].attn.to_k.to("meta"),

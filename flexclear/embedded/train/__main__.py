@@ -58,12 +58,8 @@ def transformer(
     steps: Annotated[int | None, typer.Option(help="Total steps; without it the rate stays flat.")] = None,
     decay_from: Annotated[int | None, typer.Option(help="First step of the decay.")] = None,
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
-    small_pictures: Annotated[
-        int, typer.Option("--small-images", "--small-pictures", help="Images of 128 pixels to encode.")
-    ] = 18_000,
-    large_pictures: Annotated[
-        int, typer.Option("--large-images", "--large-pictures", help="Images of 256 pixels to encode.")
-    ] = 2_000,
+    small_pictures: Annotated[int, typer.Option("--small-images", help="Images of 128 pixels to encode.")] = 18_000,
+    large_pictures: Annotated[int, typer.Option("--large-images", help="Images of 256 pixels to encode.")] = 2_000,
     still: Annotated[bool, typer.Option(help="Images without jitter: first, so that names are learned.")] = False,
     faint: Annotated[
         float, typer.Option(min=0, help="Show pairs of little contrast more often: the power of their weight.")
@@ -109,9 +105,7 @@ def measure(
     folder: Folder = Path(".train"),
     font: Font = None,
     threads: Threads = 2,
-    pictures: Annotated[
-        int, typer.Option("--images", "--pictures", help="Images to draw, spread over the emoji.")
-    ] = 512,
+    pictures: Annotated[int, typer.Option("--images", help="Images to draw, spread over the emoji.")] = 512,
     strength: Annotated[float, typer.Option(help="What an emoji that is never right gains in weight.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Backgrounds and noise; not the seed of the results.")] = 5,
 ) -> None:

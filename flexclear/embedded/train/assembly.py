@@ -34,7 +34,7 @@ def load_vae(folder: Path) -> AutoencoderKL:
 def assemble(
     folder: Path, vae: AutoencoderKL, shift: float, scaling: float, seed: int
 ) -> tuple[FluxPipeline, Learners]:
-    """Return a pipeline of the autoencoder and freshly initialised models, and those models.
+    """Return a pipeline of the autoencoder and freshly initialized models, and those models.
 
     The CLIP tokenizer is the one in ``folder``, made if it is not there.
     """
@@ -57,7 +57,7 @@ def assemble(
     return pipeline, learners
 
 
-def kept_normalisation(folder: Path) -> tuple[float, float] | None:
+def kept_normalization(folder: Path) -> tuple[float, float] | None:
     """Return the latents' shift and scaling of the run in ``folder``, None where there is none yet.
 
     A run keeps them: other ones would change what the model has learned to expect.
@@ -68,7 +68,7 @@ def kept_normalisation(folder: Path) -> tuple[float, float] | None:
 
 
 def begin_with(source: Path, folder: Path) -> Path:
-    """Write checkpoints to ``folder`` that resume from an exported pipeline, with fresh optimisers, and return the folder.
+    """Write checkpoints to ``folder`` that resume from an exported pipeline, with fresh optimizers, and return the folder.
 
     Args:
         source: a folder that ``export`` wrote, such as the package's own.
@@ -86,10 +86,10 @@ def begin_with(source: Path, folder: Path) -> Path:
     keep_clip_tokenizer(folder / TOKENIZER_NAME, pipeline.tokenizer)
     save_checkpoint(folder / "vae.pt", {"model": pipeline.vae.state_dict()})
     learners = Learners(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
-    normalisation = {"shift": pipeline.vae.config.shift_factor, "scaling": pipeline.vae.config.scaling_factor}
+    normalization = {"shift": pipeline.vae.config.shift_factor, "scaling": pipeline.vae.config.scaling_factor}
     save_checkpoint(
         folder / CHECKPOINT_NAME,
-        {"learners": learners.state_dict(), "optimizer": None, "step": 0, "schedule": None, **normalisation},
+        {"learners": learners.state_dict(), "optimizer": None, "step": 0, "schedule": None, **normalization},
     )
     return folder
 

@@ -62,7 +62,7 @@ class Batch:
     """One training batch.
 
     Attributes:
-        latents: shape (images, 8, side, side), float32, normalised.
+        latents: shape (images, 8, side, side), float32, normalized.
         noise: the same shape, standard normal.
         sigmas: shape (images,), noise levels strictly between 0 and 1.
         clip_ids: shape (images, longest caption), int64.

@@ -32,7 +32,7 @@ def controlnet(
     ] = DEFAULT.steps,
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = DEFAULT.batch,
     pictures: Annotated[
-        int, typer.Option("--images", "--pictures", min=1, help="Different images, encoded once.")
+        int, typer.Option("--images", min=1, help="Different images, encoded once.")
     ] = DEFAULT.pictures,
     layers: Annotated[int, typer.Option(min=1, help="Double blocks.")] = DEFAULT.layers,
     single_layers: Annotated[int, typer.Option(min=0, help="Single blocks.")] = DEFAULT.single_layers,

@@ -31,8 +31,8 @@ class ConditionedSet:
     A pipeline samples the condition's latents from the autoencoder's posterior, so mean and deviation are kept.
 
     Attributes:
-        latents: shape (images, 8, 32, 32), float16, normalised.
-        means: shape (m, images, 8, 32, 32), float16, normalised.
+        latents: shape (images, 8, 32, 32), float16, normalized.
+        means: shape (m, images, 8, 32, 32), float16, normalized.
         deviations: the same.
         emoji: shape (images,), int64 emoji indices.
         backgrounds: shape (images,), int64 background indices.
@@ -92,7 +92,7 @@ def conditioned_set(
 
 @torch.no_grad()
 def _posterior(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised mean and deviation of the pictures' latents, float32, each of shape (images, 8, side, side)."""
+    """Normalized mean and deviation of the pictures' latents, float32, each of shape (images, 8, side, side)."""
     pixels = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures])
     values = pixels.view(len(pictures), PIXELS, PIXELS, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
     # Four times as fast as float32 here, and off by less than a hundredth of the posterior's deviation.
@@ -107,7 +107,7 @@ class ControlBatch:
     """One training batch.
 
     Attributes:
-        latents: shape (images, 8, side, side), float32, normalised.
+        latents: shape (images, 8, side, side), float32, normalized.
         noise: the same shape, standard normal.
         conditions: the same shape: latents of the conditions, sampled.
         modes: shape (images, 1), int64.

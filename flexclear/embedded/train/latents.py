@@ -18,7 +18,7 @@ from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Normalised latents of jittered scenes, and what each shows.
+    """Normalized latents of jittered scenes, and what each shows.
 
     Attributes:
         latents: shape (images, 8, side, side), dtype float16, mean about 0 and deviation about 1.
@@ -33,7 +33,7 @@ class LatentSet:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """The training latents at 128 and 256 pixels, with the shift and scaling that normalised them."""
+    """The training latents at 128 and 256 pixels, with the shift and scaling that normalized them."""
 
     small: LatentSet
     large: LatentSet
@@ -57,16 +57,16 @@ def build_cache(
         bitmaps: one RGBA image per emoji index.
         colours: one per background index.
         path: of the cache.
-        shift_and_scaling: what latents are normalised with; without it they come out with mean 0 and deviation 1.
+        shift_and_scaling: what latents are normalized with; without it they come out with mean 0 and deviation 1.
 
     Raises:
-        ValueError: the latents at ``path`` are normalised in another way.
+        ValueError: the latents at ``path`` are normalized in another way.
     """
     if path.is_file():
         kept = _from_state(load_checkpoint(path))
         if shift_and_scaling not in (None, (kept.shift, kept.scaling)):
             raise ValueError(
-                f"{path} is normalised by {(kept.shift, kept.scaling)}, the run expects {shift_and_scaling}: delete the file"
+                f"{path} is normalized by {(kept.shift, kept.scaling)}, the run expects {shift_and_scaling}: delete the file"
             )
         return kept
     vae = vae.eval()
@@ -78,10 +78,10 @@ def build_cache(
         shift, scaling = shift_and_scaling
     state: dict[str, Any] = {"shift": shift, "scaling": scaling}
     for name, part in zip(("small", "large"), raw, strict=True):
-        normalised = torch.empty_like(part.latents)
-        for chunk, target in zip(part.latents.split(512), normalised.split(512), strict=True):
+        normalized = torch.empty_like(part.latents)
+        for chunk, target in zip(part.latents.split(512), normalized.split(512), strict=True):
             target.copy_((chunk.float() - shift) * scaling)
-        state[name] = {"latents": normalised, "emoji": part.emoji, "backgrounds": part.backgrounds}
+        state[name] = {"latents": normalized, "emoji": part.emoji, "backgrounds": part.backgrounds}
     save_checkpoint(path, state)
     return _from_state(state)
 

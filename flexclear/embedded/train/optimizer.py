@@ -1,4 +1,4 @@
-"""Two optimisers in one: Muon for the matrices of transformer blocks, AdamW for everything else."""
+"""Two optimizers in one: Muon for the matrices of transformer blocks, AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SplitOptimizer:
         self._rates = (matrix_rate, other_rate)
 
     def step(self, factor: float) -> None:
-        """Clip the gradients to norm 1, step both optimisers at ``factor`` of their rates, clear them."""
+        """Clip the gradients to norm 1, step both optimizers at ``factor`` of their rates, clear them."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part, rate in zip(self._parts, self._rates, strict=True):
             for group in part.param_groups:
@@ -36,7 +36,7 @@ class SplitOptimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Return both optimisers' states."""
+        """Return both optimizers' states."""
         return [part.state_dict() for part in self._parts]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:

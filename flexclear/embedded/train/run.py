@@ -9,7 +9,7 @@ import torch
 from flexclear.embedded.captions import caption
 from flexclear.embedded.font import extract_bitmaps
 from flexclear.embedded.train import corpus
-from flexclear.embedded.train.assembly import assemble, kept_normalisation, load_vae
+from flexclear.embedded.train.assembly import assemble, kept_normalization, load_vae
 from flexclear.embedded.train.backgrounds import unname
 from flexclear.embedded.train.batches import BatchMaker
 from flexclear.embedded.train.emphasis import faintness, read_emphasis
@@ -41,7 +41,7 @@ def run_transformer(
     noise levels up, to where place, size and direction of an emoji are decided; ``large_share`` is the share of
     batches at 256 pixels.
 
-    Latents are kept, in a file for each ``still`` and ``unnamed``. A run that is resumed keeps the normalisation that
+    Latents are kept, in a file for each ``still`` and ``unnamed``. A run that is resumed keeps the normalization that
     it began with.
     """
     emoji = corpus.emoji()
@@ -59,7 +59,7 @@ def run_transformer(
         for i, count in enumerate(counts)
     )
     kind = ("-still" if still else "") + (f"-unnamed-{unnamed:g}" if unnamed else "")
-    cache = build_cache(vae, (small, large), bitmaps, colours, folder / f"latents{kind}.pt", kept_normalisation(folder))
+    cache = build_cache(vae, (small, large), bitmaps, colours, folder / f"latents{kind}.pt", kept_normalization(folder))
     pipeline, learners = assemble(folder, vae, cache.shift, cache.scaling, recipe.seed)
     favoured = read_emphasis(folder, [item.name for item in emoji])
     emphasis = None

@@ -82,7 +82,7 @@ def _words_by_frequency(captions: Sequence[str]) -> list[str]:
 def _lower_casing_map() -> bytes:
     """Return SentencePiece's compiled form of the rule "A to a, ..., Z to z".
 
-    A T5 tokenizer is rebuilt when it is loaded and keeps only a normaliser of this kind.
+    A T5 tokenizer is rebuilt when it is loaded and keeps only a normalizer of this kind.
     """
     from sentencepiece import SentencePieceTrainer
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Weights loaded into models that are quantised already: what comes out is what quantising afterwards gives."""
+"""Weights loaded into models that are quantized already: what comes out is what quantizing afterwards gives."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def parts(weight):
 
 
 def same(one, other):
-    """Whether two models have the same weights, down to the bytes of the quantised ones."""
+    """Whether two models have the same weights, down to the bytes of the quantized ones."""
     theirs = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
         assert type(parameter.data) is type(theirs[name].data), name
@@ -66,7 +66,7 @@ def same(one, other):
             assert torch.equal(ours.view(torch.uint8), their.view(torch.uint8)), name
 
 
-def quantised(model, recipe):
+def quantized(model, recipe):
     """As ``quantize`` does, on CPUs without the instructions that int8 products need, too: nothing is multiplied here."""
     from torchao.quantization import quantize_
 
@@ -79,11 +79,11 @@ def quantised(model, recipe):
 
 
 @pytest.mark.parametrize("recipe", ["weight_only", "int8"])
-def test_torchao_s_weights_are_as_if_quantised_afterwards(recipe, path):
+def test_torchao_s_weights_are_as_if_quantized_afterwards(recipe, path):
     after = flux()
     flexclear.load_weights(after, path)
-    quantised(after, recipe)
-    before = quantised(flux(), recipe)
+    quantized(after, recipe)
+    before = quantized(flux(), recipe)
     untouched = {name: p for name, p in before.named_parameters() if not any(n in name for n in projections(before))}
     loaded = flexclear.load_weights(before, path)
     assert loaded.radius == 3
@@ -97,7 +97,7 @@ def test_torchao_s_weights_are_as_if_quantised_afterwards(recipe, path):
         assert sqnr(run(exact), run(before)) > 20
 
 
-def test_a_configuration_that_diffusers_quantised_by_is_repeated(path, tmp_path):
+def test_a_configuration_that_diffusers_quantized_by_is_repeated(path, tmp_path):
     from diffusers import FluxTransformer2DModel, TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -118,7 +118,7 @@ def test_a_configuration_that_diffusers_quantised_by_is_repeated(path, tmp_path)
 
 
 def test_lora_and_a_window_of_the_file_s_stay(path):
-    model = quantised(flux(), "weight_only")
+    model = quantized(flux(), "weight_only")
     flexclear.transform(model, r=3, backend="sdpa")
     with_lora(model)
     adapters = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
@@ -126,7 +126,7 @@ def test_lora_and_a_window_of_the_file_s_stay(path):
     flexclear.load_weights(model, path)
     after = flux()
     flexclear.load_weights(after, path)
-    chosen = projections(quantised(after, "weight_only"))
+    chosen = projections(quantized(after, "weight_only"))
     for name, linear in projections(model).items():
         assert all(map(torch.equal, parts(linear.weight), parts(chosen[name].weight))), name
     assert all(torch.equal(dict(model.named_parameters())[name], kept) for name, kept in adapters.items())
@@ -300,7 +300,7 @@ def test_bitsandbytes_weights_that_are_kept_in_float16_stay_so():
 
 
 def test_an_error_puts_torchao_s_weights_back(path, monkeypatch):
-    model = flexclear.transform(quantised(flux(), "weight_only"), r=3)
+    model = flexclear.transform(quantized(flux(), "weight_only"), r=3)
     kept = copy.deepcopy(model)
     weights = {name: id(parameter) for name, parameter in model.named_parameters()}
     fail_at_the_last_tensor(monkeypatch)
@@ -349,7 +349,7 @@ def test_another_configuration_of_torchao_s_is_refused_and_nothing_changes(path)
         model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: any(module is one for one in chosen.values())
     )
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"by a configuration that the model does not name .* then quantise"):
+    with pytest.raises(ValueError, match=r"by a configuration that the model does not name .* then quantize"):
         flexclear.load_weights(model, path)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert not flexclear.is_transformed(model)
