@@ -22,7 +22,8 @@ from flexclear.embedded.train import corpus
 from flexclear.embedded.train.assembly import assemble, begin_with, kept_normalization, load_trained
 from flexclear.embedded.train.backgrounds import KEPT_AWAY, OWN_SHARE, OWN_SPREAD, unname
 from flexclear.embedded.train.batches import BatchMaker
-from flexclear.embedded.train.checkpoint import load_checkpoint
+from flexclear.embedded.train.carried import MOST_BYTES, pack_run, unpack_run
+from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from flexclear.embedded.train.latents import LatentCache, LatentSet, build_cache
 from flexclear.embedded.train.pictures import training_pairs, training_scenes
 from flexclear.embedded.train.transformer import CHECKPOINT_NAME, TransformerRecipe, train_transformer
@@ -172,6 +173,37 @@ def test_a_run_that_began_with_the_exported_model_is_gone_on_with(pipe, tmp_path
     assert 0 < first.abs().max() < 0.1 * weights[0][name].abs().max()  # The shipped weights, one step on.
     assert second.abs().max() > 0
     assert kept_normalization(folder) == (cache.shift, cache.scaling)
+
+    packed = pack_run(folder, tmp_path / "carried" / "run.pt")
+    assert packed.stat().st_size <= MOST_BYTES
+    elsewhere = unpack_run(packed, embedded.model_directory(), tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        unpack_run(packed, embedded.model_directory(), elsewhere)
+    ours, theirs = (load_checkpoint(place / CHECKPOINT_NAME) for place in (folder, elsewhere))
+    assert [theirs[key] for key in ("step", "schedule")] == [ours[key] for key in ("step", "schedule")]
+    for part, weights in ours["learners"].items():
+        for key, tensor in weights.items():
+            assert theirs["learners"][part][key].dtype == tensor.dtype
+            # bfloat16 keeps eight bits of a significand.
+            torch.testing.assert_close(theirs["learners"][part][key], tensor, rtol=2**-8, atol=1e-38)
+    (muon, _), (same, gone) = ours["optimizer"], theirs["optimizer"]
+    assert gone is None
+    assert same["state"].keys() == muon["state"].keys() != set()
+    for number, kept in muon["state"].items():
+        torch.testing.assert_close(same["state"][number], kept, rtol=2**-8, atol=1e-38)
+    pipeline, learners = assemble(elsewhere, pipe.vae, cache.shift, cache.scaling, recipe.seed)
+    maker = BatchMaker(cache, ["banana", "bell"], ["blue"], pipeline.tokenizer, pipeline.tokenizer_2, recipe.seed)
+    assert train_transformer(recipe, learners, maker, pipeline, ["a bell"], elsewhere, 3, 0) == 3
+
+
+def test_a_packed_run_of_other_latents_is_refused(tmp_path):
+    folder = begin_with(embedded.model_directory(), tmp_path / "run")
+    state = load_checkpoint(folder / CHECKPOINT_NAME)
+    save_checkpoint(folder / CHECKPOINT_NAME, {**state, "shift": state["shift"] + 1})
+    packed = pack_run(folder, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="is normalized by"):
+        unpack_run(packed, embedded.model_directory(), tmp_path / "other")
+    assert not (tmp_path / "other" / CHECKPOINT_NAME).exists()
 
 
 def test_a_new_run_has_no_normalization_yet(tmp_path):

@@ -42,12 +42,23 @@ def vae(folder: Folder = Path(".train"), font: Font = None, threads: Threads = 2
 def begin(
     folder: Folder = Path(".train"),
     source: Annotated[Path | None, typer.Option(help="A folder that export wrote; the package's by default.")] = None,
+    run: Annotated[Path | None, typer.Option(help="A file that pack wrote, to go on with its run.")] = None,
 ) -> None:
-    """Write checkpoints that resume from an exported model, for ``transformer`` and ``export``."""
+    """Write checkpoints that resume from an exported model, or from a packed run, for ``transformer`` and ``export``."""
     from flexclear.embedded import model_directory
     from flexclear.embedded.train.assembly import begin_with
+    from flexclear.embedded.train.carried import unpack_run
 
-    typer.echo(f"wrote {begin_with(model_directory() if source is None else source, folder)}")
+    model = model_directory() if source is None else source
+    typer.echo(f"wrote {begin_with(model, folder) if run is None else unpack_run(run, model, folder)}")
+
+
+@app.command()
+def pack(file: Annotated[Path, typer.Argument(help="The file to write.")], folder: Folder = Path(".train")) -> None:
+    """Write a run of ``transformer`` to one file of at most 10 MiB, for ``begin --run`` on another machine."""
+    from flexclear.embedded.train.carried import pack_run
+
+    typer.echo(f"wrote {pack_run(folder, file)}")
 
 
 @app.command()

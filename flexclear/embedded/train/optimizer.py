@@ -39,10 +39,11 @@ class SplitOptimizer:
         """Return both optimizers' states."""
         return [part.state_dict() for part in self._parts]
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+    def load_state_dict(self, states: list[dict[str, Any] | None]) -> None:
+        """Restore what :meth:`state_dict` returned; an optimizer whose state is None begins anew."""
         for part, state in zip(self._parts, states, strict=True):
-            part.load_state_dict(state)
+            if state is not None:
+                part.load_state_dict(state)
 
 
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
