@@ -29,7 +29,7 @@ from flexclear.runtime.facts import Settings
 from flexclear.runtime.frames import in_frames, refuse_on_video
 from flexclear.runtime.hooks import check_formula, entry_hook_of
 from flexclear.runtime.mechanism import Formula, Mechanism, WindowMechanism
-from flexclear.runtime.modes import forget_cached_tokens, refuse_context_parallelizm
+from flexclear.runtime.modes import forget_cached_tokens, refuse_context_parallelism
 from flexclear.runtime.processors import is_ours
 from flexclear.runtime.schedule import Radii, Radius, resolve, slots
 from flexclear.runtime.stated import forget
@@ -190,7 +190,7 @@ class _Asked:
         """
         families = [family_of(model) for model in models]
         for model in models:
-            refuse_context_parallelizm(model)
+            refuse_context_parallelism(model)
         switches = Switches(self.ntk_factor, self.proportional_attention, self.dense_steps)
         for model, family in zip(models, families, strict=True):
             if switches.ntk_factor != 1 and not family.rope:
@@ -284,7 +284,7 @@ def transform_as(model: nn.Module, windows: Mapping[str, Window | None], pipe: A
         transform_again(model, windows)
         return
     family = family_of(model)
-    refuse_context_parallelizm(model)
+    refuse_context_parallelism(model)
     layers = list(family.layers(model))
     settings = Settings(
         windows=dict(windows),

@@ -177,7 +177,7 @@ def formula(
 def dense(
     kind: str, model: Any, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """The dense model by diffusers' context parallelizm, beside it."""
+    """The dense model by diffusers' context parallelism, beside it."""
     # One kernel for one process and several; a ring needs its log-sum-exp, which cuDNN's gives in bfloat16.
     model.set_attention_backend("_native_cudnn" if device.type == "cuda" else "_native_flash")
     rows: list[dict[str, Any]] = []
@@ -233,7 +233,7 @@ def main() -> None:
         choices=["ring", "ulysses"],
         nargs="*",
         default=["ring", "ulysses"],
-        help="the dense model beside it, by diffusers' context parallelizm; without a name: not at all",
+        help="the dense model beside it, by diffusers' context parallelism; without a name: not at all",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The dense model on several ranks, by diffusers' own context parallelizm."""
+"""The dense model on several ranks, by diffusers' own context parallelism."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from flexclear.families.target import model_of
 from flexclear.parallel.group import ranks_of
 from flexclear.runtime.hooks import entry_hook_of
-from flexclear.runtime.modes import context_parallelizm_of
+from flexclear.runtime.modes import context_parallelism_of
 
 Target = TypeVar("Target")
 
@@ -21,7 +21,7 @@ MARK = "flexclear.parallel.enable_dense"
 
 
 def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
-    """Share the dense model's images among all ranks by diffusers' own context parallelizm, for comparison.
+    """Share the dense model's images among all ranks by diffusers' own context parallelism, for comparison.
 
     Call it on every rank; ``disable`` undoes it. Ranks that stop or differ are not reported here: the others wait until the
     default process group times out. Image and text tokens must each be a multiple of the number of ranks.
@@ -47,7 +47,7 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
     name = type(model).__name__
     if entry_hook_of(model) is not None:
         raise ValueError(f"this {name} has windows: use flexclear.parallel.enable, or call flexclear.restore first")
-    refuse_other_parallelizm(model)
+    refuse_other_parallelism(model)
     if getattr(model, "_cp_plan", None) is None:
         raise ValueError(f"diffusers has no plan for sharing the dense {name} (_cp_plan)")
     if kind == "ring":
@@ -70,7 +70,7 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
     devices = max(1, torch.accelerator.device_count())
     try:
         with mock.patch.object(torch.accelerator, "device_count", return_value=devices):
-            model.enable_parallelizm(config=config)
+            model.enable_parallelism(config=config)
     except BaseException:
         # diffusers notes the settings in the model before it looks at the attention backend.
         disable_dense(model)
@@ -79,8 +79,8 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
 
 
 def disable_dense(model: nn.Module) -> None:
-    """Undo ``enable_dense``; parallelizm enabled elsewhere stays."""
-    if getattr(context_parallelizm_of(model), "enabled_by", None) != MARK:
+    """Undo ``enable_dense``; parallelism enabled elsewhere stays."""
+    if getattr(context_parallelism_of(model), "enabled_by", None) != MARK:
         return
     from diffusers.hooks.context_parallel import remove_context_parallel
 
@@ -92,17 +92,17 @@ def disable_dense(model: nn.Module) -> None:
     model._parallel_config = None  # type: ignore[assignment]
 
 
-def refuse_other_parallelizm(model: nn.Module) -> None:
+def refuse_other_parallelism(model: nn.Module) -> None:
     """
     Raises:
-        ValueError: the model has diffusers' context parallelizm.
+        ValueError: the model has diffusers' context parallelism.
     """
-    inner = context_parallelizm_of(model)
+    inner = context_parallelism_of(model)
     if inner is not None:
         raise ValueError(
-            f"this {type(model).__name__} has diffusers' context parallelizm (ring_degree={inner.ring_degree}, "
+            f"this {type(model).__name__} has diffusers' context parallelism (ring_degree={inner.ring_degree}, "
             f"ulysses_degree={inner.ulysses_degree}), which distributes the dense attention. Use either that, or windows: "
-            "load the model without enable_parallelizm, then flexclear.transform and flexclear.parallel.enable. Both at once "
+            "load the model without enable_parallelism, then flexclear.transform and flexclear.parallel.enable. Both at once "
             "would cut the image twice"
         )
 

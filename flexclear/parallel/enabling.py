@@ -11,7 +11,7 @@ from torch import nn
 from flexclear.common.choices import EXCHANGES, TEXTS
 from flexclear.families.target import model_of, models_of
 from flexclear.parallel.decoding import split_decoding
-from flexclear.parallel.dense import disable_dense, refuse_other_parallelizm
+from flexclear.parallel.dense import disable_dense, refuse_other_parallelism
 from flexclear.parallel.ends import session_of, watch_calls
 from flexclear.parallel.group import ranks_of
 from flexclear.parallel.links import Links
@@ -84,7 +84,7 @@ def enable(
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
     if entry is None:
-        refuse_other_parallelizm(model)
+        refuse_other_parallelism(model)
         raise ValueError(
             f"this {type(model).__name__} is dense and has no window whose borders could be exchanged: call "
             "flexclear.transform(model, r=...) first. flexclear.parallel.enable_dense runs the dense model on several ranks"

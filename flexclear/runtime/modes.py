@@ -31,23 +31,23 @@ def refuse_export() -> None:
         raise RuntimeError(NO_EXPORT)
 
 
-def context_parallelizm_of(model: nn.Module) -> Any:
+def context_parallelism_of(model: nn.Module) -> Any:
     """diffusers' settings of it, or None."""
     return getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
 
 
-def refuse_context_parallelizm(model: nn.Module) -> None:
+def refuse_context_parallelism(model: nn.Module) -> None:
     """Raise if every process of a group holds a part of the sequence.
 
     Raises:
         ValueError: it does.
     """
-    config = context_parallelizm_of(model)
+    config = context_parallelism_of(model)
     if config is not None:
         raise ValueError(
-            f"this {type(model).__name__} has context parallelizm (ring_degree={config.ring_degree}, "
+            f"this {type(model).__name__} has context parallelism (ring_degree={config.ring_degree}, "
             f"ulysses_degree={config.ulysses_degree}): each process sees a part of the image, and windows are made for "
-            "whole ones. Load the model without enable_parallelizm, then transform"
+            "whole ones. Load the model without enable_parallelism, then transform"
         )
 
 

@@ -132,7 +132,7 @@ class WindowProcessor:
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (self.stock, self.weight_name, self.unbuilt), vars(self).copy()
 
-    # diffusers assigns these two on every processor (set_attention_backend, enable_parallelizm). Taking the value and
+    # diffusers assigns these two on every processor (set_attention_backend, enable_parallelism). Taking the value and
     # ignoring it would break silently.
     @property
     def _attention_backend(self) -> None:
@@ -154,7 +154,7 @@ class WindowProcessor:
     def _parallel_config(self, config: Any) -> None:
         if config is not None:
             raise ValueError(
-                "context parallelizm cannot be enabled on a transformed model: its windows are made for whole images. "
+                "context parallelism cannot be enabled on a transformed model: its windows are made for whole images. "
                 "Call flexclear.restore(model) first"
             )
 

@@ -160,7 +160,7 @@ def quantized():
 
 
 def tensor_parallel(kind, transform_first):
-    """A model whose heads diffusers shares out, as ``enable_parallelizm`` does once it has found GPUs; the list of devices is
+    """A model whose heads diffusers shares out, as ``enable_parallelism`` does once it has found GPUs; the list of devices is
     all that keeps it from doing so on CPUs."""
     from diffusers import TensorParallelConfig
     from diffusers.hooks import tensor_parallel as module

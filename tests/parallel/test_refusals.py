@@ -65,7 +65,7 @@ def test_a_dense_model_is_told_what_shares_it_out():
         parallel.enable("model")
 
 
-def test_windows_and_diffusers_context_parallelizm_are_not_mixed(model):
+def test_windows_and_diffusers_context_parallelism_are_not_mixed(model):
     from types import SimpleNamespace
 
     with pytest.raises(ValueError, match=r"has windows: use flexclear\.parallel\.enable"):

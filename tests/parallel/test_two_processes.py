@@ -63,7 +63,7 @@ def test_a_dense_flux_that_diffusers_shares_is_the_whole_one_until_disabled(two,
 
 def test_a_dense_model_that_diffusers_refuses_is_as_it_was(two):
     for result in two.results("dense_with_an_attention_that_diffusers_cannot_share"):
-        assert "'flex' which does not support context parallelizm" in result["said"]
+        assert "'flex' which does not support context parallelism" in result["said"]
         assert result["left"] is None
         assert result["error"] == 0
 

@@ -122,22 +122,22 @@ def test_an_attention_backend_of_diffusers_is_refused_with_the_reason():
     model.reset_attention_backend()
 
 
-def test_context_parallelizm_is_refused_on_a_transformed_model(monkeypatch):
+def test_context_parallelism_is_refused_on_a_transformed_model(monkeypatch):
     from diffusers import ContextParallelConfig, ParallelConfig
 
     model = flexclear.transform(tiny_flux(), r=3)
     # It makes the mesh of devices, of which there are none here; what follows is diffusers' own.
     monkeypatch.setattr(type(model), "_resolve_parallel_config", lambda self, config: ParallelConfig(config))
-    with pytest.raises(ValueError, match="context parallelizm cannot be enabled on a transformed model"):
-        model.enable_parallelizm(config=ContextParallelConfig(ring_degree=2))
+    with pytest.raises(ValueError, match="context parallelism cannot be enabled on a transformed model"):
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
 
 
-def test_a_model_under_context_parallelizm_is_not_transformed():
+def test_a_model_under_context_parallelism_is_not_transformed():
     from diffusers import ContextParallelConfig, ParallelConfig
 
     model = tiny_flux()
     model._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
-    with pytest.raises(ValueError, match=r"context parallelizm \(ring_degree=1, ulysses_degree=2\)"):
+    with pytest.raises(ValueError, match=r"context parallelism \(ring_degree=1, ulysses_degree=2\)"):
         flexclear.transform(model)
     assert not model._forward_pre_hooks
 

@@ -133,9 +133,9 @@ def test_another_attention_backend_is_refused(video):
 
 
 @named
-def test_context_parallelizm_is_refused(video):
+def test_context_parallelism_is_refused(video):
     model = video.build()
     config = types.SimpleNamespace(context_parallel_config=types.SimpleNamespace(ring_degree=2, ulysses_degree=1))
     model._parallel_config = config
-    with pytest.raises(ValueError, match="has context parallelizm"):
+    with pytest.raises(ValueError, match="has context parallelism"):
         flexclear.transform(model, r=RADIUS, **video.frames)
