@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flexclear import testing as testing
     from flexclear.convert import restore, transform
     from flexclear.explanation import explain
-    from flexclear.optimization import optimize
+    from flexclear.optimization import optimize, save_artifacts
     from flexclear.runtime.switches import override
     from flexclear.saved.described import is_transformed, summary
     from flexclear.saved.hub import push_to_hub
@@ -58,6 +58,7 @@ __all__ = [
     "parallel",
     "push_to_hub",
     "restore",
+    "save_artifacts",
     "save_weights",
     "summary",
     "transform",
@@ -76,6 +77,7 @@ _HOME = {
     "optimize": "flexclear.optimization",
     "override": "flexclear.runtime.switches",
     "restore": "flexclear.convert",
+    "save_artifacts": "flexclear.optimization",
     "save_weights": "flexclear.weights",
     "transform": "flexclear.convert",
 }

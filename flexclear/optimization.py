@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from flexclear.compile import (
     runnable_recipes,
     uncompile,
 )
+from flexclear.compile import save_artifacts as compiled_artifacts
 from flexclear.compile.compiled import check_no_hooks
 from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantized, lora_layers, quantized_elsewhere
 from flexclear.compile.recipes import RECIPES, check_recipe
@@ -45,6 +47,9 @@ WARM_UP_PROMPT = "a photograph of a landscape"
 
 MOST_STEPS = 64
 """Most steps that are tried for both of two transformers to run."""
+
+_CONFIGURATIONS: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""What each model was compiled for, as files of artefacts name it."""
 
 REGIONS = ("blocks", "whole")
 """What ``compile=`` may name: each repeated block, or the model as one graph."""
@@ -98,8 +103,7 @@ def optimize(
             default the pipeline is called with a short prompt and one step, or one more than ``dense_steps`` has, or as many
             as it takes for both of two transformers to run. The graphs serve prompts of every length. Pass your own for
             pipelines that need more than a prompt.
-        warm_start: a file from ``flexclear.compile.save_artifacts`` to load first; a stale or damaged one is logged and
-            ignored.
+        warm_start: a file from ``flexclear.save_artifacts`` to load first; a stale or damaged one is logged and ignored.
         min_features: linears with fewer input or output features are not quantized.
         progress: whether to show a bar.
         backend: ``torch.compile``'s; others than ``"inductor"`` are for debugging.
@@ -146,8 +150,9 @@ def optimize(
         if recipe is not None:
             choose_linears(model, recipe, min_features, device=target)
 
+    configuration = artifact_configuration(models[0], recipe, mode, dynamic)
     if warm_start is not None:
-        _say(load_artifacts(warm_start, artifact_configuration(models[0], recipe, mode, dynamic)), warm_start)
+        _say(load_artifacts(warm_start, configuration), warm_start)
     for model in models:
         if fuse_qkv:
             _fuse(model)
@@ -158,11 +163,37 @@ def optimize(
             region = compile_whole if compile == "whole" else compile_blocks
             region(model, mode=mode, dynamic=dynamic, max_sizes=max_sizes, backend=backend)
             _watch(model)
+            _CONFIGURATIONS[model] = configuration
     if vae:
         model_or_pipe.vae.decoder.compile(dynamic=dynamic, backend=backend)  # type: ignore[attr-defined]
     if checked:
         _warm(model_or_pipe, models, checked, warm_up, progress)
     return model_or_pipe
+
+
+def save_artifacts(model_or_pipe: Any, path: str | Path) -> Path:
+    """Write what was compiled for an optimized model or pipeline to a file, for the next process's ``optimize(warm_start=path)``.
+
+    Call it once the sizes that count have run. What else this process has compiled is in the file, too.
+
+    Args:
+        model_or_pipe: what ``optimize`` was given, with ``compile`` on.
+        path: the file; written under another name first.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: neither a model nor a pipeline.
+        ValueError: it was not optimized in this process, or nothing has been compiled yet.
+    """
+    (model, *_) = models_of(model_or_pipe)
+    if model not in _CONFIGURATIONS:
+        raise ValueError(
+            f"this {type(model).__name__} was not compiled by flexclear.optimize in this process: call flexclear.optimize(pipe), "
+            "run the sizes that count, then save"
+        )
+    return compiled_artifacts(path, _CONFIGURATIONS[model])
 
 
 def artifact_configuration(model: nn.Module, recipe: str | None, mode: str, dynamic: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 NO_EXPORT = (
     "a model under flexclear.transform cannot be exported or traced: its window is made from each call's grid, outside of any "
     "graph. To export the dense model, call flexclear.restore(model) first. To start a server without compiling, save what "
-    "flexclear.optimize has compiled with flexclear.compile.save_artifacts(path), and pass optimize(warm_start=path)"
+    "flexclear.optimize has compiled with flexclear.save_artifacts(pipe, path), and pass optimize(warm_start=path)"
 )
 
 

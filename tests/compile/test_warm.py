@@ -10,7 +10,9 @@ import zipfile
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
+import flexclear
 from flexclear.compile import load_artifacts, save_artifacts, why_not_compiled
 from flexclear.compile.warm import artifact_key
 
@@ -73,6 +75,35 @@ def test_another_process_compiles_no_kernel_that_the_file_holds(tmp_path):
     in_process(SAVE, artefacts, result)
     in_process(LOAD, artefacts, result, TORCHINDUCTOR_CACHE_DIR=str(empty))
     assert empty.is_dir(), "else the second process has looked elsewhere"
+
+
+def tiny():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    widths = {"in_channels": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6)}
+    return FluxTransformer2DModel(**sizes, **widths)
+
+
+def test_optimize_takes_what_save_artifacts_wrote_for_an_equal_model(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="flexclear")
+    # What torch would give: a cache that other tests may have cleared.
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"cached", None))
+    taken = []
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda data: taken.append(data) or True)
+    model = tiny()
+    with pytest.raises(
+        ValueError, match=r"FluxTransformer2DModel was not compiled by flexclear\.optimize in this process"
+    ):
+        flexclear.save_artifacts(model, tmp_path / "none.bin")
+    flexclear.optimize(model, backend="eager")
+    file = flexclear.save_artifacts(model, tmp_path / "flux.bin")
+    flexclear.optimize(tiny(), backend="eager", warm_start=file)
+    assert taken == [b"cached"]
+    assert f"warm start from {file}" in caplog.text
+    flexclear.optimize(tiny(), backend="eager", warm_start=file, dynamic=True)
+    assert taken == [b"cached"]
+    assert f"no warm start, everything is compiled from scratch: {file} is stale: configuration" in caplog.text
+    assert not (tmp_path / "none.bin").exists()
 
 
 def archive(path, compression=zipfile.ZIP_STORED, **entries):
