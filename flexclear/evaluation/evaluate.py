@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flexclear.common.choices import parse_metrics
-from flexclear.common.extras import require_for_metrics
+from flexclear.common.metrics import METRICS, PAIRS, SETS, TEXTS, parse_metrics, require_for_metrics
 from flexclear.common.versions import versions
 from flexclear.compile.files import whole_file
 from flexclear.evaluation.judge import Judge, OnProgress, Score
-from flexclear.evaluation.metrics import METRICS, PAIRS, SETS, TEXTS
 from flexclear.evaluation.networks import Networks
 from flexclear.evaluation.pictures import Size, pair_names, read_captions, read_folder
 from flexclear.evaluation.store import Store
+from flexclear.evaluation.views import check_pictures
 
 STORE = "known.sqlite"
 
@@ -116,12 +115,13 @@ def evaluate(
         on_progress: see ``OnProgress``.
 
     Returns:
-        The scores. A metric whose network is missing has no value and a reason.
+        The scores. A metric whose network is missing has no value and a reason; so has, of all metrics at once, one whose
+        package is missing or that cannot look at images so small.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
         ImportError: a metric needs a package that is not installed.
-        ValueError: images do not form pairs, a prompt is missing, or images of a pair differ in size.
+        ValueError: images do not form pairs or are too small, a prompt is missing, or images of a pair differ in size.
     """
     asked = parse_metrics(metrics)
     require_for_metrics(asked)
@@ -129,6 +129,8 @@ def evaluate(
     judged, reference = read_folder(a), read_folder(b)
     names = pair_names(judged, reference, common) if PAIRS in kinds else []
     captions = read_captions(prompts, judged) if TEXTS in kinds else {}
+    if asked != tuple(METRICS):
+        check_pictures(asked, [folder.files[name] for name in names for folder in (judged, reference)], size)
     store = Store() if out is None else Store(Path(out).expanduser() / STORE)
     judge = Judge(networks, store, size, batch, on_progress)
     scores = []

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexclear.common.metrics import COSINES, METRICS, SCORE, Metric
 from flexclear.evaluation import formulas
-from flexclear.evaluation.metrics import METRICS, Metric
 from flexclear.evaluation.networks import NetworkMissing, Networks
 from flexclear.evaluation.pictures import Size, batches, content_key, read_picture
 from flexclear.evaluation.store import Store, fingerprint
+from flexclear.evaluation.views import TooSmall, View, check_pictures, view_of
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a metric's name, how many images or pairs it has done, and of how many."""
@@ -60,7 +61,7 @@ class Judge:
         batch: images at once.
         on_progress: see ``OnProgress``.
 
-    A missing network is not an exception: the score then has no value, but a reason.
+    A missing network or images too small for it are not an exception: the score then has no value, but a reason.
     """
 
     def __init__(
@@ -80,29 +81,30 @@ class Judge:
         self.size, self.batch, self.on_progress = size, batch, on_progress
 
     def sets(self, metric: str, judged: Mapping[str, Path], reference: Mapping[str, Path] | None = None) -> Score:
-        """FID of the judged images to the reference, or the Inception score of the judged.
+        """A metric of all images together.
 
         Args:
-            metric: ``"fid"`` or ``"is"``.
-            judged, reference: images by name; FID needs both.
+            metric: one of the kind ``SETS``.
+            judged, reference: images by name; a Fréchet distance needs both.
         """
 
         def found() -> Score:
-            network = self.networks.inception
+            kind = METRICS[metric]
+            view = view_of(kind, self.networks)
             note = None
-            if metric == "is":
-                values = self._embed(metric, list(judged.values()), network.log_probabilities, network.identity)
+            if kind.formula == SCORE:
+                values = self._embed(metric, list(judged.values()), view)
                 value, deviation, parts = formulas.inception_score(values)
                 if parts < formulas.SPLITS:
                     note = f"{parts} parts of one image each; {formulas.SPLITS} images or more make sense"
-                return Score(metric, value, deviation, len(judged), network.title, note=note)
+                return Score(metric, value, deviation, len(judged), view.title, note=note)
             paths = [*judged.values(), *(reference or {}).values()]
-            features = self._embed(metric, paths, network.features, network.identity)
+            features = self._embed(metric, paths, view)
             few = min(len(judged), len(paths) - len(judged))
             if few < STABLE_FID:
-                note = f"{few} images on the smaller side: FID is biased upwards below some thousands"
+                note = f"{few} images on the smaller side: {kind.title} is biased upwards below some thousands"
             value = formulas.frechet_distance(features[: len(judged)], features[len(judged) :])
-            return Score(metric, value, None, len(judged), network.title, note=note)
+            return Score(metric, value, None, len(judged), view.title, note=note)
 
         return _or_reason(metric, found)
 
@@ -119,21 +121,14 @@ class Judge:
 
         def found() -> Score:
             kind = METRICS[metric]
-            names, title = list(pairs), None
-            if kind.network in ("clip", "dino"):
-                network = self.networks.clip if kind.network == "clip" else self.networks.dino
-                paths = [path for pair in pairs.values() for path in pair]
-                features = self._embed(metric, paths, network.features, network.identity)
+            view = view_of(kind, self.networks)
+            check_pictures([metric], [path for pair in pairs.values() for path in pair], self.size)
+            if kind.formula == COSINES:
+                features = self._embed(metric, [path for pair in pairs.values() for path in pair], view)
                 values = formulas.cosines(features[0::2], features[1::2])
-                title = network.title
             else:
-                compare: Callable[[Tensor, Tensor], Tensor] = getattr(formulas, metric, None)  # type: ignore[assignment]
-                identity = ""
-                if kind.network is not None:
-                    perceptual = self.networks.lpips
-                    compare, identity, title = perceptual.distances, perceptual.identity, perceptual.title
-                values = self._compare(metric, list(pairs.values()), compare, identity)
-            return _mean(kind, names, values, title)
+                values = self._compare(metric, list(pairs.values()), view)
+            return _mean(kind, list(pairs), values, view.title)
 
         return _or_reason(metric, found)
 
@@ -148,7 +143,7 @@ class Judge:
         def found() -> Score:
             network = self.networks.clip
             paths, prompts = zip(*captioned.values(), strict=True)
-            pictures = self._embed(metric, list(paths), network.features, network.identity)
+            pictures = self._embed(metric, list(paths), view_of(METRICS[metric], self.networks))
             texts = self._lookup(
                 metric,
                 [fingerprint("text", network.identity, prompt) for prompt in prompts],
@@ -160,13 +155,13 @@ class Judge:
 
         return _or_reason(metric, found)
 
-    def _embed(self, metric: str, paths: Sequence[Path], network: Callable[[Tensor], Tensor], identity: str) -> Tensor:
+    def _embed(self, metric: str, paths: Sequence[Path], view: View) -> Tensor:
         """What a network makes of each image, ``[n, features]``."""
-        what = "probabilities" if metric == "is" else "features"
-        keys = [fingerprint(what, identity, str(self.size), content_key(path)) for path in paths]
+        what = "probabilities" if METRICS[metric].formula == SCORE else "features"
+        keys = [fingerprint(what, view.identity, str(self.size), content_key(path)) for path in paths]
 
         def compute(rows: Sequence[tuple[Path, ...]]) -> Tensor:
-            return network(torch.stack([read_picture(path, self.size) for (path,) in rows]))
+            return view.compute(torch.stack([read_picture(path, self.size) for (path,) in rows]))
 
         return self._lookup(metric, keys, [(path,) for path in paths], compute, pictures=True)
 
@@ -174,11 +169,10 @@ class Judge:
         self,
         metric: str,
         pairs: Sequence[tuple[Path, Path]],
-        compare: Callable[[Tensor, Tensor], Tensor],
-        identity: str,
+        view: View,
     ) -> Tensor:
         """The metric of each pair, ``[n]``."""
-        keys = [fingerprint(metric, identity, str(self.size), *map(content_key, pair)) for pair in pairs]
+        keys = [fingerprint(metric, view.identity, str(self.size), *map(content_key, pair)) for pair in pairs]
 
         def compute(rows: Sequence[tuple[Path, ...]]) -> Tensor:
             first, second = (torch.stack([read_picture(row[side], self.size) for row in rows]) for side in range(2))
@@ -188,7 +182,7 @@ class Judge:
                     f"{a} is {first.shape[-2]} x {first.shape[-1]} px, {b} {second.shape[-2]} x {second.shape[-1]}: "
                     f"{metric} compares pixels. --size HEIGHTxWIDTH scales both"
                 )
-            return compare(first, second)[:, None]
+            return view.compute(first, second)[:, None]
 
         return self._lookup(metric, keys, list(pairs), compute, pictures=True)[:, 0]
 
@@ -224,7 +218,7 @@ class Judge:
 def _or_reason(metric: str, found: Callable[[], Score]) -> Score:
     try:
         return found()
-    except (NetworkMissing, ImportError) as error:
+    except (NetworkMissing, TooSmall, ImportError) as error:
         return Score(metric, None, reason=str(error))
 
 

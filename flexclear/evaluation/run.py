@@ -14,8 +14,8 @@ import torch
 
 from flexclear.alternatives.names import named
 from flexclear.common.choices import parse_size
-from flexclear.common.extras import require_for_metrics
 from flexclear.common.fingerprints import fingerprint_files
+from flexclear.common.metrics import METRICS, PAIRS, SETS, require_for_metrics
 from flexclear.common.versions import versions
 from flexclear.compile.files import whole_file
 from flexclear.compile.undoing import numbers_as_before
@@ -24,11 +24,11 @@ from flexclear.evaluation.conditions import distance_to_condition
 from flexclear.evaluation.config import EvalConfig, VariantConfig
 from flexclear.evaluation.evaluate import STORE
 from flexclear.evaluation.judge import Judge, OnProgress, Score
-from flexclear.evaluation.metrics import METRICS
 from flexclear.evaluation.networks import Networks
 from flexclear.evaluation.pictures import pair_names, read_captions, read_folder, read_picture
 from flexclear.evaluation.store import Store
 from flexclear.evaluation.tables import COLUMNS, CONDITION, ITSELF, MODEL, PROMPTS, REAL, REFERENCE, TABLES, markdown
+from flexclear.evaluation.views import check_sizes
 from flexclear.explanation.model import explain_model
 from flexclear.families import family_of
 from flexclear.families.target import model_of, px_per_token
@@ -114,10 +114,15 @@ def run(
     Raises:
         FileNotFoundError: a file or folder is missing.
         ImportError: a column needs a package that is not installed.
-        TypeError, ValueError: a setting is invalid, or the output holds images with other settings.
+        TypeError, ValueError: images are too small for one of ``columns``, a setting is invalid, or the output holds images with
+            other settings.
     """
     config.check()
-    require_for_metrics([COLUMNS[column].metric for column in config.asked_columns()])
+    asked = [metric for column in config.asked_columns() if (metric := COLUMNS[column].metric) is not None]
+    require_for_metrics(asked)
+    named_metrics = [metric for column in config.columns if (metric := COLUMNS[column].metric) is not None]
+    for size in map(parse_size, config.sizes if config.drawn else ()):
+        check_sizes(named_metrics, *size, "sizes has")
     flops = draw_variants(config, say, on_progress) if config.drawn else {}
     folders = {
         variant.name: read_folder(variant.pictures or picture_folder(config, variant)) for variant in config.variants
@@ -146,7 +151,7 @@ def run(
                 row[column] = _of_model(column, flops.get(title), len(folder))
                 continue
             assert metric is not None
-            if against == REFERENCE and METRICS[metric].kind == "pairs":
+            if against == REFERENCE and METRICS[metric].kind == PAIRS:
                 names = pair_names(folder, reference)
                 row[column] = judge.pairs(metric, {n: (folder.files[n], reference.files[n]) for n in names})
             elif against == REFERENCE:
@@ -189,7 +194,7 @@ def _against_real(metric: str, folder: Any, config: EvalConfig, judge_of: Callab
     if config.real is None:
         return Score(metric, None, reason="no real images are named (real: FOLDER)")
     real = read_folder(config.real)
-    if metric == "fid":
+    if METRICS[metric].kind == SETS:
         return judge_of("real").sets(metric, folder.files, real.files)
     if len(real) != len(folder):
         return Score(metric, None, reason=f"{len(real)} real images for {len(folder)} drawn ones; one each is needed")

