@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexclear import embedded
+from flexclear.common.metrics import require_for_metrics
 from flexclear.compile.files import whole_file
-from flexclear.embedded.evaluation import Request, evaluate, generate, held_out_requests, picture_psnr
+from flexclear.embedded.evaluation import Request, evaluate, generate, held_out_requests
 from flexclear.embedded.retrieval import Retriever
 from flexclear.embedded.vocabulary import Vocabulary
+from flexclear.evaluation import Networks, score_tensors
 
 from bench.distillation.data import bitmaps_of
 from bench.distillation.rows import TEXT_LEN
@@ -22,78 +24,39 @@ from bench.distillation.rows import TEXT_LEN
 PAIRS_SEED = 1
 
 
+PAIRED = ("psnr", "ssim", "stlpips-alex", "fd-lite0")
+"""To the reference. ST-LPIPS of VGG-16 would add 1.1 s of a core per pair of 256 px, five times as much as of AlexNet;
+``flexclear eval`` has it."""
+ALONE = ("score-lite0",)
+
+
 @dataclass(frozen=True)
 class Measured:
-    """Means over the pictures.
+    """What ``flexclear.evaluation`` says of the pictures, 8 bits a channel, and what retrieval does.
 
     Attributes:
-        psnr: dB, to the reference pictures of the same prompts and seeds; None where there are none.
-        ssim: Wang et al. 2004, Gaussian windows, of 1.
-        features: see ``feature_distance``.
+        psnr: dB, mean over the pairs with the reference pictures of the same prompts and seeds; None where there are none.
+        ssim, stlpips_alex: means over the same pairs.
+        fd_lite0: Fréchet distance of EfficientNet-Lite0's features, to those of the reference.
+        score_lite0: class score of EfficientNet-Lite0.
         emoji, background, both: shares, 0 to 1, that retrieval finds to be what the prompt names.
         pictures: how many.
     """
 
     psnr: float | None
     ssim: float | None
-    features: float | None
+    stlpips_alex: float | None
+    fd_lite0: float | None
+    score_lite0: float
     emoji: float
     background: float
     both: float
     pictures: int
 
 
-def ssim(first: Tensor, second: Tensor) -> float:
-    """Mean structural similarity of picture pairs ``[n, 3, h, w]``, values 0 to 1."""
-    from skimage.metrics import structural_similarity
-
-    values = [
-        structural_similarity(
-            a.numpy(), b.numpy(), channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5,
-            use_sample_covariance=False,
-        )
-        for a, b in zip(first, second, strict=True)
-    ]  # fmt: skip
-    return float(sum(values) / len(values))
-
-
-@torch.no_grad()
-def feature_distance(vae: Any, first: Tensor, second: Tensor, batch: int = 16) -> float:
-    """A stand-in for LPIPS, whose networks and trained weights are not at hand: the same formula over the features of the
-    embedded VAE's encoder, without LPIPS's trained factors.
-
-    After the first convolution and after each stage, features are scaled to unit length over channels at every position;
-    squared differences are summed over channels, averaged over positions, and summed over the stages.
-
-    Args:
-        vae: with an encoder of diffusers' kind.
-        first, second: picture pairs ``[n, 3, h, w]``, values 0 to 1.
-        batch: pairs at once.
-
-    Returns:
-        The mean over the pairs; 0 for equal pictures.
-    """
-    device, total = next(vae.parameters()).device, 0.0
-    for a, b in zip(first.split(batch), second.split(batch), strict=True):
-        pairs = zip(_features(vae, a.to(device)), _features(vae, b.to(device)), strict=True)
-        total += sum((x - y).square().sum(1).mean((1, 2)).sum().item() for x, y in pairs)
-    return total / len(first)
-
-
-def _features(vae: Any, pictures: Tensor) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(module: Any, args: Any, output: Tensor) -> None:
-        found.append(torch.nn.functional.normalize(output.float(), dim=1))
-
-    encoder = vae.encoder
-    handles = [part.register_forward_hook(keep) for part in (encoder.conv_in, *encoder.down_blocks, encoder.mid_block)]
-    try:
-        encoder((pictures * 2 - 1).to(next(vae.parameters()).dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+def as_bytes(pictures: Tensor) -> Tensor:
+    """Values 0 to 1 as a PNG has them: uint8."""
+    return (pictures * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class Examiner:
@@ -101,15 +64,20 @@ class Examiner:
 
     Args:
         vocabulary: of the embedded model.
-        count: pictures; every held-out pair once before one comes twice.
+        count: pictures, two or more; every held-out pair once before one comes twice.
         steps: denoising steps.
         device: where.
+
+    Raises:
+        ImportError: a package that the metrics need is not installed.
     """
 
     def __init__(self, vocabulary: Vocabulary, count: int, steps: int, device: str) -> None:
+        require_for_metrics([*PAIRED, *ALONE])
         repeats = -(-count // len(vocabulary.held_out_pairs))
         self.requests: list[Request] = held_out_requests(vocabulary, repeats, PAIRS_SEED)[:count]
         self._vocabulary, self._steps, self._device = vocabulary, steps, device
+        self._networks = Networks(device=torch.device(device))
         self._retriever = Retriever(bitmaps_of(vocabulary), list(vocabulary.backgrounds.values()))
 
     def pipeline(self) -> Any:
@@ -125,14 +93,14 @@ class Examiner:
             pipe, self._vocabulary, self.requests, taken, max_sequence_length=TEXT_LEN, on_done=on_done
         )  # fmt: skip
 
-    def compare(self, pipe: Any, pictures: Tensor, reference: Tensor | None) -> Measured:
-        """Pictures of the requests with the reference's of the same; ``pipe`` lends its VAE."""
+    def compare(self, pictures: Tensor, reference: Tensor | None) -> Measured:
+        """Pictures of the requests, values 0 to 1, with the reference's of the same, if there is one."""
         score = evaluate(self._retriever, self.requests, pictures)
-        shares = (score.emoji, score.background, score.both, len(pictures))
-        if reference is None:
-            return Measured(None, None, None, *shares)
-        psnr = picture_psnr(pictures, reference).mean().item()
-        return Measured(psnr, ssim(pictures, reference), feature_distance(pipe.vae, pictures, reference), *shares)
+        asked = ALONE if reference is None else (*PAIRED, *ALONE)
+        of = None if reference is None else as_bytes(reference)
+        found = score_tensors(as_bytes(pictures), of, asked, networks=self._networks)
+        values = [found.get(name) for name in PAIRED]
+        return Measured(*values, found["score-lite0"], score.emoji, score.background, score.both, len(pictures))
 
     def kept(self, path: Path, make: Any) -> Tensor:
         """Pictures in a file; made and written where it is missing."""

@@ -12,6 +12,7 @@ from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, 
 COLOURS = (*(f"C{number}" for number in range(10)), "black")
 NONE = "–"  # noqa: RUF001
 STAGES = (BEFORE, FLOW, ALL)
+COLUMNS = "PSNR, dB | SSIM | ST-LPIPS (AlexNet) | FD (EfficientNet-Lite0) | class score | retrieval, %"
 EVEN = 0.3
 """dB; two single runs that are nearer to each other than this say nothing about what they differ in."""
 CLEAR = [row.name for row in ROWS if row.is_clear]
@@ -39,12 +40,12 @@ def markdown(report: dict[str, Any]) -> str:
         f"pictures, {settings['denoising']} steps, of prompts and seeds that training had not: pairs that the teacher itself "
         "never saw together. Each cell: before training / L_flow alone / all losses.",
         "",
-        "| attention | MFLOPs per layer | of dense | PSNR, dB | SSIM | feature distance | retrieval, % |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| attention | MFLOPs per layer | of dense | {COLUMNS} |",
+        "|---|" + "---:|" * 8,
     ]
     dense = report["dense_flops"]
-    shares = f"{100 * report['teacher']['both']:.1f}"
-    lines.append(f"| the teacher, dense | {dense / 1e6:.1f} | 100 % | | 1 | 0 | {shares} |")
+    score, shares = f"{report['teacher']['score_lite0']:.2f}", f"{100 * report['teacher']['both']:.1f}"
+    lines.append(f"| the teacher, dense | {dense / 1e6:.1f} | 100 % | | 1 | 0 | 0 | {score} | {shares} |")
     for row in ROWS:
         found = report["rows"].get(row.name, {})
         if not found.keys() & set(STAGES):
@@ -54,7 +55,9 @@ def markdown(report: dict[str, Any]) -> str:
             for key, text in (
                 ("psnr", "{:.1f}"),
                 ("ssim", "{:.3f}"),
-                ("features", "{:.3f}"),
+                ("stlpips_alex", "{:.3f}"),
+                ("fd_lite0", "{:.2f}"),
+                ("score_lite0", "{:.2f}"),
                 ("both", "{:.1f}"),
             )
         ]
@@ -62,10 +65,11 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {row.title} | {own / 1e6:.1f} | {100 * own / dense:.0f} % | {' | '.join(cells)} |")
     lines += [
         "",
-        "PSNR, SSIM (Gaussian windows, scikit-image) and feature distance are means over the pictures, to the teacher's of the "
-        "same prompts and seeds. Feature distance stands in for LPIPS, whose networks and trained factors are not part of this "
-        "package: LPIPS's formula over the features of the embedded VAE's encoder; less is nearer, and the numbers do not "
-        "compare with published LPIPS. Retrieval: emoji and background are both the prompt's.",
+        "PSNR, SSIM and ST-LPIPS (shift-tolerant LPIPS, arXiv 2207.13686) are means over the pictures, to the teacher's of the "
+        "same prompts and seeds; FD is FID's formula over the features of EfficientNet-Lite0, of all pictures to all of the "
+        "teacher's; the class score is the Inception score's over its probabilities. Less is nearer in ST-LPIPS and FD. None of "
+        "these compares with a published LPIPS, FID or IS, which look through other networks, at more pictures. Retrieval: emoji "
+        "and background are both the prompt's.",
         "",
     ]
     if report["missing"]:
@@ -156,8 +160,8 @@ def _data(report: dict[str, Any]) -> list[str]:
         "",
         "![training losses on both sets](distillation-data.png)",
         "",
-        "| trained on | PSNR, dB | SSIM | feature distance | retrieval |",
-        "|---|---:|---:|---:|---:|",
+        "| trained on | {COLUMNS} |",
+        "|---|" + "---:|" * 6,
     ]
     for title, stage in (("self-generated", ALL), ("real", REAL)):
         lines.append(f"| {title} | {_line(found[stage]['measured'])} |")
@@ -170,8 +174,8 @@ def _longer(report: dict[str, Any]) -> list[str]:
         "",
         f"All losses, {LONGER} times as many steps, everything else the same.",
         "",
-        "| | steps | PSNR, dB | SSIM | feature distance | retrieval |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| | steps | {COLUMNS} |",
+        "|---|" + "---:|" * 7,
     ]
     known = False
     for row in LONG_ROWS:
@@ -197,8 +201,8 @@ def _few_steps(report: dict[str, Any]) -> list[str]:
         f"picture; drawn in {few} steps. It was not made by schnell's adversarial recipe. The attention weights are those "
         f"distilled for the many-step teacher, put in as they are.",
         "",
-        f"| {few} steps | reference | PSNR, dB | SSIM | feature distance | retrieval |",
-        "|---|---|---:|---:|---:|---:|",
+        f"| {few} steps | reference | {COLUMNS} |",
+        "|---|---|" + "---:|" * 6,
         f"| the many-step teacher, dense | itself at {settings['denoising']} steps | {_line(found['teacher'])} |",
         f"| the few-step model, dense | the teacher at {settings['denoising']} steps | {_line(found['model'])} |",
     ]
@@ -230,7 +234,8 @@ def _students(report: dict[str, Any]) -> list[str]:
 
 def _line(measured: dict[str, Any]) -> str:
     return (
-        f"{measured['psnr']:.1f} | {measured['ssim']:.3f} | {measured['features']:.3f} | {100 * measured['both']:.1f} %"
+        f"{measured['psnr']:.1f} | {measured['ssim']:.3f} | {measured['stlpips_alex']:.3f} | {measured['fd_lite0']:.2f} | "
+        f"{measured['score_lite0']:.2f} | {100 * measured['both']:.1f}"
     )
 
 

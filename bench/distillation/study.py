@@ -185,7 +185,7 @@ class Study:
         """How often the teacher's own pictures show what was asked for."""
         file = self.folder / "results" / "teacher.json"
         if not file.is_file():
-            found = asdict(self.examiner.compare(None, self.reference(), None))
+            found = asdict(self.examiner.compare(self.reference(), None))
             with whole_file(file) as beside:
                 beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
         return json.loads(file.read_text(encoding="utf-8"))
@@ -207,7 +207,7 @@ class Study:
         pipe = self.examiner.pipeline()
         row.apply(pipe, weights)
         pictures = self._draw(pipe, f"{job.title}: drawing")
-        found["measured"] = asdict(self.examiner.compare(pipe, pictures, self.reference()))
+        found["measured"] = asdict(self.examiner.compare(pictures, self.reference()))
         if weights is not None:
             shutil.rmtree(weights.parent / "checkpoints", ignore_errors=True)
         return found
@@ -288,8 +288,8 @@ class Study:
         own = examiner.kept(place / "pictures.safetensors", lambda: self._draw(model(), what, few))
         if "model" not in found:
             pipe = examiner.pipeline()
-            found["teacher"] = asdict(examiner.compare(pipe, self._draw(pipe, what, few), reference))
-            found["model"] = asdict(examiner.compare(pipe, own, reference))
+            found["teacher"] = asdict(examiner.compare(self._draw(pipe, what, few), reference))
+            found["model"] = asdict(examiner.compare(own, reference))
             found["rows"] = {}
         for row in self._trained():
             if row.name in found["rows"]:
@@ -298,7 +298,7 @@ class Study:
             for stage, weights in ((BEFORE, None), (ALL, self.weights(row, ALL))):
                 pipe = model()
                 row.apply(pipe, weights)
-                measured[stage] = asdict(examiner.compare(pipe, self._draw(pipe, what, few), own))
+                measured[stage] = asdict(examiner.compare(self._draw(pipe, what, few), own))
             found["rows"][row.name] = measured
         return found
 
@@ -370,7 +370,7 @@ def main(
     few_rate: Annotated[float, typer.Option(help="AdamW's, of the few-step model.")] = 5e-4,
     pictures: Annotated[int, typer.Option(min=4, help="Pictures in each set.")] = 2000,
     held_out: Annotated[int, typer.Option(min=1, help="Of them, kept out of training.")] = 32,
-    measured: Annotated[int, typer.Option(min=1, help="Pictures that each student is measured on.")] = 102,
+    measured: Annotated[int, typer.Option(min=2, help="Pictures that each student is measured on.")] = 102,
     denoising: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     few_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the few-step model.")] = 4,
     seed: Annotated[int, typer.Option(help="Of data, order and noise.")] = 0,

@@ -46,17 +46,18 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         pipe = examiner.pipeline()
         with as_student(pipe, student):
             alone = examiner.draw(pipe)
-            whole = examiner.compare(pipe, alone, None)
+            whole = examiner.compare(alone, None)
             for variant in VARIANTS:
                 parallel.enable(pipe, **variant)
                 pictures = examiner.draw(pipe)
                 parallel.disable(pipe)
-                found = examiner.compare(pipe, pictures, alone)
+                found = examiner.compare(pictures, alone)
                 if variant == VARIANTS[0] and found.psnr < ROUNDING_PSNR:
                     raise SystemExit(f"wrong: shared pictures are {found.psnr:.1f} dB from one process's")
                 rows.append(
                     {
                         "student": student.label, **variant, "psnr": found.psnr, "ssim": found.ssim,
+                        "stlpips_alex": found.stlpips_alex, "fd_lite0": found.fd_lite0,
                         "retrieved": found.both, "retrieved_alone": whole.both, "pictures": found.pictures,
                     }
                 )  # fmt: skip
@@ -68,14 +69,15 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows in Markdown."""
     lines = [
-        "| model | text | borders | PSNR to one process, dB | SSIM | prompted pair retrieved | by one process |",
-        "|---" * 7 + "|",
+        "| model | text | borders | PSNR to one process, dB | SSIM | ST-LPIPS (AlexNet) | FD (EfficientNet-Lite0) | prompted "
+        "pair retrieved | by one process |",
+        "|---" * 9 + "|",
     ]
     for row in rows:
         borders = row["exchange"] + (f", first {row['warmup_steps']} sync" if "warmup_steps" in row else "")
         lines.append(
-            f"| {row['student']} | {row['text']} | {borders} | {row['psnr']:.1f} | {row['ssim']:.3f} | "
-            f"{row['retrieved']:.1%} | {row['retrieved_alone']:.1%} |"
+            f"| {row['student']} | {row['text']} | {borders} | {row['psnr']:.1f} | {row['ssim']:.3f} | {row['stlpips_alex']:.3f} "
+            f"| {row['fd_lite0']:.2f} | {row['retrieved']:.1%} | {row['retrieved_alone']:.1%} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """The embedded model's ControlNet, dense and with CLEAR windows that it never saw, as in the paper's Tables 5 and 9.
 
-Run ``python -m bench.quality.controlnet`` (needs ``pip install -e '.[eval]'``); it writes ``controlnet.json``, ``controlnet.md``
-and ``controlnet.png`` into ``bench/results``. The pictures, their conditions and a configuration for
+Run ``python -m bench.quality.controlnet`` (needs ``pip install -e '.[eval,metrics]'``); it writes ``controlnet.json``,
+``controlnet.md`` and ``controlnet.png`` into ``bench/results``. The pictures, their conditions and a configuration for
 ``flexclear eval run`` per condition go below ``--pictures-in``; the tables are filled by those configurations.
 """
 
@@ -24,6 +24,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flexclear import embedded
+from flexclear.common.metrics import require_for_metrics
 from flexclear.common.shipped import controlnet_directory
 from flexclear.embedded.captions import caption
 from flexclear.embedded.control import FACTS_NAME, MODES
@@ -45,6 +46,9 @@ TEXT = 32
 DENSE, ALONE = "dense", "dense, without ControlNet"
 TABLE = 5
 """Table 9, of SD3.5, has the same columns."""
+MORE = ("stlpips_alex_orig", "stlpips_vgg_orig", "fd_lite0_orig")
+"""Networks that need no download."""
+SHOWN = (*TABLES[TABLE].columns, *MORE)
 
 
 def variants_of(radii: Sequence[int], weights: Sequence[str] | None) -> list[VariantConfig]:
@@ -87,6 +91,7 @@ def scored(folder: Path, kind: str, prompts: Sequence[str], names: Sequence[str]
         "output": f"results/{kind}",
         "prompts": "prompts.txt",
         "tables": [TABLE],
+        "columns": list(MORE),
         "conditions": f"{kind}/conditions",
         "condition": kind,
         "variants": [{"name": name, "pictures": f"{kind}/{name}"} for name in names],
@@ -103,19 +108,19 @@ def as_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 def table(rows: Sequence[dict[str, Any]], found: dict[str, Run], pictures: int) -> str:
     """All of it in Markdown, in the layout of the paper's Tables 5 and 9."""
-    columns = TABLES[TABLE].columns
     lines = [
         f"Pairs that no training showed, {pictures} pictures a row. PSNR and SSIM to the dense picture of the same seed and "
         "condition; RMSE of the picture's own condition, values 0 to 1, to the one it was drawn from. Retrieval as in "
-        "retrieval.md. Columns as in the paper's Tables 5 and 9. The ControlNet was trained with the dense model alone.",
+        "retrieval.md. Columns as in the paper's Tables 5 and 9, and those of networks whose weights need no download "
+        "(docs/guide/evaluation.md). The ControlNet was trained with the dense model alone.",
         "",
         "| condition | drawn by | "
-        + " | ".join(COLUMNS[name].title for name in columns)
+        + " | ".join(COLUMNS[name].title for name in SHOWN)
         + " | emoji | background | both |",
-        "|---|---|" + "---:|" * (len(columns) + 3),
+        "|---|---|" + "---:|" * (len(SHOWN) + 3),
     ]
     for row in rows:
-        cells = [cell(name, row[name]) for name in columns]
+        cells = [cell(name, row[name]) for name in SHOWN]
         cells += [f"{100 * row[name]:.0f} %" for name in ("emoji", "background", "both")]
         lines.append(f"| {row['condition']} | {row['row']} | {' | '.join(cells)} |")
     missing = {
@@ -163,6 +168,7 @@ def main(
     asked = kinds.split(",")
     if unknown := [kind for kind in asked if kind not in MODES]:
         raise typer.BadParameter(f"--kinds are {', '.join(MODES)}; got {', '.join(unknown)}")
+    require_for_metrics([metric for name in MORE if (metric := COLUMNS[name].metric)])
     variants = variants_of([int(radius) for radius in radii.split(",") if radius], weights)
     if pictures_in is not None and pictures_in.exists():
         raise typer.BadParameter(f"{pictures_in} is there already; name a new folder")
@@ -210,7 +216,7 @@ def main(
                     {
                         "condition": kind,
                         "row": ALONE if name == "alone" else name,
-                        **{column: scores.get(column) for column in TABLES[TABLE].columns},
+                        **{column: scores.get(column) for column in SHOWN},
                         "emoji": retrieved.emoji,
                         "background": retrieved.background,
                         "both": retrieved.both,

@@ -13,12 +13,16 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from flexclear.common.metrics import PACKAGES
 from flexclear.common.shipped import students_directory
 from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.students import read_students
 
 sys.path.append(str(Path(__file__).parent.parent.parent))
 from bench.distillation import students as bench
+
+for package in PACKAGES.values():
+    pytest.importorskip(package)
 
 NAMES = ("clear_local_2.safetensors", "clear_local_2_down_4.safetensors")
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flexclear import embedded
+from flexclear.common.metrics import PACKAGES
 from flexclear.distill.calls import pack
 from flexclear.distill.model_state import write_weights
 from flexclear.distill.samples import CachedSamples
@@ -33,6 +34,9 @@ from bench.distillation import report as distillation_report
 from bench.distillation import rows as distillation_rows
 from bench.distillation import study as bench
 from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS, Job, jobs
+
+for package in PACKAGES.values():
+    pytest.importorskip(package)
 
 SETTINGS = bench.Settings(
     steps=3, batch_size=2, learning_rate=1e-3, few_rate=5e-4, pictures=6, held_out=1, measured=2, denoising=1,
@@ -92,7 +96,7 @@ def test_a_chosen_row_is_measured_before_and_after_and_the_rest_is_named_as_miss
     assert f"| CLEAR, r = 2 | {report['flops']['clear-r2'] / 1e6:.1f} |" in text
     assert f"Missing so far ({len(everything - done)}): " in text
     assert "CLEAR, r = 2, the weights distilled for the teacher" in text
-    assert "stands in for LPIPS" in text
+    assert "None of these compares with a published LPIPS" in text
     assert str(finished) not in text
     assert (finished / "out" / "distillation-curves.png").stat().st_size > 1000
 
@@ -198,11 +202,11 @@ def test_the_longer_runs_take_so_many_times_as_many_steps_and_all_else_alike(fin
 
 
 def test_longer_training_has_its_own_table():
-    measured = {"ssim": 0.5, "features": 0.1, "both": 0.25}
+    measured = {"ssim": 0.5, "stlpips_alex": 0.1, "fd_lite0": 3.0, "score_lite0": 1.5, "both": 0.25}
     rows = {"clear-r4": {stage: {"measured": {"psnr": p, **measured}} for stage, p in ((ALL, 20.0), (LONG, 23.0))}}
     lines = distillation_report._longer({"rows": rows, "settings": {"steps": 600}})
-    assert "| CLEAR, r = 4 | 600 | 20.0 | 0.500 | 0.100 | 25.0 % |" in lines
-    assert "| CLEAR, r = 4 | 2400 | 23.0 | 0.500 | 0.100 | 25.0 % |" in lines
+    assert "| CLEAR, r = 4 | 600 | 20.0 | 0.500 | 0.100 | 3.00 | 1.50 | 25.0 |" in lines
+    assert "| CLEAR, r = 4 | 2400 | 23.0 | 0.500 | 0.100 | 3.00 | 1.50 | 25.0 |" in lines
     del rows["clear-r4"][LONG]
     assert distillation_report._longer({"rows": rows, "settings": {"steps": 600}}) == []
 
@@ -273,17 +277,26 @@ def test_the_noise_of_a_generated_picture_is_what_the_pipeline_began_from(finish
     assert not torch.equal(batch.sigmas, distillation_few_steps.reflow_batch(samples, [3, 0], "other").sigmas)
 
 
-def test_distances_are_none_for_equal_pictures_and_grow_with_noise(finished):
+def test_distances_are_none_for_equal_pictures_and_grow_with_noise(finished, vocabulary):
     pictures = load_file(finished / "teacher.safetensors")["pictures"]
-    vae = embedded.pipeline().vae
+    examiner = distillation_measure.Examiner(vocabulary, len(pictures), 1, "cpu")
     noise = torch.randn_like(pictures)
-    noisy = [(pictures + level * noise).clamp(0, 1) for level in (0.0, 0.02, 0.1)]
-    likeness = [distillation_measure.ssim(pictures, other) for other in noisy]
-    distances = [distillation_measure.feature_distance(vae, pictures, other, batch=1) for other in noisy]
-    assert likeness[0] == pytest.approx(1)
-    assert likeness[0] > likeness[1] > likeness[2] > 0
-    assert distances[0] == 0 < distances[1] < distances[2] < 4 * 5
-    assert distillation_measure.feature_distance(vae, noisy[2], pictures) == pytest.approx(distances[2], rel=1e-4)
+    found = [examiner.compare((pictures + level * noise).clamp(0, 1), pictures) for level in (0.0, 0.02, 0.1)]
+    assert (found[0].psnr, found[0].ssim) == (120, pytest.approx(1))
+    assert found[0].psnr > found[1].psnr > found[2].psnr
+    assert found[0].ssim > found[1].ssim > found[2].ssim > 0
+    assert found[0].stlpips_alex == pytest.approx(0, abs=1e-6)
+    assert found[0].stlpips_alex < found[1].stlpips_alex < found[2].stlpips_alex
+    assert found[0].fd_lite0 == pytest.approx(0, abs=1e-6)
+    assert min(found[1].fd_lite0, found[2].fd_lite0) > 1, "of two pictures it need not grow"
+    alone = examiner.compare(pictures, None)
+    assert alone == dataclasses.replace(found[0], psnr=None, ssim=None, stlpips_alex=None, fd_lite0=None)
+
+
+def test_a_study_without_the_packages_of_its_metrics_is_refused_before_it_begins(vocabulary, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stlpips_pytorch", None)
+    with pytest.raises(ImportError, match="scoring by stlpips-alex needs stlpips-pytorch"):
+        distillation_measure.Examiner(vocabulary, 2, 1, "cpu")
 
 
 def synthetic(levels):
