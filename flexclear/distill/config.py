@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flexclear.alternatives.names import named
 from flexclear.common.choices import ALL_FRAMES, BACKENDS
-from flexclear.common.reading import check_unicode, parse_yaml, read_text, shown
+from flexclear.common.settings import build, check_number, check_one_of, check_values, check_whole, read_settings_file
 from flexclear.masks import Disc, Downsampled
 from flexclear.runtime.mechanism import Formula, Mechanism
-
-Settings = TypeVar("Settings")
 
 TRAIN = ("projections", "lora")
 TEACHERS = ("shared", "copy")
@@ -49,7 +44,7 @@ class LossConfig:
 
     def check(self) -> None:
         for name in ("flow", "prediction", "attention"):
-            _number(f"losses.{name}", getattr(self, name), 0)
+            check_number(f"losses.{name}", getattr(self, name), 0)
         check_whole("losses.attention_every", self.attention_every, 1)
         if not (self.flow or self.prediction or self.attention):
             raise ValueError("losses: all three weights are 0, so there is nothing to learn from")
@@ -80,8 +75,8 @@ class OptimizerConfig:
         return (1.0 if self.name == "prodigy" else 1e-4) if self.learning_rate is None else self.learning_rate
 
     def check(self) -> None:
-        _one_of("optimizer.name", self.name, OPTIMIZERS)
-        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        check_one_of("optimizer.name", self.name, OPTIMIZERS)
+        check_one_of("optimizer.schedule", self.schedule, SCHEDULES)
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise ValueError(f"optimizer.learning_rate must be positive and finite, got {self.learning_rate!r}")
         if self.name == "prodigy" and self.rate < 0.1:
@@ -94,8 +89,8 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} is for name: prodigy, not for {self.name}; leave it out")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas!r}")
-        _number("optimizer.weight_decay", self.weight_decay, 0)
-        _number("optimizer.epsilon", self.epsilon, 0)
+        check_number("optimizer.weight_decay", self.weight_decay, 0)
+        check_number("optimizer.epsilon", self.epsilon, 0)
         check_whole("optimizer.warmup_steps", self.warmup_steps, 0)
 
 
@@ -123,7 +118,7 @@ class TimestepConfig:
     shift: float = 1.0
 
     def check(self) -> None:
-        _one_of("timesteps.sampling", self.sampling, SAMPLINGS)
+        check_one_of("timesteps.sampling", self.sampling, SAMPLINGS)
         if not self.shift > 0 or not self.std > 0:
             raise ValueError(f"timesteps: shift and std must be positive, got {self.shift!r} and {self.std!r}")
 
@@ -271,22 +266,22 @@ class DistillConfig:
             Downsampled(Disc(self.radius), self.down_factor)
         if isinstance(self.frame_radius, str) and self.frame_radius != ALL_FRAMES:
             raise ValueError(f"frame_radius must be a number of frames or {ALL_FRAMES!r}, got {self.frame_radius!r}")
-        _one_of("backend", self.backend, BACKENDS)
-        _one_of("train", self.train, TRAIN)
-        _one_of("teacher", self.teacher, TEACHERS)
+        check_one_of("backend", self.backend, BACKENDS)
+        check_one_of("train", self.train, TRAIN)
+        check_one_of("teacher", self.teacher, TEACHERS)
         if self.mixed_precision is not None:
-            _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+            check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.latents is not None:
-            _one_of("latents", self.latents, LATENTS)
+            check_one_of("latents", self.latents, LATENTS)
         if self.tracker is not None:
-            _one_of("tracker", self.tracker, TRACKERS)
+            check_one_of("tracker", self.tracker, TRACKERS)
         if self.device not in (None, "cpu"):
             raise ValueError(f"device must be 'cpu' or left out: accelerate chooses the GPU; got {self.device!r}")
         check_whole("steps", self.steps, 1)
         check_whole("batch_size", self.batch_size, 1)
         if self.gradient_accumulation is not None:
             check_whole("gradient_accumulation", self.gradient_accumulation, 1)
-        _number("max_grad_norm", self.max_grad_norm, 0)
+        check_number("max_grad_norm", self.max_grad_norm, 0)
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be a decay between 0 and 1, got {self.ema!r}")
         if self.initial_weights is not None and not self.initial_weights.is_file():
@@ -316,40 +311,6 @@ def read_config(path: str | Path) -> DistillConfig:
         return config
 
     return read_settings_file(path, made)
-
-
-def read_settings_file(path: str | Path, make: Callable[[Mapping[str, Any], Path], Settings]) -> Settings:
-    """What ``make`` makes of a YAML file's mapping and the folder that it is in; its errors name the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        TypeError, ValueError: it is not valid YAML, or ``make`` raises.
-    """
-    path = Path(path).expanduser()
-    found = read_mapping(path)
-    try:
-        return make(found, path.parent)
-    except (TypeError, ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{path}: {error}") from error
-
-
-def read_mapping(path: Path) -> Mapping[str, Any]:
-    """What a YAML file of settings holds.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not valid YAML, gives a setting twice, or holds no settings.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    text = read_text(path)
-    try:
-        found = parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path} must hold settings, such as 'model: embedded'; got {type(found).__name__}")
-    return found
 
 
 def from_mapping(found: Mapping[str, Any], folder: Path | None = None) -> DistillConfig:
@@ -382,102 +343,3 @@ def as_mapping(config: DistillConfig) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     return plain(dataclasses.asdict(config))
-
-
-def build(kind: Any, found: Any, where: str) -> Any:
-    """A dataclass ``kind`` from what YAML holds; ``where`` is put before the names in messages.
-
-    Raises:
-        TypeError, ValueError: settings are unknown, missing, or of another type.
-    """
-    if not isinstance(found, Mapping):
-        raise TypeError(f"{where.rstrip('.')} must hold settings of its own, got {shown(found)}")
-    hints = typing.get_type_hints(kind)
-    unknown = [str(name) for name in found if name not in hints]
-    if unknown:
-        near = {name: difflib.get_close_matches(name, hints, n=1) for name in unknown}
-        said = ", ".join(f"{where}{name}" + (f" (meant {near[name][0]}?)" if near[name] else "") for name in unknown)
-        raise ValueError(f"unknown setting{'s' if len(unknown) > 1 else ''} {said}. Known: {', '.join(hints)}")
-    missing = [
-        part.name
-        for part in dataclasses.fields(kind)
-        if part.name not in found
-        and part.default is dataclasses.MISSING
-        and part.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{', '.join(where + name for name in missing)} is missing")
-    return kind(**{name: _value(hints[name], value, where + name) for name, value in found.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the field's type has it; YAML writes 1e-4 as text and tuples as lists."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    hint, *others = [option for option in options if option is not type(None)]
-    if others:
-        hint = next((option for option in (hint, *others) if isinstance(value, option)), hint)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where + ".")
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"{where} must be a list, got {shown(value)}")
-        element = typing.get_args(hint)[0]
-        return tuple(_value(element, part, f"{where}[{index}]") for index, part in enumerate(value))
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{where} must hold names and values, got {shown(value)}")
-        return {str(name): _value(typing.get_args(hint)[1], part, f"{where}.{name}") for name, part in value.items()}
-    if hint is Path and isinstance(value, str | Path):
-        return Path(value)
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise ValueError(f"{where} is too large: {shown(value)}") from None
-        except ValueError:
-            pass
-    elif (isinstance(value, bool) == (hint is bool)) and isinstance(value, hint):
-        return value
-    raise TypeError(f"{where} must be {'a path' if hint is Path else hint.__name__}, got {shown(value)}")
-
-
-def check_values(settings: Any, where: str = "") -> None:
-    """Raise for a number that no computation takes and for text that no tokenizer takes, in a dataclass of settings.
-
-    Raises:
-        ValueError: a number is not finite or exceeds 64 bits, or text is not valid Unicode; the message begins with its
-            name.
-    """
-    if dataclasses.is_dataclass(settings):
-        for part in dataclasses.fields(settings):
-            check_values(getattr(settings, part.name), f"{where}.{part.name}" if where else part.name)
-    elif isinstance(settings, Mapping):
-        for name, value in settings.items():
-            check_values(value, f"{where}.{name}")
-    elif isinstance(settings, tuple | list):
-        for index, value in enumerate(settings):
-            check_values(value, f"{where}[{index}]")
-    elif isinstance(settings, int | float):
-        if isinstance(settings, int) and not -(1 << 63) <= settings < 1 << 63:
-            raise ValueError(f"{where} must fit into 64 bits, got {shown(settings)}")
-        if not math.isfinite(settings):
-            raise ValueError(f"{where} must be finite, got {settings!r}")
-    elif isinstance(settings, str):
-        check_unicode(settings, where)
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-
-
-def check_whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-
-def _number(name: str, value: float, least: float) -> None:
-    if not (value >= least and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexclear.alternatives.names import named
 from flexclear.common.choices import parse_size
-from flexclear.distill.config import build, check_values, check_whole, read_settings_file
+from flexclear.common.settings import build, check_values, check_whole, read_settings_file
 from flexclear.evaluation.conditions import CONDITIONS
 from flexclear.evaluation.networks import DEFAULTS
 from flexclear.evaluation.tables import COLUMNS, TABLES
