@@ -24,9 +24,8 @@ from flexclear.embedded.scenes import draw, random_scene
 from flexclear.embedded.vocabulary import Vocabulary
 from flexclear.generation.settings import DENSE, GenerateSettings
 
-from bench.distillation.rows import TEXT_LEN
+from bench.distillation.rows import Comparison
 
-PIXELS = 128
 SELF, REAL = "self-generated", "real"
 OnItem = Callable[[str, int, int], None]
 
@@ -57,7 +56,14 @@ def shown_pairs(vocabulary: Vocabulary, count: int, seed: int) -> list[tuple[int
 
 
 def self_generated(
-    folder: Path, vocabulary: Vocabulary, count: int, steps: int, seed: int, device: str, on_item: OnItem
+    folder: Path,
+    vocabulary: Vocabulary,
+    size: Comparison,
+    count: int,
+    steps: int,
+    seed: int,
+    device: str,
+    on_item: OnItem,
 ) -> CachedSamples:
     """Have the teacher draw the pictures that are missing in ``folder``, and encode them. Picture i has seed i."""
     pictures = folder / "pictures"
@@ -65,11 +71,11 @@ def self_generated(
         model=EMBEDDED,
         prompts=tuple(text for _, _, text in shown_pairs(vocabulary, count, seed)),
         out=pictures,
-        sizes=((PIXELS, PIXELS),),
+        sizes=((size.pixels, size.pixels),),
         seeds=(0,),
         r=DENSE,
         steps=steps,
-        text_len=TEXT_LEN,
+        text_len=size.text_len,
         dtype="float32",
         device=device,
     )
@@ -78,10 +84,12 @@ def self_generated(
     for _ in draw_data(plan):
         done += 1
         on_item("the teacher draws", done, count)
-    return _cached(folder, device, on_item)
+    return _cached(folder, size.text_len, device, on_item)
 
 
-def real(folder: Path, vocabulary: Vocabulary, count: int, seed: int, device: str, on_item: OnItem) -> CachedSamples:
+def real(
+    folder: Path, vocabulary: Vocabulary, size: Comparison, count: int, seed: int, device: str, on_item: OnItem
+) -> CachedSamples:
     """Draw scenes with the captions of the self-generated set, jittered as in the teacher's training, and encode them."""
     pictures = folder / "pictures"
     bitmaps, colours = bitmaps_of(vocabulary), list(vocabulary.backgrounds.values())
@@ -92,18 +100,18 @@ def real(folder: Path, vocabulary: Vocabulary, count: int, seed: int, device: st
             with whole_file(path.with_suffix(".txt")) as beside:
                 beside.write_text(text + "\n", encoding="utf-8")
             with whole_file(path) as beside:
-                Image.fromarray(draw(scene, bitmaps, colours, PIXELS)).save(beside, format="PNG")
+                Image.fromarray(draw(scene, bitmaps, colours, size.pixels)).save(beside, format="PNG")
             on_item("real pictures", number + 1, count)
-    return _cached(folder, device, on_item)
+    return _cached(folder, size.text_len, device, on_item)
 
 
-def _cached(folder: Path, device: str, on_item: OnItem) -> CachedSamples:
+def _cached(folder: Path, text_len: int, device: str, on_item: OnItem) -> CachedSamples:
     place = folder / "cache"
     cache(
         folder / "pictures",
         EMBEDDED,
         place,
-        text_len=TEXT_LEN,
+        text_len=text_len,
         device=device,
         on_item=lambda done, total: on_item("encoding", done, total),
     )

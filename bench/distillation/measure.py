@@ -19,7 +19,7 @@ from flexclear.embedded.vocabulary import Vocabulary
 from flexclear.evaluation import Networks, score_tensors
 
 from bench.distillation.data import bitmaps_of
-from bench.distillation.rows import TEXT_LEN
+from bench.distillation.rows import Comparison
 
 PAIRS_SEED = 1
 
@@ -64,6 +64,7 @@ class Examiner:
 
     Args:
         vocabulary: of the embedded model.
+        size: of the pictures and of the text.
         count: pictures, two or more; every held-out pair once before one comes twice.
         steps: denoising steps.
         device: where.
@@ -72,11 +73,11 @@ class Examiner:
         ImportError: a package that the metrics need is not installed.
     """
 
-    def __init__(self, vocabulary: Vocabulary, count: int, steps: int, device: str) -> None:
+    def __init__(self, vocabulary: Vocabulary, size: Comparison, count: int, steps: int, device: str) -> None:
         require_for_metrics([*PAIRED, *ALONE])
         repeats = -(-count // len(vocabulary.held_out_pairs))
         self.requests: list[Request] = held_out_requests(vocabulary, repeats, PAIRS_SEED)[:count]
-        self._vocabulary, self._steps, self._device = vocabulary, steps, device
+        self._vocabulary, self._size, self._steps, self._device = vocabulary, size, steps, device
         self._networks = Networks(device=torch.device(device))
         self._retriever = Retriever(bitmaps_of(vocabulary), list(vocabulary.backgrounds.values()))
 
@@ -90,8 +91,14 @@ class Examiner:
         """``[n, 3, h, w]``, values 0 to 1, on the CPU."""
         taken = self._steps if steps is None else steps
         return generate(
-            pipe, self._vocabulary, self.requests, taken, max_sequence_length=TEXT_LEN, on_done=on_done
-        )  # fmt: skip
+            pipe,
+            self._vocabulary,
+            self.requests,
+            taken,
+            self._size.pixels,
+            max_sequence_length=self._size.text_len,
+            on_done=on_done,
+        )
 
     def compare(self, pictures: Tensor, reference: Tensor | None) -> Measured:
         """Pictures of the requests, values 0 to 1, with the reference's of the same, if there is one."""

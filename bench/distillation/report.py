@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS
+from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONGER, PUBLISHED_SIDE, REAL, Comparison
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black")
 NONE = "–"  # noqa: RUF001
@@ -15,8 +15,11 @@ STAGES = (BEFORE, FLOW, ALL)
 COLUMNS = "PSNR, dB | SSIM | ST-LPIPS (AlexNet) | FD (EfficientNet-Lite0) | class score | retrieval, %"
 EVEN = 0.3
 """dB; two single runs that are nearer to each other than this say nothing about what they differ in."""
-CLEAR = [row.name for row in ROWS if row.is_clear]
-DISCS = [row.name for row in sorted(ROWS, key=lambda row: row.options.get("r", 0)) if set(row.options) == {"r"}]
+
+
+def comparison_of(report: dict[str, Any]) -> Comparison:
+    """The size that the study was made at."""
+    return Comparison(report["settings"]["side"])
 
 
 def value_of(report: dict[str, Any], row: str, stage: str, key: str) -> float | None:
@@ -27,14 +30,15 @@ def value_of(report: dict[str, Any], row: str, stage: str, key: str) -> float | 
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report; what has not been run yet is named."""
-    settings, about = report["settings"], report["facts"]
+    settings, about, size = report["settings"], report["facts"], comparison_of(report)
     lines = [
         "# Distilling the embedded model: CLEAR and what it is compared with",
         "",
         f"{about['hardware']}; torch {about['torch']}, diffusers {about['diffusers']}; {report['seconds'] / 60:.0f} minutes.",
         "",
-        "Teacher: the embedded model, 128 px, 16 x 16 image tokens and 32 text tokens; sizes are the published ones over "
-        f"four. Every row was trained alike: {settings['steps']} steps of {settings['batch_size']} out of "
+        f"Teacher: the embedded model, {size.pixels} px, {size.side} x {size.side} image tokens and {size.text_len} text "
+        f"tokens; windows are the published ones times {size.side}/{PUBLISHED_SIDE}. Every row was trained alike: "
+        f"{settings['steps']} steps of {settings['batch_size']} out of "
         f"{settings['pictures']} pictures by the teacher, the same pictures, noise and noise levels (uniform) in the same "
         f"order, AdamW at {settings['learning_rate']:g} with warm-up and cosine decay. Measured on {settings['measured']} "
         f"pictures, {settings['denoising']} steps, of prompts and seeds that training had not: pairs that the teacher itself "
@@ -46,7 +50,7 @@ def markdown(report: dict[str, Any]) -> str:
     dense = report["dense_flops"]
     score, shares = f"{report['teacher']['score_lite0']:.2f}", f"{100 * report['teacher']['both']:.1f}"
     lines.append(f"| the teacher, dense | {dense / 1e6:.1f} | 100 % | | 1 | 0 | 0 | {score} | {shares} |")
-    for row in ROWS:
+    for row in comparison_of(report).rows:
         found = report["rows"].get(row.name, {})
         if not found.keys() & set(STAGES):
             continue
@@ -103,64 +107,69 @@ def findings(report: dict[str, Any]) -> list[str]:
     def psnr(row: str, stage: str) -> float | None:
         return value_of(report, row, stage, "psnr")
 
-    titles = {row.name: row.title for row in ROWS}
+    rows = comparison_of(report).rows
+    titles = {row.name: row.title for row in rows}
+    own = [row.name for row in rows if row.is_clear]
+    discs = [row.name for row in sorted(rows, key=lambda row: row.options.get("r", 0)) if set(row.options) == {"r"}]
+    first = rows[0]
     said = []
 
-    def compared(what: str, rows: list[str], first: str, second: str) -> None:
-        pairs = {row: (psnr(row, first), psnr(row, second)) for row in rows}
+    def compared(what: str, names: list[str], before: str, after: str) -> None:
+        pairs = {row: (psnr(row, before), psnr(row, after)) for row in names}
         known = {row: (a, b) for row, (a, b) in pairs.items() if a is not None and b is not None}
         if known:
             against = [titles[row] for row, (a, b) in known.items() if b <= a]
             fails = f"; not for {', '.join(against)}" if against else ""
             said.append(f"{what}: {len(known) - len(against)} of {len(known)}{fails}.")
 
-    compared("Distillation with all losses brings CLEAR nearer to the teacher (PSNR)", CLEAR, BEFORE, ALL)
-    others = [row.name for row in ROWS if row.name not in CLEAR]
+    compared("Distillation with all losses brings CLEAR nearer to the teacher (PSNR)", own, BEFORE, ALL)
+    others = [row.name for row in rows if not row.is_clear]
     compared("So it does with the other mechanisms", others, BEFORE, ALL)
-    compared("All losses end nearer to the teacher than L_flow alone, CLEAR", CLEAR, FLOW, ALL)
+    compared("All losses end nearer to the teacher than L_flow alone, CLEAR", own, FLOW, ALL)
     compared("The same, others", others, FLOW, ALL)
-    levels = [(row, psnr(row, ALL)) for row in DISCS]
+    levels = [(row, psnr(row, ALL)) for row in discs]
     known = [(row, level) for row, level in levels if level is not None]
     if len(known) > 1:
         rising = all(a[1] < b[1] for a, b in itertools.pairwise(known))
         numbers = ", ".join(f"{titles[row]}: {level:.1f} dB" for row, level in known)
         said.append(f"A larger radius is nearer to the teacher: {'yes' if rising else 'NO'} ({numbers}).")
-    ranking = sorted(((psnr(row.name, ALL) or 0.0, row.name) for row in ROWS if psnr(row.name, ALL)), reverse=True)
-    if any(name not in CLEAR for _, name in ranking) and any(name in CLEAR for _, name in ranking):
+    ranking = sorted(((psnr(row.name, ALL) or 0.0, row.name) for row in rows if psnr(row.name, ALL)), reverse=True)
+    if any(name not in own for _, name in ranking) and any(name in own for _, name in ranking):
         order = ", ".join(f"{titles[name]} {level:.1f}" for level, name in ranking)
-        leads = "yes" if ranking[0][1] in CLEAR else "NO"
+        leads = "yes" if ranking[0][1] in own else "NO"
         said.append(f"CLEAR leads after distillation (PSNR): {leads} ({order}).")
-        best_other = next(level for level, name in ranking if name not in CLEAR)
+        best_other = next(level for level, name in ranking if name not in own)
         cost = report["flops"]
-        rival = next(name for _, name in ranking if name not in CLEAR)
-        equal = [name for level, name in ranking if name in CLEAR and cost[name] <= cost[rival] and level > best_other]
+        rival = next(name for _, name in ranking if name not in own)
+        equal = [name for level, name in ranking if name in own and cost[name] <= cost[rival] and level > best_other]
         said.append(
             f"At no more FLOPs than the best other ({titles[rival]}) it leads, too: "
             f"{'yes, ' + titles[equal[0]] if equal else 'NO'}."
         )
-    own, other = psnr(ROWS[0].name, ALL), psnr(ROWS[0].name, REAL)
-    if own is not None and other is not None:
-        answer = "hardly a difference" if abs(own - other) < EVEN else "yes" if own > other else "NO"
+    drawn, other = psnr(first.name, ALL), psnr(first.name, REAL)
+    if drawn is not None and other is not None:
+        answer = "hardly a difference" if abs(drawn - other) < EVEN else "yes" if drawn > other else "NO"
         said.append(
-            f"Self-generated pictures teach more than real ones: {answer} ({ROWS[0].title}: {own:.1f} dB against "
+            f"Self-generated pictures teach more than real ones: {answer} ({first.title}: {drawn:.1f} dB against "
             f"{other:.1f} dB)."
         )
     return said or ["Nothing to say yet."]
 
 
 def _data(report: dict[str, Any]) -> list[str]:
-    found = report["rows"].get(ROWS[0].name, {})
+    first = comparison_of(report).rows[0]
+    found = report["rows"].get(first.name, {})
     if "measured" not in found.get(REAL, {}) or "measured" not in found.get(ALL, {}):
         return []
     lines = [
         "## Self-generated pictures against real ones",
         "",
-        f"{ROWS[0].title}, all losses, the same captions and budget. Real: clean drawings with jitter. Mind that the teacher "
+        f"{first.title}, all losses, the same captions and budget. Real: clean drawings with jitter. Mind that the teacher "
         "itself learned from drawings like these, so they are not foreign to it, as photographs are to FLUX.1.",
         "",
         "![training losses on both sets](distillation-data.png)",
         "",
-        "| trained on | {COLUMNS} |",
+        f"| trained on | {COLUMNS} |",
         "|---|" + "---:|" * 6,
     ]
     for title, stage in (("self-generated", ALL), ("real", REAL)):
@@ -178,7 +187,7 @@ def _longer(report: dict[str, Any]) -> list[str]:
         "|---|" + "---:|" * 7,
     ]
     known = False
-    for row in LONG_ROWS:
+    for row in comparison_of(report).long_rows:
         found = report["rows"].get(row.name, {})
         for stage, factor in ((ALL, 1), (LONG, LONGER)):
             if "measured" in found.get(LONG, {}) and "measured" in found.get(stage, {}):
@@ -206,7 +215,7 @@ def _few_steps(report: dict[str, Any]) -> list[str]:
         f"| the many-step teacher, dense | itself at {settings['denoising']} steps | {_line(found['teacher'])} |",
         f"| the few-step model, dense | the teacher at {settings['denoising']} steps | {_line(found['model'])} |",
     ]
-    for row in ROWS:
+    for row in comparison_of(report).rows:
         for stage, title in ((BEFORE, "its own weights"), (ALL, "the weights distilled for the teacher")):
             measured = found["rows"].get(row.name, {}).get(stage)
             if measured:
@@ -243,7 +252,7 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
     """Training loss L_flow of every row with all losses, and L_pred on held-out pictures (the paper's Figure 11)."""
     series = [
         (row.title, report["rows"][row.name][ALL], "-" if row.is_clear else "--")
-        for row in ROWS
+        for row in comparison_of(report).rows
         if "curve" in report["rows"].get(row.name, {}).get(ALL, {})
     ]
 
@@ -270,14 +279,15 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
 
 def plot_data(report: dict[str, Any], path: Path) -> None:
     """Training losses of one row on self-generated and on real pictures (the paper's Figure 10)."""
-    found = report["rows"].get(ROWS[0].name, {})
+    first = comparison_of(report).rows[0]
+    found = report["rows"].get(first.name, {})
 
     def draw(axes: Any) -> None:
         for stage, title in ((ALL, "self-generated"), (REAL, "real")):
             curve = found[stage]["curve"]
             axes[0].plot(curve["step"], curve["loss"], label=title)
             axes[1].plot(curve["step"], curve["prediction"], label=title)
-        axes[0].set_title(f"{ROWS[0].title}, training: all losses together")
+        axes[0].set_title(f"{first.title}, training: all losses together")
         axes[1].set_title("training: L_pred")
         axes[1].set_yscale("log")
         axes[0].legend()

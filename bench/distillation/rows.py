@@ -1,14 +1,15 @@
 """What bench/distillation/study.py compares, and in which order.
 
-The embedded model draws 128 px: 16 x 16 image tokens and 32 text tokens, a quarter of the published 64 x 64 in each direction
-and the same share of text. Every size is the published one over four, so that costs relative to dense attention are about the
-published ones.
+The published comparison draws 64 x 64 image tokens and 512 text tokens. This one draws ``side`` x ``side``, the same share of
+text, and windows of the published size times ``side`` / 64, so that costs relative to dense attention are about the published
+ones: at 32 x 32 tokens the rivals' queries see 64 keys of 1,024.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from flexclear.alternatives import Formula, flops, named
 from flexclear.families.target import model_of
 from flexclear.masks import Disc, Downsampled, Layout
 
-TEXT_LEN = 32
-SIDE = 16
-LAYOUT = Layout(SIDE, SIDE, TEXT_LEN)
+PUBLISHED_SIDE, PUBLISHED_TEXT = 64, 512
+SIDES = (16, 32, 64)
+TOKEN = 8
+"""Side of the embedded model's image tokens, in pixels."""
 BEFORE, FLOW, ALL, REAL, LONG = "before", "flow", "all", "real", "long"
 STAGES = {
     BEFORE: "before",
@@ -45,11 +47,13 @@ class Row:
         name: for ``--rows`` and folders.
         title: for tables.
         options: of ``DistillConfig``.
+        layout: of the image that costs are counted for.
     """
 
     name: str
     title: str
     options: dict[str, Any] = field(hash=False)
+    layout: Layout
 
     @property
     def mechanism(self) -> Any:
@@ -69,7 +73,7 @@ class Row:
         if what is None:
             disc, factor = Disc(self.options["r"]), self.options.get("down_factor")
             what = disc if factor is None else Downsampled(disc, factor)
-        return sum(flops(what, LAYOUT, channels, heads, layer) for layer in range(layers)) / layers
+        return sum(flops(what, self.layout, channels, heads, layer) for layer in range(layers)) / layers
 
     def apply(self, pipe: Any, weights: Path | None = None) -> None:
         """Transform the pipeline, and load what was trained for this row."""
@@ -90,28 +94,6 @@ class Row:
             model.load_state_dict(tensors, strict=False)
         else:
             flexclear.load_weights(pipe, weights)
-
-
-def dense_flops(config: Any) -> float:
-    """Of ``Row.flops``, for dense attention."""
-    return float(flops(None, LAYOUT, config.num_attention_heads * config.attention_head_dim))
-
-
-ROWS = (
-    Row("clear-r4", "CLEAR, r = 4", {"r": 4}),
-    Row("clear-r8", "CLEAR, r = 8", {"r": 8}),
-    Row("clear-r2", "CLEAR, r = 2", {"r": 2}),
-    Row("clear-r2-down4", "CLEAR, r = 2, keys down-sampled 4 x 4", {"r": 2, "down_factor": 4}),
-    Row("swin", "Swin, 4 x 4", {"attention": "swin", "sizes": {"size": 4}}),
-    Row("neighborhood", "neighborhood, 4 x 4", {"attention": "neighborhood", "sizes": {"kernel": 4}}),
-    Row("strided", "strided, 4", {"attention": "strided", "sizes": {"stride": 4}}),
-    Row("pixart", "PixArt-Sigma, 4 x 4", {"attention": "pixart", "sizes": {"factor": 4}}),
-    Row("agent", "agent, 16 agents", {"attention": "agent", "sizes": {"side": 4}}),
-    Row("linear", "linear", {"attention": "linear"}),
-    Row("sigmoid", "sigmoid", {"attention": "sigmoid"}),
-)
-LONG_ROWS = tuple(row for row in ROWS if row.name in ("clear-r4", "clear-r2-down4"))
-NAMES = (*(row.name for row in ROWS), REAL_ROW, LONG_ROW, FEW)
 
 
 @dataclass(frozen=True)
@@ -135,22 +117,98 @@ class Job:
         return "few-step model" if self.row is None else f"{self.row.title}: {STAGES[self.stage]}"
 
 
-def jobs(names: Sequence[str] = ()) -> list[Job]:
-    """What is to be done for these rows (all by default), what says most first.
+@dataclass(frozen=True)
+class Comparison:
+    """All rows at one size.
+
+    Attributes:
+        side: image tokens along either direction, one of ``SIDES``.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: another side.
     """
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise ValueError(f"--rows: unknown {', '.join(unknown)}; known are {', '.join(NAMES)}")
-    wanted = set(names) or set(NAMES)
-    clear = [row for row in ROWS if row.is_clear and row.name in wanted]
-    others = [row for row in ROWS if not row.is_clear and row.name in wanted]
-    found = [Job(row, stage) for row in (*clear, *others) for stage in (BEFORE, ALL)]
-    found += [Job(row, FLOW) for row in clear]
-    found += [Job(ROWS[0], stage) for stage in (BEFORE, ALL, REAL) if REAL_ROW in wanted]
-    found += [Job(row, stage) for row in LONG_ROWS for stage in (BEFORE, ALL, LONG) if LONG_ROW in wanted]
-    found += [Job(None, FEW)] if FEW in wanted else []
-    found += [Job(row, FLOW) for row in others]
-    return list(dict.fromkeys(found))
+
+    side: int
+
+    def __post_init__(self) -> None:
+        if self.side not in SIDES:
+            raise ValueError(f"--side must be one of {list(SIDES)} image tokens, got {self.side}")
+
+    @property
+    def pixels(self) -> int:
+        return self.side * TOKEN
+
+    @property
+    def text_len(self) -> int:
+        return PUBLISHED_TEXT * self.side**2 // PUBLISHED_SIDE**2
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.side, self.side, self.text_len)
+
+    def dense_flops(self, config: Any) -> float:
+        """Of ``Row.flops``, for dense attention."""
+        return float(flops(None, self.layout, config.num_attention_heads * config.attention_head_dim))
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The mechanisms, what says most first."""
+
+        def own(published: int) -> int:
+            return published * self.side // PUBLISHED_SIDE
+
+        def clear(published: int, factor: int | None = None) -> Row:
+            r = own(published)
+            if factor is None:
+                return Row(f"clear-r{r}", f"CLEAR, r = {r}", {"r": r}, self.layout)
+            title = f"CLEAR, r = {r}, keys down-sampled {factor} x {factor}"
+            return Row(f"clear-r{r}-down{factor}", title, {"r": r, "down_factor": factor}, self.layout)
+
+        def other(name: str, title: str, **sizes: int) -> Row:
+            return Row(name, title, {"attention": name, **({"sizes": sizes} if sizes else {})}, self.layout)
+
+        window = own(16)
+        return (
+            clear(16),
+            clear(8),
+            clear(8, 4),
+            clear(32),
+            other("pixart", "PixArt-Sigma, 4 x 4", factor=4),
+            other("neighborhood", f"neighborhood, {window} x {window}", kernel=window),
+            other("swin", f"Swin, {window} x {window}", size=window),
+            other("strided", "strided, 4", stride=4),
+            other("agent", f"agent, {window**2} agents", side=window),
+            other("linear", "linear"),
+            other("sigmoid", "sigmoid"),
+        )
+
+    @property
+    def long_rows(self) -> tuple[Row, ...]:
+        """Those that are trained longer, too."""
+        return (self.rows[0], self.rows[2])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What ``--rows`` may name."""
+        return (*(row.name for row in self.rows), REAL_ROW, LONG_ROW, FEW)
+
+    def jobs(self, names: Sequence[str] = ()) -> list[Job]:
+        """What is to be done for these rows (all by default), what says most first.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise ValueError(f"--rows: unknown {', '.join(unknown)}; known are {', '.join(self.names)}")
+        wanted = set(names) or set(self.names)
+        clear = [row for row in self.rows if row.is_clear and row.name in wanted]
+        others = [row for row in self.rows if not row.is_clear and row.name in wanted]
+        first = self.rows[0]
+        found = [Job(row, stage) for row in (*clear, *others) for stage in (BEFORE, ALL)]
+        found += [Job(row, FLOW) for row in clear]
+        found += [Job(first, stage) for stage in (BEFORE, ALL, REAL) if REAL_ROW in wanted]
+        found += [Job(row, stage) for row in self.long_rows for stage in (BEFORE, ALL, LONG) if LONG_ROW in wanted]
+        found += [Job(None, FEW)] if FEW in wanted else []
+        found += [Job(row, FLOW) for row in others]
+        return list(dict.fromkeys(found))

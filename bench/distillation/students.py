@@ -37,10 +37,12 @@ from flexclear.embedded.vocabulary import read_vocabulary
 
 from bench.distillation import data as distillation_data
 from bench.distillation.measure import Examiner
+from bench.distillation.rows import Comparison
 from bench.machine import RESULTS, facts
 from bench.resume import check_settings
 
 DENOISING = 16
+SIZE = Comparison(16)
 
 
 def goes_on(student: Student, samples: CachedSamples, folder: Path, steps: int, batch_size: int, rate: float) -> Path:
@@ -159,11 +161,11 @@ def main(
     check_settings(home / "settings.json", settings)
     vocabulary = read_vocabulary(embedded.model_directory())
     samples = distillation_data.self_generated(
-        home / "self-generated", vocabulary, pictures, DENOISING, 0, "cpu", lambda *done: None
+        home / "self-generated", vocabulary, SIZE, pictures, DENOISING, 0, "cpu", lambda *done: None
     )
     if draw_only:
         return
-    examiner = Examiner(vocabulary, measure, DENOISING, "cpu")
+    examiner = Examiner(vocabulary, SIZE, measure, DENOISING, "cpu")
     reference = examiner.kept(home / "teacher.safetensors", lambda: examiner.draw(examiner.pipeline()))
     for student in students:
         result = home / "results" / f"{student.path.stem}.json"

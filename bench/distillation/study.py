@@ -1,9 +1,9 @@
 """The embedded model distilled for every mechanism of the paper's comparison, and measured against its teacher.
 
 Run ``python -m bench.distillation.study``; it writes ``bench/results/distillation.json``, ``distillation.md`` and two plots, anew
-after every run of the table. The defaults took 225 minutes of one core. Killed at any moment, the same
+after every run of the table. With ``--side 16`` the defaults took 225 minutes of one core. Killed at any moment, the same
 command goes on where it was, inside a training run with its last checkpoint. ``--rows`` chooses: the names are in
-``distillation_rows.py``. Once the pictures are drawn, several processes may work in one folder, each with rows of its own;
+``rows.py``. Once the pictures are drawn, several processes may work in one folder, each with rows of its own;
 single-threaded ones get through sooner than one process with as many threads.
 """
 
@@ -47,7 +47,7 @@ from bench.distillation import data as distillation_data
 from bench.distillation import report as distillation_report
 from bench.distillation.few_steps import reflow
 from bench.distillation.measure import Examiner
-from bench.distillation.rows import ALL, BEFORE, FEW, FLOW, LONG, LONGER, REAL, ROWS, Job, Row, dense_flops, jobs
+from bench.distillation.rows import ALL, BEFORE, FEW, FLOW, LONG, LONGER, REAL, Comparison, Job, Row
 from bench.machine import RESULTS, facts
 from bench.resume import check_settings
 
@@ -66,6 +66,7 @@ class Settings:
     """What the numbers depend on; a study goes on only with the same ones.
 
     Attributes:
+        side: image tokens along either direction.
         steps, batch_size, learning_rate: of every training run; the longer ones take ``LONGER`` times as many steps.
         few_rate: learning rate of the few-step model.
         pictures: in each set, self-generated and real.
@@ -75,6 +76,7 @@ class Settings:
         seed: of data, order and noise.
     """
 
+    side: int
     steps: int
     batch_size: int
     learning_rate: float
@@ -105,6 +107,7 @@ class Study:
     def __init__(self, folder: Path, settings: Settings, device: str, students: Path, on_item: Any, say: Any) -> None:
         self.folder, self.settings, self.device, self.students = folder, settings, device, students
         self._on_item, self._say = on_item, say
+        self.comparison = Comparison(settings.side)
         self.teacher = teacher_fingerprint()
         check_settings(self.folder / "study.json", {**asdict(self.settings), "teacher": self.teacher})
         self.vocabulary = read_vocabulary(embedded.model_directory())
@@ -115,7 +118,9 @@ class Study:
     @property
     def examiner(self) -> Examiner:
         if self._examiner is None:
-            self._examiner = Examiner(self.vocabulary, self.settings.measured, self.settings.denoising, self.device)
+            self._examiner = Examiner(
+                self.vocabulary, self.comparison, self.settings.measured, self.settings.denoising, self.device
+            )
         return self._examiner
 
     def run(self, job: Job) -> None:
@@ -157,10 +162,12 @@ class Study:
             chosen = self.settings
             common = (chosen.seed, self.device, self._on_item)
             if kind == distillation_data.REAL:
-                made = distillation_data.real(self.folder / kind, self.vocabulary, chosen.pictures, *common)
+                made = distillation_data.real(
+                    self.folder / kind, self.vocabulary, self.comparison, chosen.pictures, *common
+                )
             else:
                 made = distillation_data.self_generated(
-                    self.folder / kind, self.vocabulary, chosen.pictures, chosen.denoising, *common
+                    self.folder / kind, self.vocabulary, self.comparison, chosen.pictures, chosen.denoising, *common
                 )
             self._samples[kind] = made
         return self._samples[kind]
@@ -194,7 +201,7 @@ class Study:
         return self.folder / "runs" / Job(row, stage).name / WEIGHTS
 
     def _trained(self) -> list[Row]:
-        return [row for row in ROWS if row.is_clear and "measured" in self._result(Job(row, ALL))]
+        return [row for row in self.comparison.rows if row.is_clear and "measured" in self._result(Job(row, ALL))]
 
     def _row(self, job: Job, row: Row) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -305,7 +312,7 @@ class Study:
     def export(self) -> list[dict[str, Any]]:
         """Write the best student of each CLEAR window, in bfloat16, and the index that names their teacher."""
         best = []
-        for row in ROWS:
+        for row in self.comparison.rows:
             runs = [(stage, self._result(Job(row, stage))) for stage in (FLOW, ALL, LONG)] if row.is_clear else []
             finished = [(run["measured"]["psnr"], stage) for stage, run in runs if "measured" in run]
             best += [(row, *max(finished))] if finished else []
@@ -328,7 +335,7 @@ class Study:
     def report(self) -> dict[str, Any]:
         """Everything that has come out so far."""
         config = embedded.pipeline().transformer.config
-        everything = jobs()
+        everything = self.comparison.jobs()
         results = {job: self._result(job) for job in everything}
         rows: dict[str, Any] = {}
         for job, found in results.items():
@@ -339,8 +346,8 @@ class Study:
             "facts": facts(torch.device(self.device), diffusers=diffusers.__version__),
             "settings": {**asdict(self.settings), "teacher": self.teacher},
             "seconds": round(sum(found.get("seconds", 0.0) for found in results.values()), 1),
-            "dense_flops": dense_flops(config),
-            "flops": {row.name: row.flops(config) for row in ROWS},
+            "dense_flops": self.comparison.dense_flops(config),
+            "flops": {row.name: row.flops(config) for row in self.comparison.rows},
             "teacher": self._teacher(),
             "rows": rows,
             **({"few_steps": few} if few else {}),
@@ -364,6 +371,7 @@ def write(report: dict[str, Any], output: Path) -> None:
 @without_diffusers_warnings()
 def main(
     rows: Annotated[list[str] | None, typer.Option("--rows", help="Which rows; repeat. Default: all of them.")] = None,
+    side: Annotated[int, typer.Option(help="Image tokens along either direction: 16, 32 or 64.")] = 32,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, of the students.")] = 1e-3,
@@ -382,9 +390,9 @@ def main(
 ) -> None:
     """Train and measure what is missing, and write JSON, Markdown and plots after each piece."""
     torch.set_num_threads(threads)
-    todo = jobs(rows or ())
+    todo = Comparison(side).jobs(rows or ())
     settings = Settings(
-        steps, batch_size, learning_rate, few_rate, pictures, held_out, measured, denoising, few_steps, seed
+        side, steps, batch_size, learning_rate, few_rate, pictures, held_out, measured, denoising, few_steps, seed
     )
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     columns = (

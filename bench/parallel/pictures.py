@@ -22,6 +22,7 @@ from flexclear.embedded.students import as_student, read_students
 from flexclear.embedded.vocabulary import read_vocabulary
 
 from bench.distillation.measure import Examiner
+from bench.distillation.rows import Comparison
 from bench.machine import RESULTS, facts, write_results
 
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -38,7 +39,7 @@ ROUNDING_PSNR = 60.0
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each variant and student, on every rank."""
     vocabulary = read_vocabulary(embedded.model_directory())
-    examiner = Examiner(vocabulary, arguments.pictures, arguments.steps, "cpu")
+    examiner = Examiner(vocabulary, Comparison(16), arguments.pictures, arguments.steps, "cpu")
     rows = []
     for student in read_students():
         if student.radius not in arguments.radius or student.down_factor is not None:

@@ -31,15 +31,16 @@ from bench.distillation import data as distillation_data
 from bench.distillation import few_steps as distillation_few_steps
 from bench.distillation import measure as distillation_measure
 from bench.distillation import report as distillation_report
-from bench.distillation import rows as distillation_rows
 from bench.distillation import study as bench
-from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONG_ROWS, LONGER, REAL, ROWS, Job, jobs
+from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONGER, REAL, Comparison, Job
 
 for package in PACKAGES.values():
     pytest.importorskip(package)
 
+SIZE = Comparison(16)
+ROWS = SIZE.rows
 SETTINGS = bench.Settings(
-    steps=3, batch_size=2, learning_rate=1e-3, few_rate=5e-4, pictures=6, held_out=1, measured=2, denoising=1,
+    side=16, steps=3, batch_size=2, learning_rate=1e-3, few_rate=5e-4, pictures=6, held_out=1, measured=2, denoising=1,
     few_steps=1, seed=0,
 )  # fmt: skip
 CHOSEN = ("clear-r2", "few-steps")
@@ -86,8 +87,8 @@ def test_a_chosen_row_is_measured_before_and_after_and_the_rest_is_named_as_miss
     assert set(row[FLOW]["curve"]) == {"step", "loss", "flow"}
     assert set(row[ALL]["curve"]) == {"step", "loss", "flow", "prediction", "attention"}
     assert [record["step"] for record in row[ALL]["held_out"]] == [0, 1, 2, 3]
-    everything = {job.title for job in jobs()}
-    done = {job.title for job in jobs(CHOSEN)}
+    everything = {job.title for job in SIZE.jobs()}
+    done = {job.title for job in SIZE.jobs(CHOSEN)}
     assert set(report["missing"]) == everything - done
     few = report["few_steps"]
     assert set(few["rows"]) == {"clear-r2"}
@@ -121,7 +122,7 @@ def test_a_study_that_is_cut_off_anywhere_ends_as_the_one_that_is_not(finished, 
             left.pop(0)
             raise PowerCut
 
-    todo = [job for job in jobs(CHOSEN) if job.stage != FLOW]
+    todo = [job for job in SIZE.jobs(CHOSEN) if job.stage != FLOW]
     for _ in range(len(cuts) + 1):
         study = bench.Study(tmp_path, SETTINGS, "cpu", tmp_path / "students", on_item, told.append)
         try:
@@ -152,7 +153,7 @@ def test_another_setting_an_older_teacher_and_an_unknown_row_are_refused(finishe
     assert isinstance(changed, ValueError)
     assert "other settings (steps: 3 then, 4 now)" in str(changed)
     with pytest.raises(ValueError, match="unknown clear; known are clear-r4"):
-        jobs(["clear"])
+        SIZE.jobs(["clear"])
     monkeypatch.setattr(bench, "teacher_fingerprint", lambda: "another")
     with pytest.raises(ValueError, match="another now"):
         bench.Study(finished, SETTINGS, "cpu", finished, lambda *given: None, print)
@@ -172,13 +173,13 @@ def test_the_exported_students_are_the_trained_weights_in_bfloat16_and_name_thei
 
 
 def test_what_says_most_comes_first_and_every_row_has_its_stages():
-    names = [job.name for job in jobs()]
+    names = [job.name for job in SIZE.jobs()]
     assert names[:2] == ["clear-r4-before", "clear-r4-all"]
-    assert len(names) == len(set(names)) == 3 * len(ROWS) + 2 + len(LONG_ROWS)
+    assert len(names) == len(set(names)) == 3 * len(ROWS) + 2 + len(SIZE.long_rows)
     last_clear = max(names.index(f"{row.name}-{ALL}") for row in ROWS if row.is_clear)
     assert last_clear < min(names.index(f"{row.name}-{BEFORE}") for row in ROWS if not row.is_clear)
-    assert [job.name for job in jobs(["real-pictures"])] == ["clear-r4-before", "clear-r4-all", "clear-r4-real"]
-    longer = [job.name for job in jobs(["longer"])]
+    assert [job.name for job in SIZE.jobs(["real-pictures"])] == ["clear-r4-before", "clear-r4-all", "clear-r4-real"]
+    longer = [job.name for job in SIZE.jobs(["longer"])]
     assert longer == [f"{row}-{stage}" for row in ("clear-r4", "clear-r2-down4") for stage in (BEFORE, ALL, LONG)]
 
 
@@ -193,7 +194,7 @@ def test_the_longer_runs_take_so_many_times_as_many_steps_and_all_else_alike(fin
     study = bench.Study(finished, SETTINGS, "cpu", finished / "students", lambda *given: None, lambda text: None)
     for stage in (ALL, LONG):
         with pytest.raises(FloatingPointError):
-            study._train(Job(LONG_ROWS[0], stage), LONG_ROWS[0])
+            study._train(Job(SIZE.long_rows[0], stage), SIZE.long_rows[0])
     usual, longer = taken["clear-r4-all"], taken["clear-r4-long"]
     assert (usual.steps, longer.steps) == (SETTINGS.steps, LONGER * SETTINGS.steps)
     assert (longer.losses, longer.data, longer.seed, longer.optimizer.learning_rate) == (
@@ -204,23 +205,55 @@ def test_the_longer_runs_take_so_many_times_as_many_steps_and_all_else_alike(fin
 def test_longer_training_has_its_own_table():
     measured = {"ssim": 0.5, "stlpips_alex": 0.1, "fd_lite0": 3.0, "score_lite0": 1.5, "both": 0.25}
     rows = {"clear-r4": {stage: {"measured": {"psnr": p, **measured}} for stage, p in ((ALL, 20.0), (LONG, 23.0))}}
-    lines = distillation_report._longer({"rows": rows, "settings": {"steps": 600}})
+    lines = distillation_report._longer({"rows": rows, "settings": {"side": 16, "steps": 600}})
     assert "| CLEAR, r = 4 | 600 | 20.0 | 0.500 | 0.100 | 3.00 | 1.50 | 25.0 |" in lines
     assert "| CLEAR, r = 4 | 2400 | 23.0 | 0.500 | 0.100 | 3.00 | 1.50 | 25.0 |" in lines
     del rows["clear-r4"][LONG]
-    assert distillation_report._longer({"rows": rows, "settings": {"steps": 600}}) == []
+    assert distillation_report._longer({"rows": rows, "settings": {"side": 16, "steps": 600}}) == []
 
 
-def test_costs_relative_to_dense_attention_are_about_the_published_ones(vocabulary):
-    config = embedded.pipeline().transformer.config
-    dense = distillation_rows.dense_flops(config)
-    assert dense == 4 * 128 * (16 * 16 + 32) ** 2
-    shares = {row.name: row.flops(config) / dense for row in ROWS}
-    published = {"clear-r2": 63.5, "clear-r4": 86.6, "clear-r8": 154.1, "swin": 67.7, "strided": 67.7, "agent": 80.5}
+@pytest.mark.parametrize("side", [16, 32])
+def test_costs_relative_to_dense_attention_are_about_the_published_ones(side):
+    config, size = embedded.pipeline().transformer.config, Comparison(side)
+    dense = size.dense_flops(config)
+    assert dense == 4 * 128 * (side**2 + side**2 // 8) ** 2
+    assert size.pixels == 8 * side
+    assert len({row.name for row in size.rows}) == len(size.rows) == 11
+    shares = [row.flops(config) / dense for row in size.rows]
+    titles = [row.title for row in size.rows]
+    published = {"CLEAR, r = 8": 63.5, "CLEAR, r = 16": 86.6, "CLEAR, r = 32": 154.1}
+    published |= {"Swin": 67.7, "strided": 67.7, "agent": 80.5}
     for name, flops in published.items():
-        assert shares[name] == pytest.approx(flops / 260.9, abs=0.03), name
-    assert shares["sigmoid"] == 1
-    assert shares["linear"] < 0.2
+        kind, _, radius = name.partition(" = ")
+        own = f"{kind} = {int(radius) * side // 64}" if radius else kind
+        (share,) = (
+            share
+            for title, share in zip(titles, shares, strict=True)
+            if title == own or (not radius and title.startswith(own + ","))
+        )
+        assert share == pytest.approx(flops / 260.9, abs=0.03), name
+    by_name = dict(zip((row.name for row in size.rows), shares, strict=True))
+    assert by_name["sigmoid"] == 1
+    assert by_name["linear"] < 0.2
+
+
+def test_at_32_x_32_tokens_the_rivals_see_64_keys_of_1024():
+    rows = {row.name: row for row in Comparison(32).rows}
+    assert [name for name in rows if name.startswith("clear")] == [
+        "clear-r8",
+        "clear-r4",
+        "clear-r4-down4",
+        "clear-r16",
+    ]
+    keys = {
+        "pixart": 32**2 // rows["pixart"].mechanism.factor ** 2,
+        "neighborhood": rows["neighborhood"].mechanism.kernel ** 2,
+    }
+    keys["swin"], keys["strided"] = rows["swin"].mechanism.size ** 2, 32**2 // rows["strided"].mechanism.stride ** 2
+    keys["agent"] = rows["agent"].mechanism.side ** 2
+    assert keys == dict.fromkeys(keys, 64)
+    with pytest.raises(ValueError, match=r"--side must be one of \[16, 32, 64\] image tokens, got 24"):
+        Comparison(24)
 
 
 @pytest.mark.parametrize("name", ["swin", "pixart", "linear"])
@@ -254,7 +287,7 @@ def test_training_never_shows_a_pair_that_is_measured(vocabulary):
 
 
 def test_real_pictures_show_their_captions(vocabulary, tmp_path):
-    samples = distillation_data.real(tmp_path, vocabulary, 4, 0, "cpu", lambda *given: None)
+    samples = distillation_data.real(tmp_path, vocabulary, SIZE, 4, 0, "cpu", lambda *given: None)
     shown = distillation_data.shown_pairs(vocabulary, 4, 0)
     assert [entry["caption"] for entry in samples.entries] == [text for _, _, text in shown]
     pixels = [np.array(Image.open(path)) for path in sorted((tmp_path / "pictures").glob("*.png"))]
@@ -279,7 +312,7 @@ def test_the_noise_of_a_generated_picture_is_what_the_pipeline_began_from(finish
 
 def test_distances_are_none_for_equal_pictures_and_grow_with_noise(finished, vocabulary):
     pictures = load_file(finished / "teacher.safetensors")["pictures"]
-    examiner = distillation_measure.Examiner(vocabulary, len(pictures), 1, "cpu")
+    examiner = distillation_measure.Examiner(vocabulary, SIZE, len(pictures), 1, "cpu")
     noise = torch.randn_like(pictures)
     found = [examiner.compare((pictures + level * noise).clamp(0, 1), pictures) for level in (0.0, 0.02, 0.1)]
     assert (found[0].psnr, found[0].ssim) == (120, pytest.approx(1))
@@ -296,7 +329,7 @@ def test_distances_are_none_for_equal_pictures_and_grow_with_noise(finished, voc
 def test_a_study_without_the_packages_of_its_metrics_is_refused_before_it_begins(vocabulary, monkeypatch):
     monkeypatch.setitem(sys.modules, "stlpips_pytorch", None)
     with pytest.raises(ImportError, match="scoring by stlpips-alex needs stlpips-pytorch"):
-        distillation_measure.Examiner(vocabulary, 2, 1, "cpu")
+        distillation_measure.Examiner(vocabulary, SIZE, 2, 1, "cpu")
 
 
 def synthetic(levels):
@@ -305,7 +338,11 @@ def synthetic(levels):
     for (row, stage), psnr in levels.items():
         found = {"failed": "not finite"} if psnr is None else {"measured": {"psnr": psnr}}
         rows.setdefault(row, {})[stage] = found
-    return {"rows": rows, "flops": {row.name: 10.0 + number for number, row in enumerate(ROWS)}}
+    return {
+        "rows": rows,
+        "settings": {"side": 16},
+        "flops": {row.name: 10.0 + number for number, row in enumerate(ROWS)},
+    }
 
 
 def test_the_papers_expectations_are_decided_by_the_numbers():
