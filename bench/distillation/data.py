@@ -16,7 +16,7 @@ from flexclear.common.choices import EMBEDDED
 from flexclear.compile.files import whole_file
 from flexclear.distill.caching import cache
 from flexclear.distill.drawing import DataPlan, draw_data
-from flexclear.distill.samples import CachedSamples
+from flexclear.distill.samples import CachedSamples, Sample, Shape
 from flexclear.embedded.captions import FULL_TEMPLATES, caption
 from flexclear.embedded.font import DEFAULT_FONT_PATH, extract_bitmaps
 from flexclear.embedded.reference import read_reference_sheet
@@ -123,3 +123,29 @@ def noise_of(samples: CachedSamples, index: int) -> Tensor:
     seed = int(Path(samples.entries[index]["name"]).stem)
     mean, _, _ = samples.shape(index)
     return torch.randn((1, *mean), generator=torch.Generator().manual_seed(seed))[0]
+
+
+class Joined:
+    """Several sets of one model's samples as one.
+
+    Raises:
+        ValueError: their latents are scaled in different ways, or by different models.
+    """
+
+    def __init__(self, *sets: CachedSamples) -> None:
+        known = {(part.scaling_factor, part.shift_factor, part.fingerprint) for part in sets}
+        if len(known) != 1:
+            raise ValueError(f"the sets must have one scaling and one model, got {sorted(known, key=repr)}")
+        ((self.scaling_factor, self.shift_factor, self.fingerprint),) = known
+        self._places = [(part, index) for part in sets for index in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Sample:
+        part, own = self._places[index]
+        return part[own]
+
+    def shape(self, index: int) -> Shape:
+        part, own = self._places[index]
+        return part.shape(own)

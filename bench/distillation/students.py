@@ -1,7 +1,7 @@
-"""Bring the students that ship to a teacher that was trained on: each goes on from its own weights.
+"""Distil the students that ship: each goes on from its own weights, or from the teacher's where there is none yet.
 
-Run ``python -m bench.distillation.students`` after ``python -m flexclear.embedded.train export``; it distils the students
-again, writes them and their index, and ``bench/results/students.json`` and ``students.md``: each student's pictures against the
+Run ``python -m bench.distillation.students`` after ``python -m flexclear.embedded.train export``; it distils the students,
+writes them and their index, and ``bench/results/students.json`` and ``students.md``: each student's pictures against the
 teacher's, with its earlier weights under the new teacher, and with those that it has now. Killed at any moment, the same command
 goes on where it was. Once the pictures are drawn (``--draw-only``), several processes may work in one folder, each with students
 of its own (``--only``); the last one that is done writes the results.
@@ -29,34 +29,55 @@ from flexclear.common.shipped import students_directory
 from flexclear.compile.files import whole_file
 from flexclear.distill import DistillConfig, OptimizerConfig, distill
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
-from flexclear.distill.samples import CachedSamples
 from flexclear.distill.trainer import WEIGHTS
 from flexclear.embedded.fingerprint import teacher_fingerprint
-from flexclear.embedded.students import Student, as_student, read_students, write_index
+from flexclear.embedded.students import Student, as_student, file_name, read_students, write_index
 from flexclear.embedded.vocabulary import read_vocabulary
 
 from bench.distillation import data as distillation_data
+from bench.distillation.data import Joined
 from bench.distillation.measure import Examiner
 from bench.distillation.rows import Comparison
 from bench.machine import RESULTS, facts
 from bench.resume import check_settings
 
 DENOISING = 16
-SIZE = Comparison(16)
+SMALL = 16
+"""Image tokens along either direction of the smaller images, which are mixed in so that students serve both."""
 
 
-def goes_on(student: Student, samples: CachedSamples, folder: Path, steps: int, batch_size: int, rate: float) -> Path:
-    """Distil one student from where it was, or go on with that; returns the new weights, or raises KeyboardInterrupt."""
+def window_of(text: str) -> tuple[int, int | None]:
+    """Radius and side of the pooled cells of ``8`` or ``4/4``.
+
+    Raises:
+        typer.BadParameter: it is neither.
+    """
+    parts = text.split("/")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(
+            f"a window is a radius such as 8, or a radius and pooled cells such as 4/4; got {text!r}"
+        )
+    return int(parts[0]), int(parts[1]) if len(parts) == 2 else None
+
+
+def wanted(windows: list[str] | None, students: tuple[Student, ...], place: Path) -> tuple[Student, ...]:
+    """The students to be distilled, those that are there by default."""
+    if not windows:
+        return students
+    return tuple(Student(place / file_name(*window), *window) for window in map(window_of, windows))
+
+
+def goes_on(student: Student, samples: Joined, folder: Path, steps: int, batch_size: int, rate: float) -> Path:
+    """Distil one student from its weights, or the teacher's, or go on with that; the new weights, or KeyboardInterrupt."""
     run = folder / student.path.stem
     if (run / WEIGHTS).is_file():
         return run / WEIGHTS
     config = DistillConfig(
         output=run,
         model=EMBEDDED,
-        data=samples.folder,
         r=student.radius,
         down_factor=student.down_factor,
-        initial_weights=student.path,
+        initial_weights=student.path if student.path.is_file() else None,
         backend="sdpa",
         steps=steps,
         batch_size=batch_size,
@@ -79,9 +100,13 @@ def goes_on(student: Student, samples: CachedSamples, folder: Path, steps: int, 
 
 
 def measured(examiner: Examiner, student: Student, reference: torch.Tensor) -> dict[str, Any]:
-    """The student's pictures against the teacher's."""
+    """The student's pictures against the teacher's; without a file, those of the teacher's weights under its window."""
     pipe = examiner.pipeline()
-    with as_student(pipe, student):
+    if student.path.is_file():
+        with as_student(pipe, student):
+            pictures = examiner.draw(pipe)
+    else:
+        flexclear.transform(pipe, r=student.radius, down_factor=student.down_factor)
         pictures = examiner.draw(pipe)
     return asdict(examiner.compare(pictures, reference))
 
@@ -102,15 +127,17 @@ def export(new: dict[str, Path], students: tuple[Student, ...], target: Path, te
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    environment, settings = report["facts"], report["settings"]
+    environment, settings, size = report["facts"], report["settings"], Comparison(report["settings"]["side"])
+    smaller = f", {settings['small']} more at {Comparison(SMALL).pixels} px" if settings["small"] else ""
     lines = [
-        "# The students that ship, after the teacher was trained on",
+        "# The students that ship",
         "",
         f"{environment['hardware']}; torch {environment['torch']}, diffusers {environment['diffusers']}. "
-        f"{settings['steps']} steps of {settings['batch_size']} from each student's earlier weights, out of "
-        f"{settings['pictures']} pictures by the teacher {settings['teacher']}; all losses, AdamW at "
-        f"{settings['learning_rate']} with warm-up and cosine decay. Measured on {settings['measured']} pictures of pairs that "
-        f"neither has seen, {DENOISING} steps: the earlier weights under this teacher / the weights that ship.",
+        f"{settings['steps']} steps of {settings['batch_size']} from each student's earlier weights (the teacher's where it had "
+        f"none), out of {settings['pictures']} images of {size.pixels} px by the teacher {settings['teacher']}{smaller}; all "
+        f"losses, AdamW at {settings['learning_rate']} with warm-up and cosine decay. Measured on {settings['measured']} images "
+        f"of {size.pixels} px of pairs that neither has seen, {DENOISING} steps: the earlier weights under this teacher / the "
+        "weights that ship.",
         "",
         "| student | PSNR, dB | SSIM | ST-LPIPS (AlexNet) | FD (EfficientNet-Lite0) | retrieval, % |",
         "|---|---:|---:|---:|---:|---:|",
@@ -134,6 +161,14 @@ def markdown(report: dict[str, Any]) -> str:
 @without_diffusers_warnings()
 def main(
     only: Annotated[list[str] | None, typer.Option("--only", help="File names; repeat. Default: all of them.")] = None,
+    windows: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--window", help="Radius, or radius/cells where keys are pooled; repeat. Default: the students there are."
+        ),
+    ] = None,
+    side: Annotated[int, typer.Option(help="Image tokens along either direction: 16, 32 or 64.")] = 32,
+    small: Annotated[int, typer.Option(min=0, help="Images of 16 x 16 tokens that are mixed in.")] = 0,
     draw_only: Annotated[bool, typer.Option(help="Draw and encode the pictures, then stop.")] = False,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each student.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 8,
@@ -148,24 +183,31 @@ def main(
     """Distil the students again, measure them, and write them, their index, JSON and Markdown."""
     torch.set_num_threads(threads)
     place = students_directory() if source is None else source
-    students = read_students(place, of_any_teacher=True)
+    students = wanted(windows, read_students(place, of_any_teacher=True), place)
+    size = Comparison(side)
     names = [student.path.name for student in students]
     if unknown := [name for name in only or () if name not in names]:
         raise typer.BadParameter(f"--only: unknown {', '.join(unknown)}; in {place} are {', '.join(names) or 'none'}")
     teacher = teacher_fingerprint()
     home = folder / teacher  # What was made for another teacher does not mix in.
     settings = {
-        "teacher": teacher, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
-        "pictures": pictures, "measured": measure,
+        "teacher": teacher, "side": side, "small": small, "steps": steps, "batch_size": batch_size,
+        "learning_rate": learning_rate, "pictures": pictures, "measured": measure,
     }  # fmt: skip
     check_settings(home / "settings.json", settings)
     vocabulary = read_vocabulary(embedded.model_directory())
-    samples = distillation_data.self_generated(
-        home / "self-generated", vocabulary, SIZE, pictures, DENOISING, 0, "cpu", lambda *done: None
+    sets = [("self-generated", size, pictures)] + ([("small", Comparison(SMALL), small)] if small else [])
+    samples = Joined(
+        *(
+            distillation_data.self_generated(
+                home / name, vocabulary, of, count, DENOISING, 0, "cpu", lambda *done: None
+            )
+            for name, of, count in sets
+        )
     )
     if draw_only:
         return
-    examiner = Examiner(vocabulary, SIZE, measure, DENOISING, "cpu")
+    examiner = Examiner(vocabulary, size, measure, DENOISING, "cpu")
     reference = examiner.kept(home / "teacher.safetensors", lambda: examiner.draw(examiner.pipeline()))
     for student in students:
         result = home / "results" / f"{student.path.stem}.json"

@@ -20,6 +20,7 @@ from flexclear.embedded.students import read_students
 
 sys.path.append(str(Path(__file__).parent.parent.parent))
 from bench.distillation import students as bench
+from bench.distillation.data import Joined
 
 for package in PACKAGES.values():
     pytest.importorskip(package)
@@ -52,6 +53,8 @@ def invoke(source: Path, *more: str):
             "2",
             "--pictures",
             "4",
+            "--side",
+            "16",
             "--measure",
             "2",
             "--threads",
@@ -106,3 +109,57 @@ def test_an_unknown_student_is_named(source):
     found = invoke(source, "--only", "clear_local_3.safetensors")
     assert found.exit_code == 2
     assert "clear_local_3.safetensors" in found.output
+
+
+def test_a_window_without_a_student_begins_with_the_teacher_s_weights(source, monkeypatch):
+    monkeypatch.setattr(bench, "DENOISING", 1)
+    monkeypatch.setattr("flexclear.compile.flex._why_not_compiled_on_cpu", lambda: "none are compiled for this test")
+    kept = {}
+    trained = bench.distill
+
+    def watched(config, **given):
+        kept["config"], kept["shapes"] = config, {given["data"].shape(i)[0] for i in range(len(given["data"]))}
+        return trained(config=config, **given)
+
+    monkeypatch.setattr(bench, "distill", watched)
+    done = invoke(source, "--window", "3", "--small", "4")
+    assert done.exit_code == 0, done.output
+    assert (kept["config"].r, kept["config"].down_factor, kept["config"].initial_weights) == (3, None, None)
+    assert kept["shapes"] == {(8, 32, 32)}
+    (student,) = read_students(source)
+    assert (student.path.name, student.radius) == ("clear_local_3.safetensors", 3)
+    assert not (source / NAMES[0]).exists(), "the index names one student now"
+    report = json.loads((source.parent / "out" / "students.json").read_text())
+    assert (
+        report["students"]["r = 3, distilled"]["before"]["psnr"]
+        != report["students"]["r = 3, distilled"]["after"]["psnr"]
+    )
+
+
+def test_sets_of_two_sizes_are_joined_and_those_of_two_models_are_not():
+    def part(size, fingerprint):
+        samples = [f"{size}/{i}" for i in range(3)]
+
+        class Part(list):
+            scaling_factor, shift_factor = 1.0, 0.0
+
+            def shape(self, index):
+                return ((8, size, size), (4, 8), (8,))
+
+        made = Part(samples)
+        made.fingerprint = fingerprint
+        return made
+
+    joined = Joined(part(32, "a"), part(64, "a"))
+    assert len(joined) == 6
+    assert [joined[index] for index in (0, 2, 3, 5)] == ["32/0", "32/2", "64/0", "64/2"]
+    assert [joined.shape(index)[0][1] for index in (2, 3)] == [32, 64]
+    with pytest.raises(ValueError, match="one scaling and one model"):
+        Joined(part(32, "a"), part(64, "b"))
+
+
+@pytest.mark.parametrize("window", ["", "r8", "8/", "4/4/4", "0", "-3"])
+def test_a_window_that_is_none_is_named(source, window):
+    found = invoke(source, f"--window={window}")
+    assert found.exit_code == 2
+    assert "a window is a radius such as 8" in " ".join(found.output.replace("│", " ").split())
