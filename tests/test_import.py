@@ -93,6 +93,7 @@ INTERNAL = {
     "generation",
     "images",
     "measuring",
+    "play",
     "rates",
     "runtime",
     "saved",

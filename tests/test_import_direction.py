@@ -45,6 +45,7 @@ PARTS: dict[str, tuple[str, ...] | None] = {
     "embedded.train": BELOW,
     "": BELOW,  # flexclear/__init__.py, which hands names out
     "tools": BELOW,
+    "play": BELOW,
     "commands": BELOW,
     "cli": BELOW,
     "__main__": BELOW,

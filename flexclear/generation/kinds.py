@@ -26,6 +26,11 @@ def parameters_of(kind: Any) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(kind.__call__).parameters.items()}
 
 
+def needs_image(name: str, has: dict[str, Any]) -> bool:
+    """Whether a pipeline of class ``name`` with these arguments cannot do without an image."""
+    return has.get("image") is inspect.Parameter.empty or ("image" in has and any(x in name for x in NEEDS_IMAGE))
+
+
 def drawing_kind(name: str, settings: GenerateSettings) -> Any:
     """The class of diffusers that draws what is asked for with the parts of a pipeline of class ``name``.
 
@@ -50,8 +55,7 @@ def drawing_kind(name: str, settings: GenerateSettings) -> Any:
     if settings.image is not None and not settings.highres:
         kind = _from_image(kind)
     has = parameters_of(kind)
-    needs = has.get("image") is inspect.Parameter.empty or ("image" in has and any(x in name for x in NEEDS_IMAGE))
-    if needs and settings.image is None:
+    if needs_image(name, has) and settings.image is None:
         raise ValueError(f"{name} draws from an image: give --image FILE")
     if "control_image" in has and settings.control_image is None:
         raise ValueError(f"{name} follows an image: give --control-image FILE")

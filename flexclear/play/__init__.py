@@ -1,0 +1,1 @@
+"""``flexclear play``: a page on this machine on which a model draws, dense beside windows."""

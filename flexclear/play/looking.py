@@ -1,0 +1,97 @@
+"""A token's window drawn over an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flexclear.masks import Disc, Layout
+from flexclear.masks.pictures import QUERY, SEEN, UNSEEN, window_picture
+
+LEAST_SIDE = 512
+"""Pixels that the longer side of an image has at least on the page."""
+
+FADED = 0.72
+"""Share of white over tokens that are not seen."""
+
+Place = tuple[int, int]
+"""Row and column of a token."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An image on the page and the tokens that it consists of.
+
+    Attributes:
+        height, width: in tokens.
+        px: side of a token in pixels of the image.
+        scale: pixels on the page for one of the image, along either side.
+    """
+
+    height: int
+    width: int
+    px: int
+    scale: int
+
+    @classmethod
+    def of(cls, image: Image.Image, px: int) -> Grid:
+        """That of an image whose tokens have ``px`` pixels a side."""
+        return cls(image.height // px, image.width // px, px, max(1, -(-LEAST_SIDE // max(image.size))))
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """The image as large as it is on the page."""
+        if self.scale == 1:
+            return image.convert("RGB")
+        size = (image.width * self.scale, image.height * self.scale)
+        return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+    def token_at(self, x: int, y: int) -> Place:
+        """The token at a pixel of the page's image, counted from its upper left corner."""
+        side = self.px * self.scale
+        return min(max(y // side, 0), self.height - 1), min(max(x // side, 0), self.width - 1)
+
+
+def seen_from(grid: Grid, token: Place, radius: int) -> np.ndarray:
+    """Which image tokens a token sees through a disc, bool ``[height, width]``; itself is one of them."""
+    picture = window_picture(Layout(grid.height, grid.width), Disc(radius), token)
+    return (picture != torch.tensor(UNSEEN, dtype=torch.uint8)).any(-1).numpy()
+
+
+def with_window(image: Image.Image, grid: Grid, token: Place, radius: int | None) -> Image.Image:
+    """The image on the page with what a token sees: the token in red, the rest of the image faded, a blue line between.
+
+    Args:
+        image: as it was drawn.
+        grid: its own.
+        token: row and column of the query.
+        radius: of its window in tokens; None: dense attention, which sees everything.
+    """
+    pixels = np.array(grid.shown(image))
+    side = grid.px * grid.scale
+    line = max(1, side // 8)
+    if radius is not None:
+        inside = np.kron(seen_from(grid, token, radius), np.ones((side, side), bool))
+        whole = pixels[: inside.shape[0], : inside.shape[1]]
+        whole[~inside] = (whole[~inside] * (1 - FADED) + 255 * FADED).astype(np.uint8)
+        whole[inside & ~_shrunk(inside, line)] = SEEN
+    top, left = token[0] * side, token[1] * side
+    for inner, colour in ((0, (255, 255, 255)), (line, QUERY)):  # On whatever colours the image has there.
+        square = pixels[top + inner : top + side - inner, left + inner : left + side - inner]
+        rim = np.ones(square.shape[:2], bool)
+        rim[line:-line, line:-line] = False
+        square[rim] = colour
+    return Image.fromarray(pixels)
+
+
+def _shrunk(inside: np.ndarray, by: int) -> np.ndarray:
+    """What is left of an area if so many pixels go along its border; the image's own border is none."""
+    padded = np.pad(inside, by, constant_values=True)
+    left = inside.copy()
+    height, width = inside.shape
+    for dy in (0, by, 2 * by):
+        for dx in (0, by, 2 * by):
+            left &= padded[dy : dy + height, dx : dx + width]
+    return left

@@ -1,0 +1,153 @@
+"""Serving the page: on this machine alone unless told otherwise, and without a request to any other."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+
+from flexclear.play.studio import Studio
+
+LOCALHOST = "localhost"
+LAST_STEP = 60.0
+"""Seconds that the end waits for the step that is being computed."""
+
+
+def check_place(host: str, port: int) -> str | None:
+    """Raise unless a server can listen there.
+
+    Args:
+        host: an address of this machine, or ``"localhost"``.
+        port: of TCP.
+
+    Returns:
+        A warning where it can be reached from elsewhere.
+
+    Raises:
+        OSError: the port is taken, or not permitted, or the address is not this machine's.
+        ValueError: the host is no address.
+    """
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == LOCALHOST else host)
+    except ValueError as error:
+        raise ValueError(
+            f"--host must be an IP address of this machine, such as 127.0.0.1 or 0.0.0.0, or {LOCALHOST!r}; got {host!r}"
+        ) from error
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the server: a closed one's connections may linger
+        try:
+            trial.bind((str(address), port))
+        except OSError as error:
+            raise OSError(_why_not(host, port, error)) from error
+    if address.is_loopback:
+        return None
+    return (
+        f"--host {host} can be reached from other machines. Whoever reaches port {port} draws with this model, without a "
+        f"password, and what they send is not encrypted. To use it from elsewhere by yourself, leave --host out and "
+        f"forward the port: ssh -L {port}:127.0.0.1:{port} THIS_MACHINE"
+    )
+
+
+def _why_not(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"--port {port} of {host} is in use already, perhaps by another flexclear play; give another one"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"--host {host} is no address of this machine"
+    return f"--port {port} of --host {host} cannot be used: {error.strerror}"
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """What Gradio reads from the environment, for this run only: no analytics, no share link, nothing of the hub's, files in a
+    folder that is deleted, and no proxy before the loopback."""
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]
+    with tempfile.TemporaryDirectory(prefix="flexclear-play-") as folder:
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", GRADIO_TEMP_DIR=folder)
+        for name in ("NO_PROXY", "no_proxy"):
+            os.environ[name] = ",".join(filter(None, (before.get(name), "127.0.0.1", "::1", LOCALHOST)))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[Callable[[], None]]:
+    """Yields what waits for Ctrl-C, or for SIGTERM, which counts as one here."""
+
+    def wait() -> None:
+        threading.Event().wait()
+
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    if mine:
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield wait
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
+
+def serve(
+    studio: Studio,
+    host: str,
+    port: int,
+    *,
+    describe: Callable[[Exception], str],
+    ready: Callable[[str], None],
+) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        studio: what draws.
+        host, port: of ``check_place``.
+        describe: an error of a drawing in words, for the visitor.
+        ready: called with the page's address once it is there.
+
+    Raises:
+        KeyboardInterrupt: at the end, when nothing is being drawn any more.
+        OSError: the port was taken meanwhile.
+    """
+    name = f"[{host}]" if ":" in host else host
+    with _environment(), _until_interrupted() as wait:
+        import gradio
+
+        from flexclear.play.page import CSS, make_page
+
+        page = make_page(studio, describe)
+        page.queue(default_concurrency_limit=1)
+        try:
+            page.launch(
+                server_name=name,
+                server_port=port,
+                share=False,
+                inbrowser=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                ssr_mode=False,
+                mcp_server=False,
+                pwa=False,
+                theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                css=CSS,
+            )
+            ready(f"http://{name}:{port}/")
+            wait()
+        finally:
+            studio.stop(LAST_STEP)
+            page.close(verbose=False)

@@ -1,0 +1,359 @@
+"""One pipeline that draws the same noise dense and under a window, one request after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import flexclear
+from flexclear.common.choices import EMBEDDED, check_seeds
+from flexclear.common.reading import check_unicode
+from flexclear.compile.undoing import afterwards
+from flexclear.embedded.evaluation import picture_psnr
+from flexclear.families import family_of
+from flexclear.families.target import models_of, px_per_token
+from flexclear.generation.calls import call_arguments
+from flexclear.generation.generate import EMBEDDED_DEFAULTS
+from flexclear.generation.kinds import parameters_of
+from flexclear.masks import Layout
+from flexclear.play.settings import PLAIN, Ready, Weights
+from flexclear.runtime import carrying
+from flexclear.runtime.exchange import as_before
+from flexclear.weights import keys
+
+OnStep = Callable[[int, int], None]
+"""Called after each denoising step with its number from 1, and that of all."""
+
+RADIUS, EMBEDDED_RADIUS = 16, 4
+"""Of the window that a page begins with, in tokens."""
+
+SIDES = ((1.0, 1.0), (0.5, 0.5), (0.8, 1.25), (1.25, 0.8), (1.5, 1.5), (2.0, 2.0))
+"""Sizes that are offered where none was asked for: height and width by the pipeline's own side."""
+
+
+class Stopped(Exception):
+    """The server ends, and with it the image that was being drawn."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is drawn, dense and under a window.
+
+    Attributes:
+        prompt: of both.
+        height, width: in pixels.
+        seed: of the noise, which both begin with.
+        steps: denoising steps.
+    """
+
+    prompt: str
+    height: int
+    width: int
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image.
+
+    Attributes:
+        image: as the pipeline returned it.
+        seconds: of the call, from prompt to image; a first one holds what is compiled in it.
+        pace: median seconds of a step, the first one left out; None where there is one step only.
+        counted: steps that ``pace`` is the median of.
+    """
+
+    image: Image.Image
+    seconds: float
+    pace: float | None
+    counted: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What attention does in one step under windows, of one sample.
+
+    Attributes:
+        layout: the sequence, as the model was called with it.
+        allowed: pairs of query and key inside the windows, as a share of dense attention's.
+        executed: pairs that are computed, as a share of dense attention's: those in the blocks of FlexAttention, padding
+            included, or all of them.
+        masked: whether masked SDPA ran, which computes all pairs.
+        flops, dense_flops: of all layers, counted over allowed pairs and over all.
+    """
+
+    layout: Layout
+    allowed: float
+    executed: float
+    masked: bool
+    flops: int
+    dense_flops: int
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """An image that was drawn under windows, and what it is compared with.
+
+    Attributes:
+        drawn: the image.
+        radius: in tokens.
+        weights: that it was drawn with.
+        work: of attention.
+        psnr: to the dense image, in dB.
+    """
+
+    drawn: Drawn
+    radius: int
+    weights: Weights
+    work: Work
+    psnr: float
+
+
+@dataclass
+class Studio:
+    """Draws by one pipeline, which is dense between calls. Calls of several threads wait for each other.
+
+    Attributes:
+        ready: what was asked for, checked.
+        pipe: of ``load_play``.
+    """
+
+    ready: Ready
+    pipe: Any
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _kept: tuple[Wish, Drawn] | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's, as it was asked for."""
+        return self.ready.settings.model
+
+    @property
+    def px(self) -> int:
+        """Side of a token in pixels."""
+        return px_per_token(self.pipe)
+
+    @property
+    def weights(self) -> tuple[Weights, ...]:
+        """What a window can be drawn with; the pipeline's own first."""
+        return self.ready.weights
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels of what is offered, each of which the pipeline draws; the one to begin with first."""
+        if self.ready.settings.sizes:
+            return list(dict.fromkeys(self.ready.settings.sizes))
+        side, px = self._own_side(), self.px
+        return list(dict.fromkeys(tuple(max(1, round(f * side / px)) * px for f in pair) for pair in SIDES))  # type: ignore[misc]
+
+    def _own_side(self) -> int:
+        """Side in pixels of the square that the pipeline draws by itself."""
+        stated = parameters_of(type(self.pipe)).get("height")
+        if isinstance(stated, int):
+            return stated
+        latents, factor = (getattr(self.pipe, name, None) for name in ("default_sample_size", "vae_scale_factor"))
+        return latents * factor if isinstance(latents, int) and isinstance(factor, int) else 1024
+
+    @property
+    def largest_radius(self) -> int:
+        """From which on a window is the whole image at every size."""
+        return max(math.isqrt((h // self.px - 1) ** 2 + (w // self.px - 1) ** 2) + 1 for h, w in self.sizes)
+
+    @property
+    def first(self) -> tuple[int, Weights]:
+        """Radius and weights that a page begins with: weights for the radius where there are some."""
+        asked = self.ready.settings.r
+        given = self.weights[1:]
+        if asked is None and self.ready.settings.weights:
+            chosen = given[-len(self.ready.settings.weights)]
+            return chosen.radius or RADIUS, chosen
+        radius = asked or (EMBEDDED_RADIUS if self.name == EMBEDDED else RADIUS)
+        radius = min(radius, self.largest_radius)
+        fitting = (choice for choice in given if choice.radius == radius and choice.down_factor is None)
+        return radius, next(fitting, PLAIN)
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that a page begins with."""
+        return int(self._fixed["num_inference_steps"])
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        """Arguments that all calls share."""
+        kind = type(self.pipe)
+        defaults = parameters_of(kind) | (EMBEDDED_DEFAULTS if self.name == EMBEDDED else {})
+        return call_arguments(kind, self.ready.settings.as_generate(), defaults)
+
+    def check(self, wish: Wish, radius: int = 1) -> None:
+        """Raise for what the pipeline does not draw.
+
+        Raises:
+            ValueError: see there.
+        """
+        if not wish.prompt.strip():
+            raise ValueError("write a prompt first: it is empty")
+        check_unicode(wish.prompt, "the prompt")
+        check_seeds("the seed", wish.seed)
+        if wish.steps < 1:
+            raise ValueError(f"there must be 1 or more steps, got {wish.steps}")
+        if (wish.height, wish.width) not in self.sizes:
+            offered = ", ".join(f"{height}x{width}" for height, width in self.sizes)
+            raise ValueError(
+                f"the size {wish.height}x{wish.width} is not among those offered: {offered}. flexclear play --size offers others"
+            )
+        if not 1 <= radius <= self.largest_radius:
+            raise ValueError(f"the window radius must be from 1 to {self.largest_radius} tokens, got {radius}")
+
+    def dense(self, wish: Wish, on_step: OnStep = lambda step, steps: None) -> Drawn:
+        """The image with dense attention. The last one is kept, since it does not depend on the window.
+
+        Raises:
+            ValueError: the pipeline does not draw it.
+            Stopped: the server ends.
+        """
+        self.check(wish)
+        with self._lock:
+            if self._kept is None or self._kept[0] != wish:
+                self._kept = wish, self._draw(wish, on_step)
+            return self._kept[1]
+
+    def windowed(
+        self, wish: Wish, dense: Drawn, radius: int, weights: Weights, on_step: OnStep = lambda step, steps: None
+    ) -> Windowed:
+        """The image with a window in every layer, and what that does. The pipeline is dense again afterwards.
+
+        Args:
+            wish: what is drawn.
+            dense: the same, by ``dense``.
+            radius: in tokens.
+            weights: one of ``weights``.
+            on_step: see there.
+
+        Raises:
+            ValueError: the pipeline does not draw it, or the weights do not fit it.
+            Stopped: the server ends.
+        """
+        self.check(wish, radius)
+        with self._lock, self._with(radius, weights), self._watched() as seen:
+            drawn = self._draw(wish, on_step)
+            work = self._work(wish, seen)
+        return Windowed(drawn, radius, weights, work, _psnr(drawn.image, dense.image))
+
+    def stop(self, wait: float) -> bool:
+        """End what is being drawn after its present step, and draw nothing more.
+
+        Args:
+            wait: seconds for that step.
+
+        Returns:
+            Whether it has ended.
+        """
+        self._stopping.set()
+        return self._lock.acquire(timeout=wait)
+
+    @contextlib.contextmanager
+    def _with(self, radius: int, weights: Weights) -> Iterator[None]:
+        """Windows and weights inside the block; afterwards the pipeline is as it was."""
+        with contextlib.ExitStack() as undo:
+            for model in models_of(self.pipe):
+                undo.enter_context(as_before(model))
+                if weights.path is not None:
+                    undo.enter_context(_weights_as_before(model))
+            backend = self.ready.settings.backend
+            if weights.path is not None and weights.stated:
+                # The file's own window comes with it; the one that was asked for follows, and keeps pooling weights.
+                flexclear.load_weights(self.pipe, weights.path)
+            flexclear.transform(self.pipe, r=radius, down_factor=weights.down_factor, backend=backend)
+            if weights.path is not None and not weights.stated:
+                flexclear.load_weights(self.pipe, weights.path)
+            yield
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[list[tuple[Layout, bool]]]:
+        """Yields a list that gets the layout of each call, and whether its mask is one for masked SDPA."""
+        seen: list[tuple[Layout, bool]] = []
+
+        def note(model: Any, args: Any, kwargs: Any) -> None:
+            plan = getattr(carrying.here, "leaving", None)
+            if plan is not None:
+                seen.append((plan.base.layout, any(isinstance(slot.mask, Tensor) for slot in plan.slots)))
+
+        with contextlib.ExitStack() as undo:
+            for model in models_of(self.pipe):  # after the hook that plans the call
+                undo.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+            yield seen
+
+    def _work(self, wish: Wish, seen: list[tuple[Layout, bool]]) -> Work:
+        """What attention did, of the step's first call."""
+        layout, masked = seen[0]
+        told = flexclear.explain(self.pipe, height=wish.height, width=wish.width, text_len=layout.text_len)
+        costs = [layer.cost for layer in told.layers if layer.cost is not None]
+        pairs, executed, dense = (
+            sum(getattr(cost, name) * cost.channels for cost in costs)
+            for name in ("pairs", "executed_pairs", "dense_pairs")
+        )
+        return Work(layout, pairs / dense, 1.0 if masked else executed / dense, masked, told.flops, told.dense_flops)
+
+    def _draw(self, wish: Wish, on_step: OnStep) -> Drawn:
+        device = self.ready.setup.device
+        ends: list[float] = []
+
+        def wait() -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            ends.append(wait())
+            if self._stopping.is_set():
+                raise Stopped
+            on_step(len(ends), wish.steps)
+            return tensors
+
+        if self._stopping.is_set():
+            raise Stopped
+        callback = "callback_on_step_end" in parameters_of(type(self.pipe))
+        begin = wait()
+        made = self.pipe(
+            prompt=wish.prompt,
+            height=wish.height,
+            width=wish.width,
+            generator=torch.Generator().manual_seed(wish.seed),
+            **{**self._fixed, "num_inference_steps": wish.steps},
+            **({"callback_on_step_end": step_end} if callback else {}),
+        )
+        seconds = wait() - begin
+        paces = [after - before for before, after in itertools.pairwise(ends)]
+        return Drawn(made.images[0], seconds, statistics.median(paces) if paces else None, len(paces))
+
+
+@contextlib.contextmanager
+def _weights_as_before(model: Any) -> Iterator[None]:
+    """Restore what ``flexclear.load_weights`` writes after a ``with`` block."""
+    kept = [(place, place.keep()) for place in keys.places(model, list(family_of(model).layers(model))).values()]
+
+    def put_back() -> None:
+        for place, numbers in kept:
+            place.put_back(numbers)
+
+    with afterwards(put_back):
+        yield
+
+
+def _psnr(image: Image.Image, other: Image.Image) -> float:
+    first, second = (torch.from_numpy(np.array(one.convert("RGB")))[None].float() / 255 for one in (image, other))
+    return float(picture_psnr(first, second))
