@@ -111,6 +111,7 @@ def test_an_unknown_student_is_named(source):
     assert "clear_local_3.safetensors" in found.output
 
 
+@pytest.mark.kept
 def test_a_window_without_a_student_begins_with_the_teacher_s_weights(source, monkeypatch):
     monkeypatch.setattr(bench, "DENOISING", 1)
     monkeypatch.setattr("flexclear.compile.flex._why_not_compiled_on_cpu", lambda: "none are compiled for this test")
