@@ -1,4 +1,5 @@
-# make demo | test | contract | whole | support | lint | docs | bench : each sets itself up in .venv and works alone on a fresh machine.
+# make demo | test | contract | whole | support | lint | docs | results-check | bench : each sets itself up in .venv and works alone on
+# a fresh machine.
 #
 #   PYTHON=python3.12      interpreter to build .venv with (3.11 or later; default: python3.11, else python3)
 #   TORCH='torch==2.13.0'  what pip installs as torch; default: the CPU version that is tested here, or the newest
@@ -17,7 +18,7 @@ SHELL := /bin/bash
 # Whether torch names the Triton that it was made for, as its CUDA builds do; any other version would replace torch.
 PINS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
 
-.PHONY: demo test contract whole support lint docs bench setup comfyui clean
+.PHONY: demo test contract whole support lint docs results-check bench setup comfyui clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -98,6 +99,10 @@ lint: $(READY)
 docs: $(READY)
 	$(INSTALLED)
 	$(BIN)/python docs/site.py
+
+# The cheap ones of the committed results, made again and compared.
+results-check: $(READY)
+	$(BIN)/python -m bench.paper.check
 
 bench: $(READY)
 	$(BIN)/python -m bench.masks.blocks

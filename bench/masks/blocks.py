@@ -8,12 +8,14 @@ in the same run. Writes bench/results/blockmask-cpu.{json,md}.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from flexclear.masks import Disc, Layout, block_mask, disc
 from flexclear.masks.blocks import default_block_size
 from flexclear.runtime.plan import get_plan
 
-from bench.machine import facts, write_results
+from bench.machine import RESULTS, facts, write_results
 
 SIDES = (64, 128, 256, 512, 1024)
 CREATE_UP_TO = 64
@@ -40,6 +42,7 @@ def build(kind: str, side: int, r: int) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import create_block_mask
 
     layout = Layout(side, side)
+    block_size = default_block_size(layout.seq_len)  # A GPU's on the CPU, too, whose own blocks are smaller.
     block_mask(Layout(16, 16), Disc(r))
     before = peak_megabytes()
     times, mask = [], None
@@ -47,7 +50,7 @@ def build(kind: str, side: int, r: int) -> dict[str, Any]:
         mask = None  # Two masks alive at once would count twice.
         start = time.perf_counter()
         if kind == "boxes":
-            mask = block_mask(layout, Disc(r))
+            mask = block_mask(layout, Disc(r), block_size=block_size)
         else:
             mask = create_block_mask(
                 disc(layout, r),
@@ -56,7 +59,7 @@ def build(kind: str, side: int, r: int) -> dict[str, Any]:
                 layout.seq_len,
                 layout.seq_len,
                 device="cpu",
-                BLOCK_SIZE=default_block_size(layout.seq_len),
+                BLOCK_SIZE=block_size,
             )
         times.append(time.perf_counter() - start)
     assert mask is not None
@@ -93,16 +96,22 @@ def cache_hit_us(side: int, r: int) -> float:
 
 def main() -> None:
     """Measure every size in processes of their own."""
-    if len(sys.argv) == 4:
-        print(json.dumps(build(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="of square grids, in image tokens")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--build", nargs=3, metavar=("KIND", "SIDE", "R"), help="one build in this process")
+    arguments = parser.parse_args()
+    if arguments.build is not None:
+        kind, side, r = arguments.build
+        print(json.dumps(build(kind, int(side), int(r))))
         return
     rows = []
-    for side in SIDES:
+    for side in arguments.sides:
         for kind in ("boxes", "create_block_mask"):
             if kind == "create_block_mask" and side > CREATE_UP_TO:
                 continue
             done = subprocess.run(
-                [sys.executable, "-m", "bench.masks.blocks", kind, str(side), "16"],
+                [sys.executable, "-m", "bench.masks.blocks", "--build", kind, str(side), "16"],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -122,7 +131,7 @@ def main() -> None:
     ]
     table = "\n".join(lines) + "\n"
     about = facts(torch.device("cpu"), r=16, median_of=REPEATS, cache_hit_us=round(cache_hit_us(64, 16), 1))
-    write_results("blockmask-cpu", about, rows, table)
+    write_results("blockmask-cpu", about, rows, table, arguments.out)
     print(table)
 
 

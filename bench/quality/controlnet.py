@@ -45,7 +45,7 @@ from bench.machine import RESULTS, facts, write_results
 TEXT = 32
 DENSE, ALONE = "dense", "dense, without ControlNet"
 TABLE = 5
-"""Table 9, of SD3.5, has the same columns."""
+"""Table 9, of tile and blurred images, has the same columns."""
 MORE = ("stlpips_alex_orig", "stlpips_vgg_orig", "fd_lite0_orig")
 """Networks that need no download."""
 SHOWN = (*TABLES[TABLE].columns, *MORE)

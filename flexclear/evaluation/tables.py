@@ -66,10 +66,10 @@ TABLES: Mapping[int, Table] = {
     2: Table("text to image, FLUX.1-dev at 1024 px", QUALITY),
     3: Table("image-guided, FLUX.1-dev at 2048 and 4096 px", GUIDED),
     4: Table("the same weights on FLUX.1-schnell", QUALITY),
-    5: Table("ControlNet, FLUX.1-dev", CONTROLLED),
+    5: Table("ControlNet, grey images, FLUX.1-dev", CONTROLLED),
     6: Table("one image on several devices", PATCHES),
     8: Table("text to image, SD3.5", QUALITY),
-    9: Table("ControlNet, SD3.5", CONTROLLED),
+    9: Table("ControlNet, tile and blurred images, FLUX.1-dev", CONTROLLED),
 }
 """By the paper's number. The titles say what the paper filled them with; here they are filled for the model at hand."""
 
