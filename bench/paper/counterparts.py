@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.distillation.report import findings
+from bench.distillation.rows import SIDES
 from bench.machine import RESULTS
 
 EXACT, IN_KIND, WEIGHTS = "exact", "in kind", "needs real weights"
@@ -67,9 +68,15 @@ def _properties(results: Results) -> str:
     )
 
 
+def _findings(results: Results) -> list[str]:
+    """What the study's report says; a study that names no size is from before it had a choice."""
+    report = results["distillation.json"]
+    return findings({**report, "settings": {"side": SIDES[0], **report["settings"]}})
+
+
 def _study(results: Results) -> str:
     report = results["distillation.json"]
-    told = [found for found in findings(report) if "pictures teach" not in found]
+    told = [found for found in _findings(results) if "pictures teach" not in found]
     if report["settings"]["teacher"] != results["students.json"]["settings"]["teacher"]:
         told.append("Its teacher was an earlier state of the model that ships.")
     return " ".join(told)
@@ -94,14 +101,14 @@ def _upscaled(results: Results) -> str:
 
 
 def _few_steps(results: Results) -> str:
-    rows = results["distillation.json"]["few_steps"]["rows"]
+    rows = (results["distillation.json"]["few_steps"] or {}).get("rows", {})
     parts = (f"{name} from {row['before']['psnr']:.1f} to {row['all']['psnr']:.1f} dB" for name, row in rows.items())
     return (
         "The paper puts weights distilled for FLUX.1-dev into schnell, whose images are then as near to the dense "
         "ones (FID 12.4 "
         "to 13.6) as dev's are (8.9 to 13.7). In a few-step variant of the embedded model, weights distilled for the "
         "many-step one "
-        f"bring, of its dense images, {_list(parts)}."
+        f"bring, of its dense images, {_list(parts) or 'not measured yet'}."
     )
 
 
@@ -198,7 +205,7 @@ def _perturbed(results: Results) -> str:
 
 
 def _data(results: Results) -> str:
-    found = [said for said in findings(results["distillation.json"]) if "pictures teach" in said]
+    found = [said for said in _findings(results) if "pictures teach" in said]
     return " ".join(
         [
             "In the paper training on real images ends with the larger loss.",
