@@ -37,21 +37,28 @@ class Grid:
     scale: int
 
     @classmethod
-    def of(cls, image: Image.Image, px: int) -> Grid:
-        """That of an image whose tokens have ``px`` pixels a side."""
-        return cls(image.height // px, image.width // px, px, max(1, -(-LEAST_SIDE // max(image.size))))
-
-    def shown(self, image: Image.Image) -> Image.Image:
-        """The image as large as it is on the page."""
-        if self.scale == 1:
-            return image.convert("RGB")
-        size = (image.width * self.scale, image.height * self.scale)
-        return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    def of(cls, image: Image.Image, layout: Layout) -> Grid | None:
+        """That of an image of the tokens of ``layout``; None where they do not lie over it as squares."""
+        px = image.height // layout.height
+        if (layout.height * px, layout.width * px) != (image.height, image.width):
+            return None
+        return cls(layout.height, layout.width, px, scale_of(image))
 
     def token_at(self, x: int, y: int) -> Place:
         """The token at a pixel of the page's image, counted from its upper left corner."""
         side = self.px * self.scale
         return min(max(y // side, 0), self.height - 1), min(max(x // side, 0), self.width - 1)
+
+
+def scale_of(image: Image.Image) -> int:
+    """Pixels on the page for one of the image."""
+    return max(1, -(-LEAST_SIDE // max(image.size)))
+
+
+def shown(image: Image.Image) -> Image.Image:
+    """The image as large as it is on the page."""
+    size = (image.width * scale_of(image), image.height * scale_of(image))
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def seen_from(grid: Grid, token: Place, radius: int) -> np.ndarray:
@@ -69,7 +76,7 @@ def with_window(image: Image.Image, grid: Grid, token: Place, radius: int | None
         token: row and column of the query.
         radius: of its window in tokens; None: dense attention, which sees everything.
     """
-    pixels = np.array(grid.shown(image))
+    pixels = np.array(shown(image))
     side = grid.px * grid.scale
     line = max(1, side // 8)
     if radius is not None:

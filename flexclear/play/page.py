@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 
 from flexclear.common.choices import EMBEDDED
-from flexclear.play.looking import Grid, with_window
+from flexclear.play.looking import Grid, shown, with_window
 from flexclear.play.studio import Drawn, Stopped, Studio, Windowed, Wish
-from flexclear.play.words import HINT, of_token, table
+from flexclear.play.words import HINT, NO_GRID, of_token, table
 
 PROMPT = "a red apple on a blue background"
 MOST_STEPS = 50
@@ -67,20 +67,20 @@ def make_page(studio: Studio, describe: Callable[[Exception], str]) -> gr.Blocks
                 raise ValueError("the seed is empty; give a number, such as 0")
             wish = Wish(prompt, *sizes[size], int(seed), int(steps))
             studio.check(wish, int(radius))
-            dense = studio.dense(wish, _shown(progress, "dense"))
-            grid = Grid.of(dense.image, studio.px)
-        yield grid.shown(dense.image), gr.skip(), gr.skip(), gr.skip(), None
+            dense = studio.dense(wish, _steps(progress, "dense"))
+        yield shown(dense.image), gr.skip(), gr.skip(), gr.skip(), None
         with told():
             windowed = studio.windowed(
-                wish, dense, int(radius), weights[label], _shown(progress, f"window, r = {int(radius)}")
+                wish, dense, int(radius), weights[label], _steps(progress, f"window, r = {int(radius)}")
             )
+        grid = Grid.of(windowed.drawn.image, windowed.work.layout)
         said = _strangers(prompt) if studio.name == EMBEDDED else ""
         yield (
-            grid.shown(dense.image),
-            gr.update(value=grid.shown(windowed.drawn.image), label=f"window, r = {windowed.radius}"),
+            shown(dense.image),
+            gr.update(value=shown(windowed.drawn.image), label=f"window, r = {windowed.radius}"),
             table(dense, windowed) + said,
-            HINT,
-            Pair(dense, windowed, grid),
+            NO_GRID if grid is None else HINT,
+            None if grid is None else Pair(dense, windowed, grid),
         )
 
     def look(pair: Pair | None, event: gr.SelectData) -> Any:
@@ -126,7 +126,7 @@ def make_page(studio: Studio, describe: Callable[[Exception], str]) -> gr.Blocks
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=5, min_width=480):
                 with gr.Row():
-                    shown = [
+                    images = [
                         gr.Image(
                             label=label,
                             elem_id=name,
@@ -142,12 +142,12 @@ def make_page(studio: Studio, describe: Callable[[Exception], str]) -> gr.Blocks
                 token = gr.Markdown(HINT, elem_id="token")
                 facts = gr.Markdown(elem_id="facts", elem_classes="told")
 
-        given, results = [prompt, size, slider, choice, seed, steps], [*shown, facts, token, pair]
+        given, results = [prompt, size, slider, choice, seed, steps], [*images, facts, token, pair]
         one_at_a_time: dict[str, Any] = {
             "concurrency_limit": 1,
             "concurrency_id": "pipeline",
             "trigger_mode": "always_last",
-            "show_progress_on": shown,
+            "show_progress_on": images,
         }
 
         def draw_if(
@@ -177,12 +177,12 @@ def make_page(studio: Studio, describe: Callable[[Exception], str]) -> gr.Blocks
         choice.input(radius_of, choice, slider, queue=False, api_visibility="private").then(
             draw_if, [at_once, *given], results, api_visibility="private", **one_at_a_time
         )
-        for image in shown:
-            image.select(look, pair, [*shown, token], show_progress="hidden", api_visibility="private")
+        for image in images:
+            image.select(look, pair, [*images, token], show_progress="hidden", api_visibility="private")
     return page
 
 
-def _shown(progress: Any, what: str) -> Callable[[int, int], None]:
+def _steps(progress: Any, what: str) -> Callable[[int, int], None]:
     return lambda step, steps: progress((step, steps), desc=what, unit="steps")
 
 

@@ -15,6 +15,12 @@ from collections.abc import Callable, Iterator
 from flexclear.play.studio import Studio
 
 LOCALHOST = "localhost"
+MOST_WAITING = 64
+"""Requests that wait at once, over all visitors."""
+
+UPLOADS = "1kb"
+"""Largest file that is accepted: the page takes none, and Gradio's server takes all."""
+
 LAST_STEP = 60.0
 """Seconds that the end waits for the step that is being computed."""
 
@@ -69,18 +75,25 @@ def _why_not(host: str, port: int, error: OSError) -> str:
 def _environment() -> Iterator[None]:
     """What Gradio reads from the environment, for this run only: no analytics, no share link, nothing of the hub's, files in a
     folder that is deleted, and no proxy before the loopback."""
-    before = dict(os.environ)
-    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
-        del os.environ[name]
     with tempfile.TemporaryDirectory(prefix="flexclear-play-") as folder:
-        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", GRADIO_TEMP_DIR=folder)
+        ours: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GRADIO_")}
+        ours |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": folder}
         for name in ("NO_PROXY", "no_proxy"):
-            os.environ[name] = ",".join(filter(None, (before.get(name), "127.0.0.1", "::1", LOCALHOST)))
+            ours[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "::1", LOCALHOST)))
+        before = {name: os.environ.get(name) for name in ours}
+        _put(ours)
         try:
             yield
         finally:
-            os.environ.clear()
-            os.environ.update(before)
+            _put(before)
+
+
+def _put(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -128,7 +141,7 @@ def serve(
         from flexclear.play.page import CSS, make_page
 
         page = make_page(studio, describe)
-        page.queue(default_concurrency_limit=1)
+        page.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
         try:
             page.launch(
                 server_name=name,
@@ -143,9 +156,14 @@ def serve(
                 ssr_mode=False,
                 mcp_server=False,
                 pwa=False,
+                max_file_size=UPLOADS,
                 theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
                 css=CSS,
             )
+        except OSError:
+            check_place(host, port)  # Someone else has taken it since.
+            raise
+        try:
             ready(f"http://{name}:{port}/")
             wait()
         finally:

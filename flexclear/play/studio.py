@@ -137,6 +137,14 @@ class Studio:
     _stopping: threading.Event = field(default_factory=threading.Event)
     _kept: tuple[Wish, Drawn] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a radius to begin with that is beyond all sizes."""
+        asked = self.ready.settings.r
+        if asked is not None and asked > self.largest_radius:
+            raise ValueError(
+                f"--r {asked} is more than the {self.largest_radius} tokens from which on a window is the whole image"
+            )
+
     @property
     def name(self) -> str:
         """The model's, as it was asked for."""
@@ -180,9 +188,8 @@ class Studio:
         given = self.weights[1:]
         if asked is None and self.ready.settings.weights:
             chosen = given[-len(self.ready.settings.weights)]
-            return chosen.radius or RADIUS, chosen
-        radius = asked or (EMBEDDED_RADIUS if self.name == EMBEDDED else RADIUS)
-        radius = min(radius, self.largest_radius)
+            return min(chosen.radius or RADIUS, self.largest_radius), chosen
+        radius = asked or min(EMBEDDED_RADIUS if self.name == EMBEDDED else RADIUS, self.largest_radius)
         fitting = (choice for choice in given if choice.radius == radius and choice.down_factor is None)
         return radius, next(fitting, PLAIN)
 
@@ -250,7 +257,7 @@ class Studio:
         self.check(wish, radius)
         with self._lock, self._with(radius, weights), self._watched() as seen:
             drawn = self._draw(wish, on_step)
-            work = self._work(wish, seen)
+            work = self._work(*seen[0])
         return Windowed(drawn, radius, weights, work, _psnr(drawn.image, dense.image))
 
     def stop(self, wait: float) -> bool:
@@ -263,7 +270,10 @@ class Studio:
             Whether it has ended.
         """
         self._stopping.set()
-        return self._lock.acquire(timeout=wait)
+        ended = self._lock.acquire(timeout=wait)
+        if ended:
+            self._lock.release()  # for those that wait, who draw nothing
+        return ended
 
     @contextlib.contextmanager
     def _with(self, radius: int, weights: Weights) -> Iterator[None]:
@@ -297,10 +307,11 @@ class Studio:
                 undo.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
             yield seen
 
-    def _work(self, wish: Wish, seen: list[tuple[Layout, bool]]) -> Work:
-        """What attention did, of the step's first call."""
-        layout, masked = seen[0]
-        told = flexclear.explain(self.pipe, height=wish.height, width=wish.width, text_len=layout.text_len)
+    def _work(self, layout: Layout, masked: bool) -> Work:
+        """What attention does in a call over ``layout``; ``masked``: by masked SDPA."""
+        told = flexclear.explain(
+            self.pipe, height=layout.height * self.px, width=layout.width * self.px, text_len=layout.text_len
+        )
         costs = [layer.cost for layer in told.layers if layer.cost is not None]
         pairs, executed, dense = (
             sum(getattr(cost, name) * cost.channels for cost in costs)

@@ -60,3 +60,4 @@ def of_token(grid: Grid, token: Place, windowed: Windowed) -> str:
 
 
 HINT = "Click an image: the window of the token that you click is drawn over it."
+NO_GRID = "The tokens of this model do not lie over the image as squares: no window is drawn over it."

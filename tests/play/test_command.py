@@ -64,7 +64,7 @@ def test_a_port_that_is_in_use_is_said_before_anything_is_loaded(capsys, taken):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )  # fmt: skip
 def test_what_cannot_work_is_one_line(capsys, tmp_path, monkeypatch, arguments, said):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("")
     assert said in refused(capsys, *(part.format(tmp=tmp_path) for part in arguments))
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flexclear.masks import Layout
 from flexclear.masks.pictures import QUERY, SEEN
-from flexclear.play.looking import FADED, LEAST_SIDE, Grid, seen_from, with_window
+from flexclear.play.looking import FADED, LEAST_SIDE, Grid, seen_from, shown, with_window
 
 
 def disc(height, width, token, radius):
@@ -27,11 +28,15 @@ def test_a_token_sees_the_disc_around_it(token, radius):
 )
 def test_a_small_image_is_enlarged_by_a_whole_factor_and_a_large_one_is_not(size, scale):
     image = Image.new("RGB", size)
-    grid = Grid.of(image, 8)
-    assert (grid.width, grid.height, grid.scale) == (size[0] // 8, size[1] // 8, scale)
-    shown = grid.shown(image)
-    assert shown.size == (size[0] * scale, size[1] * scale)
-    assert max(shown.size) >= LEAST_SIDE
+    assert Grid.of(image, Layout(size[1] // 8, size[0] // 8, 5)) == Grid(size[1] // 8, size[0] // 8, 8, scale)
+    assert shown(image).size == (size[0] * scale, size[1] * scale)
+    assert max(shown(image).size) >= LEAST_SIDE
+
+
+@pytest.mark.parametrize("layout", [Layout(6, 9), Layout(7, 10), Layout(9, 7), Layout(8, 9)])
+def test_tokens_that_do_not_lie_over_the_image_as_squares_have_no_grid(layout):
+    assert Grid.of(Image.new("RGB", (72, 56)), Layout(7, 9)) is not None
+    assert Grid.of(Image.new("RGB", (72, 56)), layout) is None
 
 
 def test_every_pixel_of_the_page_s_image_is_of_one_token():
@@ -47,8 +52,8 @@ def test_every_pixel_of_the_page_s_image_is_of_one_token():
 @pytest.mark.parametrize("radius", [None, 1, 3, 100])
 def test_what_is_not_seen_fades_and_the_rest_stays(px, size, radius):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 200, (size[1], size[0], 3), np.uint8))
-    grid, token = Grid.of(image, px), (4, 3)
-    before = np.asarray(grid.shown(image)).astype(int)
+    grid, token = Grid.of(image, Layout(size[1] // px, size[0] // px)), (4, 3)
+    before = np.asarray(shown(image)).astype(int)
     after = np.asarray(with_window(image, grid, token, radius)).astype(int)
     side = px * grid.scale
     line = max(1, side // 8)

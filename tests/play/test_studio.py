@@ -11,6 +11,7 @@ import torch
 
 import flexclear
 from flexclear.common.choices import EMBEDDED
+from flexclear.common.shipped import model_directory
 from flexclear.embedded.students import as_student, read_students
 from flexclear.masks import Disc, Full, Layout, cost
 from flexclear.play.looking import Grid
@@ -18,6 +19,9 @@ from flexclear.play.settings import PLAIN, PlaySettings, check_play, load_play
 from flexclear.play.studio import Stopped, Studio, Wish
 from flexclear.play.words import of_token, table
 from flexclear.runtime.carrying import Hook
+from flexclear.runtime.hooks import entry_hook_of
+
+from helpers.parallel_pipelines import make_pipeline
 
 WISH = Wish("a red apple on a blue background", 64, 96, 5, 2)
 TEXT = 16
@@ -115,7 +119,7 @@ def test_a_file_of_weights_is_offered_whether_or_not_it_says_its_window(tmp_path
     studio = studio_of(weights=(str(silent), "embedded:clear_local_8.safetensors"))
     assert [one.label for one in studio.weights[-2:]] == ["silent.safetensors", "clear_local_8.safetensors"]
     assert [one.radius for one in studio.weights[-2:]] == [None, 8]
-    assert studio.first == (16, studio.weights[-2])
+    assert studio.first == (14, studio.weights[-2]), "the largest radius here"
     [stated] = [one for one in studio.weights if one.path == student.path]
     dense = studio.dense(WISH)
     images = [pixels(studio.windowed(WISH, dense, 4, one).drawn.image) for one in (studio.weights[-2], stated, PLAIN)]
@@ -144,6 +148,46 @@ def test_the_dense_image_is_kept_while_it_does_not_change(studio, monkeypatch):
         studio.dense(other)
     assert len(calls) == 5
     monkeypatch.setattr(studio, "_kept", None)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_executed_work_is_that_of_the_blocks(studio):
+    layout = Layout(32, 24, TEXT)
+    with studio._with(3, PLAIN):
+        work = studio._work(layout, False)
+        size = entry_hook_of(studio.pipe.transformer).settings.kernel(
+            "flex", torch.device("cpu"), torch.float32, layout.seq_len, backward=False
+        )
+    spent = cost(layout, Disc(3), block_size=size.block_size)
+    assert work.executed == pytest.approx(spent.executed_pairs / spent.dense_pairs)
+    assert work.allowed < work.executed < 1
+
+
+def test_a_folder_of_another_model_is_drawn_from(tmp_path):
+    make_pipeline("sd3").save_pretrained(tmp_path)
+    studio = studio_of(model=str(tmp_path), sizes=(), text_len=None)
+    assert all(height % studio.px == width % studio.px == 0 for height, width in studio.sizes)
+    height, width = studio.sizes[2]
+    wish = Wish("a red apple", height, width, 0, 2)
+    windowed = studio.windowed(wish, studio.dense(wish), 2, PLAIN)
+    layout = windowed.work.layout
+    assert (layout.height * studio.px, layout.width * studio.px, layout.text_len) == (height, width, 333)
+    assert Grid.of(windowed.drawn.image, layout) is not None
+    assert (pixels(windowed.drawn.image) != pixels(studio.dense(wish).image)).any()
+
+
+@pytest.mark.parametrize("model", [EMBEDDED, "owner/name"])
+def test_a_radius_beyond_all_sizes_and_a_hub_id_of_the_cache(model, tmp_path, monkeypatch):
+    if model != EMBEDDED:
+        inside = tmp_path / "models--owner--name"
+        (inside / "snapshots").mkdir(parents=True)
+        (inside / "refs").mkdir()
+        (inside / "refs" / "main").write_text("0" * 40)
+        (inside / "snapshots" / ("0" * 40)).symlink_to(model_directory())
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert studio_of(model=model, r=14).first[0] == 14
+    with pytest.raises(ValueError, match="--r 15 is more than the 14 tokens"):
+        studio_of(model=model, r=15)
 
 
 BAD = {
@@ -237,6 +281,8 @@ def test_stopping_ends_the_image_after_its_step_and_nothing_more_is_drawn():
     thread.start()
     began.wait()
     assert studio.stop(60)
+    with pytest.raises(Stopped):
+        studio.dense(Wish("b", 64, 64, 0, 2))
     thread.join()
     assert len(ended) == 1
     assert len(steps) < 1000
