@@ -18,7 +18,7 @@ SHELL := /bin/bash
 # Whether torch names the Triton that it was made for, as its CUDA builds do; any other version would replace torch.
 PINS_TRITON := import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
 
-.PHONY: demo test contract whole support lint docs results-check bench setup comfyui clean
+.PHONY: demo test contract whole namespaces support lint docs results-check bench setup comfyui clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -79,6 +79,11 @@ contract: $(READY)
 # that find the same faults.
 whole: $(READY) comfyui $(PLAY)/.ready
 	$(BIN)/python -m pytest --whole -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Where Ubuntu keeps users from namespaces of their own, which the tests of clusters run in: lets them, on a machine that is thrown
+# away afterwards.
+namespaces:
+	sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0
 
 # Writes docs/support.md.
 support: $(READY)

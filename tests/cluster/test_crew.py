@@ -22,12 +22,22 @@ def calls(*names, key="a", seconds=0.05, happens=""):
     return [(name, key, seconds, happens) for name in names]
 
 
+def test_what_a_worker_had_when_it_was_killed_is_done_by_another_and_nothing_twice(tmp_path):
+    asked = [*calls(*"abcd", key="x"), *calls(*"efgh", key="y"), *calls("i", "j", happens="dies once")]
+    [lost] = in_cluster("crews", cases=[({"folder": str(tmp_path / "lost")}, asked)])["cases"]
+    assert lost["error"] is None
+    assert sorted(name for name, _, _ in lost["results"]) == list("abcdefghij")
+    assert len([line for line in lost["lines"] if "was lost" in line and "is done by another actor" in line]) == 2
+    for name in "abcdefgh":
+        assert len((tmp_path / "lost" / name).read_text().splitlines()) == 1, "done twice"
+    assert lost["lines"].count("loaded") == 1
+
+
 @pytest.mark.kept
-def test_a_crew_loses_workers_and_names_what_it_cannot_do(tmp_path):
+def test_a_crew_names_what_it_cannot_do(tmp_path):
     jobs = {
         name: ({"folder": str(tmp_path / name), **options}, asked)
         for name, options, asked in (
-            ("lost", {}, [*calls(*"abcd", key="x"), *calls(*"efgh", key="y"), *calls("i", "j", happens="dies once")]),
             ("deadly", {}, [*calls("a", "b"), *calls("c", happens="dies")]),
             ("failing", {}, [*calls("a", happens="raises")]),
             ("loading", {"load": "dies"}, calls("a", "b")),
@@ -37,13 +47,6 @@ def test_a_crew_loses_workers_and_names_what_it_cannot_do(tmp_path):
         )
     }
     found = dict(zip(jobs, in_cluster("crews", cases=list(jobs.values()))["cases"], strict=True))
-    lost = found["lost"]
-    assert lost["error"] is None
-    assert sorted(name for name, _, _ in lost["results"]) == list("abcdefghij")
-    assert len([line for line in lost["lines"] if "was lost" in line and "is done by another actor" in line]) == 2
-    for name in "abcdefgh":
-        assert len((tmp_path / "lost" / name).read_text().splitlines()) == 1, "done twice"
-    assert lost["lines"].count("loaded") == 1
     assert "c has lost its actor 5 times and is given up" in found["deadly"]["error"]
     assert re.match(r"RuntimeError: node .*: CUDA out of memory, or so \(MemoryError\)", found["failing"]["error"])
     assert "10 actors were lost one after the other" in found["loading"]["error"]

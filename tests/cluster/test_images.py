@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from helpers.models_video import tiny_wan
+from helpers.pipelines_video import TEXT, wan_parts
 from helpers.ray_cluster import in_cluster
 
 SET = (
@@ -43,6 +45,7 @@ def drawn(tmp_path):
     return run
 
 
+@pytest.mark.kept
 def test_a_set_that_loses_a_node_is_that_of_one_process(drawn):
     found = drawn("--seed", "1", "--seed", "2", removed_after=2)
     assert found["did"] == ["removed"]
@@ -53,6 +56,53 @@ def test_a_set_that_loses_an_actor_and_a_node_is_that_of_one_process(drawn):
     found = drawn(*(part for seed in range(12) for part in ("--seed", str(seed))), killed_after=2, removed_after=16)
     assert found["did"] == ["killed", "removed"]
     assert found["err"].count("was lost") >= 2
+
+
+@pytest.mark.kept
+def test_an_interrupt_keeps_what_is_finished_and_ends_the_actors(tmp_path):
+    seeds = [part for seed in range(6) for part in ("--seed", str(seed))]
+    found = in_cluster(
+        "interrupted",
+        arguments=[*SET, *FAST, *seeds],
+        out=str(tmp_path / "out"),
+        alone=str(tmp_path / "alone"),
+        after=3,
+    )
+    status, told, said = found["first"]
+    assert status == 130, said
+    assert "Traceback" not in said
+    assert 3 <= len(found["kept"]) < 24
+    assert len(told.splitlines()) <= len(found["kept"])
+    assert found["actors"] == [], "actors go on"
+    status, told, said = found["resumed"]
+    assert status == 0, said
+    assert len(told.splitlines()) == 24 - len(found["kept"]), "drawn again"
+    assert found["alone"][0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.kept
+def test_videos_of_a_cluster_and_of_this_machine_are_those_of_one_process(tmp_path):
+    from diffusers import WanPipeline
+
+    WanPipeline(**wan_parts(tiny_wan(text_dim=TEXT))).save_pretrained(tmp_path / "wan")
+    line = ["generate", str(tmp_path / "wan"), "--prompt", "a red apple that rolls", "--size", "32x48", "--r", "2"]
+    line += ["--num-frames", "9", "--frame-radius", "1", "--steps", "1", "--text-len", "16", "--backend", "sdpa"]
+    two = [*line, "--seed", "1", "--seed", "2", "--format", "gif", "--device", "cpu", "--out"]
+    commands = [
+        [*two, str(tmp_path / "out"), "--ray", "ADDRESS"],
+        [*two, str(tmp_path / "local"), "--ray", "local"],
+        [*two, str(tmp_path / "alone")],
+        [*line, "--seed", "2", "--device", "cpu", "--out", str(tmp_path / "single.gif"), "--ray", "ADDRESS"],
+    ]
+    found = in_cluster("runs", commands=commands)["runs"]
+    assert [status for status, _, _ in found] == [0] * 4, found
+    alone = contents(tmp_path / "alone")
+    assert len(alone) == 2
+    assert contents(tmp_path / "out") == alone
+    assert contents(tmp_path / "local") == alone
+    assert (tmp_path / "single.gif").read_bytes() in alone.values()
+    assert not any("raylet" in out for _, out, _ in found)
 
 
 @pytest.mark.kept

@@ -16,7 +16,8 @@ from flexclear.common.extras import is_installed
 
 TESTS = Path(__file__).parents[1]
 
-ALONE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+AS_ROOT = () if os.geteuid() == 0 else ("--map-root-user",)
+ALONE = ("unshare", *AS_ROOT, "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
 def needs_ray():
@@ -31,29 +32,35 @@ def needs_ray():
         pytest.skip(f"no namespace of its own: {tried.stderr.strip()}")
 
 
+def run_alone(folder, *command):
+    """What came of a command in namespaces of its own, run in a folder with a short name: paths of sockets are short."""
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "disabled",  # nobody else is there; a token would be written into the user's folder
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(TESTS),
+    }
+    return subprocess.run(
+        [*ALONE, "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=folder,  # workers look for modules where the driver does, and the package is beside its tests
+        timeout=600,
+    )
+
+
 def in_cluster(scenario, **given):
     """What a function of ``helpers.ray_scenarios`` returns, called with a running cluster and ``given``."""
     needs_ray()
-    with tempfile.TemporaryDirectory(prefix="rc") as folder:  # short: paths of sockets are
-        environment = {
-            **os.environ,
-            "RAY_TMPDIR": folder,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_memory_monitor_refresh_ms": "0",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(TESTS),
-        }
+    with tempfile.TemporaryDirectory(prefix="rc") as folder:
         result = Path(folder) / "result.json"
         run = [sys.executable, "-m", "helpers.ray_scenarios", scenario, json.dumps(given), str(result)]
-        done = subprocess.run(
-            [*ALONE, "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *run],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            cwd=folder,  # workers look for modules where the driver does, and the package is beside its tests
-            timeout=600,
-        )
+        done = run_alone(folder, *run)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(result.read_text(encoding="utf-8"))

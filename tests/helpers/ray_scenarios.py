@@ -98,6 +98,30 @@ def images(nodes, arguments, out, alone, removed_after, killed_after=None):
     return {"status": [status, alone[0]], "out": told, "err": said, "did": [name for name, _ in disturbed.did]}
 
 
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(nodes, arguments, out, alone, after):
+    """``flexclear generate --ray`` until Ctrl-C; the actors that are there afterwards; the same command with ``--resume``."""
+    with Disturbed(out, interrupted=(after, interrupt)):
+        first = command(*arguments, "--out", out, "--ray", nodes.address)
+    kept = sorted(path.name for path in Path(out).iterdir())
+    end = time.monotonic() + 120
+    while left := actors():
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    resumed = command(*arguments, "--out", out, "--resume", "--ray", nodes.address)
+    return {
+        "first": first,
+        "kept": kept,
+        "actors": left,
+        "resumed": resumed,
+        "alone": command(*arguments, "--out", alone),
+    }
+
+
 def crews(nodes, cases):
     """What crews do: of each case (job, calls as (text, key, seconds, what happens)), results, lines, and the error if any."""
     from flexclear.cluster.connection import cluster_at
