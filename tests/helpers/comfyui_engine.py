@@ -40,6 +40,10 @@ def start() -> None:
     """Make ComfyUI importable in this process: on the CPU, and without torchvision, for which nothing here has a use."""
     sys.path[:0] = [str(FOLDER / "ComfyUI"), str(FOLDER / "site")]
     sys.argv = ["comfyui"]
+    from transformers.utils import import_utils
+
+    # Remembered from here on: it would take what stands in below for the real one.
+    import_utils.is_torchvision_available(), import_utils.is_torchvision_v2_available()
     for package in ("torchvision", "torchaudio"):
         for part in ("", ".transforms", ".transforms.functional", ".ops", ".functional"):
             absent = mock.MagicMock(name=package + part)
