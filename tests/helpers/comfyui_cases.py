@@ -158,7 +158,7 @@ def dense_steps() -> dict:
     return {"far": far(got, expected), "matters": far(everywhere, expected), "calls": only_between.calls}
 
 
-def _called(patcher, x, text, **others):
+def called(patcher, x, text, **others):
     """One call of the model as ComfyUI's sampler makes it."""
     options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
     return patcher.model.apply_model(x, torch.ones(len(x)), c_crossattn=text, transformer_options=options, **others)
@@ -173,8 +173,8 @@ def residuals() -> dict:
     x, reference = latent("flux", 16, 20, batch=2), Reference(near([(8, 10)], RADIUS))
     with torch.no_grad(), backend("sdpa"):
         each = (overridden(patcher, reference), window(patcher, RADIUS), patcher)
-        expected, got, dense = (_called(one, x, text, **given) for one in each)
-        without = _called(each[0], x, text, **{**given, "control": None})
+        expected, got, dense = (called(one, x, text, **given) for one in each)
+        without = called(each[0], x, text, **{**given, "control": None})
     return {"far": far(got, expected), "matters": min(far(dense, expected), far(without, expected))}
 
 
@@ -188,7 +188,7 @@ def gradients() -> dict:
     for each in (overridden(patcher, reference), window(patcher, RADIUS, FRAME_RADIUS), patcher):
         x = x.detach().requires_grad_()
         with torch.enable_grad(), mock.patch.object(comfy.model_management, "in_training", True):
-            slopes += torch.autograd.grad(_called(each, x, text).square().sum(), x)
+            slopes += torch.autograd.grad(called(each, x, text).square().sum(), x)
     expected, got, dense = slopes
     return {"far": far(got, expected), "matters": far(dense, expected)}
 
@@ -265,11 +265,11 @@ def refused() -> dict[str, str]:
         "more tokens": lambda: sample(patched(window(flux, 4), with_more_tokens, "post_input"), x, given),
         "a mask": lambda: sample(patched(window(flux, 4), with_a_mask, "attn1_patch"), x, given),
         "no attention": lambda: sample(skipping(window(flux, 4)), x, given),
-        "a mask over the image": lambda: _called(window(flux, 4), x, text, attention_mask=style, **pooled),
+        "a mask over the image": lambda: called(window(flux, 4), x, text, attention_mask=style, **pooled),
         "weighed text": lambda: sample(window(qwen, 4), latent("qwen", 16, 20), conditions("qwen", TEXT, 1, **weighed)),
-        "a latent without frames": lambda: _called(window(qwen, 4), x, text),
+        "a latent without frames": lambda: called(window(qwen, 4), x, text),
         "as many tokens as text": lambda: sample(window(wan, 4, 1), clip, conditions("wan", TEXT, 1)),
-        "reference videos": lambda: _called(window(wan, 4, 1), clip, text, context_latents=[clip]),
-        "steps that nobody counts": lambda: _called(window(flux, 4, dense_first=1), x, text, **pooled),
+        "reference videos": lambda: called(window(wan, 4, 1), clip, text, context_latents=[clip]),
+        "steps that nobody counts": lambda: called(window(flux, 4, dense_first=1), x, text, **pooled),
     }
     return {name: _error(run) for name, run in cases.items()}
