@@ -153,7 +153,7 @@ def test_every_command_has_the_same_options_for_its_output():
 
     root = get_command(app)
     found = {(): root, **dict(commands(root))}
-    assert len(found) == 1 + 13 + 7
+    assert len(found) == 1 + 14 + 7
     for path, command in found.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--quiet", "--verbose", "--debug", "--version"} <= options, path

@@ -88,6 +88,7 @@ def test_the_kernel_compiles_without_spills_within_the_gpus_shared_memory(capabi
         assert partial > full
 
 
+@pytest.mark.kept("sm_90")
 @pytest.mark.parametrize(("capability", "head_dim"), UNEVEN.items(), ids=["sm_89", "sm_90"])
 def test_comparisons_with_the_sequences_end_are_left_out_only_where_lengths_divide(capability, head_dim):
     even, uneven = (compiled(capability, head_dim, "forward", text_len=length) for length in (512, 500))

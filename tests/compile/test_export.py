@@ -9,7 +9,7 @@ import flexclear
 
 from helpers.models import flux_call, tiny_flux
 
-WHAT_TO_DO = r"call flexclear.restore\(model\) first. .*flexclear.compile.save_artifacts\(path\)"
+WHAT_TO_DO = r"call flexclear.restore\(model\) first. .*flexclear.save_artifacts\(pipe, path\)"
 
 
 @pytest.mark.parametrize("strict", [False, True])

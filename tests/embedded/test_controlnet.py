@@ -375,7 +375,7 @@ def test_the_command_trains_writes_and_shows_and_finds_itself_done(tmp_path, mon
         "2",
         "--batch",
         "3",
-        "--pictures",
+        "--images",
         "3",
         "--single-layers",
         "0",

@@ -143,7 +143,7 @@ def test_people_read_standard_error_where_programs_read_standard_output(command,
     assert json.loads(output)["prompt"] == "a zebra"
     assert "was not trained on: zebra" in error
     assert "64 x 96, seed 0, 2 steps in " in error
-    assert "pictures" in error, "the progress bar"
+    assert "images" in error, "the progress bar"
 
 
 def test_a_folder_that_save_pretrained_wrote_draws_the_same(generate, saved):

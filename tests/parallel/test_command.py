@@ -35,10 +35,10 @@ def test_two_processes_write_one_picture_which_is_that_of_one(two, sizes, tmp_pa
     assert [status for status, *_ in (first, other)] == [0, 0], (first, other)
     [line] = first[1].splitlines()
     assert json.loads(line)["path"] == str(tmp_path / "two.png")
-    assert "pictures" in first[2]
+    assert "images" in first[2]
     assert other[1] == ""
     assert "two.png" not in other[2], "one rank speaks"
-    assert "pictures" not in other[2], "and draws the bar"
+    assert "images" not in other[2], "and draws the bar"
     assert not first[3], "the process group is given back"
     assert not other[3]
     assert read_settings(tmp_path / "two.png")["settings"]["ranks"] == 2
