@@ -82,7 +82,9 @@ class Server:
         (folder / "sitecustomize.py").write_text(NOTES.format(path=str(self._notes)))
         self.address = f"http://127.0.0.1:{(port := free_port())}/"
         proxy = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"), "http://192.0.2.1:9")
-        environment = {"PYTHONPATH": str(folder), "TMPDIR": str(self.temporary), "GRADIO_SHARE": "True", **proxy}
+        # torch keeps its cache in the folder of temporary files, for the next process, unless it is told another place.
+        places = {"TMPDIR": str(self.temporary), "TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")}
+        environment = {"PYTHONPATH": str(folder), **places, "GRADIO_SHARE": "True", **proxy}
         command = [str(PYTHON), "-m", "flexclear", "play", "--port", str(port), *options]
         with self._said.open("w") as said:
             self.process = subprocess.Popen(
