@@ -102,7 +102,7 @@ def _wan(model: Any, given: Mapping[str, Any]) -> Tokens:
     """Wan 2.1, 2.2 and VACE: self-attention is over the video alone.
 
     Raises:
-        ValueError: tokens of other pictures are beside the video's, or the number of keys does not tell self-attention from
+        ValueError: tokens of other images are beside the video's, or the number of keys does not tell self-attention from
             cross-attention.
     """
     for name, reason in (
@@ -118,11 +118,11 @@ def _wan(model: Any, given: Mapping[str, Any]) -> Tokens:
     if given.get("time_dim_concat") is not None:
         frames += _sides(given["time_dim_concat"], model.patch_size, "time_dim_concat")[0]
     layout = Layout(height, width, 0, frames=frames)
-    pictures = given.get("clip_fea")
-    beside = {given["context"].shape[1], *([] if pictures is None else [pictures.shape[-2]])}
+    image = given.get("clip_fea")
+    beside = {given["context"].shape[1], *([] if image is None else [image.shape[-2]])}
     if layout.seq_len in beside:
         raise ValueError(
-            f"this video has {frames} x {height} x {width} = {layout.seq_len} tokens, as many as the text or picture that it "
+            f"this video has {frames} x {height} x {width} = {layout.seq_len} tokens, as many as the text or image that it "
             "attends to, and attention over either looks the same to a window. Use another size"
         )
     return Tokens(layout, beside=frozenset(beside))

@@ -8,7 +8,7 @@ from flexclear.masks import Disc, Window, all_frames, cylinder
 
 from .attention import windowed
 
-STEPS = "Of the sampler's {} steps, those that attend to the whole picture."
+STEPS = "Of the sampler's {} steps, how many attend to the whole image."
 
 
 def _dense_steps(which: str) -> tuple[str, dict[str, Any]]:

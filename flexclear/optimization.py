@@ -166,6 +166,7 @@ def optimize(
             _CONFIGURATIONS[model] = configuration
     if vae:
         model_or_pipe.vae.decoder.compile(dynamic=dynamic, backend=backend)  # type: ignore[attr-defined]
+        _CONFIGURATIONS[models[0]] = configuration
     if checked:
         _warm(model_or_pipe, models, checked, warm_up, progress)
     return model_or_pipe
@@ -177,7 +178,7 @@ def save_artifacts(model_or_pipe: Any, path: str | Path) -> Path:
     Call it once the sizes that count have run. What else this process has compiled is in the file, too.
 
     Args:
-        model_or_pipe: what ``optimize`` was given, with ``compile`` on.
+        model_or_pipe: what ``optimize`` was given, with ``compile`` or ``vae`` on.
         path: the file; written under another name first.
 
     Returns:

@@ -106,6 +106,13 @@ def test_optimize_takes_what_save_artifacts_wrote_for_an_equal_model(tmp_path, m
     assert not (tmp_path / "none.bin").exists()
 
 
+def test_a_pipeline_whose_vae_alone_is_compiled_has_artifacts_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"cached", None))
+    pipe = flexclear.embedded.pipeline()
+    flexclear.optimize(pipe, compile=False, vae=True, backend="eager")
+    assert flexclear.save_artifacts(pipe, tmp_path / "vae.bin").is_file()
+
+
 def archive(path, compression=zipfile.ZIP_STORED, **entries):
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in entries.items():

@@ -203,7 +203,9 @@ def test_a_packed_run_of_other_latents_is_refused(tmp_path):
     packed = pack_run(folder, tmp_path / "run.pt")
     with pytest.raises(ValueError, match="is normalized by"):
         unpack_run(packed, embedded.model_directory(), tmp_path / "other")
-    assert not (tmp_path / "other" / CHECKPOINT_NAME).exists()
+    assert not (tmp_path / "other").exists(), "nothing is begun"
+    with pytest.raises(FileNotFoundError, match="no pipeline in"):
+        unpack_run(packed, tmp_path, tmp_path / "other")
 
 
 def test_a_new_run_has_no_normalization_yet(tmp_path):

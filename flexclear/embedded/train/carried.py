@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,13 @@ def unpack_run(file: Path, source: Path, folder: Path) -> Path:
         ValueError: the run's latents are normalized in another way than the model's.
     """
     carried = load_checkpoint(file)
+    config = source / "vae" / "config.json"
+    if config.is_file():  # else begin_with says that there is no model
+        vae = json.loads(config.read_text(encoding="utf-8"))
+        ours, theirs = (carried["shift"], carried["scaling"]), (vae["shift_factor"], vae["scaling_factor"])
+        if ours != theirs:
+            raise ValueError(f"{file} is normalized by {ours}, the model in {source} by {theirs}")
     begin_with(source, folder)
-    begun = load_checkpoint(folder / CHECKPOINT_NAME)
-    ours, theirs = ((state["shift"], state["scaling"]) for state in (carried, begun))
-    if ours != theirs:
-        (folder / CHECKPOINT_NAME).unlink()
-        raise ValueError(f"{file} is normalized by {ours}, the model in {source} by {theirs}")
     wide = {**carried, "learners": _cast(carried["learners"], torch.float32)}
     if carried["optimizer"] is not None:
         muon, others = carried["optimizer"]
