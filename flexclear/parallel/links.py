@@ -194,10 +194,21 @@ class Links(Transfers):
         raise ParallelError(f"{self.notes.here}: {message}")
 
     def _others(self) -> list[Note]:
-        """The notes of others, as soon as they give a reason or all have left one, or after ``GRACE``."""
+        """The notes of others, as soon as they give a reason or all have left one, or after ``GRACE``.
+
+        Raises:
+            StoreGoneError: the store is gone, and the rank that holds it has not said that it stopped.
+        """
         end = time.monotonic() + GRACE
+        notes: list[Note] = []
         while True:
-            notes = [note for note in self.notes.read() if note.rank != self.rank]
+            try:
+                notes = [note for note in self.notes.read() if note.rank != self.rank]
+            except StoreGoneError:
+                # A rank that has waited long enough leaves, and takes the store with it.
+                if all(self.ranks[note.rank] != 0 for note in notes):
+                    raise
+                end = 0.0
             notes = [note for note in notes if not note.early or note.run == self.notes.run]
             silent = set(range(self.size)) - {self.rank, *(note.rank for note in notes)}
             if not silent or any(note.error or note.early for note in notes) or time.monotonic() > end:

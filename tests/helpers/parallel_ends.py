@@ -256,11 +256,17 @@ def loop_without_a_pipeline(rank, steps=3):
     return found
 
 
-def rank_dies(rank):
-    """A rank dies in the second step; what the others say of it, then and in another run."""
+def rank_dies(rank, waits=()):
+    """A rank dies in the second step; what the others say of it, then and in another run.
+
+    ``waits``: seconds that each rank waits for reasons, where that is not as long as it is in earnest.
+    """
     pipe = shared_pipeline()
     act = (lambda: trouble("dies")) if me() == rank else (lambda: None)
-    with at_call(pipe.transformer.transformer_blocks[0], 2, act):
+    with contextlib.ExitStack() as stack:
+        if waits:
+            stack.enter_context(mock.patch("flexclear.parallel.links.GRACE", waits[me()]))
+        stack.enter_context(at_call(pipe.transformer.transformer_blocks[0], 2, act))
         found = draws(pipe, count=2) if rank == 0 else draws(pipe, count=1)
     parallel.disable(pipe)
     parallel.leave()
