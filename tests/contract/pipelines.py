@@ -18,7 +18,7 @@ from helpers.pipeline_parts import draw
 
 STEPS = 64
 """An image comes of two steps, each of a model whose outputs may err by ``TOLERANCE``; guidance multiplies what differs by its
-scale, 4 at most and twice where it is added, and the decoder's layers pass on what they get."""
+scale, 5 at most and twice where it is added, and the decoder's layers pass on what they get."""
 
 
 def shape_of(row: Row, model, call) -> Shape:

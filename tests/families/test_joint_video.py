@@ -23,23 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexclear
 from flexclear.compile import why_not_compiled
-from flexclear.compile.kernels import Kernel
 from flexclear.families import family_of
 from flexclear.families.target import latent_frames, px_per_token
-from flexclear.masks import Layout, all_frames, cylinder, dense_mask
+from flexclear.masks import all_frames, cylinder
 from flexclear.runtime.grid import GridReader
-from flexclear.runtime.plan import build_plan
 
 from contract import rows_joint_video as rows
 from contract.oracle import RADIUS, TOLERANCE, differ, expected, far, run, same, under
+from contract.pipelines import STEPS
 from contract.row import FRAME_RADIUS, Row
 from contract.shapes import Shape
 from helpers import models_joint_video as models
 from helpers import pipelines_joint_video as pipelines
 from helpers.pipeline_parts import PROMPTS, lora
-
-STEPS = 64
-"""As in ``contract.pipelines``: two steps, guidance and a decoder multiply what a model may err by."""
 
 
 @dataclass(frozen=True)
@@ -401,106 +397,6 @@ def test_hunyuan_video_15_takes_less_memory_than_one_mask_of_all_pairs():
     )
     kibibytes = int(done.stdout.split()[-1])
     assert kibibytes * 1024 < (3 * 72 * 72) ** 2
-
-
-PACKED = {
-    "minimax_h3": (models.tiny_minimax_h3, models.minimax_h3_call),
-    "cosmos3": (models.tiny_cosmos3, models.cosmos3_call),
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("minimax_h3", {"keyframes": ("first", "last")}), ("minimax_h3", {"sound": 3}), ("cosmos3", {"sound": 5})],
-    ids=str,
-)
-def test_a_packed_sequence_is_windowed_as_its_positions_say(kind, options):
-    """``Layout.from_positions`` of every token's own place, where the family gives a whole grid and where it begins."""
-    build, make = PACKED[kind]
-    found = facts(build(), make(3, 4, 5, 7, **options))
-    layout = Layout(4, 5, found.text_lens["joint"], order="raster", frames=found.frames)
-    length, count = layout.seq_len, 3 * 4 * 5
-    places = torch.full((length, 3), 99)
-    places[found.start : found.start + count] = torch.cartesian_prod(torch.arange(3), torch.arange(4), torch.arange(5))
-    local = torch.zeros(length, dtype=torch.bool)
-    local[found.start : found.start + count] = True
-    packed = Layout.from_positions(places, local).with_order("raster")
-    window = cylinder(2, 1)
-    wanted = torch.empty(length, length, dtype=torch.bool)
-    whole = packed.whole_permutation()
-    wanted[whole[:, None], whole] = dense_mask(packed, window)
-    plan = build_plan(layout, window, "sdpa", Kernel((32, 32)), torch.device("cpu"), backward=False)
-    there, _ = plan.packed_order(found.start) or (torch.arange(length),) * 2
-    ours = torch.empty_like(wanted)
-    ours[there[:, None], there] = plan.mask
-    assert torch.equal(ours, wanted)
-
-
-def test_keyframes_of_minimax_h3_are_no_frames_of_its_video():
-    """They share times and places with the first and the last, and see and are seen by all."""
-    for keyframes in ((), ("first",), ("first", "last")):
-        for sound in (0, 4):
-            call = models.minimax_h3_call(3, 4, 5, 7, sound=sound, keyframes=keyframes)
-            found = facts(models.tiny_minimax_h3(), call)
-            assert (found.frames, found.grids) == (3, ((4, 5),))
-            assert found.start == 7 + 20 * len(keyframes) + 2 * sound
-            assert found.text_lens == {"joint": found.start}
-
-
-def h3(**changes):
-    return lambda call: {name: change(call[name].clone()) for name, change in changes.items()}
-
-
-def shifted(positions):
-    positions[-1] = positions[-2]
-    return positions
-
-
-def twice(indices):
-    indices[-1] = indices[-2]
-    return indices
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (h3(position_ids=shifted), "each token at a position of its own"),
-        (h3(position_ids=lambda given: given[:-1]), "video_indices names number"),
-        (h3(video_indices=twice), "name a row of the sequence more than once"),
-        (h3(video_indices=lambda given: given[:0]), r"must be of shape \[tokens\] and not empty"),
-    ],
-)
-def test_packed_positions_that_are_no_video_are_refused(change, says):
-    model = flexclear.transform(models.tiny_minimax_h3(), r=RADIUS, frame_radius=1, backend="sdpa")
-    call = models.minimax_h3_call(3, 4, 5, 7)
-    with pytest.raises(ValueError, match=says):
-        run(model, {**call, **change(call)})
-    run(model, call)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"vision_tokens": []}, "needs vision_tokens as a list of latents"),
-        ({"vision_token_shapes": [(3, 5, 4), (3, 5, 4)]}, "takes one clip"),
-        ({"vision_token_shapes": [(3, 5, 5)]}, "3 x 5 x 5 = 75 places"),
-        ({"vision_sequence_indexes": torch.arange(3, 63)}, "not in the sequence of 67 tokens behind the 7"),
-        ({"vision_sequence_indexes": torch.arange(66, 6, -1)}, "are not one place after the other"),
-    ],
-)
-def test_calls_of_cosmos_3_that_do_not_fit_are_refused(change, says):
-    model = flexclear.transform(models.tiny_cosmos3(), r=RADIUS, frame_radius=1, backend="sdpa")
-    call = models.cosmos3_call(3, 4, 5, 7)
-    with pytest.raises(ValueError, match=says):
-        run(model, {**call, **change})
-    run(model, call)
-
-
-def test_a_sequence_of_cosmos_3_that_is_shared_out_is_refused():
-    model = flexclear.transform(models.tiny_cosmos3(), r=RADIUS, frame_radius=1, backend="sdpa")
-    model._cp_shard_fn = lambda *parts: parts
-    with pytest.raises(ValueError, match="shares its sequence out to several processes"):
-        run(model, models.cosmos3_call(3, 4, 5, 7))
 
 
 def test_text_that_is_padded_at_its_front_is_refused_by_mochi():

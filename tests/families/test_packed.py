@@ -18,6 +18,7 @@ import flexclear
 
 from contract import rows_packed
 from contract.oracle import RADIUS, TOLERANCE, differ, expected, far, run, same, windowed
+from contract.pipelines import STEPS
 from contract.row import Row
 from contract.shapes import Shape
 from helpers import models_packed as models
@@ -196,11 +197,6 @@ def load_lora(case: Case, pipe: Any) -> None:
     else:
         assert not hasattr(pipe, "load_lora_weights")
         pipe.transformer.load_lora_adapter(weights, prefix="transformer")
-
-
-STEPS = 64
-"""An image is made in two steps of a model that may err by ``TOLERANCE`` in each; guidance multiplies what differs by its scale,
-5 at most, and once more where it is added; the decoder passes on what it gets."""
 
 
 def drawn_under_the_mask(case: Case, pipe: Any, **options: Any) -> torch.Tensor:

@@ -5,8 +5,10 @@ Everything is of the class that the published pipeline has; nothing is downloade
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -366,7 +368,7 @@ MINIMAX_H3 = {"height": 96, "width": 128, "num_frames": 124, "num_inference_step
 """Options of a call: 37 x 3 x 4 tokens, the shortest clip that the pipeline makes; its last step is none."""
 
 
-def cosmos3(**config: Any):
+def cosmos3(sound_tokenizer: Any = None, **config: Any):
     """Cosmos 3 without its safety checker; a token covers 32 x 32 px and four frames."""
     from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 
@@ -382,9 +384,37 @@ def cosmos3(**config: Any):
             scheduler=UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000
             ),
+            sound_tokenizer=sound_tokenizer,
             enable_safety_checker=False,
         )
     )
+
+
+def cosmos3_with_sound():
+    """Cosmos 3 that makes sound, a latent of it for each 80 samples."""
+    from diffusers import Cosmos3AVAEAudioTokenizer
+
+    torch.manual_seed(4)
+    decoder = Cosmos3AVAEAudioTokenizer(
+        sampling_rate=48000,
+        vocoder_input_dim=6,
+        dec_dim=4,
+        dec_c_mults=(1, 2),
+        dec_strides=(40, 60),
+        encoder_enabled=False,
+    )
+    return cosmos3(sound_tokenizer=decoder.eval(), sound_gen=True, sound_dim=6, sound_latent_fps=20.0)
+
+
+def draw_with_sound(pipe: Any, decode: bool = True, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A video's latents, and its sound ``[channels, samples]`` or the latents of that, of two steps of Cosmos 3."""
+    generator = torch.Generator().manual_seed(2)
+    call = {**COSMOS3, "num_inference_steps": 2, "output_type": "latent", "enable_sound": True, **options}
+    with contextlib.ExitStack() as stack:
+        if not decode:
+            stack.enter_context(mock.patch.object(pipe, "decode_sound", lambda latent: latent))
+        found = pipe(generator=generator, **call)
+    return found.video, found.sound
 
 
 COSMOS3 = {"height": 96, "width": 160, "num_frames": 9, "use_system_prompt": False, "add_resolution_template": False}
