@@ -157,6 +157,7 @@ def demo(out, *options):
     return (out / "table.md").read_text()
 
 
+@pytest.mark.kept
 def test_the_demo_draws_shipped_students_beside_the_weights_that_never_saw_the_window(shipped, tmp_path, capsys):
     table = demo(tmp_path / "out")
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [

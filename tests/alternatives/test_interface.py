@@ -168,6 +168,7 @@ def test_ntk_factor_reaches_formulas(model):
         assert (run(model, call) - plain).abs().max() > 1e-3
 
 
+@pytest.mark.kept
 @pytest.mark.skipif(why_not_compiled(CPU) is not None, reason=str(why_not_compiled(CPU)))
 def test_a_swin_window_runs_by_compiled_flex_attention_too(model):
     call = flux_call(*GRID, 5)

@@ -101,6 +101,7 @@ def test_the_next_call_asks_dynamo_again(through_dynamo):
     assert len(through_dynamo) == 1
 
 
+@pytest.mark.kept
 @torch.no_grad()
 def test_heads_that_were_split_off_in_another_way_are_no_graph_of_their_own(mask):
     torch.compiler.reset()

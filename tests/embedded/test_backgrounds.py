@@ -152,6 +152,7 @@ def test_a_run_can_begin_with_the_exported_model(pipe, tmp_path):
     assert not (tmp_path / "other" / CHECKPOINT_NAME).exists()
 
 
+@pytest.mark.kept
 def test_a_run_that_began_with_the_exported_model_is_gone_on_with(pipe, tmp_path):
     folder = begin_with(embedded.model_directory(), tmp_path)
     torch.manual_seed(0)

@@ -297,6 +297,7 @@ def test_the_benchmarks_rows_are_windows_and_the_weights_that_ship_or_those_name
     assert [variant.name for variant in bench.variants_of([8, 4], [])] == ["clear_r8", "clear_r4"]
 
 
+@pytest.mark.kept
 def test_the_benchmark_fills_the_papers_table_from_pictures_that_it_keeps(folder, pipe, tmp_path):
     for package in PACKAGES.values():
         pytest.importorskip(package)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +40,6 @@ from flexclear.masks.shapes import MAX_FLOAT_RADIUS
 from flexclear.testing import assert_matches_dense, strategies
 from flexclear.testing.lists import blocks_of
 
-ROOT = Path(__file__).parents[2]
 WAN_720P = Layout(45, 80, text_len=0, frames=21)
 
 
@@ -203,19 +200,6 @@ def test_sliding_tiles_of_the_same_coverage_execute_more():
     tiles = TileWindow((6, 8, 8), (3, 5, 5))
     executed = cost(padded.with_order("raster"), tiles).pairs
     assert executed > 2 * cost(suited(WAN_720P, window), window, block_size=(128, 64)).executed_pairs
-
-
-def test_the_results_page_has_the_table_that_was_counted():
-    rows = json.loads((ROOT / "bench" / "results" / "clips.json").read_text())["rows"]
-    page = (ROOT / "docs" / "results.md").read_text()
-    for label, window in (("cylinder(16, 4)", cylinder(16, 4)), ("all_frames(8)", all_frames(8))):
-        row = next(row for row in rows if row["window"] == label and row["layout"].startswith("Wan"))
-        order = tuple(row["order"])
-        assert suited(WAN_720P, window).order == order
-        assert cost(WAN_720P.with_order(order), window, block_size=(128, 64)).amplification == row["chosen"]
-    for row in rows[:5]:
-        line = next(line for line in page.splitlines() if line.startswith(f"| `{row['window']}` | "))
-        assert f"| {row['raster']:.2f} | {row['bands_4_4']:.2f} | **{row['chosen']:.2f}** |" in line
 
 
 def test_counts_of_long_clips_are_exact_without_pairs():

@@ -53,10 +53,13 @@ def check(layout):
             assert torch.equal(found, expected), (layout, reads)
 
 
+@pytest.mark.kept("*one text*")
+@pytest.mark.parametrize("texts", [1, len(TEXTS)], ids=["one text", "all texts"])
 @pytest.mark.parametrize("order", sorted(ORDERS))
-def test_every_grid_up_to_40_x_40(order):
-    for height, width, (text_len, text_first) in itertools.product(range(1, 41), range(1, 41), TEXTS):
-        check(Layout(height, width, text_len, text_first, order))
+def test_every_grid_up_to_40_x_40(order, texts):
+    for number, (height, width) in enumerate(itertools.product(range(1, 41), range(1, 41))):
+        for text_len, text_first in (TEXTS[(number + more) % len(TEXTS)] for more in range(texts)):
+            check(Layout(height, width, text_len, text_first, order))
 
 
 sides = st.integers(1, 1024)

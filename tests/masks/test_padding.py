@@ -45,6 +45,7 @@ def test_padded_text_is_seen_by_nobody_and_all_else_stays(drawn, block_size, bat
         assert not (blocks.any(-1).any(-1) & ~full & ~partial).any()
 
 
+@pytest.mark.kept
 @pytest.mark.skipif(
     why_not_compiled(torch.device("cpu")) is not None, reason=str(why_not_compiled(torch.device("cpu")))
 )

@@ -55,6 +55,7 @@ def test_three_bands_are_the_whole_picture(group):
         assert "the 2 of this FluxTransformer2DModel are not divisible by 3 ranks" in message
 
 
+@pytest.mark.kept
 @pytest.mark.parametrize("group", [4], indirect=True)
 def test_a_mesh_gives_each_group_a_picture_of_its_own(group):
     found = group.results("two_pictures_at_once")
