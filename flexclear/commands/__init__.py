@@ -1,1 +1,1 @@
-"""The commands of ``flexclear``, one module each: they read arguments and print; the work is done elsewhere."""
+"""The commands of ``flexclear``, one module each. They read arguments and print; other packages do the work."""

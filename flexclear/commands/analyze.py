@@ -22,7 +22,7 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")]
 TextLen = Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-Device = Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")]
+Device = Annotated[str, typer.Option(help="Where to run; auto: CUDA if available.")]
 
 
 def _settings(
@@ -35,7 +35,7 @@ def _settings(
     device: str,
     out: Path,
 ) -> GenerateSettings:
-    """What is drawn, checked as far as that goes without torch."""
+    """Settings of the image, checked as far as possible without torch."""
     settings = GenerateSettings(
         model,
         (prompt,),
@@ -111,7 +111,7 @@ def attention(
 ) -> None:
     """Draw one image and look at its attention: maps of queries over it, mass against distance for every layer.
 
-    Writes picture.png, maps_*.png, mass.png, mass.md and mass.json. Scores of some queries are held at a time.
+    Writes picture.png, maps_*.png, mass.png, mass.md and mass.json. Only the scores of some queries are in memory at a time.
     """
     import inspect
     import json
@@ -189,8 +189,8 @@ def perturb(
 ) -> None:
     """Draw one image as it is and with clipped relative distances in the rotary embedding, and compare.
 
-    Each axis by itself: --remote 8 makes no row or column difference larger than 8, --local 8 none smaller (0 becomes 8).
-    Pairs with text stay. Writes perturb.png, the images, perturb.md and perturb.json.
+    Each axis is clipped by itself: --remote 8 makes no row or column difference larger than 8, --local 8 none smaller (0
+    becomes 8). Pairs with text are unchanged. Writes perturb.png, the images, perturb.md and perturb.json.
     """
     import json
 
@@ -245,11 +245,11 @@ def cost(
     channels: Annotated[int, typer.Option(min=1, help="Heads times head dimension.")] = 3072,
     text_len: Annotated[int, typer.Option(min=0, help="Text tokens.")] = 512,
     results: Annotated[
-        Path | None, typer.Option(help="Folder with results of bench/attention/speed.py, to be put beside.")
+        Path | None, typer.Option(help="Folder with results of bench/attention/speed.py, for comparison.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for table, numbers and plots.")] = Path("analysis"),
 ) -> None:
-    """FLOPs by the cost model, published times, and measured ones. Writes cost.png, cost.md and cost.json."""
+    """FLOPs from the cost model, published times, and measured times. Writes cost.png, cost.md and cost.json."""
     import json
     from dataclasses import asdict
 

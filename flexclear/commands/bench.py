@@ -14,7 +14,7 @@ from flexclear.common.extras import require
 from flexclear.measuring.names import CONFIGS
 
 SIZES = {"cpu": "512,1024", "cuda": "1024,2048,4096"}
-"""By default, by kind of device: what takes minutes."""
+"""Default sizes by kind of device: what takes minutes."""
 
 
 def bench(
@@ -30,28 +30,30 @@ def bench(
     r: Annotated[str, typer.Option("--r", help="Window radii in tokens, separated by commas.")] = "8,16",
     text_len: Annotated[int | None, typer.Option(min=0, help="Text tokens. Default: the model's.")] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA if available.")] = "auto",
     blocks: Annotated[
-        int, typer.Option(min=0, help="Blocks of each kind that are run, the others reckoned; 0: all.")
+        int, typer.Option(min=0, help="Blocks of each kind to run; the others are estimated. 0: all.")
     ] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each measurement; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each measurement, of which the median is taken.")] = 5,
     seconds: Annotated[
-        float, typer.Option(min=1, callback=finite, help="For a size, after which no further round is begun.")
+        float, typer.Option(min=1, callback=finite, help="Time per size, after which no further round starts.")
     ] = 120,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too, on CPU in processes of their own.")] = True,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory; on a CPU in separate processes.")] = True,
     png: Annotated[Path | None, typer.Option(help="Draw the times into this file; needs matplotlib.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Find the fastest blocks and kernel options first, and keep them.")
     ] = False,
-    tune_seconds: Annotated[float, typer.Option(min=1, callback=finite, help="For tuning, all radii together.")] = 120,
+    tune_seconds: Annotated[
+        float, typer.Option(min=1, callback=finite, help="Time for tuning, all radii together.")
+    ] = 120,
     forget: Annotated[bool, typer.Option("--forget", help="Delete what --tune kept, and do nothing else.")] = False,
 ) -> None:
-    """Measure dense and windowed attention, a step and its memory at a model's shapes, on this machine.
+    """Measure dense and windowed attention, a step and its memory on this machine, with the shapes of a model.
 
-    Weights are random, nothing is downloaded. Every result is checked against float32 in the same run. The rates are kept in
-    the user's cache folder, and flexclear explain predicts with them.
+    Weights are random, and nothing is downloaded. Every result is checked against float32 in the same run. The rates are kept
+    in the user's cache folder; flexclear explain predicts with them.
     """
     if forget:
         from flexclear.compile import tuned

@@ -1,4 +1,4 @@
-"""Options that every command has, and types of options that several have."""
+"""Options that every command has, and types of options that several share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PANEL = "Output"
 
 
 def finite(value: float | None) -> float | None:
-    """Callback of an option that takes a finite number."""
+    """Callback of an option whose value must be finite."""
     try:
         check_finite("it", value)
     except ValueError as error:
@@ -25,17 +25,17 @@ def finite(value: float | None) -> float | None:
 
 
 def must_exist(path: Path, what: str = "no folder") -> None:
-    """Raise unless there is something at ``path``.
+    """Raise unless ``path`` exists.
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: it does not.
     """
     if not path.expanduser().exists():
         raise FileNotFoundError(f"{what} {path}")
 
 
 def out_folder(out: Path, option: str = "--out") -> None:
-    """Raise unless a folder ``out`` is there, or can be made as far as its place tells.
+    """Raise unless the folder ``out`` exists, or can be made as far as its path tells.
 
     Raises:
         ValueError: it is a file, is named like one, or a part of its path is one.
@@ -49,7 +49,7 @@ def out_folder(out: Path, option: str = "--out") -> None:
 
 
 def out_file(out: Path, option: str) -> None:
-    """Raise unless a file ``out`` can be written, as far as its place tells.
+    """Raise unless a file ``out`` can be written, as far as its path tells.
 
     Raises:
         ValueError: it is a folder, or a part of its path is a file.
@@ -66,12 +66,12 @@ def _inside_folders(out: Path, option: str) -> None:
 
 
 def check_ray(address: str | None, actors: int | None) -> None:
-    """Raise where ``--ray`` cannot be, or ``--ray-actors`` is given without it.
+    """Raise if ``--ray`` cannot be used, or if ``--ray-actors`` is given without it.
 
     Raises:
         ImportError: Ray is not installed.
         OSError: no cluster is there.
-        ValueError: the address is none, or there is none.
+        ValueError: the address is invalid, or there is none.
     """
     if address is not None:
         from flexclear.cluster.connection import check_address
@@ -84,12 +84,12 @@ def check_ray(address: str | None, actors: int | None) -> None:
 Ray = Annotated[
     str | None,
     typer.Option(
-        help="Many images on the GPUs of a Ray cluster: HOST:PORT of one that this machine is a node of, auto (find it), or "
+        help="Many images on the GPUs of a Ray cluster: HOST:PORT of one that has this machine as a node, auto (find it), or "
         "local (the GPUs of this machine). Needs the extra ray."
     ),
 ]
 RayActors = Annotated[
-    int | None, typer.Option(min=1, help="Of --ray: pipelines at once. Default: one per GPU; without GPUs, per node.")
+    int | None, typer.Option(min=1, help="With --ray: pipelines at once. Default: one per GPU; without GPUs, per node.")
 ]
 
 
@@ -104,10 +104,11 @@ def _show_version(asked: bool) -> None:
 _OPTIONS: dict[str, Any] = {
     "quiet": Annotated[
         bool,
-        typer.Option("--quiet", rich_help_panel=PANEL, help="Neither progress nor remarks, only results and errors."),
+        typer.Option("--quiet", rich_help_panel=PANEL, help="No progress or remarks, only results and errors."),
     ],
     "verbose": Annotated[
-        bool, typer.Option("--verbose", rich_help_panel=PANEL, help="What is done, and what other libraries say.")
+        bool,
+        typer.Option("--verbose", rich_help_panel=PANEL, help="Log what is done, and what other libraries report."),
     ],
     "debug": Annotated[bool, typer.Option("--debug", rich_help_panel=PANEL, help="Show the traceback of an error.")],
     "version": Annotated[
@@ -144,15 +145,15 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _nothing() -> None:
-    """Of a group of commands, which itself does nothing."""
+    """Callback of a group of commands, which itself does nothing."""
 
 
 class Commands(typer.Typer):
-    """A group of commands, which and each of which has ``--quiet``, ``--verbose``, ``--debug`` and ``--version``.
+    """A group of commands. It and each of its commands have ``--quiet``, ``--verbose``, ``--debug`` and ``--version``.
 
     Args:
         help: what the group is for.
-        options: of ``typer.Typer``.
+        options: those of ``typer.Typer``.
     """
 
     def __init__(self, help: str, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""``--config FILE``: options from a YAML file, or those that an image was drawn with."""
+"""``--config FILE``: options from a YAML file, or the ones that an image was drawn with."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KINDS: dict[type, str] = {
     str: "a text or a whole number",
     Path: "a path",
 }
-"""What a value of each type is called."""
+"""What messages call a value of each type."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What an option takes: type, whether several, range, and the value without it."""
+    """What an option takes: type, whether several values, range, and default."""
 
     kind: type
     several: bool
@@ -48,7 +48,7 @@ def _entry(parameter: inspect.Parameter) -> Entry:
 
 
 def read_config(path: Path, entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Values by the names of their parameters.
+    """Return the values by parameter name.
 
     Args:
         path: a YAML file whose keys are options' names, with hyphens or underscores; or an image or video of
@@ -57,7 +57,7 @@ def read_config(path: Path, entries: Mapping[str, Entry]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is neither, an option is unknown, or a value is none that it takes.
+        ValueError: it is neither, an option is unknown, or a value is not one that the option takes.
     """
     path = path.expanduser()
     if not path.exists():
@@ -91,10 +91,10 @@ def read_config(path: Path, entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def _value(value: Any, entry: Entry, name: str) -> Any:
-    """A value in the type of its option.
+    """Return a value converted to its option's type.
 
     Raises:
-        ValueError: it is none that the option takes.
+        ValueError: it is not one that the option takes.
     """
     if entry.several:
         items = value if isinstance(value, list) else [value]
@@ -126,10 +126,10 @@ def _single(value: Any, entry: Entry, name: str) -> Any:
 def configurable(
     alternatives: Callable[[set[str], dict[str, Any]], set[str]],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator of a command: it takes ``--config FILE``, and what is on the command line takes precedence.
+    """Decorate a command to take ``--config FILE``. Options on the command line take precedence.
 
     Args:
-        alternatives: given the names that are on the command line, and all values, those that they take the place of.
+        alternatives: returns the options that those on the command line replace, given their names and all values.
 
     The command gets ``config``, the file or None, and ``from_line``, the names of the options on the command line.
     """
@@ -161,8 +161,8 @@ def configurable(
                 typer.Option(
                     is_eager=True,
                     callback=read,
-                    help="YAML file of options by their names, or an image or video that was drawn, whose options are "
-                    "taken; those on the command line take precedence.",
+                    help="YAML file of options by name, or a generated image or video, whose options are "
+                    "used; those on the command line take precedence.",
                 ),
             ],
         )

@@ -19,11 +19,11 @@ data = Commands("Images to train on: drawn by the teacher, encoded once.")
 def generate(
     model: Annotated[str, typer.Argument(help="Pipeline folder, hub id, or 'embedded'.")],
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
-    count: Annotated[int, typer.Option(min=1, help="Images in all; prompts are gone through again and again.")],
+    count: Annotated[int, typer.Option(min=1, help="Images in total; prompts repeat in order.")],
     out: Annotated[Path, typer.Option(help="Folder for images and captions.")],
     shard: Annotated[str, typer.Option(help="I/N: only every N-th image from I on, for N processes.")] = "0/1",
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first image; each next one has the next.")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first image; later ones count up.")
     ] = 0,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels. Default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
@@ -32,14 +32,14 @@ def generate(
     ] = None,
     text_len: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: the pipeline's.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA if available.")] = "auto",
     ray: Ray = None,
     ray_actors: RayActors = None,
 ) -> None:
-    """Draw COUNT images with the plain model, each with its caption in a .txt file beside it.
+    """Draw COUNT images with the original model, each with its caption in a .txt file beside it.
 
-    Images that are there are kept: the same command resumes where it was stopped, on any number of processes. Other
-    settings than theirs (settings.json) are an error; a deleted caption is written again.
+    Existing images are kept: the same command resumes where it was stopped, on any number of processes. It is an error if the
+    settings differ from those in settings.json. A deleted caption is written again.
     """
     from flexclear.common.choices import parse_size
     from flexclear.generation.parsing import parse_shard, read_prompts
@@ -100,22 +100,22 @@ def cache(
     model: Annotated[str, typer.Option(help="Pipeline folder, hub id, or 'embedded', whose encoders are used.")],
     out: Annotated[Path, typer.Option(help="Folder for the cache.")],
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH that every image is scaled and cut to. Default: its own size.")
+        str | None, typer.Option(help="HEIGHTxWIDTH that every image is scaled and cropped to. Default: its own size.")
     ] = None,
     text_len: Annotated[int | None, typer.Option(min=1, help="Text tokens. Default: 512; embedded: 64.")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples per file.")] = 256,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16; auto: bfloat16 on CUDA, else float32.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA if available.")] = "auto",
     ray: Ray = None,
     ray_actors: RayActors = None,
 ) -> None:
     """Encode images and captions once, so that training loads neither text encoders nor VAE.
 
-    Captions: NAME.txt or NAME.json (with "prompt") beside each image, in .tar files too; or metadata.jsonl with
-    file_name and text. A damaged image or .tar file is named and skipped. The same command resumes where it was stopped;
-    a cache of images that were replaced since is an error.
+    Captions: NAME.txt or NAME.json (with "prompt") beside each image, in .tar files too; or metadata.jsonl with file_name and
+    text. A damaged image or .tar file is named and skipped. The same command resumes where it was stopped. If images have been
+    replaced since they were cached, that is an error.
     """
     from flexclear.common.choices import parse_size
     from flexclear.generation.settings import model_folder

@@ -31,14 +31,14 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheet and the table.")] = Path("demo"),
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first prompt's noise; each next one has the next.")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first prompt's noise; later ones count up.")
     ] = 0,
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 16,
     size: Annotated[int, typer.Option(min=64, help="Image side in pixels, a multiple of 8.")] = 128,
 ) -> None:
     """Draw prompts with the embedded pipeline, dense and under several windows, side by side.
 
-    Where weights distilled for a window ship with the package, that window is drawn with them, too.
+    If weights distilled for a window ship with the package, that window is drawn with them, too.
     """
     from flexclear import embedded
 

@@ -20,7 +20,7 @@ def distill(
     pixels: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH for --estimate. Default: 1024x1024.")] = None,
     text_len: Annotated[int, typer.Option(min=1, help="Text tokens for --estimate.")] = 512,
 ) -> None:
-    """Train a model's attention to stay with its dense self under a window.
+    """Train a model's attention to match its dense self under a window.
 
     The same command resumes where it was stopped. For several GPUs: accelerate launch -m flexclear distill CONFIG.
     """
@@ -40,7 +40,7 @@ def distill(
         return
     from flexclear.distill.trainer import distill as train
 
-    # Of several processes, as torchrun and accelerate launch start them, the first one speaks.
+    # With several processes, as started by torchrun and accelerate launch, only the first one prints.
     first = os.environ.get("RANK", "0") == "0"
     lines = console(quiet=not first)
     with progress_bars(lines, "{task.fields[loss]}") as progress:

@@ -8,9 +8,9 @@ import typer
 
 
 def doctor(
-    device: Annotated[str, typer.Option(help="Device to look at; auto: CUDA where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device to check; auto: CUDA if available.")] = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Ask only, run nothing: saves the half minute of compiling.")
+        bool, typer.Option("--quick", help="Only query, run nothing: saves half a minute of compiling.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:

@@ -13,7 +13,7 @@ from flexclear.commands.terminal import console, progress_bars
 from flexclear.common.metrics import METRICS, parse_metrics, require_for_metrics
 
 IMAGES, PICTURES = "images", "pictures"
-"""The command's name, and what it was called before, which still does."""
+"""The command's name, and its earlier name, which still works."""
 
 
 class _ImagesByDefault(TyperGroup):
@@ -37,14 +37,14 @@ evaluation = Commands(
 
 @evaluation.command(IMAGES)
 def images(
-    a_dir: Annotated[Path, typer.Argument(help="Folder of the images that are judged.")],
-    b_dir: Annotated[Path, typer.Argument(help="Folder of what they are compared with; pairs are made by file name.")],
+    a_dir: Annotated[Path, typer.Argument(help="Folder of the images to score.")],
+    b_dir: Annotated[Path, typer.Argument(help="Folder of the images to compare with; paired by file name.")],
     metrics: Annotated[str, typer.Option(help=f"Of {', '.join(METRICS)}; or all.")] = "all",
     prompts: Annotated[
         Path | None,
         typer.Option(
             help="Prompts of A's images, for clip-t: one per line in the order of names, or .json / .jsonl with names. "
-            "Default: those that PNGs of flexclear carry."
+            "Default: those stored in flexclear's PNGs."
         ),
     ] = None,
     size: Annotated[
@@ -56,17 +56,17 @@ def images(
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch CLIP and DINO from the hub if missing.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
-    device: Annotated[str, typer.Option(help="Where networks run; auto: CUDA where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where networks run; auto: CUDA if available.")] = "auto",
     common: Annotated[
-        bool, typer.Option("--common", help="Measure the pairs that there are, where an image has no partner.")
+        bool, typer.Option("--common", help="Ignore images without a partner, and measure the other pairs.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for scores.json, scores.md and what is known so far.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for scores.json, scores.md and intermediate results.")] = Path(
         "evaluation"
     ),
 ) -> None:
     """Score the images of A against those of B. The same command resumes where it was stopped.
 
-    A metric whose network cannot be had is reported as not computed, with the reason; the others go on.
+    A metric whose network is missing is reported as not computed, with the reason; the others are computed.
     """
     from flexclear.common.choices import parse_size
 

@@ -17,14 +17,14 @@ def explain(
     num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: an image.")] = None,
     frame_radius: Annotated[
         str | None,
-        typer.Option(help="Of a video: frames after its VAE on either side that a window sees, or 'all'."),
+        typer.Option(help="For a video: latent frames on either side that a window sees, or 'all'."),
     ] = None,
     frames_per_token: Annotated[
-        int, typer.Option(min=1, help="Frames that the VAE makes one of, after the first: 4, of LTX 8.")
+        int, typer.Option(min=1, help="Frames that the VAE merges into one, after the first: 4; LTX: 8.")
     ] = 4,
     text_len: Annotated[
         int | None,
-        typer.Option(min=0, help="Text tokens in attention: 512 for FLUX.1, 333 for SD3. Default: 512, of a video 0."),
+        typer.Option(min=0, help="Text tokens in attention: 512 for FLUX.1, 333 for SD3. Default: 512; video: 0."),
     ] = None,
     px_per_token: Annotated[int, typer.Option(min=1, help="Pixels per token and side; 1: sizes are in tokens.")] = 16,
     channels: Annotated[
@@ -32,10 +32,10 @@ def explain(
     ] = 3072,
     png: Annotated[Path | None, typer.Option(help="Draw one query's window and the block map into this file.")] = None,
     table: Annotated[
-        bool, typer.Option(help="Add a table over image sizes, and where dense attention is faster.")
+        bool, typer.Option(help="Add a table over image sizes, with the sizes at which dense attention is faster.")
     ] = False,
 ) -> None:
-    """Print density, full, partial and skipped blocks and the predicted work of one attention layer, of an image or a video."""
+    """Print density, full, partial and skipped blocks, and predicted work of one attention layer for an image or a video."""
     for option, value in (("height", height), ("width", width)):
         if value < px_per_token:
             raise ValueError(f"--{option} must be at least one token's {px_per_token} pixels, got {value}")

@@ -1,4 +1,4 @@
-"""What the command line says when something goes wrong, and the exit status that goes with it."""
+"""Error messages of the command line, and the exit statuses that go with them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def describe(error: BaseException, interrupted: bool = False) -> tuple[str, int]:
-    """The line that says what went wrong, and the exit status.
+    """Return the line that says what went wrong, and the exit status.
 
-    An error that flexclear raises by a ``raise`` of its own, or that a library raises about a value or a file, is about
-    what the user gave. Any other TypeError, KeyError and so on, ours or a library's, is ours and is not passed off as bad
-    input.
+    An error is about the user's input if flexclear raised it with a ``raise`` of its own, or if a library raised it about a
+    value or a file. Any other TypeError, KeyError and so on, ours or a library's, is an internal error and is not passed off as
+    bad input.
 
     Args:
         error: what was raised.
-        interrupted: whether Ctrl-C was pressed; libraries turn it into other errors when they are imported meanwhile.
+        interrupted: whether Ctrl-C was pressed; libraries that are being imported turn it into other errors.
     """
     if isinstance(error, KeyboardInterrupt) or (interrupted and _from_interrupt(error)):
         return "interrupted", INTERRUPTED
     usage = getattr(error, "format_message", None)
-    if usage is not None:  # Of the parser of the command line: typer's own click, or in older releases click's.
+    if usage is not None:  # From the command line's parser: typer's own click, or click itself in older releases.
         context = getattr(error, "ctx", None)
         help_at = "" if context is None else f". See {context.command_path} --help"
         return usage().rstrip(".") + help_at, USAGE
@@ -58,7 +58,7 @@ def _about_input(error: BaseException) -> bool:
         return False
     if not _raised_by_us(error):
         return isinstance(error, ValueError) and not _in_flexclear(error)
-    # A reader of settings raises a TypeError again with the file's name before its text.
+    # A reader of settings re-raises a TypeError with the file's name in front of its text.
     cause = error.__cause__
     if isinstance(error, TypeError) and isinstance(cause, TypeError) and str(cause) in str(error):
         return _about_input(cause)
@@ -78,13 +78,13 @@ def _in_flexclear(error: BaseException) -> bool:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Whether a ``raise`` statement in flexclear raised it, not an operation that failed."""
+    """Whether a ``raise`` statement in flexclear raised it, rather than a failed operation."""
     found = _innermost(error)
     return found is not None and _in_flexclear(error) and found.tb_frame.f_code.co_code[found.tb_lasti] == _RAISE
 
 
 def _from_interrupt(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind it. Modules in C and C++ raise ImportError or SystemError instead, some without a cause."""
+    """Whether Ctrl-C caused it. Modules in C and C++ raise ImportError or SystemError instead, some without a cause."""
     return isinstance(error, ImportError | SystemError) or any(
         isinstance(one, KeyboardInterrupt) for one in _chain(error)
     )

@@ -17,7 +17,7 @@ from flexclear.common.extras import require
 
 def fuzz(
     seconds: Annotated[float, typer.Option(min=0, callback=finite, help="How long to try.")] = 60,
-    device: Annotated[str, typer.Option(help="cpu, or cuda: log-sum-exp and gradients too.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: also checks log-sum-exp and gradients.")] = "cpu",
     window: Annotated[list[str] | None, typer.Option(help="Kind of window; repeat. Default: all.")] = None,
     own: Annotated[
         str | None, typer.Option(help="A mask_mod factory of your own, MODULE:NAME, layout -> mask_mod.")
@@ -25,9 +25,9 @@ def fuzz(
     masks_only: Annotated[
         bool, typer.Option(help="Check masks without compiled attention, which takes most of the time.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Of the random choices. Default: another one each time.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random choices. Default: a new one each time.")] = None,
 ) -> None:
-    """Try random masks against their definitions; shrink a failure and print it as Python. Exit status 1 on failure.
+    """Check random masks against their definitions; shrink a failure and print it as Python. Exit status 1 on failure.
 
     Layouts have up to 70,000 tokens, reference grids and padded text; token orders, pooled keys, costs and the masks of
     several ranks are checked too.
@@ -69,7 +69,7 @@ def _load(path: str) -> Callable[[Any], Any]:
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # It is the user's module, whatever it raises.
+    except Exception as error:  # It is the user's module, and may raise anything.
         raise ValueError(f"--own must name a function as MODULE:NAME, {path!r} cannot be loaded: {error}") from error
     if not callable(found):
         raise TypeError(f"--own must name a function layout -> mask_mod, {path!r} is a {type(found).__name__}")

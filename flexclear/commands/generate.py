@@ -17,7 +17,7 @@ from flexclear.common.extras import require
 
 
 def _replaced(line: set[str], values: dict[str, Any]) -> set[str]:
-    """Options of ``--config`` that those on the command line take the place of."""
+    """Options of ``--config`` that those on the command line replace."""
     stages = {"highres", "highres_method", "shift", "stages"}
     found: set[str] = set()
     for either, other in (
@@ -51,14 +51,16 @@ def generate(
     width: Annotated[int | None, typer.Option(min=1, help="Width in pixels, with --height.")] = None,
     highres: Annotated[
         str | None,
-        typer.Option(help="Sizes of stages, each enlarged to the next: 1024,2048,4096, or HEIGHTxWIDTH,HEIGHTxWIDTH."),
+        typer.Option(
+            help="Sizes of the stages, each enlarged to the next: 1024,2048,4096, or HEIGHTxWIDTH,HEIGHTxWIDTH."
+        ),
     ] = None,
     highres_method: Annotated[str, typer.Option(help="How stages enlarge: sdedit or imax.")] = "sdedit",
     strength: Annotated[
         float | None,
         typer.Option(
             callback=finite,
-            help="Share of the steps that run: from --image (above 0, up to 1; default: the pipeline's), of SDEdit (0.7).",
+            help="Fraction of the steps that run: with --image (above 0, up to 1; default: the pipeline's), or of SDEdit (0.7).",
         ),
     ] = None,
     shift: Annotated[
@@ -72,25 +74,25 @@ def generate(
         str | None,
         typer.Option(
             "--r",
-            "--radius",  # torchrun takes --r for an abbreviation of its own options
+            "--radius",  # torchrun takes --r as an abbreviation of its own options
             help="Window radius in tokens, or 'dense': the plain model. Default: the weights', or 16.",
         ),
     ] = None,
     down_factor: Annotated[
-        int | None, typer.Option(min=1, help="Side in tokens of cells that are pooled into further keys.")
+        int | None, typer.Option(min=1, help="Side in tokens of the cells that are pooled into extra keys.")
     ] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the pipeline's.")] = None,
     frame_radius: Annotated[
         str | None,
-        typer.Option(help="Frames of the latents on either side that a video's window sees: a number, or 'all'."),
+        typer.Option(help="Latent frames on either side that a video's window sees: a number, or 'all'."),
     ] = None,
     fps: Annotated[
-        float | None, typer.Option(callback=finite, help="Frames per second that a video is written with. Default: 16.")
+        float | None, typer.Option(callback=finite, help="Frames per second of the video file. Default: 16.")
     ] = None,
     format: Annotated[
         str | None,
         typer.Option(
-            help="Of videos: gif, png (a folder of frames), or mp4 (extra video). Default: as --out ends, or gif."
+            help="For videos: gif, png (a folder of frames), or mp4 (extra video). Default: the suffix of --out, or gif."
         ),
     ] = None,
     weights: Annotated[
@@ -98,10 +100,10 @@ def generate(
     ] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Quantize with the best FP8 recipe that runs here.")] = False,
     recipe: Annotated[
-        str | None, typer.Option(help="Quantize with this one: rowwise, tensorwise, weight_only, int8.")
+        str | None, typer.Option(help="Quantize with this recipe: rowwise, tensorwise, weight_only, int8.")
     ] = None,
     min_features: Annotated[
-        int | None, typer.Option(min=16, help="Linears smaller than this are not quantized. Default: 256.")
+        int | None, typer.Option(min=16, help="Linear layers smaller than this are not quantized. Default: 256.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the pipeline's.")] = None,
     seed: Annotated[
@@ -111,30 +113,30 @@ def generate(
         float | None, typer.Option(callback=finite, help="Guidance scale. Default: the pipeline's.")
     ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What to keep away from; FLUX.1 and HunyuanVideo need --true-cfg-scale with it.")
+        str | None, typer.Option(help="What to avoid; FLUX.1 and HunyuanVideo also need --true-cfg-scale.")
     ] = None,
     true_cfg_scale: Annotated[
         float | None,
         typer.Option(
-            callback=finite, help="Weight of --negative-prompt where --guidance is another one. Doubles the work."
+            callback=finite, help="Weight of --negative-prompt if --guidance means something else. Doubles the work."
         ),
     ] = None,
     image: Annotated[
         Path | None,
         typer.Option(
-            help="Draw from this image, scaled and cut to --size. Default size: its own; for editing, the pipeline's."
+            help="Draw from this image, scaled and cropped to --size. Default size: its own; for editing, the pipeline's."
         ),
     ] = None,
     control_image: Annotated[
-        Path | None, typer.Option(help="Follow this image, by --controlnet or where the pipeline does so by itself.")
+        Path | None, typer.Option(help="Follow this image, with --controlnet or a pipeline that does so by itself.")
     ] = None,
     controlnet: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a ControlNet, or 'embedded' with the embedded model.")
+        str | None, typer.Option(help="Folder or hub id of a ControlNet, or 'embedded' for the embedded model.")
     ] = None,
     control_mode: Annotated[
         str | None,
         typer.Option(
-            help="Kind of --control-image, of a ControlNet for several: its number; embedded: grey, blur or tile."
+            help="Kind of --control-image, for a ControlNet with several: its number; embedded: grey, blur or tile."
         ),
     ] = None,
     control_scale: Annotated[
@@ -149,30 +151,30 @@ def generate(
         int,
         typer.Option(
             min=1,
-            help="Images per call, of one size and in their order. Each is the one that it is by itself, to rounding; seconds "
+            help="Images per call, of one size and in order. Each is the same as when drawn alone, up to rounding; seconds "
             "and memory are the call's.",
         ),
     ] = 1,
     offload: Annotated[
         str | None,
         typer.Option(
-            help="Keep weights in main memory but for: one model (model), one layer (sequential), one block (group). Slower "
+            help="Keep weights in main memory except for one model (model), one layer (sequential) or one block (group). Slower "
             "in this order: model, group, sequential."
         ),
     ] = None,
     vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory, images differ a little.")
+        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory, slightly different images.")
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Tell the peak of memory: of the CUDA device, else of the process.")
+        bool, typer.Option("--memory", help="Report peak memory, of the CUDA device or else of the process.")
     ] = False,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA if available.")] = "auto",
     backend: Annotated[str, typer.Option(help="Attention: auto, flex or sdpa.")] = "auto",
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the blocks; pays off from some dozens of steps on.")
+        bool, typer.Option("--compile", help="Compile the blocks; pays off from a few dozen steps on.")
     ] = False,
     parallel: Annotated[
         bool,
@@ -181,10 +183,11 @@ def generate(
         ),
     ] = False,
     parallel_text: Annotated[
-        str, typer.Option(help="Of --parallel: text sees the whole image (exact), or averages (average).")
+        str, typer.Option(help="With --parallel: text sees the whole image (exact), or averages (average).")
     ] = "exact",
     exchange: Annotated[
-        str, typer.Option(help="Of --parallel: sync, or stale: borders of the step before while new ones travel.")
+        str,
+        typer.Option(help="With --parallel: sync, or stale (use borders of the previous step while new ones travel)."),
     ] = "sync",
     ray: Ray = None,
     ray_actors: RayActors = None,
@@ -192,21 +195,21 @@ def generate(
         Path, typer.Option(help="Folder, or a .png file for one image, a .gif or .mp4 file for one video.")
     ] = Path("images"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Number from 1 and replace. Else a folder's numbers go on.")
+        bool, typer.Option("--overwrite", help="Number from 1 and replace. Otherwise numbers in a folder continue.")
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Keep the finished images of this set in the folder, draw the missing ones."),
+        typer.Option("--resume", help="Keep this set's finished images in the folder, and draw the missing ones."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON per image on standard output.")] = False,
     *,
     config: Path | None = None,
     from_line: set[str],
 ) -> None:
-    """Draw every prompt at every size with every seed. Each file carries its settings; same seed, same image or video.
+    """Draw every prompt at every size with every seed. Each file carries its settings. Equal seeds give equal images or videos.
 
-    A file that exists is never replaced unless --overwrite says so: in a folder numbers go on after the highest one,
-    a single file is an error. Ctrl-C keeps what is finished; the same command with --resume completes the set.
+    Existing files are only replaced with --overwrite: in a folder, numbers continue after the highest one; for a single file,
+    it is an error. Ctrl-C keeps what is finished; the same command with --resume completes the set.
     """
     from flexclear.common.choices import parse_frame_radius, parse_sizes
     from flexclear.generation.parsing import parse_lora, parse_radius
@@ -275,7 +278,7 @@ def generate(
     lines = console(quiet=silent)
     if config is not None and (config.is_dir() or config.suffix.lower() in IMAGES) and not from_line & set(FILES):
         for cause in changed_since(config.expanduser(), setup.fingerprints, versions()):
-            lines.print(f"the image may come out otherwise: {cause}")
+            lines.print(f"the image may come out differently: {cause}")
     if model == EMBEDDED:
         from flexclear.embedded import unknown_words
 
@@ -328,7 +331,7 @@ def generate(
 
 
 def _line(drawn: Any, memory: bool) -> str:
-    """What is told of an image: of its memory where that was asked for."""
+    """The line printed for an image, with its memory if requested."""
     pace = drawn.median_step_seconds
     frames = "" if drawn.frames is None else f"{drawn.frames} frames of "
     told = (

@@ -16,7 +16,10 @@ def play(
         str, typer.Argument(help="Pipeline folder, hub id that is in the cache, or 'embedded': the one in the package.")
     ] = EMBEDDED,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Any but the loopback's lets other machines draw with the model.")
+        str,
+        typer.Option(
+            help="Address to listen on. Any but the loopback address lets other machines draw with the model."
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     size: Annotated[
@@ -43,8 +46,8 @@ def play(
 ) -> None:
     """A page in your browser: a model draws dense and under windows, and shows what each costs and what a token sees.
 
-    It is served on this machine only unless --host says otherwise, and asks nothing of any other machine. Requests are drawn one
-    after the other. Ctrl-C ends it.
+    It is served only to this machine unless --host says otherwise, and contacts no other machine. Requests are drawn one after
+    the other. Ctrl-C ends it.
     """
     require("gradio", "flexclear play")
 
@@ -78,7 +81,7 @@ def play(
 
 
 def _describe(error: Exception) -> str:
-    """The line for the visitor; what is no one's input is told on the terminal, too."""
+    """The line for the visitor. An error that nobody's input caused is also printed on the terminal."""
     from flexclear.commands.failures import USAGE, describe, show_traceback
 
     line, status = describe(error)

@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 
 
 class _Interrupts:
-    """Ctrl-C is remembered, and comes again if it was lost."""
+    """Remember Ctrl-C, and raise it again if it was lost."""
 
     def __init__(self) -> None:
         self.seen = False
 
     def __enter__(self) -> _Interrupts:
         self._handler, self._hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
-        # Only where it would be Python's own: who ignores or handles it has reasons.
+        # Only if the handler is Python's own: code that ignores or handles the signal has its reasons.
         self._ours = (
             threading.current_thread() is threading.main_thread() and self._handler is signal.default_int_handler
         )
@@ -39,7 +39,7 @@ class _Interrupts:
 
     def _lost(self, lost: Any) -> None:
         # In a destructor or a weak reference's callback, of which the import system has many, it would be printed and
-        # forgotten. It is raised again when the callback is over.
+        # forgotten. Raise it again when the callback is over.
         if issubclass(lost.exc_type, KeyboardInterrupt):
             again = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
             again.daemon = True
@@ -96,7 +96,7 @@ def _run(arguments: list[str], interrupts: _Interrupts) -> int:
 
 
 def _ignore_standard_output() -> None:
-    """If it cannot take what is still to be written, nothing more is said about that when the interpreter ends."""
+    """Keep the interpreter from complaining at exit if standard output cannot take what is still to be written."""
     try:
         sys.stdout.flush()
     except OSError:

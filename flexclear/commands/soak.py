@@ -15,7 +15,7 @@ from flexclear.common.choices import BACKENDS, EMBEDDED, LARGEST_SEED, check_cho
 
 def soak(
     model: Annotated[
-        str, typer.Option(help="embedded, a pipeline's folder, or MODULE:NAME that makes one.")
+        str, typer.Option(help="embedded, a pipeline's folder, or MODULE:NAME of a function that makes one.")
     ] = "embedded",
     seconds: Annotated[float, typer.Option(min=0, callback=finite, help="How long to run.")] = 60,
     calls: Annotated[int | None, typer.Option(min=1, help="Stop after that many calls.")] = None,
@@ -28,7 +28,7 @@ def soak(
     growth: Annotated[float, typer.Option(callback=finite, help="MiB that memory may grow after warm-up.")] = 16,
     samples: Annotated[int, typer.Option(min=0, help="Images to compare with a fresh process.")] = 6,
 ) -> None:
-    """Ask one pipeline for hundreds of random images; exit status 1 if memory, graphs or caches grow or an image is
+    """Ask one pipeline for hundreds of random images. Exit status 1 if memory, graphs or caches grow, or if an image is
     not what a fresh process draws."""
     check_choice("--backend", backend, BACKENDS)
     if model != EMBEDDED and not Path(model).expanduser().is_dir() and re.fullmatch(r"[\w.]+:\w+", model) is None:

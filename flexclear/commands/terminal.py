@@ -1,4 +1,4 @@
-"""What commands print beside their results: lines, warnings and progress bars, all of it on standard error."""
+"""What commands print in addition to their results: lines, warnings and progress bars, all on standard error."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PROGRAM = "flexclear"
 
 
 class Output:
-    """What was asked for on the command line; one for the process.
+    """Verbosity requested on the command line; one instance per process.
 
     Attributes:
-        quiet: neither progress nor remarks.
-        verbose: log lines, and what other libraries say.
+        quiet: no progress and no remarks.
+        verbose: log lines, and messages of other libraries.
         debug: tracebacks.
     """
 
@@ -25,7 +25,7 @@ class Output:
         self.quiet = self.verbose = self.debug = False
 
     def ask(self, *, quiet: bool = False, verbose: bool = False, debug: bool = False) -> None:
-        """Add what a group or a command was asked for.
+        """Add the options of a group or a command.
 
         Raises:
             ValueError: both less and more was asked for.
@@ -37,7 +37,7 @@ class Output:
             logging.getLogger(PROGRAM).setLevel(logging.DEBUG)
 
     def say(self, text: str) -> None:
-        """Print one line on standard error, whatever was asked for."""
+        """Print one line on standard error, whatever the verbosity."""
         line = " ".join(part.strip() for part in text.splitlines())
         print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
 
@@ -53,9 +53,9 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def lines_of_a_command() -> Iterator[None]:
-    """While a command runs, warnings and log records are single lines of it on standard error. Then all is as before.
+    """While a command runs, print warnings and log records as single lines on standard error; then restore everything.
 
-    Deprecations are for those who write flexclear; the other categories are for its user, whoever issues them.
+    Deprecation warnings are for developers of flexclear; the other categories are for its users, whoever issues them.
     """
 
     def show(message: Any, category: type[Warning], *rest: Any) -> None:
@@ -81,7 +81,7 @@ def lines_of_a_command() -> Iterator[None]:
 
 
 def console(quiet: bool = False) -> Any:
-    """Return a rich console that prints text as it is, without colours of its own or line breaks."""
+    """Return a rich console that prints text as it is, without added colors or line breaks."""
     from rich.console import Console
 
     return Console(stderr=True, soft_wrap=True, markup=False, highlight=False, quiet=quiet or output.quiet)
@@ -108,7 +108,7 @@ def progress_bars(console: Any, *more: str) -> Any:
 
 
 def counter(console: Any) -> Any:
-    """Return a line that says what is going on, for work without a known end."""
+    """Return a line that shows progress, for work without a known end."""
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     return _progress(console, SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -117,5 +117,5 @@ def counter(console: Any) -> Any:
 def _progress(console: Any, *columns: Any) -> Any:
     from rich.progress import Progress
 
-    # On a terminal the bar must know of printed lines; elsewhere they must not follow it to standard error.
+    # On a terminal the bar must know about printed lines; elsewhere they must not go to standard error with it.
     return Progress(*columns, console=console, disable=console.quiet, redirect_stdout=sys.stdout.isatty())

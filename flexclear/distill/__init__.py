@@ -1,4 +1,4 @@
-"""Training a model's attention to stay with its dense self under a window (method, section 5).
+"""Training a model's attention to match its dense self under a window (method, section 5).
 
 >>> from flexclear.distill import DistillConfig, distill
 >>> distill(pipe, DistillConfig(output=Path("runs/r16"), data=Path("cache"), r=16))     # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Decides what each training step sees. Everything follows from the seed and the batch's number, so a run resumes exactly."""
+"""Decides what each training step sees. The seed and the batch's number determine everything, so a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from flexclear.distill.samples import Factor, Samples, stack
 
 @dataclass(frozen=True)
 class Batch:
-    """What teacher and student are given, on the CPU in float32 until ``to``.
+    """Inputs of teacher and student, on the CPU in float32 until ``to``.
 
     Attributes:
-        latents: clean, normalized, ``[B, C, h, w]``, of a video ``[B, C, F, h, w]``.
+        latents: clean, normalized, ``[B, C, h, w]``, or ``[B, C, F, h, w]`` for videos.
         noise: standard normal, the same shape.
         sigmas: noise levels from 0 to 1, ``[B]``.
         prompt_embeds: ``[B, T, D]``.
-        pooled: ``[B, P]``, or None where the model takes none.
+        pooled: ``[B, P]``, or None if the model takes none.
     """
 
     latents: Tensor
@@ -33,7 +33,7 @@ class Batch:
     pooled: Tensor | None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """On a device; what the model reads only is cast, latents and noise are kept for the losses."""
+        """Move the batch to a device. What only the model reads is cast; latents and noise stay as they are for the losses."""
         return Batch(
             self.latents.to(device),
             self.noise.to(device),
@@ -44,15 +44,15 @@ class Batch:
 
 
 def noisy(batch: Batch) -> Tensor:
-    """Latents on the straight way to the noise, each as far as its noise level."""
+    """Latents on the straight line to the noise, each at its noise level."""
     sigmas = batch.sigmas.view(-1, *[1] * (batch.latents.ndim - 1))
     return (1 - sigmas) * batch.latents + sigmas * batch.noise
 
 
 class Order:
-    """Which samples are in which batch: every epoch visits every sample, batches hold samples of one shape.
+    """Which samples are in which batch. Every epoch visits every sample; a batch holds samples of one shape.
 
-    A group of samples that the batch size does not divide is filled up from its own beginning.
+    If the batch size does not divide a group of samples, the group is padded with samples from its own beginning.
     """
 
     def __init__(self, samples: Samples, indices: Sequence[int], batch_size: int, seed: int) -> None:
@@ -83,8 +83,8 @@ class Order:
 
 
 class BatchMaker:
-    """Makes the batch of any number, the same one every time; ``drawn``: latents are drawn from the moments, else their
-    means."""
+    """Makes the batch of a given number, always the same one. ``drawn``: latents are sampled from the moments; otherwise
+    they are the means."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class BatchMaker:
 
 
 def held_out_indices(count: int, total: int, seed: int) -> list[int]:
-    """``count`` of ``total`` samples that training does not see.
+    """Choose ``count`` of ``total`` samples that training does not see.
 
     Raises:
         ValueError: nothing would be left to train on.
@@ -136,7 +136,7 @@ def held_out_indices(count: int, total: int, seed: int) -> list[int]:
 def held_out_batches(
     samples: Samples, indices: Sequence[int], batch_size: int, seed: int, drawn: bool = True
 ) -> list[Batch]:
-    """Every held-out sample once, each with its own noise, at noise levels spread evenly from 0 to 1."""
+    """Return every held-out sample once, each with its own noise, at noise levels spread evenly from 0 to 1."""
     groups: dict[object, list[int]] = defaultdict(list)
     for index in indices:
         groups[samples.shape(index)].append(index)
@@ -165,7 +165,7 @@ def _generator(name: str) -> torch.Generator:
 def _latents(
     samples: Samples, indices: Sequence[int], generator: torch.Generator, drawn: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents drawn from the moments, or their means, float32, and all tensors of the samples."""
+    """Return latents in float32, sampled from the moments or their means, and all tensors of the samples."""
     tensors = stack(samples[index] for index in indices)
     mean, logvar = tensors["mean"].float(), tensors["logvar"].float()
     noise = torch.randn(mean.shape, generator=generator)
@@ -175,7 +175,7 @@ def _latents(
 
 
 def _per_channel(factor: Factor, dimensions: int) -> Tensor | float:
-    """A number, or one of each channel of latents ``[B, C, ...]``."""
+    """Return a number, or one per channel that broadcasts with latents ``[B, C, ...]``."""
     if isinstance(factor, float | int):
         return factor
     return torch.tensor(factor).view(-1, *[1] * (dimensions - 2))

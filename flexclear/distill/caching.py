@@ -1,4 +1,4 @@
-"""``flexclear data cache``: text embeddings and VAE moments to disk, so that training loads neither encoder."""
+"""``flexclear data cache``: write text embeddings and VAE moments to disk, so that training loads neither encoder."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from flexclear.images.fitting import fitted
 
 @dataclass(frozen=True)
 class Part:
-    """What one file of a cache is made from.
+    """The input of one file of a cache.
 
     Attributes:
-        name: of the file.
+        name: the file's name.
         start: number of the first sample.
         items: images and captions.
-        digests: of the images' files.
-        work: what the cache is of.
+        digests: digests of the images' files.
+        work: describes what the cache is made from.
     """
 
     name: str
@@ -51,12 +51,12 @@ Elsewhere = Callable[[Sequence[Part]], Iterator[tuple[Part, bytes]]]
 
 @dataclass(frozen=True)
 class Cached:
-    """What came of it.
+    """The result of ``cache``.
 
     Attributes:
         folder: the cache.
-        samples: how many are in it.
-        skipped: what is not, and why.
+        samples: number of samples in it.
+        skipped: what was left out, and why.
     """
 
     folder: Path
@@ -81,26 +81,26 @@ def cache(
 ) -> Cached:
     """Encode images and captions. A run that was stopped resumes with the first missing shard.
 
-    Whether a cache belongs to some images is decided by the contents of their files, not by their names or times.
+    Whether a cache belongs to a set of images is decided by the contents of their files, not by their names or times.
 
     Args:
         source: see ``find_items``.
         model: pipeline folder, hub id or ``"embedded"``.
         out: folder for shards and index.
-        size: (height, width) in pixels that every image is scaled to cover and cut to, around its middle. None: its own
-            size, cut to what the VAE takes.
+        size: (height, width) in pixels. Every image is scaled to cover it and center-cropped. None: the image's own size,
+            cropped to what the VAE takes.
         text_len: text tokens.
         shard_size: samples per file.
         device, dtype: of the encoders.
-        pipe: ``model``, already loaded; otherwise it is loaded if there is anything to do.
-        elsewhere: encodes what is missing, in place of ``pipe``.
+        pipe: ``model``, already loaded; otherwise it is loaded if anything is left to do.
+        elsewhere: encodes what is missing, instead of ``pipe``.
         on_item: called with the number of items done and their total.
-        say: called with a line for everything that is skipped.
+        say: called with a line for each skipped item.
 
     Raises:
         FileNotFoundError: no such source or model.
-        OSError: an image was replaced meanwhile, or the disk is full; what is finished is kept.
-        TypeError: a model that training does not support.
+        OSError: an image was replaced in the meantime, or the disk is full; what is finished is kept.
+        TypeError: training does not support the model.
         ValueError: there are more text tokens than the pipeline takes, there is nothing usable, or ``out`` holds a cache of
             something else.
     """
@@ -185,7 +185,7 @@ def _count(on_item: Callable[[int, int], None], start: int, total: int, done: in
 
 
 def _work(index: Path) -> Any:
-    """What the index of a finished cache says that it is of.
+    """Read from the index of a finished cache what the cache is made from.
 
     Raises:
         ValueError: it is damaged.
@@ -199,7 +199,7 @@ def _work(index: Path) -> Any:
 
 
 def _header(shard: Path, work: str) -> dict[str, Any] | None:
-    """What a finished shard of the same work says of itself, else None: it is to be made."""
+    """Return the metadata of a finished shard of the same work; None if the shard must be made."""
     from safetensors import SafetensorError, safe_open
 
     if not shard.is_file():
@@ -213,7 +213,7 @@ def _header(shard: Path, work: str) -> dict[str, Any] | None:
 
 
 def part_bytes(part: Part, encode: Encoder) -> bytes:
-    """The contents of a part's file, made where its images may not be those that it was planned from.
+    """Make the contents of a part's file on a machine whose images may differ from the planned ones.
 
     Raises:
         OSError: an image has other contents here, or cannot be read.
@@ -232,7 +232,7 @@ def _metadata(found: dict[str, Any]) -> dict[str, str]:
 def encode_part(
     part: Part, encode: Encoder, on_item: Callable[[int], None] = lambda done: None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a part's samples by name, and what its file says of them."""
+    """Return the tensors of a part's samples by name, and the metadata for its file."""
     tensors: dict[str, Tensor] = {}
     samples: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
@@ -260,7 +260,7 @@ def encode_part(
 
 
 class Encoder:
-    """Images and captions into samples, by a FLUX pipeline's encoders."""
+    """Encodes images and captions into samples with a FLUX pipeline's encoders."""
 
     def __init__(self, pipe: Any, size: tuple[int, int] | None, text_len: int) -> None:
         self._pipe, self._text_len = pipe, text_len

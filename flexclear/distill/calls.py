@@ -1,4 +1,4 @@
-"""How each class of transformer is called on a batch of noisy latents, and what it is to predict then."""
+"""How each class of transformer is called on a batch of noisy latents, and what it should predict."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from flexclear.distill.batches import Batch, noisy
 from flexclear.distill.samples import Samples
 
 Mismatch = tuple[str, Any, Any]
-"""What differs, what the samples have, what the model takes."""
+"""(what differs, what the samples have, what the model takes)."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """What the trainer knows of a class of transformer.
+    """What the trainer knows about a class of transformer.
 
     Attributes:
-        call: arguments of its call, of the model, a batch on its device with text in the type that the model computes in, and
-            the guidance, ignored where the model has no guidance embedding.
-        velocity: noise - latents in the form of its prediction, of the model and the batch.
-        mismatches: what of a sample's shape the model does not take, of its configuration and that shape.
-        video: whether its latents have frames.
+        call: returns the arguments of the model's call, given the model, a batch on its device with text in the model's compute
+            type, and the guidance, which is ignored if the model has no guidance embedding.
+        velocity: returns noise - latents in the form of the model's prediction, given the model and the batch.
+        mismatches: lists what the model does not take of a sample's shape, given the model's configuration and that shape.
+        video: whether the model's latents have frames.
     """
 
     call: Callable[[Any, Batch, float], dict[str, Any]]
@@ -35,7 +35,7 @@ class Caller:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """``[B, C, h, w]`` into tokens of 2 x 2 latents in raster order, ``[B, h/2 * w/2, 4 C]``."""
+    """Pack ``[B, C, h, w]`` into tokens of 2 x 2 latents in raster order, ``[B, h/2 * w/2, 4 C]``."""
     batch, channels, height, width = latents.shape
     cells = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
@@ -73,11 +73,11 @@ def _flux_mismatches(config: Any, shape: Sequence[tuple[int, ...]]) -> Iterable[
 
 
 TRAINED_TIMES = 1000
-"""Of the noise levels from 0 to 1 that models of videos count."""
+"""Number of timesteps that video models count for noise levels from 0 to 1."""
 
 
 def wan_call(model: Any, batch: Batch, guidance: float) -> dict[str, Any]:
-    """Arguments of a Wan transformer's call, text to video; see ``Caller``."""
+    """Arguments of a Wan transformer's text-to-video call; see ``Caller``."""
     return {
         "hidden_states": noisy(batch).to(batch.prompt_embeds.dtype),
         "encoder_hidden_states": batch.prompt_embeds,
@@ -113,31 +113,31 @@ CALLERS: dict[str, Caller] = {
         wan_call, lambda model, batch: batch.noise - batch.latents, _wan_mismatches, video=True
     ),
 }
-"""By the name of the transformer's class in diffusers."""
+"""Callers by the name of the transformer's class in diffusers."""
 
 
 def class_name(model: Any) -> str:
-    """The name in ``CALLERS`` of a model's class or of one that it derives from; its own where there is none."""
+    """The name in ``CALLERS`` of a model's class or of a base class; if there is none, the class's own name."""
     bases = (base.__name__ for base in type(model).__mro__)
     return next((name for name in bases if name in CALLERS), type(model).__name__)
 
 
 def caller_of(model: Any) -> Caller:
-    """What is known of the class of ``model``."""
+    """What the trainer knows about the class of ``model``."""
     return CALLERS[class_name(model)]
 
 
 def check_samples(samples: Samples, model: Any, fingerprint: str | None = None, name: str = "the data") -> None:
-    """Raise unless the samples are what ``model`` takes.
+    """Raise unless ``model`` takes the samples.
 
     Args:
         samples: all of them.
         model: a transformer of ``CALLERS``.
-        fingerprint: of the pipeline's encoders, or None: not known.
-        name: of the samples, for the message.
+        fingerprint: that of the pipeline's encoders; None if not known.
+        name: what to call the samples in the message.
 
     Raises:
-        ValueError: other encoders made them, or sizes do not fit; the message says which.
+        ValueError: other encoders made them, or sizes do not fit; the message says which one it is.
     """
     if not len(samples):
         raise ValueError(f"{name}: no samples")

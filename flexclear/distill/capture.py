@@ -1,4 +1,4 @@
-"""Attention outputs of one call, taken by hooks that live as long as the call."""
+"""Attention outputs of one call, captured by hooks that live as long as the call."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SINGLE = "single_transformer_blocks."
 
 @dataclass(frozen=True)
 class Captured:
-    """What one attention layer gave back.
+    """What one attention layer returned.
 
     Attributes:
-        outputs: its output, or outputs: text and image together in single-stream blocks; image, then text elsewhere.
-        plan: the call's plan where the output is in its order, else None: raster order, in which a dense layer's are, and all
-            of a family whose tokens are (``Family.raster``).
+        outputs: its output or outputs: text and image together in single-stream blocks; image, then text in others.
+        plan: the call's plan if the output is in the plan's order. None: raster order, as for dense layers and for all layers
+            of a family whose tokens stay in raster order (``Family.raster``).
     """
 
     outputs: tuple[Tensor, ...]
@@ -34,9 +34,9 @@ class Captured:
 def compared_layers(model: nn.Module, every: int) -> list[str]:
     """Names of the attention layers that L_attn compares (method, section 5).
 
-    They are the single-stream layers whose number among *all* attention layers is a multiple of ``every``. Double-stream
-    layers come first, from 0: of FLUX.1's 19 and 38 with ``every`` 4 these are single-stream blocks 1, 5, ..., 37. A model
-    without single-stream blocks has all its layers counted.
+    They are the single-stream layers whose number among *all* attention layers is a multiple of ``every``. Double-stream layers
+    are counted first, from 0: with FLUX.1's 19 and 38 layers and ``every`` 4, these are single-stream blocks 1, 5, ..., 37. In
+    a model without single-stream blocks, all layers count.
 
     Raises:
         ValueError: there is no such layer.
@@ -54,9 +54,9 @@ def compared_layers(model: nn.Module, every: int) -> list[str]:
 
 @contextlib.contextmanager
 def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Captured]]:
-    """Gives a dict that fills with the outputs of these layers as this thread calls the model inside the block.
+    """Yield a dict that fills with the outputs of these layers when this thread calls the model inside the block.
 
-    Calls of other threads leave no trace in it, nor does what gradient checkpointing computes again later.
+    Calls of other threads are not recorded, nor is what gradient checkpointing recomputes.
     """
     found: dict[str, Captured] = {}
     thread, raster = threading.get_ident(), family_of(model).raster

@@ -1,4 +1,4 @@
-"""Checkpoints that exist whole or not at all, and what a run must have in common with the one it resumes."""
+"""Atomic checkpoints, and what a run must have in common with the one it resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FREE = (
     "sheets",
     "gradient_checkpointing",
 )
-"""Settings that may differ when a run is resumed; steps only where the learning rate does not depend on them."""
+"""Settings that may differ when a run is resumed; steps only if the learning rate does not depend on them."""
 
 
 def name_of(step: int) -> str:
@@ -41,17 +41,17 @@ def name_of(step: int) -> str:
 
 
 def latest(output: Path) -> tuple[int, Path] | None:
-    """Step and folder of the last whole checkpoint."""
+    """Step and folder of the last complete checkpoint."""
     places = (output / FOLDER).glob("step_*") if (output / FOLDER).is_dir() else ()
     found = [(int(match[1]), place) for place in places if (match := re.fullmatch(r"step_(\d+)", place.name))]
     return max(found, default=None)
 
 
 def identity(config: DistillConfig, global_batch: int, samples: Samples, fingerprint: str | None) -> dict[str, Any]:
-    """What has to be equal for a run to resume as if it had not stopped; of a cache its contents, wherever it lies."""
+    """What must be equal for a run to resume as if it had not stopped. A cache counts by its contents, not its path."""
     kept = {name: value for name, value in as_mapping(config).items() if name not in FREE}
     for part in ("batch_size", "gradient_accumulation"):
-        del kept[part]  # The global batch counts; so does the batch per device, which says which samples go together.
+        del kept[part]  # The global batch counts; so does the batch per device, which groups samples.
     held_out = {"count": kept.pop("held_out")["count"]}
     if not config.optimizer.schedule.startswith("constant"):
         kept["steps"] = config.steps
@@ -67,7 +67,7 @@ def identity(config: DistillConfig, global_batch: int, samples: Samples, fingerp
 
 
 def check_identity(place: Path, now: dict[str, Any]) -> None:
-    """Raise if the checkpoint is of a run with other settings.
+    """Raise if the checkpoint is from a run with other settings.
 
     Raises:
         ValueError: it is, or it is damaged.
@@ -88,12 +88,12 @@ def check_identity(place: Path, now: dict[str, Any]) -> None:
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints of a run; every process calls the same methods.
+    """Writes and reads the checkpoints of a run. Every process calls the same methods.
 
     Args:
-        accelerator: everything is prepared by it.
+        accelerator: the one that has prepared everything.
         output: folder of the run.
-        keep: how many checkpoints stay.
+        keep: how many checkpoints to keep.
         trained: the trained parameters by name.
         average: a diffusers ``EMAModel``, or None.
         identity: see ``identity``.
@@ -123,7 +123,7 @@ class Checkpoints:
         """Write the checkpoint after ``step`` steps, then delete the oldest ones.
 
         Raises:
-            OSError: it cannot be written, such as on a full disk; nothing of it is left, and the earlier ones stay.
+            OSError: it cannot be written, for example on a full disk; nothing of it is left, and earlier ones stay.
         """
         place = self._folder / name_of(step)
         partial = self._folder / f".{name_of(step)}.partial"
@@ -139,7 +139,9 @@ class Checkpoints:
         if self._accelerator.is_main_process:
             older = sorted(old for old in self._folder.glob("step_*") if old.name < place.name)
             for old in older[: max(0, len(older) - self._keep + 1)]:
-                gone = old.with_name(f".{old.name}.partial")  # Never half a checkpoint under a whole one's name.
+                gone = old.with_name(
+                    f".{old.name}.partial"
+                )  # Never leave half a checkpoint under the name of a complete one.
                 shutil.rmtree(gone, ignore_errors=True)
                 old.rename(gone)
                 shutil.rmtree(gone)
@@ -152,7 +154,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        # Frozen weights are left out; of the others' files only DeepSpeed's would hold them.
+        # Frozen weights are left out. Otherwise, DeepSpeed's files would hold them.
         accelerator.save_state(str(partial), **({"exclude_frozen_parameters": True} if self._deepspeed() else {}))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -171,7 +173,7 @@ class Checkpoints:
         """Resume from a checkpoint.
 
         Raises:
-            ValueError: it is of a run with other settings.
+            ValueError: it is from a run with other settings.
         """
         check_identity(place, self._identity)
         self._accelerator.load_state(str(place), **({"load_module_strict": False} if self._deepspeed() else {}))
@@ -180,7 +182,7 @@ class Checkpoints:
             self._average.to(self._accelerator.device)
 
     def clean(self) -> None:
-        """Delete what a killed run has left half written."""
+        """Delete what a killed run left half-written."""
         if self._accelerator.is_main_process:
             for left in self._folder.glob(".step_*.partial"):
                 shutil.rmtree(left)

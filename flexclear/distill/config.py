@@ -1,4 +1,4 @@
-"""Settings of a distillation: a YAML file read into dataclasses; every mistake is named before anything runs."""
+"""Settings of a distillation: a YAML file read into dataclasses. Every mistake is reported before anything runs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the three losses (method, section 5); 0 switches one off, and what only it needs is not computed.
+    """Weights of the three losses (method, section 5). 0 switches a loss off, along with everything that only it needs.
 
     Attributes:
         flow: against noise - latent.
         prediction: against the teacher's prediction.
         attention: against the teacher's attention outputs.
-        attention_every: the layers that count: single-stream ones whose number among all attention layers, from 0, is a
-            multiple of it; see ``compared_layers``.
+        attention_every: the layers that are compared: single-stream ones whose number among all attention layers, counted from
+            0, is a multiple of it; see ``compared_layers``.
     """
 
     flow: float = 1.0
@@ -54,10 +54,10 @@ class LossConfig:
 class OptimizerConfig:
     """Attributes:
     name: ``"prodigy"`` (package prodigyopt) or ``"adamw"``.
-    learning_rate: None: 1 for Prodigy, which multiplies the step size that it estimates by it; 1e-4 for AdamW.
+    learning_rate: None: 1 for Prodigy, which multiplies its estimated step size by it; 1e-4 for AdamW.
     betas, epsilon, weight_decay: for both; the decay is decoupled from the gradient.
-    use_bias_correction, safeguard_warmup: Prodigy's, as its package names them. On as published; its own default is off.
-    schedule, warmup_steps: of the learning rate, as diffusers names them.
+    use_bias_correction, safeguard_warmup: Prodigy's, named as in its package. On, as published; its own default is off.
+    schedule, warmup_steps: for the learning rate, named as in diffusers.
     """
 
     name: str = "prodigy"
@@ -108,8 +108,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TimestepConfig:
-    """How noise levels are drawn: ``sampling``, ``mean``, ``std`` and ``mode_scale`` as
-    ``diffusers.training_utils.compute_density_for_timestep_sampling`` takes them; then moved by ``shift``."""
+    """How noise levels are drawn. ``diffusers.training_utils.compute_density_for_timestep_sampling`` takes ``sampling``,
+    ``mean``, ``std`` and ``mode_scale``; ``shift`` then shifts the levels."""
 
     sampling: str = "uniform"
     mean: float = 0.0
@@ -125,7 +125,7 @@ class TimestepConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint after every ``every`` steps and at the end; the last ``keep`` stay."""
+    """A checkpoint after every ``every`` steps and at the end; the last ``keep`` are kept."""
 
     every: int = 500
     keep: int = 2
@@ -137,8 +137,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """``count`` samples are kept out of training. The losses on them, always with the same noise, are measured before the
-    first step, after every ``every`` steps (0: not in between) and after the last one."""
+    """``count`` samples are kept out of training. Their losses, always with the same noise, are measured before the first
+    step, after every ``every`` steps (0: not in between) and after the last one."""
 
     count: int = 0
     every: int = 0
@@ -175,20 +175,20 @@ class SheetConfig:
 class DistillConfig:
     """A distillation (method, section 5). The defaults are the published settings.
 
-    Settings that depend on the machine are not set: ``gradient_accumulation`` (published: 4 on each of 4 GPUs, 32 images in
-    all), ``mixed_precision`` (bf16), ``gradient_checkpointing`` (on) and accelerate's own configuration (DeepSpeed's ZeRO
+    Settings that depend on the machine are left out: ``gradient_accumulation`` (published: 4 on each of 4 GPUs, 32 images in
+    total), ``mixed_precision`` (bf16), ``gradient_checkpointing`` (on) and accelerate's own configuration (DeepSpeed's ZeRO
     stage 2).
 
     Attributes:
         output: folder for checkpoints, losses and the weights file.
         model: pipeline folder, hub id, or ``"embedded"``; not needed if a pipeline is passed.
-        data: folder from ``flexclear data cache``, or images with captions in the form that command takes, which one process
-            encodes into ``output/cache`` first; not needed if samples are passed.
+        data: folder from ``flexclear data cache``, or images with captions in the form that this command takes, which one
+            process encodes into ``output/cache`` first; not needed if samples are passed.
         r, frame_radius, down_factor, backend, attention: as in ``flexclear.transform``, for a model that is not transformed;
             ``sizes`` are those of ``attention``. r None: 16.
         initial_weights: a weights file that the student starts from, or None for the teacher's weights.
         train: ``"projections"``, including pooling weights, or ``"lora"``.
-        teacher: ``"shared"``: it shares the student's frozen weights; ``"copy"``: a model of its own, for sharding (FSDP).
+        teacher: ``"shared"``: it shares the student's frozen weights; ``"copy"``: a separate model, for sharding (FSDP).
         steps: optimizer steps.
         batch_size: images per device and forward pass.
         gradient_accumulation: forward passes per step and device; None: what accelerate's own configuration says.
@@ -196,9 +196,9 @@ class DistillConfig:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; None: what accelerate's own configuration says. Frozen
             weights are loaded in that type, trained ones are kept in float32.
         guidance: fed to teacher and student if they have a guidance embedding.
-        latents: ``"sample"``: drawn from the VAE's moments, as published; ``"mean"``: their means. None: drawn, except for
-            the embedded model, which was trained on the means and whose VAE's variances are meaningless.
-        ema: decay of a moving average of the trained weights, which is then written instead of them; None: no average.
+        latents: ``"sample"``: sampled from the VAE's moments, as published; ``"mean"``: their means. None: sampled, except for
+            the embedded model, which was trained on the means and whose VAE has meaningless variances.
+        ema: decay of a moving average of the trained weights, which is written instead of them; None: no average.
         seed: of data order, noise and noise levels.
         tracker: ``"tensorboard"``, ``"wandb"`` or None.
         device: ``"cpu"``, or None for what accelerate chooses.
@@ -242,7 +242,7 @@ class DistillConfig:
 
     @property
     def mechanism(self) -> Mechanism | None:
-        """What ``attention`` and ``sizes`` name; None: CLEAR's windows.
+        """The mechanism that ``attention`` and ``sizes`` name; None: CLEAR's windows.
 
         Raises:
             TypeError, ValueError: they name nothing.
@@ -295,7 +295,7 @@ class DistillConfig:
 
 
 def read_config(path: str | Path) -> DistillConfig:
-    """The settings of a YAML file; relative paths in it are relative to the file. Checked.
+    """Read and check the settings of a YAML file. Relative paths in it are relative to the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -314,7 +314,7 @@ def read_config(path: str | Path) -> DistillConfig:
 
 
 def from_mapping(found: Mapping[str, Any], folder: Path | None = None) -> DistillConfig:
-    """Settings from what YAML or JSON hold, not checked.
+    """Make unchecked settings from parsed YAML or JSON.
 
     Raises:
         TypeError, ValueError: settings are unknown, missing, or of another type.
@@ -333,7 +333,7 @@ def from_mapping(found: Mapping[str, Any], folder: Path | None = None) -> Distil
 
 
 def as_mapping(config: DistillConfig) -> dict[str, Any]:
-    """Settings as JSON can hold them."""
+    """Return the settings in a form that JSON can hold."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):

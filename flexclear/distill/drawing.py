@@ -16,12 +16,12 @@ from flexclear.images.folder_settings import keep_settings
 
 @dataclass(frozen=True)
 class Place:
-    """Where one image goes; stands in for ``flexclear.images.files.Target``."""
+    """Where one image goes; used in place of ``flexclear.images.files.Target``."""
 
     path: Path
 
     def write(self, number: int, prompt: str, content: bytes) -> Path:
-        # The caption first: an image that is there is finished.
+        # Write the caption first: an image that exists is finished.
         write_caption(self.path, prompt)
         return write_whole(self.path, content, overwrite=True)
 
@@ -33,14 +33,14 @@ def write_caption(picture: Path, prompt: str) -> None:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Which images there are to be.
+    """Which images to draw.
 
-    Image i shows prompt i modulo their number, drawn with seed + i: whatever the number of processes, the images are
-    the same.
+    Image i shows prompt i modulo the number of prompts, drawn with seed + i. So the images do not depend on the number of
+    processes.
 
     Attributes:
-        settings: model, prompts, folder and how to draw; seeds has the first one, sizes at most one.
-        count: images in all.
+        settings: model, prompts, folder and how to draw; ``seeds`` holds the first seed, ``sizes`` at most one size.
+        count: images in total.
         shard: (i, n): only images i, i + n, ...
     """
 
@@ -69,10 +69,10 @@ class DataPlan:
         return range(self.shard[0], self.count, self.shard[1])
 
     def missing(self) -> list[int]:
-        """Numbers of this shard's images that are not there yet. ``draw_data`` compares their other settings.
+        """Numbers of this shard's images that do not exist yet. ``draw_data`` compares the other settings.
 
         Raises:
-            ValueError: an image that is there shows another prompt or has another seed.
+            ValueError: an existing image shows another prompt or has another seed.
         """
         left = []
         for number in self.numbers():
@@ -96,7 +96,7 @@ class DataPlan:
     def check_folder(self, fingerprints: Sequence[str], dtype: torch.dtype) -> None:
         """Write the settings that all images share into ``settings.json`` in the folder, or compare them with it.
 
-        Of an image's own, prompt and seed, see ``missing``: more images or prompts may be asked for later.
+        For each image's own prompt and seed, see ``missing``: more images or prompts may be requested later.
 
         Raises:
             ValueError: the folder holds images with other or unknown settings.
@@ -120,13 +120,13 @@ def draw_data(
     say: Callable[[str], None] = lambda text: None,
     on_step: Callable[[int, int, int], None] = lambda picture, step, steps: None,
 ) -> Iterator[Any]:
-    """Draw the missing images, one after the other; each that is yielded (``flexclear.generation.generate.Drawn``) is on disk.
+    """Draw the missing images one by one. Each that is yielded (``flexclear.generation.generate.Drawn``) is on disk.
 
-    Captions of images that are there are written again where they were deleted.
+    Deleted captions of existing images are written again.
 
     Raises:
         See ``flexclear.generation.generate.check``, ``DataPlan.missing`` and ``DataPlan.check_folder``. Nothing happens before
-        the first image is asked for.
+        the first image is requested.
     """
     plan, setup = checked(plan, check)
     left = begin(plan, setup.fingerprints, setup.dtype)
@@ -139,7 +139,7 @@ def draw_data(
 
 
 def checked(plan: DataPlan, check: Callable[[GenerateSettings], Setup]) -> tuple[DataPlan, Setup]:
-    """A plan whose folder has no ``~``, and what ``check`` has found out.
+    """Return the plan with ``~`` expanded in its folder, and what ``check`` found out.
 
     Raises:
         ValueError: its folder is a file; or see ``check``.
@@ -152,12 +152,12 @@ def checked(plan: DataPlan, check: Callable[[GenerateSettings], Setup]) -> tuple
 
 
 def begin(plan: DataPlan, fingerprints: Sequence[str], dtype: torch.dtype) -> list[int]:
-    """The numbers of the missing images; missing captions of the others are written.
+    """Return the numbers of the missing images, and write missing captions of the others.
 
     Args:
-        plan: of ``checked``.
-        fingerprints: of the model's files.
-        dtype: of the model.
+        plan: from ``checked``.
+        fingerprints: those of the model's files.
+        dtype: that of the model.
 
     Raises:
         See ``DataPlan.missing`` and ``DataPlan.check_folder``.

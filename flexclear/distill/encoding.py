@@ -1,4 +1,4 @@
-"""What a run trains on: the cache that its settings name, or their images, encoded into one first."""
+"""What a run trains on: the cache that its settings name, or images that are first encoded into one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexclear.distill.samples import INDEX, CachedSamples
 from flexclear.distill.sources import PICTURES
 
 CACHE = "cache"
-"""Folder in a run's output that its images are encoded into."""
+"""Folder in a run's output for the cache of its images."""
 
 
 def samples_of(config: DistillConfig, say: Callable[[str], None]) -> CachedSamples:

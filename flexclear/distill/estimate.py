@@ -12,11 +12,11 @@ from flexclear.families import family_of
 from flexclear.weights.keys import PROJECTIONS
 
 STATES = {"adamw": 2, "prodigy": 4}
-"""Numbers that an optimizer keeps per trained one: two moments; Prodigy also where it began, and a running sum."""
+"""Numbers that an optimizer keeps per trained parameter: two moments; Prodigy also the initial value and a running sum."""
 
 PER_BLOCK = 28
-"""Numbers per token and channel that a FLUX block keeps for its backward pass, roughly: norms, queries, keys and values
-before and after norm and rotation, attention output, and the MLP's fourfold width before and after its activation."""
+"""Rough count of the numbers per token and channel that a FLUX block keeps for its backward pass: norms, queries, keys and
+values before and after norm and rotation, attention output, and the MLP's fourfold width before and after activation."""
 
 GIB = 1 << 30
 
@@ -26,8 +26,8 @@ class Estimate:
     """Bytes on one device that holds everything (one process or DDP).
 
     Attributes:
-        parameters, trained: how many numbers.
-        exact: what follows from the settings by counting, by name.
+        parameters, trained: number of parameters, and of trained ones.
+        exact: amounts that follow from the settings, by name.
         approximate: activations, by name.
     """
 
@@ -46,7 +46,7 @@ class Estimate:
             lines += [f"{amount / GIB:9.3f} GiB  {name} ({title})" for name, amount in parts.items()]
         sharded = sum(self.exact[name] for name in ("gradients", "optimizer states"))
         lines += [
-            f"{self.total / GIB:9.3f} GiB  in all",
+            f"{self.total / GIB:9.3f} GiB  in total",
             f"DeepSpeed's ZeRO stage 2 on n GPUs divides gradients and optimizer states, {sharded / GIB:.1f} GiB, by n.",
             "Activations are accurate to a factor of about two; the allocator's own needs, CUDA's context, DDP's buckets and "
             "compiled kernels are not included.",
@@ -73,7 +73,7 @@ def estimate(config: DistillConfig, size: tuple[int, int] = (1024, 1024), text_l
 
 
 def estimate_model(model: Any, config: DistillConfig, size: tuple[int, int], text_len: int) -> Estimate:
-    """The same of a model, which may be on the meta device."""
+    """Estimate a run of this model, which may be on the meta device."""
     family = family_of(model)
     layers = list(family.layers(model))
     total = sum(parameter.numel() for parameter in model.parameters())

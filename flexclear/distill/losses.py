@@ -19,11 +19,11 @@ from flexclear.distill.config import LossConfig
 
 @dataclass(frozen=True)
 class Losses:
-    """0-d float32 tensors; a loss whose weight is 0 is None.
+    """0-d float32 tensors; a loss with weight 0 is None.
 
     Attributes:
         total: the weighted sum.
-        flow, prediction, attention: not weighted.
+        flow, prediction, attention: the unweighted losses.
     """
 
     total: Tensor
@@ -32,7 +32,7 @@ class Losses:
     attention: Tensor | None
 
     def values(self) -> dict[str, Tensor]:
-        """Those that there are, without their graphs."""
+        """The losses that are not None, detached."""
         parts = {"loss": self.total, "flow": self.flow, "prediction": self.prediction, "attention": self.attention}
         return {name: value.detach() for name, value in parts.items() if value is not None}
 
@@ -55,7 +55,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _in_order(teacher: Tensor, student: Captured, place: int) -> Tensor:
-    """The teacher's output, which is in raster order, in the order of the student's."""
+    """Permute the teacher's output from raster order to the order of the student's."""
     if student.plan is None or place > 0:
         return teacher
     if len(student.outputs) > 1:
@@ -75,9 +75,9 @@ class Objective:
     Args:
         student: the bare model, for its layers and configuration.
         teacher: dense and frozen.
-        weights: of the losses.
+        weights: those of the losses.
         guidance: see ``flexclear.distill.calls.Caller``.
-        autocast: gives a context for both models' calls.
+        autocast: makes a context for both models' calls.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class Objective:
         self._layers = compared_layers(student, weights.attention_every) if weights.attention else []
 
     def __call__(self, batch: Batch, forward: Callable[..., Any] | None = None) -> Losses:
-        """The losses of a batch that is on the models' device.
+        """Compute the losses of a batch on the models' device.
 
         Args:
-            batch: of ``BatchMaker``.
-            forward: what is called for the student, where it is wrapped; the bare model otherwise.
+            batch: from ``BatchMaker``.
+            forward: what to call for the student if it is wrapped; otherwise the bare model is called.
         """
         weights = self._weights
         call = self._caller.call(self._student, batch, self._guidance)

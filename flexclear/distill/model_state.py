@@ -1,4 +1,4 @@
-"""A model's weights before and after training, and its state, which training leaves as it was."""
+"""A model's weights before and after training, and its other state, which training leaves unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flexclear.weights import load_weights, save_weights
 
 @contextlib.contextmanager
 def as_found(model: Any) -> Iterator[None]:
-    """What training sets on the model besides its weights is put back: gradients, types, mode, checkpointing, forward."""
+    """Restore what training sets on the model besides weights: gradients, types, mode, checkpointing, forward."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
     training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
@@ -58,8 +58,8 @@ def start_from(model: Any, path: Path) -> None:
 
 
 def write_weights(model: Any, path: Path) -> None:
-    """A file for ``load_weights``; of attention with a formula of its own, the same tensors under the model's own names,
-    for ``load_state_dict(..., strict=False)`` of a model that is transformed alike."""
+    """Write a file for ``load_weights``. For attention with its own formula, the file has the same tensors under the model's
+    own names, for ``load_state_dict(..., strict=False)`` of a model that is transformed in the same way."""
     entry = entry_hook_of(model)
     if entry is None or entry.settings.formula is None:
         save_weights(model, path)
@@ -72,7 +72,7 @@ def write_weights(model: Any, path: Path) -> None:
 
 
 def write_lora(model: Any, folder: Path) -> None:
-    """Write the adapter into ``folder``, as ``load_lora_adapter`` and PEFT read it; each file whole or not at all."""
+    """Write the adapter into ``folder``, in the form that ``load_lora_adapter`` and PEFT read. Each file is atomic."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""The model behind a name: its folder, what its files say before weights are read, and a fingerprint of its encoders."""
+"""The model behind a name: its folder, what its files say without its weights, and a fingerprint of its encoders."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flexclear.common.shipped import model_directory
 from flexclear.distill.calls import CALLERS
 
 ENCODED = ("FluxTransformer2DModel",)
-"""Classes whose pipelines ``flexclear data cache`` encodes images with."""
+"""Transformer classes whose pipelines ``flexclear data cache`` can use to encode images."""
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def pipeline_folder(model: str) -> Path:
-    """Folder of the pipeline ``model``; what is on the hub is downloaded.
+    """Folder of the pipeline ``model``, downloaded if it is on the hub.
 
     Raises:
         FileNotFoundError: there is none.
@@ -45,7 +45,7 @@ def pipeline_folder(model: str) -> Path:
 
 
 def text_len_of(model: str) -> int:
-    """Text tokens that training pads captions to unless told otherwise: FLUX.1's 512, the embedded model's 64."""
+    """Number of text tokens that training pads captions to by default: FLUX.1's 512, the embedded model's 64."""
     return 64 if model == EMBEDDED else 512
 
 
@@ -80,7 +80,7 @@ def transformer_class(folder: Path) -> str | None:
 
 
 def skeleton(folder: Path) -> Any:
-    """The transformer without numbers, on the meta device.
+    """The transformer without weights, on the meta device.
 
     Raises:
         TypeError: the trainer cannot call it.
@@ -95,7 +95,7 @@ def skeleton(folder: Path) -> Any:
 
 
 def load_pipeline(model: str, folder: Path, dtype: torch.dtype, whole: bool) -> Any:
-    """The pipeline, or (``whole`` False) its transformer only."""
+    """Load the pipeline, or only its transformer if ``whole`` is False."""
     if whole:
         if model == EMBEDDED:
             from flexclear.embedded import pipeline
@@ -114,7 +114,7 @@ def load_pipeline(model: str, folder: Path, dtype: torch.dtype, whole: bool) -> 
 
 
 def fingerprint(folder: Path) -> str:
-    """Of VAE, text encoders and tokenizers: their configurations, and size and samples of every weights file.
+    """Fingerprint VAE, text encoders and tokenizers: their configurations, and size and samples of every weights file.
 
     Two pipelines with equal files of these parts (FLUX.1-dev and schnell) have equal fingerprints.
     """

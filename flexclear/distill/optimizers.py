@@ -1,4 +1,4 @@
-"""Optimizers of the method's section 5."""
+"""Optimizers of section 5 of the method."""
 
 from __future__ import annotations
 

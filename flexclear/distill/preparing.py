@@ -1,4 +1,4 @@
-"""Finds what can be wrong with a run before any weight is read."""
+"""Finds everything that can be wrong with a run before any weights are read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flexclear.families.target import model_of
 
 @dataclass(frozen=True)
 class Prepared:
-    """What ``prepare`` finds out before any weight is read."""
+    """What ``prepare`` finds out before any weights are read."""
 
     samples: Samples
     folder: Path | None
@@ -37,7 +37,7 @@ def prepare(
     data: Samples | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
-    """Check everything that can be wrong with a run before weights are read; at the end, encode images.
+    """Check everything that can be wrong with a run before weights are read. Then encode images, if needed.
 
     Raises:
         FileNotFoundError: there is no such model, cache or file.

@@ -1,4 +1,4 @@
-"""Which processes and devices accelerate gives a run, and what they cannot do."""
+"""Which processes and devices accelerate gives a run, and what they do not support."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_accelerator(config: DistillConfig) -> Any:
         options["gradient_accumulation_steps"] = config.gradient_accumulation
     return Accelerator(
         mixed_precision=config.mixed_precision,
-        # Without an accelerator and without being told so, accelerate takes each of several processes for the only one.
+        # Without an accelerator, accelerate treats each of several processes as the only one unless told otherwise.
         cpu=config.device == "cpu" or (started() > 1 and not torch.accelerator.is_available()),
         log_with=config.tracker,
         project_dir=str(config.output),
@@ -48,7 +48,7 @@ def _asked(plugin: str) -> bool:
 
 
 def _check_deepspeed() -> None:
-    """Raise where accelerate's configuration asks for DeepSpeed and it cannot be imported.
+    """Raise if accelerate's configuration asks for DeepSpeed and it cannot be imported.
 
     Raises:
         ImportError: it cannot.
@@ -61,7 +61,7 @@ def _check_deepspeed() -> None:
 
 
 def check_accelerator(accelerator: Any, config: DistillConfig) -> None:
-    """Compare what was requested with what accelerate has made of it, and with the settings.
+    """Compare what was requested with what accelerate made of it, and with the settings.
 
     Raises:
         ValueError: the run would not be what was requested, or its settings are incompatible with sharding.
@@ -123,7 +123,7 @@ def check_precision(accelerator: Any, dtype: torch.dtype) -> None:
 
 
 def match_deepspeed(own: dict[str, Any], config: DistillConfig) -> None:
-    """Fill in what DeepSpeed's configuration leaves open, "auto" or not named, from the settings.
+    """Fill in from the settings what DeepSpeed's configuration leaves out or at "auto".
 
     Raises:
         ValueError: it names another value than the settings.

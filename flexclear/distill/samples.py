@@ -26,7 +26,7 @@ class Sample:
     """One image or video with its caption, encoded.
 
     Attributes:
-        mean, logvar: moments of the VAE's posterior, ``[C, h, w]``, of a video ``[C, F, h, w]``.
+        mean, logvar: moments of the VAE's posterior, ``[C, h, w]``, or ``[C, F, h, w]`` for a video.
         prompt_embeds: ``[T, D]``.
         pooled: pooled text embedding, ``[P]``; None for a model that takes none.
         caption: for people.
@@ -40,7 +40,7 @@ class Sample:
 
 
 Shape = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Shapes of moments, text embeddings and pooled embedding, ``()`` without one. Samples of one batch share it."""
+"""Shapes of moments, text embeddings and pooled embedding (``()`` if there is none). Samples of a batch share them."""
 
 Factor = float | tuple[float, ...]
 """One number, or one for each channel of the latents."""
@@ -50,9 +50,9 @@ class Samples(Protocol):
     """A sequence of samples.
 
     Attributes:
-        scaling_factor, shift_factor: latents = (drawn from the moments - shift) * scaling, as the VAE's configuration
-            has them: a number, or one for each channel.
-        fingerprint: of the parts that encoded them, or None: not known.
+        scaling_factor, shift_factor: latents = (sampled from the moments - shift) * scaling, as in the VAE's
+            configuration: a number, or one for each channel.
+        fingerprint: that of the parts that encoded them; None if not known.
     """
 
     @property
@@ -75,15 +75,15 @@ NUMBERS = {"mean": 3, "logvar": 3, "prompt_embeds": 2, "pooled": 1}
 """Dimensions of each tensor of an image's sample."""
 
 FRAMES = {**NUMBERS, "mean": 4, "logvar": 4}
-"""And of a video's."""
+"""Dimensions of each tensor of a video's sample."""
 
 
 def check_sample(sample: Sample) -> None:
-    """Raise unless the tensors of a sample are as ``Sample`` says: floating-point and finite, with those dimensions.
+    """Raise unless the tensors of a sample are as ``Sample`` says: floating-point, finite, with those dimensions.
 
     Raises:
         TypeError: one is not a floating-point tensor.
-        ValueError: one has another shape, or holds a number that is not finite, as a VAE in float16 makes them.
+        ValueError: one has another shape, or holds a number that is not finite, which a VAE in float16 may produce.
     """
     for name, dimensions in (FRAMES if getattr(sample.mean, "ndim", 3) == FRAMES["mean"] else NUMBERS).items():
         tensor = getattr(sample, name)
@@ -114,8 +114,8 @@ class MemorySamples:
     """Samples in memory.
 
     Raises:
-        TypeError, ValueError: see ``check_sample``; the message names the sample. Or a factor is not finite, or there is not one
-            for each channel.
+        TypeError, ValueError: see ``check_sample``; the message names the sample. Or a factor is not finite, or there is not
+            one factor for each channel.
     """
 
     samples: list[Sample]
@@ -153,11 +153,11 @@ class MemorySamples:
 
 
 class CachedSamples:
-    """The folder that ``flexclear data cache`` writes; tensors are read when needed.
+    """Samples from a folder that ``flexclear data cache`` wrote; tensors are read when needed.
 
     Raises:
         FileNotFoundError: there is no such folder, or a shard is missing.
-        ValueError: it is not a finished cache, holds nothing, or a shard is damaged or does not have the types and shapes that
+        ValueError: it is not a finished cache, holds nothing, or a shard is damaged or lacks the types and shapes that
             the index names.
     """
 
@@ -210,7 +210,7 @@ class CachedSamples:
         return self._shapes[index]  # type: ignore[return-value]
 
     def _check_shards(self) -> None:
-        """Compare types and shapes in the shards' headers with the index; no tensor is read."""
+        """Compare types and shapes in the shards' headers with the index, without reading tensors."""
         shards: dict[str, list[tuple[str, Any]]] = defaultdict(list)
         for entry, shapes in zip(self.entries, self._shapes, strict=True):
             shards[entry["shard"]].append((entry["key"], shapes))
@@ -243,7 +243,7 @@ class CachedSamples:
 
 
 def stack(samples: Iterable[Sample]) -> dict[str, Tensor]:
-    """Tensors of a batch by name, each with the batch in front; without a pooled embedding where samples have none."""
+    """Stack samples into tensors by name, batch dimension first. No pooled embedding if the samples have none."""
     chosen = list(samples)
     return {
         name: torch.stack([getattr(sample, name) for sample in chosen])

@@ -1,4 +1,4 @@
-"""Parameters that several devices hold parts of: by FSDP, or by DeepSpeed's ZeRO stage 3."""
+"""Parameters sharded across devices by FSDP, or by DeepSpeed's ZeRO stage 3."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def sharding_of(accelerator: Any) -> Kind | None:
 
 @contextlib.contextmanager
 def loaded_whole(accelerator: Any) -> Iterator[None]:
-    """Models that are loaded in the block are whole; under ZeRO stage 3 transformers would shard them as it loads them.
+    """Models loaded inside the block are whole; under ZeRO stage 3 transformers would otherwise shard them while loading.
 
-    accelerate's ``zero3_init_context_manager`` is for that, and leaves what transformers (5.23) looks at as it was.
+    accelerate's ``zero3_init_context_manager`` is meant for this, but does not change what transformers (5.23) looks at.
     """
     if sharding_of(accelerator) != "zero":
         yield
@@ -47,7 +47,7 @@ def loaded_whole(accelerator: Any) -> Iterator[None]:
 
 
 def follow(kind: Kind | None, model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return what trains once the accelerator has prepared the model: FSDP puts new parameters in the place of old ones."""
+    """Return the trained parameters after the accelerator has prepared the model: FSDP replaces parameters with new ones."""
     if kind != "fsdp":
         return trained
     now = {unwrapped(name): parameter for name, parameter in model.named_parameters()}
@@ -55,15 +55,15 @@ def follow(kind: Kind | None, model: nn.Module, trained: dict[str, nn.Parameter]
 
 
 def clip(accelerator: Any, kind: Kind | None, student: nn.Module, trained: list[nn.Parameter], norm: float) -> float:
-    """Clip the gradients to ``norm`` and return what theirs was. DeepSpeed clips by itself, see ``processes.match_deepspeed``."""
-    # FSDP knows the norm over all shards where it is given all that it shards.
+    """Clip the gradients to ``norm`` and return their norm. DeepSpeed clips by itself, see ``processes.match_deepspeed``."""
+    # FSDP computes the norm over all shards if it is given all parameters that it shards.
     clipped = list(student.parameters()) if kind == "fsdp" else trained
     found = accelerator.clip_grad_norm_(clipped, norm)
     return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
 
 def gather(accelerator: Any, kind: Kind, student: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all parameters whole, by their names in ``model``, on the main process; every process has to call it."""
+    """Return all parameters whole, by their names in ``model``, on the main process. Every process must call it."""
     if kind == "fsdp":
         return {unwrapped(name): tensor for name, tensor in accelerator.get_state_dict(student).items()}
     import deepspeed
@@ -77,7 +77,7 @@ def gather(accelerator: Any, kind: Kind, student: nn.Module, model: nn.Module) -
 
 
 def window_like(teacher: Any, student: Any) -> None:
-    """Transform a whole model as the sharded student is."""
+    """Transform a whole model in the same way as the sharded student."""
     entry = entry_hook_of(student)
     assert entry is not None
     if entry.settings.formula is not None:
@@ -88,7 +88,7 @@ def window_like(teacher: Any, student: Any) -> None:
 
 
 def fill(model: nn.Module, numbers: dict[str, torch.Tensor]) -> None:
-    """Copy what ``gather`` has returned into a whole model of the same names."""
+    """Copy the result of ``gather`` into a whole model with the same parameter names."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(numbers[name])

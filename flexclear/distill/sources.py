@@ -1,4 +1,4 @@
-"""Images with captions: a folder, or WebDataset tar files. Damaged ones are named, never left out silently."""
+"""Images with captions: a folder, or WebDataset tar files. Damaged ones are named, never skipped silently."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Item:
-    """One image, not read yet.
+    """One image that has not been read yet.
 
     Attributes:
-        name: for people; unique in its source.
+        name: unique in its source; for messages.
         caption: what it shows.
-        read: gives the file's bytes.
+        read: returns the file's bytes.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Item:
     read: Callable[[], bytes]
 
     def digest(self) -> str:
-        """Of the file's bytes; ``"unreadable"`` where it cannot be read."""
+        """Digest of the file's bytes; ``"unreadable"`` if it cannot be read."""
         try:
             return hashlib.sha256(self.read()).hexdigest()
         except OSError:
@@ -54,7 +54,7 @@ class Item:
         """The image in RGB.
 
         Args:
-            digest: what the file had before, or None: not known.
+            digest: the file's earlier digest; None if not known.
 
         Raises:
             MemoryError: it does not fit into memory.
@@ -74,10 +74,10 @@ class Item:
 
 
 def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
-    """The images of a folder, of the tar files in it, or of one tar file.
+    """Find the images of a folder, of the tar files in it, or of one tar file.
 
     Captions in a folder: ``NAME.txt`` beside an image, a line of ``metadata.jsonl``, or ``NAME.json`` with ``"prompt"``,
-    ``"caption"`` or ``"text"``, as the published set has it.
+    ``"caption"`` or ``"text"``, as in the published set.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
@@ -115,10 +115,10 @@ def find_items(source: str | Path) -> tuple[list[Item], list[Skipped]]:
 
 
 def _caption_of(picture: Path, listed: str | None) -> str | None:
-    """What ``NAME.txt`` beside an image says, else ``listed``, else what ``NAME.json`` says, or None where there is none.
+    """The caption in ``NAME.txt`` beside an image, else ``listed``, else the caption in ``NAME.json``, else None.
 
     Raises:
-        OSError, ValueError: a file cannot be read, is no JSON, or holds no caption; the message names it.
+        OSError, ValueError: a file cannot be read, is not JSON, or holds no caption; the message names it.
     """
     text, record = picture.with_suffix(".txt"), picture.with_suffix(".json")
     if text.is_file():
@@ -132,7 +132,7 @@ def _caption_of(picture: Path, listed: str | None) -> str | None:
 
 
 def _without_pictures(folder: Path, pictures: list[Path]) -> list[Skipped]:
-    """JSON files with a caption, and damaged ones, that no image is beside; those that hold something else are not meant."""
+    """JSON files without an image beside them that have a caption or are damaged. JSON files with other content do not count."""
     captioned = {picture.with_suffix(".json") for picture in pictures}
     lost = []
     for file in sorted(file for file in folder.rglob("*.json") if file not in captioned and not _hidden(file, folder)):
@@ -214,7 +214,7 @@ def _in_shards(shards: list[Path]) -> tuple[list[Item], list[Skipped]]:
 
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
-    """All files in a tar, which must be whole: ``tarfile`` itself takes a file that ends early for its end."""
+    """All files in a tar, which must be complete: ``tarfile`` itself silently accepts a truncated file."""
     with tarfile.open(shard, "r:") as archive:
         members = archive.getmembers()
     if members:

@@ -19,10 +19,10 @@ ADAPTER = "flexclear"
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Attention projections, and what the windowed processors have of their own (pooling weights), by name.
+    """Attention projections, and the windowed processors' own parameters (pooling weights), by name.
 
     Raises:
-        TypeError: an unsupported model.
+        TypeError: the model is not supported.
         ValueError: they are fused, quantized or offloaded; see ``flexclear.weights.keys.projections``.
     """
     layers = list(family_of(model).layers(model))
@@ -38,10 +38,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_teacher(model: nn.Module, trained: Iterable[nn.Parameter] | None = None) -> nn.Module:
-    """The dense model with the weights that ``model`` has now, in a module tree of its own, without gradients.
+    """Make the dense model with the current weights of ``model``, in a separate module tree, without gradients.
 
-    Its processors are those from before ``flexclear.transform``. Because it is a tree of its own, running it changes
-    nothing about the student, in any thread and whatever is raised.
+    Its processors are those from before ``flexclear.transform``. Because the tree is separate, running it changes nothing about
+    the student, in any thread and whatever is raised.
 
     Args:
         model: transformed or not.
@@ -57,11 +57,11 @@ def make_teacher(model: nn.Module, trained: Iterable[nn.Parameter] | None = None
 
 
 def add_lora(model: Any, rank: int, alpha: int, seed: int = 0) -> dict[str, nn.Parameter]:
-    """A LoRA on every attention projection, through peft; returns its parameters by name. Equal seeds give equal numbers.
+    """Add a LoRA to every attention projection with peft; return its parameters by name. Equal seeds give equal values.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the model has one of this name already.
+        ValueError: the model already has one with this name.
     """
     require("peft", "train: lora")
     from peft import LoraConfig
@@ -78,7 +78,7 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0) -> dict[str, nn.P
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Make the LoRA of ``add_lora`` part of the weights below it. The adapter stays: delete it afterwards."""
+    """Merge the LoRA of ``add_lora`` into the base weights. The adapter stays: delete it afterwards."""
     with torch.no_grad():
         for module in model.modules():
             if ADAPTER in getattr(module, "lora_A", {}) and hasattr(module, "get_delta_weight"):

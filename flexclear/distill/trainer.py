@@ -52,7 +52,7 @@ class Distilled:
 
     Attributes:
         steps: optimizer steps done, including those of earlier runs that this one resumed.
-        weights: the file for ``flexclear.load_weights``; None if the run was interrupted, and a checkpoint is kept.
+        weights: the file for ``flexclear.load_weights``; None if the run was interrupted; a checkpoint is kept.
         losses: this run's records in ``losses.jsonl``, one per step.
         held_out: this run's records in ``held_out.jsonl``.
     """
@@ -76,19 +76,19 @@ def distill(
     on_step: OnStep = lambda record: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Distilled:
-    """Train a model's attention to stay with its dense self under a window; a run that was stopped resumes.
+    """Train a model's attention to match its dense self under a window. A run that was stopped resumes.
 
     >>> distill(pipe, DistillConfig(output=Path("runs/r16"), data=Path("cache"), r=16))     # doctest: +SKIP
 
     Args:
-        model_or_pipe: the teacher, or a pipeline with it; it becomes the student in place: transformed as the settings say,
-            unless it already is, and with the trained weights at the end. None: what ``config.model`` names.
+        model_or_pipe: the teacher, or a pipeline with it. It becomes the student in place: transformed as in the settings,
+            unless it already is, and with the trained weights at the end. None: the model that ``config.model`` names.
         config: the settings.
-        data: samples, instead of those that ``config.data`` names.
+        data: samples to use instead of those that ``config.data`` names.
         accelerator: an ``accelerate.Accelerator``; by default one is made from the settings and accelerate's own
             configuration.
         on_step: called with each step's record on the main process.
-        say: called with lines for people.
+        say: called with messages for the user.
 
     SIGTERM and Ctrl-C let the current step finish, write a checkpoint and end the run.
 
@@ -97,7 +97,7 @@ def distill(
 
     Raises:
         FloatingPointError: a loss, a gradient or a trained parameter is not finite. Checkpoints only ever hold finite weights.
-        OSError: a file cannot be written, such as on a full disk; the last checkpoint is kept.
+        OSError: a file cannot be written, for example on a full disk; the last checkpoint is kept.
         Others: see ``prepare``.
     """
     if config is None:
@@ -245,7 +245,7 @@ class _Run:
             accelerator.free_memory()
 
     def _numbers(self, start: int) -> Iterator[int]:
-        """Numbers of the batches of this process, from those of step ``start`` on."""
+        """Numbers of this process's batches, starting with those of step ``start``."""
         number = start * self.batches_per_step + self.accelerator.process_index
         while True:
             yield number
@@ -265,7 +265,7 @@ class _Run:
                 accelerator.backward(losses.total)
                 if accelerator.sync_gradients and self.config.max_grad_norm:
                     norm = clip(accelerator, self.sharding, self.student, self.parameters, self.config.max_grad_norm)
-                    # In float16 the scaler skips such a step by itself, and tries a smaller scale.
+                    # In float16 the scaler skips such a step by itself and tries a smaller scale.
                     if not math.isfinite(norm) and accelerator.mixed_precision != "fp16":
                         raise self._not_finite(f"the gradient norm of step {step + 1} is {norm}")
                 self.optimizer.step()
@@ -277,7 +277,7 @@ class _Run:
             self.average.step(self.parameters)
         means = {name: accelerator.reduce(value, reduction="mean").item() for name, value in sums.items()}
         record: Record = {"step": step + 1, **means, "learning_rate": rate}
-        if norm is not None and math.isfinite(norm):  # JSON knows no other number
+        if norm is not None and math.isfinite(norm):  # JSON has no other numbers
             record["gradient_norm"] = norm
         if self.config.tracker is not None:
             accelerator.log(record, step=step + 1)
@@ -289,7 +289,7 @@ class _Run:
         return FloatingPointError(f"{found}: a lower learning rate or max_grad_norm may help; {told}")
 
     def _check_weights(self, step: int) -> None:
-        """Raise before weights that are not finite replace good ones on disk; of sharded ones, losses tell.
+        """Raise before non-finite weights replace good ones on disk. For sharded weights, the losses show it.
 
         Raises:
             FloatingPointError: a trained parameter is not finite.
@@ -302,7 +302,7 @@ class _Run:
 
     @torch.no_grad()
     def _measure(self, step: int, records: list[Record]) -> None:
-        """The losses on the held-out samples, averaged over samples."""
+        """Measure the losses on the held-out samples, averaged over samples."""
         if not self.held_out:
             return
         sums: dict[str, float] = {}
@@ -323,7 +323,7 @@ class _Run:
     def _draw(self, step: int) -> None:
         from PIL import Image
 
-        # Sharded weights come together only where every process computes with them.
+        # Sharded weights are gathered only if every process computes with them.
         if self.pipe is None or not (self.accelerator.is_main_process or self.sharding):
             return
         sheets = self.config.sheets
@@ -352,7 +352,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The averaged weights, where there is an average, inside the block."""
+        """Use the averaged weights, if there is an average, inside the block."""
         if self.average is None:
             yield
             return
@@ -364,7 +364,7 @@ class _Run:
             self.average.restore(self.parameters)
 
     def _output(self) -> Path:
-        """Leaves the trained weights in the model, in its own type, and writes them; of sharded ones, writes only."""
+        """Write the trained weights and leave them in the model, in its own type. Sharded weights are only written."""
         accelerator, path = self.accelerator, self.config.output / WEIGHTS
         accelerator.wait_for_everyone()
         if self.sharding:
@@ -383,14 +383,14 @@ class _Run:
         return path
 
     def _merge(self, model: Any) -> None:
-        """Write the LoRA for itself, if there is one, and make it part of the weights below it."""
+        """Write the LoRA separately, if there is one, and merge it into the base weights."""
         if self.config.train == "lora":
             if self.accelerator.is_main_process:
                 write_lora(model, self.config.output / LORA)
             merge_lora(model)
 
     def _write_gathered(self, gathered: dict[str, torch.Tensor], path: Path) -> None:
-        """Write the sharded student by way of the teacher, which is whole and no longer needed."""
+        """Write the sharded student's weights through the teacher, which is whole and no longer needed."""
         model: Any = self.teacher
         window_like(model, self.model)
         if self.config.train == "lora":
@@ -431,7 +431,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after its step; a second one ends it at once."""
+        """SIGTERM and Ctrl-C end the run after the current step; a second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -451,7 +451,7 @@ class _Run:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Leave only the records up to ``step``; a half written last line goes too."""
+    """Keep only the records up to ``step``; drop a half-written last line too."""
     if not path.is_file():
         return
     kept = []
