@@ -1,4 +1,4 @@
-"""Masks: layouts, windows, dense reference, analytic BlockMask, cost. Depends on torch alone.
+"""Masks: layouts, windows, dense reference, analytic BlockMask, cost. Depends only on torch.
 
 >>> from flexclear.masks import Layout, Disc, block_mask, cost
 >>> layout = Layout(height=85, width=48)                  # 1360 x 768 px

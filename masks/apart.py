@@ -1,8 +1,8 @@
 """Text queries apart from image queries: two exact attention calls over the same keys, whose rows need no merging.
 
-Text sees every token, so a row of text is as long as the sequence, while a row of the image is only as long as its window. In a
-single kernel the few long rows keep a GPU waiting, and block lists are as wide as the longest row. Run apart, text is dense
-attention by the fastest kernel available, and the image's lists grow with the image.
+Text sees every token, so a text row is as long as the sequence, while an image row is only as long as its window. In a single
+kernel the few long rows keep a GPU waiting, and the block lists are as wide as the longest row. Run apart, text uses dense
+attention with the fastest available kernel, and the image's lists grow only with the image.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class TextApart:
     """A window's mask in two parts.
 
     Attributes:
-        image: the mask of the sequence from position ``first`` on where text comes first, up to the image's end where it comes
-            last, over all keys. Blocks of queries begin where they do in the whole sequence, so up to one block of them begins
-            with text; the contents of these rows are meaningless.
+        image: the mask of the image queries over all keys. If text comes first, query blocks still begin where they do in the
+            whole sequence, so the first block may begin with text queries; the contents of these rows are meaningless. If
+            text comes last, the queries end with the image.
         text: an empty tensor ``[text_len, 0]``, whose size a compiler can treat as a symbol.
-        layout, window: what both parts belong to.
+        layout, window: the layout and window that both parts belong to.
     """
 
     image: BlockMask
@@ -43,18 +43,18 @@ class TextApart:
 
     @property
     def rows(self) -> int:
-        """Number of queries of ``image``, a symbol where a compiler treats it as one."""
+        """Number of queries of ``image``; a symbol if the compiler treats it as one."""
         lengths: Tensor = getattr(self.image, LENGTHS)
         return lengths.shape[0]
 
     @functools.cached_property
     def mask_mod(self) -> MaskMod:
-        """The ``mask_mod`` of the whole sequence, text among its queries."""
+        """The ``mask_mod`` of the whole sequence, including its text queries."""
         return self.window.mask_mod(self.layout, self.image.kv_indices.device)
 
 
 def can_part(layout: Layout, window: Window | MaskMod) -> bool:
-    """Whether text queries see every key under ``window``, and there are any."""
+    """Whether there are text queries, and they see every key under ``window``."""
     return layout.text_len > 0 and isinstance(window, Window) and not window.pools
 
 
@@ -68,15 +68,15 @@ def text_apart(
     coordinates: Source | None = None,
     narrow: bool | None = None,
 ) -> TextApart:
-    """The window over the layout, with text queries apart. For inference: there are no lists by key-value block.
+    """The window over the layout, with text queries apart. For inference only: it has no lists by key-value block.
 
     Args:
-        layout: the sequence, with some text.
+        layout: the sequence, with at least one text token.
         window: a window without pooled keys.
         block_size: tokens per block, or a ``(query, key-value)`` pair.
-        device: where the lists and what the ``mask_mod`` captures are placed.
+        device: where the lists and the tensors that the ``mask_mod`` captures are placed.
         coordinates: see ``flexclear.masks.block_mask``.
-        narrow: see ``flexclear.masks.block_mask``; None: on devices other than CPU.
+        narrow: see ``flexclear.masks.block_mask``; None: narrow on every device but the CPU.
 
     Raises:
         ValueError: there is no text, the window has pooled keys or does not fit the grid, or ``block_size`` is invalid.

@@ -1,9 +1,9 @@
 """The block-sparse mask, built from bounding boxes in time linear in the number of blocks, never from N x N pairs.
 
-The image tokens of a block have a bounding box. For two boxes the least and the greatest possible distance decide:
-no pair can be allowed -> skip; every pair must be -> full block; else partial, and the ``mask_mod`` decides inside the
-kernel. This is exact where blocks are rectangles (aligned tiles) and safe everywhere: a box can only be too large,
-which turns a skipped block into a partial one or a full one into a partial one, never the reverse.
+The image tokens of a block have a bounding box. The least and the greatest possible distance between two boxes decide:
+if no pair can be allowed, the block is skipped; if every pair must be, it is full; otherwise it is partial, and the
+``mask_mod`` decides inside the kernel. This is exact where blocks are rectangles (aligned tiles) and safe everywhere: a
+box can only be too large, which turns a skipped or a full block into a partial one, never the reverse.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from flexclear.masks.scan import scan_blocks
 from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
 
 SMALL_BLOCKS_BELOW = 1 << 17
-"""Sequence length on CPU up to which blocks may be small."""
+"""Sequence length below which blocks may be small on CPU."""
 
 MANY_TOKENS = 1 << 19
 """Sequence length from which the block lists are the first thing to run out of memory."""
 
 _FORWARD_LISTS_SUFFICE = "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
-"""Whether this torch accepts a BlockMask without the lists by key-value block; 2.8 insists on them."""
+"""Whether this torch accepts a BlockMask without lists by key-value block; torch 2.8 requires them."""
 
 
 def default_block_size(
@@ -45,16 +45,17 @@ def default_block_size(
     """Tokens per (query, key-value) block unless something else is requested. ``flexclear.compile.kernels`` has a table for GPUs
     that takes precedence.
 
-    On CPU (32, 32): a kernel without packed products is as fast on small blocks, which execute less. On two cores of an AMD
-    EPYC it takes 0.82 to 0.95 of the time of (64, 64) at r = 8 and 16. (64, 64)
-    from 2^17 tokens on, for the size of the lists. With AMX, whose tiles like long products, (64, 64), and from a reach of 12 on
-    (128, 128): on an Intel machine that took 0.87 of the time of (128, 64) at r = 16, and (64, 64) 0.88 at r = 8.
+    On CPU, (32, 32): without packed products the kernel is as fast on small blocks, and these execute less work. On two cores
+    of an AMD EPYC it takes 0.82 to 0.95 of the time of (64, 64) at r = 8 and 16. From 2^17 tokens on, (64, 64), to keep the
+    lists small. With AMX, which favors long products, (64, 64), and (128, 128) from a reach of 12 on: on an Intel machine
+    (128, 128) took 0.87 of the time of (128, 64) at r = 16, and (64, 64) took 0.88 at r = 8.
 
-    Elsewhere (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. Executed over useful work at 1024 to 8192 px and r = 8
-    to 32 is 1.29 to 1.60 (``cost``), against 1.31 to 1.76 with (128, 128) and 1.22 to 1.43 with (64, 64). (128, 128) from 2^19
-    tokens on (above 11,500 px): where text rows name every block, lists are rows x columns of blocks, and at 16,384 px they
-    would pass 1 GB; at r = 16 the executed work is the same. (128, 128) also for a backward pass: FlexAttention's backward
-    kernels on GPUs work on up to 128 keys at a time, and refuse blocks that this number does not divide.
+    Elsewhere, (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. The ratio of executed to useful work (``cost``) at
+    1024 to 8192 px and r = 8 to 32 is 1.29 to 1.60, against 1.31 to 1.76 with (128, 128) and 1.22 to 1.43 with (64, 64). From
+    2^19 tokens on (above 11,500 px), (128, 128): as text rows name every block, the lists have as many entries as there are
+    block pairs, and at 16,384 px they would exceed 1 GB; at r = 16 the executed work is the same. (128, 128) also for a
+    backward pass: FlexAttention's backward kernels on GPUs process up to 128 keys at a time, and refuse blocks that this
+    number does not divide.
 
     Args:
         seq_len: tokens of the sequence.
@@ -126,14 +127,14 @@ def block_pairs(
 ) -> BlockPairs:
     """Classify all block pairs of ``layout`` under ``window``: the needed ones, each full or partial.
 
-    A window of this package is classified from bounding boxes. A ``mask_mod`` of your own is evaluated on every pair,
-    in bounded memory, which is exact and takes time quadratic in the sequence length.
+    A window of this package is classified from bounding boxes. A custom ``mask_mod`` is evaluated on every pair in
+    bounded memory, which is exact but takes time quadratic in the sequence length.
 
     ``text_padded``: some text may be padding (``with_text_mask``), so no block of text keys counts as full.
 
     Raises:
-        TypeError: ``window`` is neither.
-        ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
+        TypeError: ``window`` is neither a window nor a ``mask_mod``.
+        ValueError: ``block_size`` is invalid, or the window does not fit the grid.
     """
     q_size, kv_size = default_block_size(layout.seq_len) if block_size is None else check_block_size(block_size)
     if is_plain(window):
@@ -219,17 +220,17 @@ def block_mask(
         window: a window such as ``Disc(16)``, or any ``mask_mod`` over the layout's sequence positions.
         block_size: tokens per block, or a ``(query, key-value)`` pair; multiples of 16 from 16 to 256.
             ``default_block_size`` by default.
-        device: where the lists and the captured tables are placed, and where a ``mask_mod`` of your own has its tensors.
+        device: where the lists and the captured tables are placed, and where a custom ``mask_mod`` has its tensors.
         backward: also build the lists by key-value block, which the backward kernels use.
         text_padded: prepare for ``with_text_mask``: every block of text keys evaluates the ``mask_mod``.
-        coordinates: where the ``mask_mod`` gets them from, see ``flexclear.masks.coordinates.Source``; None: what suits the
-            device.
-        narrow: make the lists only as wide as the longest one. For CUDA's kernels only: the CPU's kernel and BlockMask's own
-            methods take the width for the number of blocks. Saves memory where no row names every block.
+        coordinates: where the ``mask_mod`` gets coordinates from, see ``flexclear.masks.coordinates.Source``; None: the best
+            source for the device.
+        narrow: make the lists only as wide as the longest one, which saves memory if no row names every block. Only for CUDA
+            kernels: the CPU kernel and BlockMask's own methods take the width for the number of blocks.
 
     Raises:
-        TypeError: ``window`` is neither.
-        ValueError: ``block_size`` makes no sense, or the window does not fit the grid.
+        TypeError: ``window`` is neither a window nor a ``mask_mod``.
+        ValueError: ``block_size`` is invalid, or the window does not fit the grid.
     """
     if block_size is None:
         reach = None if is_plain(window) else as_window(window).reach
@@ -255,10 +256,10 @@ def block_mask_between(
     text_padded: bool = False,
     coordinates: Source | None = None,
 ) -> BlockMask:
-    """The window over some of the layout's tokens: the queries are the tokens of the first keys.
+    """The window over some of the layout's tokens. The queries are the tokens of the first ``queries`` keys.
 
     Args:
-        layout: the whole sequence, which the window's rule is bound to.
+        layout: the whole sequence, to which the window's rule is bound.
         window: a window of this package.
         queries: number of queries.
         key_tokens: packed coordinates of the keys, int32 ``[keys]``.
@@ -277,7 +278,7 @@ def assembled(
     backward: bool,
     narrow: bool = False,
 ) -> BlockMask:
-    """A BlockMask of block pairs over ``lengths`` (queries, keys).
+    """A BlockMask made from block pairs over ``lengths`` (queries, keys).
 
     ``narrow``: see ``block_mask``.
     """

@@ -1,4 +1,4 @@
-"""Bounding boxes of blocks, and the search for pairs of boxes that a window lets touch."""
+"""Bounding boxes of blocks, and the search for pairs of boxes between which a window may allow a pair of tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GROUP = 32
 _FEW_PAIRS = 1 << 20
 
 Touch = Callable[[Box, Box], Tensor]
-"""Whether pairs of boxes may hold an allowed pair of tokens: bool, broadcast."""
+"""Maps pairs of boxes to whether they may hold an allowed pair of tokens: bool, broadcast."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Blocks:
     """One axis of the attention matrix cut into blocks.
 
     Attributes:
-        box: around the image tokens of each block; empty where there are none.
-        image, text, pooled: whether a block holds any token of the kind, bool ``[blocks]``.
-        whole: whether it lies entirely inside the sequence.
+        box: bounding box of the image tokens of each block; empty if it has none.
+        image, text, pooled: whether a block holds any token of this kind, bool ``[blocks]``.
+        whole: whether a block lies entirely inside the sequence, bool ``[blocks]``.
     """
 
     box: Box
@@ -37,7 +37,7 @@ class Blocks:
         return len(self.image)
 
     def boxes(self, index: Tensor) -> Box:
-        """The boxes of some blocks."""
+        """The boxes of the blocks in ``index``."""
         return map_box(lambda edge: edge[index], self.box)
 
 
@@ -62,7 +62,7 @@ def cut(coordinates: Tensor, packing: Packing, size: int) -> Blocks:
 
 
 def map_box(function: Callable[..., Tensor], box: Box) -> Box:
-    """``function`` of each edge."""
+    """``function`` applied to each edge."""
     frames, rows, columns = ((function(first), function(last)) for first, last in box)
     return frames, rows, columns
 
@@ -70,8 +70,8 @@ def map_box(function: Callable[..., Tensor], box: Box) -> Box:
 def near_pairs(touches: Touch, query: Box, key: Box) -> tuple[Tensor, Tensor]:
     """Indices of the pairs of boxes that touch: two int64 ``[pairs]``, in no particular order.
 
-    With few boxes, all pairs are tested. With many, boxes around groups of consecutive boxes come first, then the boxes inside
-    the groups that touch. Consecutive blocks lie near each other, so the work is linear in the number of blocks.
+    With few boxes, all pairs are tested. With many, boxes around groups of consecutive boxes are tested first, then the boxes
+    inside the groups that touch. Consecutive blocks lie near each other, so the work is linear in the number of blocks.
     """
     if _count(query) * _count(key) <= _FEW_PAIRS:
         q_part, kv_part = map_box(lambda edge: edge[:, None], query), map_box(lambda edge: edge[None, :], key)

@@ -18,7 +18,7 @@ class CacheStats:
     """Counts since the cache was made or cleared.
 
     Attributes:
-        hits, misses: look-ups that found their value, and that built it.
+        hits, misses: look-ups that found their value, and look-ups that built it.
         evictions: values dropped to make room.
         entries, bytes: what is held now.
         max_bytes: the bound.
@@ -33,7 +33,7 @@ class CacheStats:
 
 
 class ByteBoundedCache(Generic[Value]):
-    """Values by hashable key; the least recently used go first when ``max_bytes`` is passed.
+    """Values by hashable key; the least recently used are dropped first when ``max_bytes`` is exceeded.
 
     A single value larger than the bound is kept until the next one arrives: otherwise a huge image would rebuild
     its mask in every step.
@@ -74,7 +74,7 @@ class ByteBoundedCache(Generic[Value]):
             return self._values[key][0]
 
     def stats(self) -> CacheStats:
-        """Hits, misses, evictions and what is held."""
+        """Hits, misses, evictions, and the entries and bytes now held."""
         with self._lock:
             return CacheStats(self._hits, self._misses, self._evictions, len(self._values), self._bytes, self.max_bytes)
 

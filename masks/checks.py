@@ -1,4 +1,4 @@
-"""Checks of plain arguments, shared so that every message reads the same way."""
+"""Checks of plain arguments, shared so that all messages read alike."""
 
 from __future__ import annotations
 

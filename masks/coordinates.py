@@ -22,8 +22,8 @@ MAX_COMPUTED = 1 << 22
 """Longest sequence whose coordinates are computed: half places are exact in float32 up to twice as many."""
 
 Reads = Literal["offsets", "floats", "integers"]
-"""What a window's rule reads, cheapest first: float32 coordinates of which only the difference between a query's and a key's is
-meaningful along each axis; float32 coordinates; int32 coordinates."""
+"""What a window's rule reads, cheapest first. ``"offsets"``: float32 coordinates of which only the difference between a query's
+and a key's is meaningful along each axis. ``"floats"``: float32 coordinates. ``"integers"``: int32 coordinates."""
 
 
 def least_convenient(all_of: Iterable[Reads]) -> Reads:
@@ -32,20 +32,20 @@ def least_convenient(all_of: Iterable[Reads]) -> Reads:
 
 
 Source = Literal["computed", "packed", "separate"]
-"""Where a ``mask_mod`` gets coordinates from. ``"computed"``: by arithmetic where the layout allows it, else as ``"packed"``.
-``"packed"``: one table for both, taken apart with shifts. ``"separate"``: a table for each, for kernels in a language without
-shifts (CuTe DSL: FlashAttention 4)."""
+"""Where a ``mask_mod`` gets coordinates from. ``"computed"``: arithmetic if the layout allows it, otherwise ``"packed"``.
+``"packed"``: one table for all axes, unpacked with shifts. ``"separate"``: one table per axis, for kernels in a language
+without shifts (CuTe DSL: FlashAttention 4)."""
 
 
 def default_source(device: torch.device | str) -> Source:
-    """Computed on CPU, where a table is a gather for every pair of a partial block. Looked up on CUDA, where it is one load for
-    every row and column of a tile: the compiled kernel for sm_90 has 165 registers then, and 252 with arithmetic (bfloat16, head
-    dim 64; 166 and 184 at 128), and the loop over partial blocks is a third shorter."""
+    """Computed on CPU, where a table costs a gather for every pair of a partial block. Looked up on CUDA, where it costs one load
+    per row and column of a tile: the compiled kernel for sm_90 then uses 165 registers instead of 252 with arithmetic (bfloat16,
+    head dim 64; 166 instead of 184 at 128), and the loop over partial blocks is a third shorter."""
     return "computed" if torch.device(device).type == "cpu" else "packed"
 
 
 class Place(NamedTuple):
-    """What is at some sequence positions: where image tokens are, and whether it is something else."""
+    """What is at some sequence positions: coordinates of image tokens, and whether a token is of another kind."""
 
     at: Coordinates
     is_text: Tensor
@@ -70,18 +70,18 @@ def float_number(device: torch.device | str) -> Number:
 
 
 def can_compute(layout: Layout, key_len: int) -> bool:
-    """Whether ``computed`` knows the layout's positions and is exact on ``key_len`` of them."""
+    """Whether ``computed`` supports the layout and is exact for ``key_len`` positions."""
     return not layout.is_packed and not layout.references and key_len <= MAX_COMPUTED
 
 
 def computed(layout: Layout, reads: Reads, device: torch.device | str, first: int | None = None) -> Places:
-    """Positions of a layout of one grid, of one frame or several, by arithmetic.
+    """Places of a layout with one grid, of one or several frames, by arithmetic.
 
     Args:
         layout: the sequence.
         reads: which coordinates are wanted.
         device: where the numbers are placed.
-        first: sequence position that index 0 stands for; None: position 0.
+        first: sequence position of index 0; None: position 0.
     """
     number = float_number(device)
     if layout.frames > 1:
@@ -127,8 +127,8 @@ def _in_rows(layout: Layout, number: Number) -> Arithmetic:
 def _in_bands(layout: Layout, number: Number, reads: Reads) -> Arithmetic:
     """The tiled order of an image. Everything is counted from the last band, where the height of bands changes.
 
-    ``column`` counts the columns of all bands one after the other. A half keeps every product away from the whole numbers
-    at which a floor changes: reciprocals are rounded, by less than the half is apart at these lengths.
+    ``column`` counts the columns of all bands one after the other. Reciprocals are rounded, so adding a half keeps every
+    product away from the whole numbers at which a floor changes; at these lengths the rounding error is always smaller.
     """
     bands = layout.bands()
     count, height, last, width = bands.count, bands.height, bands.last, bands.width
@@ -145,7 +145,7 @@ def _in_bands(layout: Layout, number: Number, reads: Reads) -> Arithmetic:
     forwards = count % 2 == 1  # whether the last band is walked forwards
     edge, sign = number(width - 0.5 if forwards else -0.5), number(-1.0 if forwards else 1.0)
     exact = reads != "offsets"
-    # Offsets are the same along either axis to the rules that read no more than these, and one graph serves both ways.
+    # Rules that read only offsets treat both axes alike, so one graph serves both directions.
     turned = bands.turned and exact
 
     def coordinates(position: Tensor) -> Coordinates:
@@ -182,10 +182,10 @@ def _in_frames(layout: Layout, number: Number) -> Arithmetic:
 
 
 def _in_clip_bands(layout: Layout, number: Number) -> Arithmetic:
-    """The tiled order of several frames: which frames, which rows of these, which column, and the place in it.
+    """The tiled order of several frames: first the stretch of frames, then of rows, then the column and the place in it.
 
-    The last stretch of an axis has another size. Walked backwards, a band's columns are counted from the other end, and the rows
-    of a stretch of frames that is walked from below likewise. A half keeps products away from whole numbers, as above.
+    The last stretch of an axis has another size. In a band walked backwards, columns are counted from the other end; so are the
+    rows in a stretch of frames that is walked from below. A half keeps products away from whole numbers, as above.
     """
     bands, half = layout.clip_bands(), number(0.5)
     frames, rows, width = bands.frames, bands.rows, bands.width
@@ -227,13 +227,13 @@ def _in_clip_bands(layout: Layout, number: Number) -> Arithmetic:
 
 
 def looked_up(keys: Tensor, packing: Packing, device: torch.device | str, source: Source = "packed") -> Places:
-    """Positions whose packed coordinates are given, TEXT and POOLED among them, int32 ``[positions]``.
+    """Places looked up in a table of packed coordinates.
 
     Args:
-        keys: place of each (``Layout.packing``).
-        packing: how it is one number.
-        device: where the table is put.
-        source: ``"separate"``, or a table of all axes.
+        keys: packed coordinates at each position, including TEXT and POOLED, int32 ``[positions]``.
+        packing: how the coordinates are packed (``Layout.packing``).
+        device: where the table is placed.
+        source: ``"separate"`` for one table per axis, otherwise one table for all axes.
     """
     if source != "separate":
         table = coordinate_table(keys, device)
@@ -259,8 +259,8 @@ def looked_up(keys: Tensor, packing: Packing, device: torch.device | str, source
 def coordinate_table(packed: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Packed coordinates padded to 2^16, 2^20, 2^22, 2^24 or 2^30 entries, int32, for a ``mask_mod`` to capture.
 
-    Why the fixed lengths, marked static: everything else about the sequence can be dynamic, so that one graph serves all
-    resolutions of a bucket (65,536 tokens is 4096 x 4096 px); and a *dynamic* table does not even compile on CPU, where
+    The lengths are fixed and marked static so that everything else about the sequence can be dynamic: one graph serves all
+    resolutions of a bucket (65,536 tokens are 4096 x 4096 px). A *dynamic* table does not even compile on CPU, where
     Inductor's C++ template replaces the name ``ks1`` inside ``ks19`` (torch 2.13).
     """
     bucket = next(1 << bits for bits in (16, 20, 22, 24, 30) if len(packed) <= 1 << bits)

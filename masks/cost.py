@@ -1,4 +1,4 @@
-"""What a window costs: exact counts of allowed pairs, arithmetic, and the work that block sparsity really executes."""
+"""What a window costs: exact counts of allowed pairs, FLOPs, and the work that block sparsity actually executes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flexclear.masks.windows import MaskMod, Window, as_window, is_plain
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one attention layer, one sample.
+    """Cost of one attention layer for one sample.
 
     Attributes:
         pairs: allowed (query, key) pairs, exact.
         dense_pairs: pairs of dense attention, ``seq_len ** 2``.
-        executed_pairs: pairs inside the computed blocks, padding at the end included.
+        executed_pairs: pairs inside the computed blocks, including padding at the end.
         full, partial, skipped: number of blocks of each kind.
         channels: heads times head dimension.
     """
@@ -33,7 +33,7 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """``4 * channels * pairs``: two products of two operations each (the paper's count, its Table 2)."""
+        """``4 * channels * pairs``: two products of two operations each (the count of the paper's Table 2)."""
         return 4 * self.channels * self.pairs
 
     @property
@@ -43,17 +43,17 @@ class Cost:
 
     @property
     def density(self) -> float:
-        """Allowed share of all pairs."""
+        """Fraction of all pairs that is allowed."""
         return self.pairs / self.dense_pairs
 
     @property
     def amplification(self) -> float:
-        """Executed over useful work; 1 would be perfect."""
+        """Ratio of executed to useful work; 1 would be perfect."""
         return self.executed_pairs / self.pairs
 
     @property
     def predicted_speedup(self) -> float:
-        """Dense over executed pairs: the gain of the attention alone if both kernels ran equally fast."""
+        """Ratio of dense to executed pairs: the speedup of attention alone if both kernels ran equally fast."""
         return self.dense_pairs / self.executed_pairs
 
 
@@ -77,7 +77,7 @@ def cost(
         block_size: tokens per block, or a ``(query, key-value)`` pair; ``default_block_size`` by default.
 
     Raises:
-        TypeError: ``window`` is neither.
+        TypeError: ``window`` is neither a window nor a ``mask_mod``.
         ValueError: ``block_size`` is invalid, or the window does not fit the grid.
     """
     blocks = block_pairs(layout, window, block_size)

@@ -1,4 +1,4 @@
-"""What this process's CPU multiplies well; FlexAttention's kernel and its block sizes depend on it."""
+"""Data types that this machine's CPU multiplies fast; FlexAttention's kernel and its block sizes depend on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Independence from what the caller has set: a default device, inference mode, transforms of ``torch.func``."""
+"""Independence from the caller's settings: a default device, inference mode, transforms of ``torch.func``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Result = TypeVar("Result")
 def independent(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """``function`` with the CPU as default device and outside inference mode and ``torch.func``, whatever the caller has set.
 
-    What it makes is cached and outlives the call: a tensor made in inference mode could never be saved for a backward pass,
-    one made under ``torch.set_default_device("cuda")`` would meet others on the CPU, and one made under ``torch.func.grad`` is
-    invalid once that returns.
+    Its results are cached and outlive the call: a tensor made in inference mode could never be saved for a backward pass, one
+    made under ``torch.set_default_device("cuda")`` would be combined with others on the CPU, and one made under
+    ``torch.func.grad`` is invalid once that returns.
     """
 
     @functools.wraps(function)

@@ -18,8 +18,8 @@ def dense_mask(layout: Layout, window: Window | MaskMod, device: torch.device | 
     """Which pairs may attend, bool ``[seq_len, keys]`` in sequence order, queries along the rows.
 
     Built from coordinates, one kind of token after another, independently of the ``mask_mod`` and the block lists, which are
-    tested against it. Keys are the sequence itself, and pooled keys behind it where the window has them. Memory is
-    quadratic: for tests, small sequences and masked SDPA.
+    tested against it. Keys are the sequence itself, followed by the window's pooled keys, if any. Memory is quadratic: use it
+    for tests, small sequences and masked SDPA.
 
     >>> dense_mask(Layout(2, 2, text_len=1, order="raster"), Disc(1)).int()
     tensor([[1, 1, 1, 1, 1],
@@ -31,10 +31,10 @@ def dense_mask(layout: Layout, window: Window | MaskMod, device: torch.device | 
     Args:
         layout: the sequence.
         window: a window such as ``Disc(16)``, or any ``mask_mod`` over the layout's sequence positions.
-        device: where the mask is built, and where a ``mask_mod`` of your own has its tensors.
+        device: where the mask is built, and where a custom ``mask_mod`` has its tensors.
 
     Raises:
-        TypeError: ``window`` is neither.
+        TypeError: ``window`` is neither a window nor a ``mask_mod``.
     """
     if is_plain(window):
         place = torch.arange(layout.seq_len, device=device)

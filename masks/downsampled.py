@@ -18,8 +18,8 @@ class Downsampled(Window):
     """A window with pooled keys behind all other keys (the released code's ``down_factor``; method, section 4).
 
     The image is cut into cells of ``factor`` x ``factor`` tokens from its upper left corner; each cell is one pooled
-    key, cells in raster order. Image queries see all pooled keys, text queries none. Where the factor does not divide
-    a side, the last row or column of cells is smaller: every token is in exactly one cell, and nothing is padded.
+    key, and cells are in raster order. Image queries see all pooled keys, text queries none. If the factor does not
+    divide a side, the last row or column of cells is smaller: every token is in exactly one cell, and nothing is padded.
 
     Args:
         window: what image queries see of the image keys.

@@ -1,4 +1,4 @@
-"""Windows as JSON can hold them, for the metadata of files."""
+"""Windows as JSON values, for the metadata of files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ COMPOSED = {kind.__name__: kind for kind in (Both, Either)}
 
 
 def encode(window: Window | None, where: str) -> Any:
-    """A window as JSON can hold it; ``where`` is for the message.
+    """A window as a JSON value; ``where`` names its source in the error message.
 
     Raises:
-        ValueError: its class is none of ``flexclear.masks``.
+        ValueError: the window's class is not from ``flexclear.masks``.
     """
     if window is None:
         return None
@@ -38,7 +38,7 @@ def decode(found: Any) -> Window | None:
     """The window that ``encode`` was given.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it describes none.
+        ValueError, TypeError, KeyError, AttributeError: ``found`` does not describe a window.
     """
     if found is None:
         return None
@@ -50,6 +50,6 @@ def decode(found: Any) -> Window | None:
         return COMPOSED[kind](*(decode(part) for part in fields["parts"]))  # type: ignore[arg-type]
     if kind not in PLAIN:
         raise ValueError(f"{kind!r} is not a window that this flexclear knows")
-    # JSON has lists for tuples.
+    # JSON turns tuples into lists.
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return PLAIN[kind](**given)

@@ -1,6 +1,6 @@
 """Windows over a layout as plain FlexAttention ``mask_mod`` functions, in one call each.
 
-Each is ``Window(...).mask_mod(layout, device)``; the classes say what the arguments mean and what they raise.
+Each is ``Window(...).mask_mod(layout, device)``; the classes document the arguments and the errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def disc(layout: Layout, r: int, device: Device = "cpu") -> MaskMod:
     Args:
         layout: the sequence.
         r: window radius in tokens, 1 or more.
-        device: where the captured tables are put; FlexAttention wants them beside query and key.
+        device: where the captured tables are placed; FlexAttention needs them on the device of query and key.
 
     Raises:
         TypeError, ValueError: ``r`` is not a positive int.

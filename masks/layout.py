@@ -1,14 +1,14 @@
 """Where every token of a joint text-image sequence sits: sizes, order, coordinates.
 
-A diffusion transformer attends over ``text_len`` text tokens and ``height * width`` image tokens, a video model over those of
-several frames. ``Layout`` is the hashable description of that sequence; everything else in this package is a pure function
-of it.
+A diffusion transformer attends over ``text_len`` text tokens and ``height * width`` image tokens, a video model over the image
+tokens of several frames. ``Layout`` is the hashable description of that sequence; everything else in this package is a pure
+function of it.
 
-Three numberings appear in this package, and names keep them apart:
+This package uses three numberings and names them consistently:
 
-- *raster*: image tokens row by row, ``y * width + x``, frame after frame. What pipelines hand over and expect back.
-- *image order*: image tokens in the order that the layout chose (``order=``).
-- *sequence position*: image order with the text in front (``text_first=True``) or behind. What attention sees.
+- *raster*: image tokens row by row, ``y * width + x``, frame after frame. Pipelines pass them in and expect them back this way.
+- *image order*: image tokens in the layout's own order (``order=``).
+- *sequence position*: image order with the text in front (``text_first=True``) or behind. This is what attention sees.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_SIDE = 16384
 """Largest height or width in tokens. Keeps a squared distance within 32 bits."""
 
 MAX_CLIP_SIDE = 1024
-"""Largest number of frames, and largest height or width in tokens of a clip: a place then fits in 30 bits."""
+"""Largest number of frames of a clip, and its largest height or width in tokens: a place then fits in 30 bits."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Layout:
         width: columns of image tokens, 1 to 16384.
         text_len: text tokens, 0 or more.
         text_first: whether the text precedes the image (FLUX.1) or follows it (SD3).
-        order: ``"tiled"`` (compact runs, see ``flexclear.masks.orders``), ``"raster"`` (row by row, frame after frame), or for
-            several frames the (frames, rows) of the bands in which they are walked.
-        references: (height, width) of further grids whose tokens follow the image's, such as the images that an
-            editing model is given. Tokens of all grids share one plane, each at its own row and column, so a window
+        order: ``"tiled"`` (compact runs, see ``flexclear.masks.orders``), ``"raster"`` (row by row, frame after frame), or, with
+            several frames, the size (frames, rows) of the bands in which they are walked.
+        references: (height, width) of further grids whose tokens follow the image's, such as the input images of an
+            editing model. Tokens of all grids share one plane, each at its own row and column, so a window
             around a place is the same window in each grid. Only with one frame.
         frames: frames of ``height * width`` tokens each, 1 to 1024, as the model sees them: after the autoencoder and the
-            patches have merged several into one. An image is one frame. With several, sides are 1 to 1024.
+            patches have merged several into one. An image is one frame. With several, height and width are 1 to 1024.
 
     >>> Layout(64, 64, references=((48, 85),)).grids
     ((64, 64), (48, 85))
@@ -144,7 +144,7 @@ class Layout:
 
     @property
     def packing(self) -> Packing:
-        """How a place in this layout is packed into one number."""
+        """How the coordinates of a token in this layout are packed into one number."""
         return IMAGES if self.frames == 1 else CLIPS
 
     def bands(self) -> Bands:
@@ -167,7 +167,7 @@ class Layout:
 
     @classmethod
     def from_positions(cls, positions: Tensor, local: Tensor) -> PackedLayout:
-        """The layout of a packed sequence, in which each token has its own position.
+        """The layout of a packed sequence, in which each token comes with its own position.
 
         >>> positions = torch.tensor([[0, 0, 0], [0, 4, 7], [0, 4, 8], [0, 5, 7], [9, 9, 9]])
         >>> packed = Layout.from_positions(positions, torch.tensor([False, True, True, True, False]))
@@ -176,14 +176,14 @@ class Layout:
 
         Args:
             positions: frame, row and column of every token, or row and column, of any integer type, ``[N, 3]`` or ``[N, 2]``.
-                They may begin anywhere.
-            local: which tokens lie on the grid, bool ``[N]``. The others see and are seen by all, and their positions are
-                ignored.
+                They may begin at any number.
+            local: which tokens lie on the grid, bool ``[N]``. The others see and are seen by all tokens, and their positions
+                are ignored.
 
         Raises:
             TypeError: ``positions`` are not integers, or ``local`` is not bool.
-            ValueError: shapes do not match, no token is on the grid, two are at the same place, or the grid is larger than
-                a layout may be.
+            ValueError: shapes do not match, no token is on the grid, two tokens are at the same place, or the grid is larger
+                than a layout may be.
         """
         return _packed_layout(positions.detach().cpu(), local.detach().cpu())
 
@@ -196,12 +196,12 @@ class Layout:
         """Raster index of the image token at each place of the image order: int64 ``[image_len]``.
 
         ``tokens[:, layout.permutation()]`` brings raster tokens ``[B, image_len, C]`` into image order. Grids stay one
-        after the other; each is walked by itself.
+        after the other; each is ordered by itself.
         """
         return torch.cat([walk + start for walk, start in self._walks()])
 
     def _walks(self) -> Iterator[tuple[Tensor, int]]:
-        """Of each grid: its own raster indices in image order, and where it starts among the image tokens."""
+        """For each grid: its own raster indices in image order, and its start among the image tokens."""
         if self.frames > 1:
             yield walk_of_clip(*self.shape, self.order), 0
             return
@@ -212,7 +212,7 @@ class Layout:
 
     @independent
     def inverse_permutation(self) -> Tensor:
-        """Place in the image order of each raster token: int64 ``[image_len]``; undoes ``permutation``."""
+        """Place in the image order of each raster token: int64 ``[image_len]``. The inverse of ``permutation``."""
         forward = self.permutation()
         inverse = torch.empty_like(forward)
         inverse[forward] = torch.arange(len(forward))
@@ -220,7 +220,7 @@ class Layout:
 
     @independent
     def coordinates(self) -> Coordinates:
-        """Frame, row and column, in its own grid, of the token at each place of the image order: three int64
+        """Frame, row and column of the token at each place of the image order, in its own grid: three int64 tensors
         ``[image_len]``."""
         places = []
         for (walk, _), (height, width) in zip(self._walks(), self.grids, strict=True):
@@ -235,7 +235,7 @@ class Layout:
         return torch.cat([text, image + self.text_len] if self.text_first else [image, text + self.image_len])
 
     def packed_coordinates(self) -> Tensor:
-        """The place at each sequence position as one int32 (``packing``), for images ``y << 16 | x``; -1 marks text.
+        """Coordinates at each sequence position as one int32 (``packing``), ``y << 16 | x`` for images; -1 marks text.
         ``[seq_len]``."""
         return _packed_coordinates(self)
 
@@ -251,11 +251,12 @@ def _packed_coordinates(layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedLayout(Layout):
-    """A sequence whose tokens have their own positions (``Layout.from_positions``). In sequence order, tokens on the grid come
-    first, walked in bands, and the others follow as ``text_len`` tokens of text. "Raster" is the order in which they were given.
+    """A sequence whose tokens come with their own positions (``Layout.from_positions``). In sequence order, tokens on the grid
+    come first, walked in bands, and the others follow as ``text_len`` text tokens. "Raster" is the order in which the tokens
+    were given.
 
     Attributes:
-        places: where each token is, one int32 in the order given (``packing``), -1 for those that are not on the grid.
+        places: packed coordinates of each token in the order given (``packing``), one int32 each; -1 for those off the grid.
     """
 
     places: bytes = b""

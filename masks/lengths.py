@@ -1,4 +1,4 @@
-"""What changes in a mask with the number of text tokens, marked so that no compiled graph is made for one number alone."""
+"""Marks on sizes that change with the number of text tokens, so that no graph is compiled for a single length."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from flexclear.masks.defaults import independent
 
 @independent
 def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
-    """``mask`` with its sizes marked as symbols, even for a compiler that was told to compile each size separately.
+    """``mask`` with its sizes marked as symbols, even for a compiler that is set to compile each size separately.
 
     Args:
-        mask: a BlockMask, or a dense bool ``[..., queries, keys]``.
+        mask: a BlockMask, or a dense bool tensor ``[..., queries, keys]``.
     """
     if isinstance(mask, Tensor):
         mark_symbolic(mask, [dim for dim in (mask.ndim - 2, mask.ndim - 1) if mask.shape[dim] > 1])
@@ -28,7 +28,7 @@ def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
         if counts is not None:
             mark_symbolic(counts, [2])
             mark_symbolic(indices, [2, 3])
-    # Dynamo compiles the ints of seq_lengths in, and takes the sizes of a tensor as symbols.
+    # Dynamo compiles in the ints of seq_lengths, but treats the sizes of a tensor as symbols.
     lengths = torch.empty(*mask.seq_lengths, 0, device=mask.kv_indices.device)
     mark_symbolic(lengths, [0, 1])
     setattr(mask, LENGTHS, lengths)
@@ -36,7 +36,7 @@ def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
 
 
 def mark_symbolic(tensor: Tensor, dims: list[int]) -> None:
-    """Ask Dynamo to treat these sizes as symbols where it can; a graph that needs one of them fixed will fix it."""
+    """Ask Dynamo to treat these sizes as symbols if it can; a graph that needs a fixed size may still fix it."""
     marked: set[int] = getattr(tensor, "_dynamo_weak_dynamic_indices", set())
     if marked.issuperset(dims):
         return
@@ -47,7 +47,7 @@ def mark_symbolic(tensor: Tensor, dims: list[int]) -> None:
 
 
 def mark_static(tensor: Tensor) -> None:
-    """Ask Dynamo to compile the sizes of ``tensor`` in as constants."""
+    """Ask Dynamo to compile in the sizes of ``tensor`` as constants."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.mark_static(tensor)
     else:
@@ -55,8 +55,8 @@ def mark_static(tensor: Tensor) -> None:
 
 
 def _mark(tensor: Tensor, name: str, dims: Iterable[int]) -> None:
-    """The marks that Dynamo's functions leave on a tensor (``tests/masks/test_lengths.py`` compares). Importing Dynamo for them
-    would take a second before the first mask, even for those who never compile."""
+    """Set the marks that Dynamo's own functions leave on a tensor (``tests/masks/test_lengths.py`` compares them). Importing
+    Dynamo for this would delay the first mask by a second, even for users who never compile."""
     if not hasattr(tensor, name):
         setattr(tensor, name, set())
     getattr(tensor, name).update(dims)

@@ -23,11 +23,11 @@ PerAxis = int | tuple[int, ...]
 AXES = ("frames", "rows", "columns")
 
 AxisRule = Callable[[Tensor, Tensor], Tensor]
-"""Maps places of queries and keys on one axis to bool."""
+"""Maps the places of queries and keys along one axis to bool."""
 
 
 def check_per_axis(name: str, given: Any) -> PerAxis:
-    """``given``, if it is a number for every axis.
+    """Return ``given`` if it is one valid number for every axis, or a valid tuple.
 
     Raises:
         TypeError, ValueError: it is not.
@@ -42,10 +42,10 @@ def check_per_axis(name: str, given: Any) -> PerAxis:
 
 
 def per_axis(name: str, given: PerAxis, layout: Layout) -> tuple[int | None, int, int]:
-    """``given`` along the frames, rows and columns of ``layout``; None for an image's frames where it says nothing of them.
+    """``given`` along the frames, rows and columns of ``layout``; None for an image's frames if it does not cover them.
 
     Raises:
-        ValueError: it says nothing of frames, and there are several.
+        ValueError: it does not cover frames, and there are several.
     """
     if isinstance(given, int):
         return (None if layout.frames == 1 else given), given, given
@@ -55,13 +55,13 @@ def per_axis(name: str, given: PerAxis, layout: Layout) -> tuple[int | None, int
 
 
 def label(given: PerAxis) -> str:
-    """Such as 7, or 3x7x7."""
+    """A label such as 7 or 3x7x7."""
     return str(given) if isinstance(given, int) else "x".join(map(str, given))
 
 
 @dataclass(frozen=True)
 class Axis:
-    r"""One axis of a window in NATTEN's meaning (arXiv 2204.07143, 2209.15001, 2504.16922).
+    r"""One axis of a window with NATTEN's semantics (arXiv 2204.07143, 2209.15001, 2504.16922).
 
     With dilation d, a query sees only keys of its own phase (position modulo d), and is counted among those: place
     :math:`\lfloor q / d \rfloor` of :math:`n`. With stride s, runs of s queries share the window of their middle one,
@@ -73,7 +73,7 @@ class Axis:
         width: keys of one window.
         before: how many of them come before the query.
         stride, dilation: s and d.
-        shifted: whether a window at the border is shifted inwards; else it is clipped.
+        shifted: whether a window at the border is shifted inwards; otherwise it is clipped.
     """
 
     side: int
@@ -84,7 +84,7 @@ class Axis:
     shifted: bool = True
 
     def _start(self, query: Tensor, side: int | Tensor) -> Tensor:
-        """First key of the window of queries that are counted in their own phase, of ``side`` places."""
+        """First key of each query's window. Queries are counted within their own phase, which has ``side`` places."""
         if self.stride > 1:
             query = torch.minimum(query // self.stride * self.stride + self.stride // 2, torch.as_tensor(side - 1))
         start = query - self.before
@@ -93,7 +93,7 @@ class Axis:
         return torch.minimum(start.clamp(min=0), torch.as_tensor(side - self.width))
 
     def rule(self, number: Number) -> AxisRule:
-        """The rule on coordinates, whose numbers are tensors."""
+        """The rule on coordinates; its numbers are tensors."""
         width, before, zero, one = (number(n) for n in (self.width, self.before, 0, 1))
         whole, phases, phases_less = number(self.side), number(self.dilation), number(self.dilation - 1)
         stride, middle = number(self.stride), number(self.stride // 2)
@@ -123,7 +123,7 @@ class Axis:
         return inside
 
     def touches(self, query: Interval, key: Interval) -> Tensor:
-        """Whether any pair of the intervals may be allowed: exact without dilation."""
+        """Whether any pair of the intervals may be allowed; exact without dilation."""
         d = self.dilation
         least, most = self.side // d, -(-self.side // d)
         first = self._start(query[0] // d, least) * d
@@ -143,7 +143,7 @@ class Axis:
         return inside & (query[0] == query[1]) & (key[0] == key[1])
 
     def pairs(self) -> int:
-        """Number of allowed pairs of places."""
+        """Number of allowed pairs of places along the axis."""
         place, d = torch.arange(self.side), self.dilation
         side = (self.side - place % d + d - 1) // d
         start = self._start(place // d, side)
@@ -151,7 +151,7 @@ class Axis:
 
 
 class _ByAxis(Window):
-    """A key is seen if a rule of each axis allows it."""
+    """A window in which a key is seen if the rule of every axis allows it."""
 
     stride: PerAxis
     dilation: PerAxis
@@ -165,10 +165,10 @@ class _ByAxis(Window):
         """The rule of one axis."""
 
     def axes(self, layout: Layout) -> tuple[Axis | None, Axis, Axis]:
-        """The rules of frames, rows and columns; None where frames do not matter, of an image.
+        """The rules of frames, rows and columns; None for frames if the layout is an image and the window does not cover them.
 
         Raises:
-            ValueError: there are several frames, and the window says nothing about frames.
+            ValueError: there are several frames, and the window does not cover frames.
         """
         sizes = per_axis(*self._size(), layout)
         strides, dilations = per_axis("stride", self.stride, layout), per_axis("dilation", self.dilation, layout)
@@ -214,7 +214,7 @@ class _ByAxis(Window):
 
 
 def _check_steps(window: str, width: PerAxis, stride: PerAxis, dilation: PerAxis) -> None:
-    """Raise unless stride and dilation fit ``width``, the keys of a window.
+    """Raise unless stride and dilation fit ``width``, the number of keys of a window.
 
     Raises:
         TypeError, ValueError: they do not.
@@ -252,11 +252,12 @@ class Square(_ByAxis):
     .. math:: \max(|y_q - y_k|, |x_q - x_k|) < r
 
     Args:
-        radius: half side r in tokens, 1 or more; strict like the disc's, so the side is 2 r - 1. For every axis, or a tuple.
+        radius: half side r in tokens, 1 or more, for every axis, or a tuple. The inequality is strict, as for the disc, so the
+            side is 2 r - 1.
         stride: length of the runs of queries that share the window of their middle one.
         dilation: d: queries see only every d-th key, those of their own phase.
 
-    Stride and dilation have NATTEN's meaning (arXiv 2504.16922, 2209.15001), and may be tuples.
+    Stride and dilation have NATTEN's semantics (arXiv 2504.16922, 2209.15001), and may be tuples.
     """
 
     radius: PerAxis
@@ -304,15 +305,15 @@ class Square(_ByAxis):
 
 @dataclass(frozen=True)
 class Neighborhood(_ByAxis):
-    r"""Neighborhood attention (NATTEN's meaning): a k x k window shifted inwards at the border, so that every query has
-    equally many keys; over several frames k x k x k.
+    r"""Neighborhood attention with NATTEN's semantics: a k x k window shifted inwards at the border, so that every query has
+    the same number of keys; over several frames k x k x k.
 
     .. math:: s(y_q) \le y_k < s(y_q) + k, \quad s(y) = \min(\max(y - \lfloor k / 2 \rfloor, 0), h - k)
 
     and likewise in x with w.
 
     Args:
-        kernel: side k in tokens, 1 or more, for every axis, or a tuple; a grid smaller than the kernel is an error.
+        kernel: side k in tokens, 1 or more, for every axis, or a tuple. A grid smaller than the kernel is an error.
         stride: length of the runs of queries that share the window of their middle one, 1 to k (generalized neighborhood
             attention, arXiv 2504.16922).
         dilation: d: queries see only every d-th key, those of their own phase (dilated neighborhood attention, arXiv
@@ -363,7 +364,7 @@ class Neighborhood(_ByAxis):
 
 
 def _reach(width: PerAxis, stride: PerAxis, dilation: PerAxis) -> int:
-    """An upper bound of ``Window.reach``."""
+    """An upper bound on ``Window.reach``."""
     widest, step, phases = (
         (max(given[-2:]) if isinstance(given, tuple) else given) for given in (width, stride, dilation)
     )

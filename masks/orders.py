@@ -1,7 +1,7 @@
 """Token orders: which raster index is at each place of the image order.
 
-Attention works on blocks of consecutive tokens, and the work grows with the perimeter of these blocks. So tokens are walked in
-bands, where consecutive tokens lie close together. Raster order is the alternative.
+Attention works on blocks of consecutive tokens, and the work grows with the perimeter of these blocks. The tiled order
+therefore walks tokens in bands, where consecutive tokens lie close together. Raster order is the alternative.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 BAND = 8
-"""Height in tokens of a band of the tiled order: 64 consecutive tokens then cover 8 x 8."""
+"""Height in tokens of a band of the tiled order: 64 consecutive tokens then cover an 8 x 8 tile."""
 
 BLOCK = 128
-"""Largest block that tiles are lined up with when the image does not start at a multiple of it."""
+"""Largest block size with which tiles are aligned if the image does not start at a multiple of it."""
 
 CLIP_BAND = (4, 4)
-"""Frames and rows of a band in the tiled order of several frames, unless a window suits others (``flexclear.masks.suited``)."""
+"""Frames and rows of a band in the tiled order of several frames, unless other bands suit the window better
+(``flexclear.masks.suited``)."""
 
 Order = str | tuple[int, int]
-"""A name of ``ORDERS``, or frames and rows of the bands of several frames."""
+"""A name in ``ORDERS``, or frames and rows of a band in an order of several frames."""
 
 
 def _band_count(side: int) -> int:
-    """Bands of 8 rows; the last one has 4 to 11, or all where there are fewer."""
+    """Number of bands of 8 rows; the last one has 4 to 11 rows, or all if there are fewer."""
     return max(side // BAND + (side % BAND >= BAND // 2), 1)
 
 
@@ -44,15 +45,15 @@ def band_edges(side: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Bands:
-    """How the tiled order walks a grid: bands one below the other, every other one backwards, each column by column.
+    """How the tiled order walks a grid: bands one below the other, every other one backwards, each one column by column.
 
     Attributes:
         count: number of bands, 1 or more.
         height: rows of every band but the last.
         last: rows of the last one.
-        width: columns of each.
-        turned: whether rows and columns have changed places: bands then lie side by side.
-        ahead: how many places from the end of the walk come first.
+        width: columns of each band.
+        turned: whether rows and columns are swapped, so that bands lie side by side.
+        ahead: number of places moved from the end of the walk to its start.
     """
 
     count: int
@@ -67,8 +68,8 @@ def bands_of(height: int, width: int, start: int) -> Bands:
     """The bands of a grid whose first token is at sequence position ``start``. Two rules keep runs on tiles where possible:
 
     - bands lie along the side that 8 divides, so that a band is a whole number of tiles;
-    - where text in front shifts the image against the blocks, the end of the walk comes first: as many tokens as complete
-      the block that the text began; from the next block on, runs are tiles again.
+    - if text in front shifts the image against the blocks, the end of the walk moves to its start: just enough tokens to fill
+      the block that the text began. From the next block on, runs are tiles again.
     """
     turned = width % BAND != 0 and height % BAND == 0
     side, length = (width, height) if turned else (height, width)
@@ -83,8 +84,8 @@ def _raster(height: int, width: int, start: int) -> Tensor:
 def _tiled(height: int, width: int, start: int) -> Tensor:
     """Raster index of each token when bands are walked across, every other band backwards.
 
-    Where 8 divides the sides, each run of 64 tokens is an 8 x 8 tile and each aligned run of 128 an 8 x 16 tile (or
-    two tiles at a turn). Elsewhere a run is a parallelogram of about the same area: no run is ever a long strip, and
+    If 8 divides the sides, each run of 64 tokens is an 8 x 8 tile and each aligned run of 128 an 8 x 16 tile (or two
+    tiles at a turn). Otherwise a run is a parallelogram of about the same area: no run is ever a long strip, and
     because the walk turns round at the border, none reaches across the image. That is why ragged sizes need no
     padding.
     """
@@ -105,12 +106,12 @@ raster index at each place of the order."""
 
 @dataclass(frozen=True)
 class Steps:
-    """An axis cut into equal stretches, but for the last.
+    """An axis cut into stretches of equal size, except for the last.
 
     Attributes:
         count: number of stretches, 1 or more.
-        size: of every stretch but the last.
-        last: size of the last one, from half of ``size`` to less than one and a half, or the whole axis.
+        size: size of every stretch but the last.
+        last: size of the last one: from half of ``size`` to less than one and a half times ``size``, or the whole axis.
     """
 
     count: int
@@ -119,7 +120,7 @@ class Steps:
 
     @classmethod
     def of(cls, side: int, size: int) -> Steps:
-        """``side`` in stretches of ``size``, which is taken as the side where it is larger."""
+        """``side`` in stretches of ``size``, or in one stretch if ``size`` is larger."""
         size = min(size, side)
         count = max(side // size + (2 * (side % size) >= size), 1)
         return cls(count, size, side - size * (count - 1))
@@ -132,14 +133,14 @@ class Steps:
 
 @dataclass(frozen=True)
 class ClipBands:
-    """How several frames are walked: bands of some frames and rows, each column by column, in it frame by frame.
+    """How several frames are walked: in bands of some frames and rows, column by column, and within a column frame by frame.
 
     Bands of the same frames lie one below the other, and every other one is walked backwards; the next frames are walked from
-    below, and so on. No run of tokens reaches across the image.
+    the bottom, and so on. No run of tokens reaches across the image.
 
     Attributes:
         frames, rows: how these axes are cut.
-        width: columns.
+        width: number of columns.
     """
 
     frames: Steps
@@ -148,7 +149,7 @@ class ClipBands:
 
 
 def clip_bands(frames: int, height: int, width: int, order: Order) -> ClipBands:
-    """The bands of a grid of several frames, in an order that is not ``"raster"``."""
+    """The bands of a grid of several frames, for any order but ``"raster"``."""
     many, tall = CLIP_BAND if isinstance(order, str) else order
     return ClipBands(Steps.of(frames, many), Steps.of(height, tall), width)
 
@@ -169,7 +170,7 @@ def walk_of_clip(frames: int, height: int, width: int, order: Order) -> Tensor:
 
 
 def place_in_walk(bands: ClipBands, frame: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Numbers that grow along the walk of some of a grid's tokens, int64; of all tokens, their places in ``walk_of_clip``."""
+    """Numbers that grow along the walk, for some of a grid's tokens, int64; for all tokens, their places in ``walk_of_clip``."""
     frame_edges, row_edges = (torch.tensor(steps.edges()) for steps in (bands.frames, bands.rows))
     stretch = torch.bucketize(frame, frame_edges, right=True) - 1
     height = int(row_edges[-1])

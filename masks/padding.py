@@ -1,4 +1,4 @@
-"""Text padding: text tokens that no query may see, different ones in every sample of a batch."""
+"""Text padding: text tokens that no query may see, which differ from sample to sample of a batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def with_text_mask(mask: BlockMask | Tensor, layout: Layout, keep: Tensor) -> Bl
 
     Args:
         mask: from ``block_mask(..., text_padded=True)``, or a dense ``[seq_len, keys]``.
-        layout: what it was made for.
+        layout: the layout that it was made for.
         keep: bool ``[B, text_len]``, False where a text token is padding.
 
     Returns:
@@ -39,7 +39,7 @@ def with_text_mask(mask: BlockMask | Tensor, layout: Layout, keep: Tensor) -> Bl
 
 @independent
 def with_text_mask_at(mask: BlockMask | Tensor, start: int, keep: Tensor) -> BlockMask | Tensor:
-    """``with_text_mask`` where the first text key is key ``start``."""
+    """``with_text_mask`` for text keys that start at key ``start``."""
     if isinstance(mask, Tensor):
         seen = torch.ones(len(keep), mask.shape[1], dtype=torch.bool, device=mask.device)
         seen[:, start : start + keep.shape[1]] = keep.to(mask.device)
@@ -59,13 +59,13 @@ def with_text_mask_at(mask: BlockMask | Tensor, start: int, keep: Tensor) -> Blo
 
 
 def _unpadded(inner: MaskMod, keep: Tensor, start: int) -> MaskMod:
-    """``inner`` combined with the table of kept text; sizes are tensors, so that no prompt needs a new graph."""
+    """``inner`` combined with the table of kept text. Sizes are tensors, so that a new prompt needs no new graph."""
     device, length = keep.device, keep.shape[1]
     bucket = next(1 << bits for bits in (16, 20, 24) if keep.numel() <= 1 << bits)
     table = torch.ones(bucket, dtype=torch.bool, device=device)
     table[: keep.numel()] = keep.reshape(-1)
     mark_static(table)
-    # Filled on the device: torch.tensor would copy each number to it and wait, in every call of a model.
+    # Filled on the device: torch.tensor would copy each number to it and wait, in every call of the model.
     first, count, last, zero = (
         torch.full((), n, dtype=torch.int32, device=device) for n in (start, length, length - 1, 0)
     )

@@ -17,8 +17,8 @@ FULL, PARTIAL, SKIPPED = (31, 58, 104), (134, 178, 226), (246, 246, 246)
 
 @independent
 def window_picture(layout: Layout, window: Window, query: tuple[int, ...] | None = None) -> Tensor:
-    """What one image query sees on the grid, one pixel per token: red the query, blue its keys. Several frames lie side by
-    side, with a white line between two.
+    """What one image query sees on the grid, one pixel per token: the query in red, its keys in blue. Several frames lie side
+    by side, separated by white lines.
 
     Args:
         layout: the sequence.
@@ -50,9 +50,9 @@ def window_picture(layout: Layout, window: Window, query: tuple[int, ...] | None
 
 @independent
 def block_picture(pairs: BlockPairs, most: int = 512) -> Tensor:
-    """The block map, queries downwards and keys to the right, one pixel per block: dark full, light partial, white skipped.
+    """The block map, queries downwards and keys to the right, one pixel per block: full dark, partial light, skipped white.
 
-    Where there are more than ``most`` blocks along an axis, only the first ``most`` are shown.
+    Only the first ``most`` blocks along an axis are shown.
     """
     rows, columns = min(pairs.q_blocks, most), min(pairs.kv_blocks, most)
     kinds = torch.zeros(rows, columns, dtype=torch.int64)

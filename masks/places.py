@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 TEXT, POOLED, PADDING = -1, -2, -3
-"""What a table holds for tokens that are not image tokens."""
+"""Table entries for tokens that are not image tokens."""
 
 Coordinates = tuple[Tensor, Tensor, Tensor]
 """Frame, row and column of some tokens, axes 0, 1 and 2. An image's tokens are all in frame 0."""
 
 Interval = tuple[Tensor, Tensor]
-"""First and last place of many intervals of an axis, inclusive, int32."""
+"""First and last place of many intervals along an axis, inclusive, int32."""
 
 Box = tuple[Interval, Interval, Interval]
 """Many cuboids of tokens: their intervals along frames, rows and columns."""
@@ -29,11 +29,11 @@ class Packing(ABC):
     >>> IMAGES.unpack(torch.tensor(3 << 16 | 5))
     (tensor(0), tensor(3), tensor(5))
 
-    Shifts are literals. Read from attributes, they would become symbols of the compiled kernel: one more argument, and a bit
+    Shifts are literals. Read from attributes, they would become symbols in the compiled kernel: one more argument, and a bit
     mask computed as a power in float64 for every pair of a partial block.
 
     Attributes:
-        has_frames: whether there is more than frame 0.
+        has_frames: whether there are frames other than frame 0.
     """
 
     has_frames: bool
@@ -75,7 +75,7 @@ IMAGES, CLIPS = _OfImages(), _OfClips()
 
 
 def gap(query: Interval, key: Interval) -> Tensor:
-    """Least distance between places of two intervals, 0 where they overlap; at most 16384, even for empty ones."""
+    """Least distance between places of two intervals, 0 if they overlap; at most 16384, even for empty ones."""
     return torch.maximum(query[0] - key[1], key[0] - query[1]).clamp_(0, _MOST)
 
 
@@ -85,7 +85,7 @@ def span(query: Interval, key: Interval) -> Tensor:
 
 
 def meets_phase(query: Interval, key: Interval, stride: int) -> Tensor:
-    """Whether places of two intervals differ by a multiple of ``stride``; empty intervals have none."""
+    """Whether any places of two intervals differ by a multiple of ``stride``; never for empty intervals."""
     least, most = query[0] - key[1], query[1] - key[0]
     multiple = torch.div(most, stride, rounding_mode="floor") * stride
     return (multiple >= least) & (query[0] <= query[1]) & (key[0] <= key[1])

@@ -1,4 +1,4 @@
-"""Evaluating a ``mask_mod`` itself, in bounded memory: exact for any function, quadratic in time."""
+"""Direct evaluation of a ``mask_mod`` in bounded memory: exact for any function, in quadratic time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from flexclear.masks.windows import MaskMod
 
 MAX_PAIRS_AT_ONCE = 1 << 24
-"""Token pairs that are evaluated at once; about 200 MB with a typical rule's intermediate results."""
+"""Token pairs that are evaluated at once; about 200 MB with the intermediate results of a typical rule."""
 
 
 def ask(mask_mod: MaskMod, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """``mask_mod`` of batch 0 and head 0 on broadcast positions: bool.
+    """``mask_mod`` for batch 0 and head 0 on broadcast positions: bool.
 
     Raises:
         TypeError: it does not return a bool tensor of the broadcast shape.
@@ -40,7 +40,7 @@ def scan_blocks(
         device: where the function's captured tensors are.
 
     Returns:
-        ``(any, all)``: whether any pair, and whether every pair of a block is allowed; bool ``[q blocks, kv blocks]``.
+        ``(any, all)``: whether any pair of a block is allowed, and whether every pair is; bool ``[q blocks, kv blocks]``.
     """
     q_size, kv_size = block_size
     q_blocks, kv_blocks = -(-q_len // q_size), -(-kv_len // kv_size)
@@ -50,7 +50,7 @@ def scan_blocks(
     for start in range(0, q_blocks, rows_at_once):
         q_idx = torch.arange(start * q_size, min(start + rows_at_once, q_blocks) * q_size, device=device)
         inside = (q_idx < q_len)[:, None] & (kv_idx < kv_len)[None, :]
-        # Positions beyond the end are evaluated as the last one, so that tables are never read past their end.
+        # Positions beyond the end are clamped to the last one, so that tables are never read past their end.
         allowed = ask(mask_mod, q_idx.clamp_max(q_len - 1)[:, None], kv_idx.clamp_max(kv_len - 1)[None, :]) & inside
         blocks = allowed.view(-1, q_size, kv_blocks, kv_size).transpose(1, 2).flatten(2)
         found_any.append(blocks.any(-1).cpu())

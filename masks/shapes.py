@@ -1,4 +1,4 @@
-"""The windows: CLEAR's disc, and those it is compared with (paper section 4, Table 1).
+"""Windows: CLEAR's disc, and those it is compared with (paper section 4, Table 1).
 
 Each class states its inequality for a query (y_q, x_q) and a key (y_k, x_k) on a grid of h x w image tokens. Neighborhoods and
 squares are in ``neighborhoods.py``, windows over the frames of a video in ``tubes.py``.
@@ -20,17 +20,17 @@ from flexclear.masks.places import Box, Coordinates, Interval, gap, meets_phase,
 from flexclear.masks.windows import Rule, Window
 
 MAX_FLOAT_RADIUS = 1 << 12
-"""Largest radius whose square float32 compares exactly with any sum of squares."""
+"""Largest radius whose square compares exactly with any sum of squares in float32."""
 
 
 def _at_offset(side_a: int, side_b: int, offsets: Tensor) -> Tensor:
-    """For each offset, the number of pairs of a place on one axis and a place on another that lie that far apart."""
+    """For each offset, the number of pairs of places, one on each of two axes, that lie this far apart."""
     return (torch.minimum(torch.tensor(side_a), side_b - offsets) - (-offsets).clamp(min=0)).clamp(min=0)
 
 
 def offset_pairs(layout: Layout, radius: int, inside: Callable[[Tensor, Tensor], Tensor]) -> int:
-    """Pairs of a rule on offsets below ``radius``, over every pair of grids: an offset (dy, dx) inside one grid has
-    (h - |dy|) * (w - |dx|) pairs."""
+    """Number of pairs that a rule on offsets below ``radius`` allows, over every pair of grids. Within one grid, an offset
+    (dy, dx) has (h - |dy|) * (w - |dx|) pairs."""
     total = 0
     for (h_q, w_q), (h_k, w_k) in itertools.product(layout.grids, repeat=2):
         dy = torch.arange(1 - min(h_q, radius), min(h_k, radius))[:, None]
@@ -98,11 +98,11 @@ class Disc(Window):
 
 @dataclass(frozen=True)
 class Swin(Window):
-    r"""Swin's partition: a query sees its own w x w window; windows are shifted by s in every other layer.
+    r"""Swin's partition: a query sees its own w x w window. In Swin, windows are shifted by s in every other layer.
 
     .. math:: \lfloor (y_q - s) / w \rfloor = \lfloor (y_k - s) / w \rfloor
 
-    and likewise in x. With s > 0 the first window of an axis has s rows: what Swin's cyclic shift and its mask do.
+    and likewise in x. With s > 0 the first window of an axis has s rows, as with Swin's cyclic shift and its mask.
 
     Args:
         window: side w in tokens, 1 or more.
@@ -124,7 +124,7 @@ class Swin(Window):
         return torch.div(place + (self.window - self.shift), self.window, rounding_mode="floor")
 
     def _cells(self, query: Box, key: Box) -> list[Interval]:
-        """Cells of rows of the query and the key, then of columns."""
+        """Row cells of the query and the key, then their column cells."""
         return [(self._cell(first), self._cell(last)) for axis in (1, 2) for first, last in (query[axis], key[axis])]
 
     @property

@@ -1,8 +1,8 @@
 """The token order that suits a window over several frames.
 
 Attention executes whole blocks of consecutive tokens, so the work depends on their shape, and the best shape depends on the
-window: blocks through all frames for one that sees the same place in every frame, flat blocks for one that sees a frame or two.
-A single order for all windows would execute up to 1.8 times as much (``bench/results/clips.md``).
+window: blocks through all frames if it sees the same place in every frame, flat blocks if it sees only a frame or two. A
+single order for all windows would execute up to 1.8 times as much (``bench/results/clips.md``).
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from flexclear.masks.places import Box
 from flexclear.masks.windows import Window
 
 BLOCKS = (128, 64)
-"""Tokens per (query, key-value) block that orders are compared with."""
+"""Tokens per (query, key-value) block when orders are compared."""
 
 _FRAMES, _ROWS = (1, 2, 3, 4, 6), (2, 3, 4, 5, 6, 8)
 _IN_COLUMN = range(8, 65)
-"""Tokens in a column of a band: with fewer, blocks are long strips, with more, slices."""
+"""Tokens in a column of a band: with fewer, blocks are long strips; with more, thin slices."""
 
 _QUERIES = 256
 
 
 @independent
 def suited(layout: Layout, window: Window | None) -> Layout:
-    """``layout`` in the bands of frames and rows, among those tried, that make ``window`` execute least.
+    """``layout`` with the bands of frames and rows, among those tried, under which ``window`` executes least.
 
     >>> from flexclear.masks import all_frames
     >>> suited(Layout(12, 20, text_len=0, frames=9), all_frames(3)).order
     (9, 2)
 
-    An image stays as it is, and so does a layout whose order is ``"raster"`` or bands of your own.
+    An image is returned unchanged, and so is a layout whose order is ``"raster"`` or an explicit pair.
 
     Args:
         layout: the sequence.
-        window: the window; None: dense attention, for which any order will do.
+        window: the window; None: dense attention, for which any order is equally good.
 
     Raises:
         ValueError: the window does not fit the layout.
@@ -62,7 +62,7 @@ def _suited(layout: Layout, window: Window) -> tuple[int, int]:
 
 
 def _executed(layout: Layout, window: Window) -> int:
-    """Blocks that some rows of blocks execute, the same rows of every order of a layout."""
+    """Number of blocks executed by a sample of block rows; the sample is the same for every order of a layout."""
     tokens = layout.packed_coordinates()
     queries, keys = (cut(tokens, layout.packing, size) for size in BLOCKS)
     rows = torch.arange(len(queries))

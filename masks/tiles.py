@@ -1,4 +1,4 @@
-"""Other masks over a video: sliding tiles, which windows are compared with, and frames that all queries see."""
+"""Other masks over a video: sliding tiles, for comparison, and frames that all queries see."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from flexclear.masks.windows import Rule, Window
 @dataclass(frozen=True)
 class TileWindow(Window):
     """Sliding tiles: queries of a tile see the tiles around it, as many at the border as elsewhere (Sliding Tile Attention,
-    arXiv 2502.04507). Where the tile does not divide a side, the last one is smaller.
+    arXiv 2502.04507). If the tile does not divide a side, the last tile is smaller.
 
     Args:
         tile: side of a tile in tokens, for every axis, or a tuple.
-        window: number of tiles seen along each axis, odd; where an axis has fewer, all are seen.
+        window: number of tiles seen along each axis, odd; if an axis has fewer, all are seen.
     """
 
     tile: PerAxis
@@ -49,7 +49,8 @@ class TileWindow(Window):
             raise ValueError(f"sliding tiles lie in one grid, and this layout has {len(layout.grids)}: {layout.grids}")
 
     def _axes(self, layout: Layout) -> list[tuple[int, int, int, int]]:
-        """Of each axis that matters: its number, the side of a tile, and how far windows reach and begin."""
+        """For each axis that matters: its number, a tile's side, how many tiles windows reach to each side, and the number of
+        the last tile on which a window is centered."""
         found = []
         sizes = zip(per_axis("tile", self.tile, layout), per_axis("window", self.window, layout), strict=True)
         for axis, (side, (tile, window)) in enumerate(zip(layout.shape, sizes, strict=True)):
@@ -110,10 +111,10 @@ def _tiles(interval: Interval, tile: int) -> Interval:
 
 @dataclass(frozen=True)
 class Anchors(Window):
-    """Some frames are seen by all queries: ``cylinder(16, 4) | Anchors((0,))`` keeps the first in sight.
+    """Frames that all queries see: ``cylinder(16, 4) | Anchors((0,))`` keeps the first frame in sight.
 
     Args:
-        frames: their numbers, from 0, each once.
+        frames: frame numbers, counted from 0, each at most once.
     """
 
     frames: tuple[int, ...]

@@ -20,7 +20,7 @@ MAX_SQUARE = (2 * MAX_SIDE) ** 2
 """Beyond the largest diagonal, every radius gives the same window."""
 
 FEWEST_STEPS = 4
-"""Distances in time at which radii that follow no formula may change, at least."""
+"""Minimum number of distances in time at which radii that follow no formula may change."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Tube(Window):
         return None if self.repeat_last else len(self.squared_radii) - 1
 
     def squares(self, frames: int) -> list[int]:
-        """R of 0 to ``frames`` - 1 frames away, 0 where nothing is seen."""
+        """R for 0 to ``frames`` - 1 frames away; 0 where nothing is seen."""
         beyond = self.squared_radii[-1] if self.repeat_last else 0
         return [*self.squared_radii[:frames], *[beyond] * (frames - len(self.squared_radii))]
 
@@ -103,7 +103,7 @@ class Tube(Window):
             fall = 0
         if any(square != squares[0] - fall * away**2 for away, square in enumerate(squares[:depth])):
             return self._in_steps(squares, number)
-        # Frames beyond the last are left out by their distance; where the clip has none, the number says none is.
+        # Frames beyond the last one seen are excluded by their distance; MAX_CLIP_SIDE if the clip has no such frames.
         per_frame, frames = number(fall), number(depth if depth < layout.frames else MAX_CLIP_SIDE)
 
         def inside(query: Coordinates, key: Coordinates) -> Tensor:
@@ -113,8 +113,8 @@ class Tube(Window):
         return inside
 
     def _in_steps(self, squares: list[int], number: Number) -> Rule:
-        """Radii that follow no formula, step by step. A table would cost a gather for every pair, which CUDA's kernels do through
-        shared memory: more than an sm_89 has. Steps beyond any clip pad the list, so that windows share graphs."""
+        """Radii that follow no formula, step by step. A table would cost a gather for every pair, for which CUDA kernels need
+        more shared memory than an sm_89 has. Steps beyond any clip pad the list, so that windows share graphs."""
         first, *others = squares
         falls = [(away, square) for away, square in enumerate(others, 1) if square != squares[away - 1]]
         count = max(FEWEST_STEPS, 1 << (len(falls) - 1).bit_length())
@@ -154,7 +154,7 @@ class Tube(Window):
 
 
 def _radius(square: int) -> str:
-    """Such as r16, or q300 for the root of 300."""
+    """A label such as r16, or q300 for the square root of 300."""
     root = math.isqrt(square)
     return f"r{root}" if root**2 == square else f"q{square}"
 
@@ -180,7 +180,7 @@ def cylinder(r: int, frame_radius: int) -> Tube:
 
     Args:
         r: window radius in tokens, 1 or more.
-        frame_radius: in frames of tokens (one of Wan's is four frames of video), 0 or more; 0: only the query's own frame.
+        frame_radius: in latent frames (one of Wan's is four frames of video), 0 or more; 0: only the query's own frame.
     """
     check_int("frame_radius", frame_radius, 0, MAX_CLIP_SIDE - 1, "in frames of tokens")
     return Tube((_check_radius(r) ** 2,) * (frame_radius + 1))
@@ -208,8 +208,8 @@ def ball(r: int, frame_scale: int) -> Tube:
 
 
 def radial(r: int) -> Tube:
-    """A disc whose radius halves at 2, 4, 8 ... frames away, down to the same place, which is seen in all frames: Radial
-    Attention's decay (arXiv 2506.19852), with discs.
+    """A disc whose radius halves at 2, 4, 8 ... frames away, down to the same place, which is seen in all frames: the decay of
+    Radial Attention (arXiv 2506.19852), with discs.
 
     >>> radial(4)
     Tube(squared_radii=(16, 16, 4, 4, 1), repeat_last=True)

@@ -2,9 +2,9 @@
 
 "Image" includes the frames of a video: a token has a frame, a row and a column, and all tokens of an image are in frame 0.
 
-A window is a frozen dataclass, hashable, that knows nothing of devices or token orders. ``window.mask_mod(layout,
-device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``. Its subclasses are in ``shapes.py`` and
-``downsampled.py``; combinations of windows are here.
+A window is a hashable frozen dataclass that knows nothing about devices or token orders. ``window.mask_mod(layout,
+device)`` binds it to a sequence and returns a plain FlexAttention ``mask_mod``. Its subclasses are in ``shapes.py``,
+``neighborhoods.py``, ``tubes.py``, ``tiles.py`` and ``downsampled.py``; combinations of windows are here.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """FlexAttention's signature: ``(batch, head, query position, key position) -> bool``, on 0-d or broadcast tensors."""
 
 Rule = Callable[[Coordinates, Coordinates], Tensor]
-"""Maps (frame, row, column) of queries and of keys to bool, on broadcast tensors of numbers."""
+"""Maps (frame, row, column) of queries and of keys to bool, on broadcast tensors."""
 
 
 class Window(ABC):
     """The interface that masks, block classification and costs use.
 
-    ``touches`` and ``covers`` decide blocks from bounding boxes. They must be safe: ``touches`` may be False only if
-    no pair of the boxes is allowed, ``covers`` True only if every pair is. Where both are exact, rectangular blocks get
-    exactly the lists that looking at every pair would give.
+    ``touches`` and ``covers`` classify blocks from bounding boxes. They must be safe: ``touches`` may be False only if
+    no pair of the boxes is allowed, ``covers`` True only if every pair is. If both are exact, rectangular blocks get
+    exactly the lists that evaluating every pair would give.
     """
 
     @property
     def reads(self) -> Reads:
-        """What the rule reads, see ``flexclear.masks.coordinates``: int32 coordinates, unless a window says otherwise."""
+        """What the rule reads, see ``flexclear.masks.coordinates``. Int32 coordinates by default."""
         return "integers"
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Short label, parameters included, such as ``disc_r16``."""
+        """Short label that includes the parameters, such as ``disc_r16``."""
 
     @property
     def knows_frames(self) -> bool:
@@ -70,7 +70,7 @@ class Window(ABC):
         """Raise if the window does not fit ``layout``.
 
         Raises:
-            ValueError: it does not; the message says what would.
+            ValueError: it does not; the message says which windows would.
         """
         if layout.frames > 1 and not self.knows_frames:
             raise ValueError(
@@ -84,8 +84,8 @@ class Window(ABC):
 
         Args:
             layout: the sequence.
-            number: turns each whole number of the rule into a 0-d tensor of the coordinates' type. FlexAttention compiles
-                Python numbers in, so every radius and size would need a new graph.
+            number: turns each number in the rule into a 0-d tensor of the coordinates' type. FlexAttention would compile
+                Python numbers in, so that every radius and size would need a new graph.
         """
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Window(ABC):
         return Either(self, other)
 
     def image_pairs(self, layout: Layout) -> int | None:
-        """Number of allowed image pairs where a formula gives it, else None; they are then counted."""
+        """Number of allowed image pairs if there is a formula, else None; they are then counted."""
         return None
 
     @property
@@ -119,11 +119,11 @@ class Window(ABC):
         return None
 
     def pooled_grid(self, layout: Layout) -> tuple[int, int]:
-        """Rows and columns of pooled keys that follow the sequence's own keys; none by default."""
+        """Rows and columns of the pooled keys that follow the sequence's own keys; none by default."""
         return 0, 0
 
     def key_len(self, layout: Layout) -> int:
-        """Number of keys: the sequence, then the pooled keys."""
+        """Number of keys: those of the sequence and the pooled keys."""
         rows, columns = self.pooled_grid(layout)
         return layout.seq_len + rows * columns
 
@@ -147,9 +147,10 @@ class Window(ABC):
         Args:
             layout: the sequence.
             device: where the numbers and tables that it captures are placed.
-            coordinates: where they come from, see ``flexclear.masks.coordinates.Source``; None: what suits the device.
-            queries_from: sequence position of query 0 where queries are image tokens (``flexclear.masks.apart``), whose rows
-                need fewer checks; for text among them the result is meaningless. None: queries are the sequence, from its start.
+            coordinates: where coordinates come from, see ``flexclear.masks.coordinates.Source``; None: the best source for the
+                device.
+            queries_from: sequence position of query 0 if the queries are image tokens (``flexclear.masks.apart``), whose rows
+                need fewer checks; for text among them the result is meaningless. None: queries are the whole sequence.
         """
         source = default_source(device) if coordinates is None else coordinates
         self.check(layout)
@@ -170,11 +171,11 @@ class Window(ABC):
         coordinates: Source | None = None,
         queries_from: int | None = None,
     ) -> MaskMod:
-        """The same from a table, where query ``i`` is the token of key ``i``, and further keys may follow the queries.
+        """The same from a table: query ``i`` is the token of key ``i``, and further keys may follow the queries.
 
         Args:
-            layout: what the window's rule is bound to.
-            keys: packed coordinates of the keys, TEXT and POOLED among them, int32 ``[keys]``.
+            layout: the layout to which the window's rule is bound.
+            keys: packed coordinates of the keys, including TEXT and POOLED, int32 ``[keys]``.
             device: see ``mask_mod``.
             coordinates: see ``mask_mod``.
             queries_from: see ``mask_mod``.
@@ -198,7 +199,7 @@ class Window(ABC):
                 allowed = allowed | key.is_text
                 return allowed | key.is_pooled if has_pooled else allowed
             allowed = allowed | query.is_text | key.is_text
-            # Image queries see all pooled keys; text queries do not, they see every token already.
+            # Image queries see all pooled keys. Text queries see none: they already see every token.
             return torch.where(key.is_pooled, ~query.is_text, allowed) if has_pooled else allowed
 
         mask_mod.__name__ = self.name
@@ -207,7 +208,7 @@ class Window(ABC):
 
 
 class _Composed(Window):
-    """Windows whose results are combined, pair by pair."""
+    """Several windows, whose results are combined pair by pair."""
 
     parts: tuple[Window, ...]
 
@@ -307,7 +308,7 @@ def _joined(join: Callable[[Tensor, Tensor], Tensor], first: Rule, second: Rule)
 
 
 def captured_tensors(captured: object) -> list[Tensor]:
-    """Tensors that a ``mask_mod`` captures, those of functions, tuples and lists inside it included, each once."""
+    """Tensors that a ``mask_mod`` captures, also inside functions, tuples and lists, each once."""
     if isinstance(captured, Tensor):
         return [captured]
     inside = [cell.cell_contents for cell in getattr(captured, "__closure__", None) or ()]
@@ -316,7 +317,7 @@ def captured_tensors(captured: object) -> list[Tensor]:
 
 
 def is_plain(window: Window | MaskMod) -> TypeGuard[MaskMod]:
-    """Whether ``window`` is a ``mask_mod`` that carries no window: a function of the caller's own."""
+    """Whether ``window`` is a custom ``mask_mod``, one that carries no window."""
     return callable(window) and not isinstance(window, Window) and not hasattr(window, "window")
 
 
@@ -324,7 +325,7 @@ def as_window(window: Window | MaskMod) -> Window:
     """The window itself, or the one that a ``mask_mod`` of this package carries.
 
     Raises:
-        TypeError: neither.
+        TypeError: ``window`` is neither.
     """
     found = window if isinstance(window, Window) else getattr(window, "window", None)
     if isinstance(found, Window):
