@@ -1,7 +1,7 @@
 """Compilation and low precision: attention that is always fused, blocks compiled once, eight-bit linears.
 
-Depends on torch, torchao, and the blocks and lengths of masks. The passes have a fixed order: transform, weights, LoRA,
-quantize, compile.
+Depends on torch, torchao, and the blocks and lengths of ``flexclear.masks``. The passes have a fixed order: transform, weights,
+LoRA, quantize, compile.
 """
 
 from flexclear.compile.blocks import repeated_blocks

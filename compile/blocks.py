@@ -1,4 +1,4 @@
-"""The repeated blocks of a transformer: what is compiled once for all of them, and what is quantized."""
+"""The repeated blocks of a transformer, which are compiled once for all, and whose linears are quantized."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import nn
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of ``model`` in the order of the forward pass.
 
-    Modules of the classes that diffusers names (``_repeated_blocks``), and members of the model's own module lists whose class
-    is a transformer block or wraps one (HiDream): the names may be missing (SD3), or may not include the blocks of a
-    variant (image-to-video HunyuanVideo). Failing those, list members whose class is a block (CogVideoX).
+    These are modules of the classes that diffusers names (``_repeated_blocks``), and members of the model's own module lists
+    whose class is a transformer block or wraps one (HiDream): the names may be missing (SD3), or may not include the blocks of
+    a variant (image-to-video HunyuanVideo). If there are none, list members whose class is any block (CogVideoX).
 
     Raises:
-        ValueError: none is found.
+        ValueError: no blocks are found.
     """
     names = set(getattr(model, "_repeated_blocks", None) or ())
     members = [member for child in model.children() if isinstance(child, nn.ModuleList) for member in child]
@@ -47,7 +47,7 @@ def hook_on(module: nn.Module, name: str) -> str | None:
 
 
 def _hooked(module: nn.Module) -> tuple[str, nn.Module] | None:
-    # Asked in every call of every block, so not by named_modules().
+    # Runs in every call of every block, and named_modules() is slower.
     for name, child in module._modules.items():
         if child is not None:
             if "forward" in child.__dict__ and hook_on(child, name) is not None:

@@ -1,4 +1,4 @@
-"""A call of a compiled module, made ready for Dynamo: what changes with the number of text tokens becomes a symbol."""
+"""Prepare a call of a compiled module for Dynamo: sizes that change with the number of text tokens become symbols."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Size = tuple[int, ...]
 
 
 class WithText(Protocol):
-    """Knows the lengths of a call, as the plan of a transformed model does, which travels with a block's arguments."""
+    """Knows the lengths of a call, like the plan of a transformed model, which is passed along with a block's arguments."""
 
     @property
     def image_len(self) -> int:
@@ -26,15 +26,15 @@ class WithText(Protocol):
         """Number of tokens, text and image."""
 
     def sequence_tensors(self) -> Iterable[Tensor]:
-        """Tensors of its own with one row per token, text and image."""
+        """Its own tensors that have one row per token, text and image."""
 
 
 def ready(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of one call of a block, with their text lengths marked and their tokens in one layout of memory.
+    """The arguments of one call of a block, with text lengths marked and tokens in a uniform memory layout.
 
-    Blocks pass on views of what attention returned, whose stride between samples spans text and image together. Dynamo would
-    compile that stride in, and the first block of a stack would need a different graph from the rest. A dense view costs
-    nothing to bring into shape; in a batch of several samples it is copied.
+    Blocks pass on views of the attention output, whose stride between samples spans text and image together. Dynamo would
+    compile that stride in, and the first block of a stack would need a different graph from the rest. For one sample the
+    dense layout costs nothing; in a batch of several samples the view is copied.
     """
     plan = _plan((*args, *kwargs.values()))
     args, kwargs = tuple(map(_dense, args)), {name: _dense(value) for name, value in kwargs.items()}
@@ -43,11 +43,11 @@ def ready(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def mark(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: WithText | None = None) -> None:
-    """Mark what changes with the number of text tokens in the arguments of a call.
+    """Mark the sizes in the arguments of a call that change with the number of text tokens.
 
-    The plan of a transformed model says what that is. Otherwise ``encoder_hidden_states`` are taken for the text, and a module
-    without them is assumed to get text and image in its first argument. What belongs to the image is never marked, even where
-    there are as many text tokens: Dynamo recompiles for a mark that a graph was made without.
+    The plan of a transformed model determines them. Otherwise ``encoder_hidden_states`` are taken for the text, and a module
+    without them is assumed to get text and image in its first argument. Sizes of the image are never marked, even if there are
+    equally many text tokens: Dynamo recompiles for a mark that a graph was made without.
     """
     named = _named(module, args, kwargs)
     first, text = _first(named), named.get("encoder_hidden_states")
@@ -77,7 +77,7 @@ def mark(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], pl
 
 
 def _mark(tensor: Tensor, lengths: set[int], mask: bool = False) -> None:
-    """Mark the axes that are as long: of tables ``[tokens, C]`` and tokens ``[B, tokens, ...]``, of masks ``[B, tokens]``."""
+    """Mark token axes of these lengths: in tables ``[tokens, C]``, tokens ``[B, tokens, ...]`` and masks ``[B, tokens]``."""
     axes = range(1, tensor.ndim) if mask else range(tensor.ndim - 1) if tensor.ndim == 2 else range(1, tensor.ndim - 1)
     dims = [dim for dim in axes if tensor.shape[dim] in lengths and tensor.shape[dim] > 1]
     if dims:
@@ -85,8 +85,8 @@ def _mark(tensor: Tensor, lengths: set[int], mask: bool = False) -> None:
 
 
 def size_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Size | None:
-    """What a call is compiled for, whatever its text: numbers of samples and image tokens; None where text and image cannot
-    be told apart."""
+    """The size that a call is compiled for, regardless of its text: numbers of samples and image tokens. None if text and image
+    cannot be told apart."""
     named = _named(module, args, kwargs)
     first, plan = _first(named), _plan(named.values())
     if first is None:
@@ -113,7 +113,7 @@ def _first(named: Mapping[str, Any]) -> Tensor | None:
 
 
 def _plan(values: Iterable[Any]) -> WithText | None:
-    """The plan among arguments: in a dictionary of them, or carried by a tensor."""
+    """The plan among the arguments: an entry of a dictionary, or carried by a tensor."""
     for value in values:
         holders = [value] if isinstance(value, dict) else map(vars, _tensors([value]))
         for candidate in (each for holder in holders for each in holder.values()):
@@ -131,11 +131,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _dense(value: Any) -> Any:
-    """Tokens ``[B, N, C]`` in the memory layout of a new tensor; anything else as it is."""
+    """Tokens ``[B, N, C]`` in the memory layout of a new tensor; anything else unchanged."""
     if not isinstance(value, Tensor) or value.ndim != 3:
         return value
     expected = (value.shape[1] * value.shape[2], value.shape[2], 1)
     if value.stride() == expected:
         return value
-    # Contiguous to torch, since a batch of one has no distance between samples, but Dynamo compares it.
+    # In a batch of one, torch ignores the stride between samples and calls it contiguous, but Dynamo compares the stride.
     return value.view(-1).view(value.shape) if value.is_contiguous() else value.contiguous()

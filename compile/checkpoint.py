@@ -1,4 +1,4 @@
-"""Quantized weights on disk: safetensors, bit-equal after the round trip."""
+"""Quantized weights on disk: safetensors files with a bit-exact round trip."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FORMAT = "flexclear-quantized-1"
 def save_quantized(model: nn.Module, path: str | Path) -> Path:
     """Write all of a quantized model's weights to a safetensors file, through torchao's own flattening.
 
-    Pooling weights (``down_factor``) are among them. LoRA layers are not: they have files of their own.
+    This includes pooling weights (``down_factor``), but not LoRA layers, which have their own files.
 
     Args:
-        model: what ``quantize`` was called on.
+        model: the model that ``quantize`` was called on.
         path: the file; written under another name first, so that a crash leaves no partial file.
 
     Raises:
@@ -45,10 +45,10 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
 
 
 def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put the weights of ``save_quantized`` into a model of the same configuration, in place.
+    """Load weights written by ``save_quantized`` into a model of the same configuration, in place.
 
     Args:
-        model: its parameters are replaced by those of the file, on the model's device. Where the saved model had pooling
+        model: its parameters are replaced by those of the file, on the model's device. If the saved model had pooling
             weights (``down_factor``), transform this one in the same way first.
         path: the file.
 

@@ -1,4 +1,4 @@
-"""What replaces a module's forward, or its call, once it is compiled."""
+"""Replacements for the forward, or the call, of a compiled module."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flexclear.compile.blocks import hook_inside, hook_on, repeated_blocks
 from flexclear.compile.calls import Size, mark, ready, size_of
 
 GRAPHS_PER_SIZE = 2
-"""Graphs that one kind of block may need per size: one, and one more for texts of at most one token."""
+"""Graphs that one kind of block may need per size: one, plus one for texts of at most one token."""
 
 VARIANTS = 4
-"""How many times as many there may be: with and without gradients, padded text, dense steps, an adapter."""
+"""Factor for the variants of a graph: with and without gradients, padded text, dense steps, an adapter."""
 
 
 class Room:
-    """The sizes that a model has been compiled for, up to ``max_sizes``; without limit where that is None."""
+    """The sizes that a model has been compiled for, up to ``max_sizes``; None: no limit."""
 
     def __init__(self, model: str, max_sizes: int | None) -> None:
         self.model, self.max_sizes = model, max_sizes
@@ -28,7 +28,7 @@ class Room:
         self._lock = threading.Lock()
 
     def admit(self, size: Size | None) -> None:
-        """Raise if a size is one too many.
+        """Record a size, and raise if it is one too many.
 
         Raises:
             RuntimeError: it is.
@@ -45,7 +45,7 @@ class Room:
             self._seen.add(size)
 
     def full(self, module: nn.Module) -> RuntimeError:
-        """The error for a model that Dynamo makes no more graphs for."""
+        """The error for a model for which Dynamo makes no more graphs."""
         return RuntimeError(
             f"Dynamo makes no more graphs for {type(module).__name__} of this {self.model}: there is room for "
             f"{GRAPHS_PER_SIZE * VARIANTS} of each size. flexclear.compile.report() names the cause of each. If these are "
@@ -55,9 +55,9 @@ class Room:
 
 
 class CompiledForward:
-    """A block's ``forward`` as a graph, stored as the instance's own ``forward``: hooks of other libraries, which replace that
-    attribute, find it there and run around it as Python. The block's ``_compiled_call_impl`` says whether it is in force,
-    since it cannot be removed from under such hooks.
+    """A block's ``forward`` as a graph, stored as the instance's own ``forward``. Hooks of other libraries replace that
+    attribute, so they find the graph there and run around it as Python. It cannot be removed from under such hooks, so the
+    block's ``_compiled_call_impl`` says whether it is active.
 
     Copies and pickles of the block get the class's forward instead, as with ``nn.Module.compile``.
     """
@@ -70,7 +70,7 @@ class CompiledForward:
 
     @property
     def __wrapped__(self) -> Any:
-        # inspect.signature looks it up, too.
+        # inspect.signature reads this, too.
         return types.MethodType(type(self._module).forward, self._module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,12 +92,12 @@ class CompiledForward:
             raise self._room.full(self._module) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is asked while its own dictionary is still empty, and answers with its class's.
+        # On a copy, getattr runs while its own dictionary is still empty, and so finds the class's forward.
         return getattr, (self._module, "forward")
 
 
 class CompiledModel:
-    """Replaces the ``_compiled_call_impl`` that ``nn.Module.compile`` makes of a whole model."""
+    """Replaces the ``_compiled_call_impl`` that ``nn.Module.compile`` gives a whole model."""
 
     def __init__(self, module: nn.Module, room: Room) -> None:
         self._module, self._room = module, room
@@ -115,8 +115,8 @@ class CompiledModel:
 
 
 def check_no_hooks(model: nn.Module) -> None:
-    """Raise if another library has put hooks on or inside the repeated blocks of ``model``, or if a block was given a forward of
-    its own: that is what would be compiled, and hooks cannot be.
+    """Raise if another library has put hooks on or inside the repeated blocks of ``model``, or has replaced a block's forward:
+    hooks cannot be compiled, and the replacement would be compiled instead of the class's forward.
 
     Raises:
         ValueError: one has.
@@ -132,7 +132,7 @@ def check_no_hooks(model: nn.Module) -> None:
                 "Compile first: flexclear.optimize(...), then offload or cache; or compile=False"
             )
         own: Any = vars(block).get("forward")
-        # A hook that was removed leaves what it had found there, as an attribute.
+        # A removed hook leaves the forward that it had found, as an attribute of the instance.
         left = isinstance(own, CompiledForward) or getattr(own, "__func__", None) is type(block).forward
         if own is not None and not left:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""What takes derivatives besides ``Tensor.backward``: forward-mode AD, and the transforms of ``torch.func``.
+"""Derivatives that do not go through ``Tensor.backward``: forward-mode AD, and the transforms of ``torch.func``.
 
-Compiled kernels see none of it. Inductor reads a dual tensor's primal and silently drops its tangent, and Dynamo refuses
-the levels of ``torch.func`` outside of what it compiles.
+Compiled kernels support neither. Inductor reads a dual tensor's primal and silently drops its tangent, and Dynamo rejects
+``torch.func`` levels that were entered outside the compiled region.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 def has_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether one of these is a dual tensor of forward-mode AD."""
-    # The level is shared by the process, tangents are not: another thread's level must not cost this one its kernels.
+    # The level is process-wide, tangents are not: another thread's level must not cost this thread its kernels.
     return forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in tensors
@@ -25,13 +25,13 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
 
 
 def function_transforms() -> tuple[str, ...]:
-    """The transforms of ``torch.func`` that this thread's code runs under, outermost first, as ``("jvp", "vmap")``."""
+    """The ``torch.func`` transforms active in this thread, outermost first, such as ``("jvp", "vmap")``."""
     stack = torch._C._functorch.get_interpreter_stack()
     return tuple(level.key().name.lower() for level in stack or ())
 
 
 def transforms_in_force(tensors: Iterable[Tensor]) -> str | None:
-    """Name what a computation over these tensors runs under besides reverse-mode autograd; None: nothing."""
+    """Name the transforms that a computation over these tensors runs under besides reverse-mode autograd; None: none."""
     levels = function_transforms()
     if levels:
         return f"torch.func ({', '.join(levels)})"
@@ -39,16 +39,16 @@ def transforms_in_force(tensors: Iterable[Tensor]) -> str | None:
 
 
 def needs_composite(tensors: Iterable[Tensor]) -> bool:
-    """Whether a fused attention kernel cannot do what is needed here: it has only a reverse-mode derivative."""
+    """Whether a derivative is needed that fused attention kernels lack: they have only a reverse-mode one."""
     levels = function_transforms()
     return levels not in ((), ("grad",)) or has_tangent(tensors)
 
 
 def refuse_over_compiled(model: nn.Module, transforms: str) -> None:
-    """Raise if compiled modules stand between these transforms and what they are to transform.
+    """Raise if ``model`` has compiled modules, which ignore these transforms.
 
     Raises:
-        RuntimeError: they do.
+        RuntimeError: it has.
     """
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise RuntimeError(

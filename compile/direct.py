@@ -1,14 +1,14 @@
-"""Compiled attention without Dynamo's wrapper, where a call is known to use the same graph as one just before it.
+"""Compiled attention without Dynamo's wrapper, for calls known to use the same graph as one just before.
 
-What ``torch.compile`` returns prepares in every call to compile something: it sets callbacks and configurations, and checks
-some 200 guards. For a small layer's attention that is most of the time. The guards check three kinds of facts:
-state of this thread and process (grad mode, autocast, inference mode, modes of torch functions, deterministic algorithms, ...);
-types, dispatch keys, sizes, strides and offsets of the arguments; and what the mask is made of, down to the code of its
-``mask_mod`` and of FlexAttention itself. The layers of one call of a model differ in none of them, as a rule.
+A function from ``torch.compile`` prepares to compile something in every call: it sets callbacks and configurations, and checks
+some 200 guards. For attention in a small layer this takes most of the time. The guards check three kinds of facts:
+the state of this thread and process (grad mode, autocast, inference mode, torch function modes, deterministic algorithms, ...);
+types, dispatch keys, sizes, strides and offsets of the arguments; and the parts of the mask, down to the code of its
+``mask_mod`` and of FlexAttention itself. As a rule, these are the same for all layers in one call of a model.
 
-So the first of them goes through Dynamo, and ``Held`` keeps the compiled code whose guards it passed. It serves the others
-whose facts of the first two kinds are the same, compared anew for each, and whose mask is the same object with the same
-parts. The third kind is compared once per call of the model. Anything unknown or different goes through Dynamo.
+The first layer therefore goes through Dynamo, and ``Held`` keeps the compiled code whose guards it passed. That code serves the
+other layers if their facts of the first two kinds, which are compared in every layer, are the same, and if their mask is the
+same object with the same parts. The third kind is compared once per call of the model. Any other call goes through Dynamo.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Internals:
     """The internals of torch that are used here, once Dynamo is loaded.
 
     Raises:
-        ImportError, AttributeError: this torch keeps it elsewhere.
+        ImportError, AttributeError: this torch keeps one of them elsewhere.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Internals:
 
 @functools.cache
 def _internals() -> _Internals | None:
-    """The internals of this torch, or None: it keeps them elsewhere, and every call goes through Dynamo."""
+    """The internals of this torch, or None if it keeps them elsewhere; every call then goes through Dynamo."""
     try:
         return _Internals()
     except (ImportError, AttributeError):
@@ -79,7 +79,7 @@ def _facts_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _facts(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Any, ...]:
-    """What guards check of the arguments and of this thread; ``GlobalStateGuard`` covers the rest."""
+    """The facts about the arguments and this thread that guards check; ``GlobalStateGuard`` covers the rest."""
     return (
         scale,
         *_facts_of(query),
@@ -91,16 +91,16 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tu
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """``tensor`` for a call without gradients, not known to be a view of another one.
+    """``tensor`` for a call without gradients, no longer recorded as a view of another one.
 
-    Dynamo guards on the base of a view, and makes another graph where heads were split off in another way.
+    Dynamo guards on the base of a view, and makes another graph if heads were split off in another way.
     """
     return tensor.data if type(tensor) is Tensor else tensor
 
 
 @dataclass(frozen=True)
 class _Passed:
-    """Compiled code whose guards a call has passed, and under what."""
+    """Compiled code whose guards a call has passed, and the facts under which it did."""
 
     state: Any
     parts: tuple[Any, ...]
@@ -108,7 +108,7 @@ class _Passed:
 
 
 class Held:
-    """The guards that calls of compiled attention have passed, for others like them that follow at once.
+    """Guards that calls of compiled attention have passed, for similar calls that follow immediately.
 
     An instance serves one call of a model, and is dropped afterwards.
     """
@@ -117,7 +117,7 @@ class Held:
         self._passed: dict[tuple[Any, ...], _Passed] = {}
 
     def find(self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Attend | None:
-        """The compiled code for these ``plain`` arguments; None: not known."""
+        """The compiled code for these ``plain`` arguments; None if it is not known."""
         if not self._passed:
             return None
         torch_has = _internals()
@@ -139,7 +139,7 @@ class Held:
         if torch_has is None or any(type(tensor) is not Tensor for tensor in (query, key, value)):
             return
         if not torch_has.outside_of_tracing() or not torch_has.compile_lock.acquire(blocking=False):
-            return  # Another thread compiles, which takes minutes, or empties Dynamo's caches.
+            return  # Another thread is compiling, which takes minutes, or emptying Dynamo's caches.
         try:
             function = compiled._torchdynamo_orig_callable
             entries = [(each.guard_manager, each.code) for each in torch_has.entries_of(function.__code__)]

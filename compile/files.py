@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the folder for files that are kept for a user."""
+"""Files that appear whole or not at all, and the folder for files kept per user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, er
 """What ``os.link`` reports on file systems without hard links, such as FAT and some network mounts."""
 
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""From the messages of ``torch.save`` when it cannot write, which do not say why."""
+"""Fragments of the messages of ``torch.save`` when it cannot write; they do not say why."""
 
 
 USER_FOLDER = "FLEXCLEAR_CACHE"
@@ -24,8 +24,8 @@ USER_FOLDER = "FLEXCLEAR_CACHE"
 
 
 def user_folder() -> Path:
-    """Where measurements of this machine are kept: ``$FLEXCLEAR_CACHE``, else ``flexclear`` in the user's cache folder, which is
-    in the folder of temporary files for a user without a home."""
+    """Folder for measurements of this machine: ``$FLEXCLEAR_CACHE``, or ``flexclear`` in the user's cache folder. For a user
+    without a home, that lies in the folder of temporary files."""
     named = os.environ.get(USER_FOLDER)
     if named:
         return Path(named).expanduser()
@@ -37,7 +37,7 @@ def user_folder() -> Path:
 
 
 def check_user_folder() -> None:
-    """Make ``user_folder``, and raise if nothing can be kept in it.
+    """Make ``user_folder``, and raise if nothing can be written to it.
 
     Raises:
         OSError: nothing can.
@@ -57,10 +57,10 @@ def check_user_folder() -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
-    """Yields a place to write to; what is there at the end becomes ``path``, with permissions as the user's umask says.
+    """Yields a path to write to; the file there at the end becomes ``path``, with permissions by the user's umask.
 
     Other processes see the old file or the new one, never an empty or partial one. Missing parent folders are made. After an
-    exception nothing is left behind, and an older ``path`` is as it was.
+    exception nothing is left behind, and an existing ``path`` is unchanged.
 
     Args:
         path: the file.
@@ -68,14 +68,14 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` is false; of several writers one succeeds.
-        OSError: writing failed, such as on a full disk; it names ``path``.
+        OSError: writing failed, for example because the disk is full; it names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with write_errors(path, beside):
-            # Made empty first, for its mode: what safetensors writes itself has 0600.
+            # Created empty first, for its mode: files that safetensors creates have mode 0600.
             with beside.open("xb") as stream:
                 mode = os.fstat(stream.fileno()).st_mode & 0o777
             yield beside
@@ -92,16 +92,16 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
-    """Yields a folder to write files into; what is in it at the end becomes ``path``. After an exception nothing is left.
+    """Yields a folder to write files into, which becomes ``path`` at the end. After an exception nothing is left of it.
 
     Args:
         path: the folder.
-        overwrite: whether an existing folder is replaced, with everything in it: it is gone for a moment, and restored if the
-            new one cannot take its place.
+        overwrite: whether an existing folder is replaced, with everything in it. It is missing for a moment, and restored if
+            the new one cannot take its place.
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` is false; of several writers one succeeds.
-        OSError: writing failed, such as on a full disk.
+        OSError: writing failed, for example because the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +132,8 @@ def whole_folder(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
 def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
     """Turn failures to write in a ``with`` block into an ``OSError`` that names ``path``.
 
-    Python's own errors for a full disk name no file, those for a temporary file (``beside``) name that one, and safetensors
-    and ``torch.save`` raise exceptions of their own.
+    Python's own errors for a full disk name no file, errors for a temporary file (``beside``) name that one, and safetensors
+    and ``torch.save`` raise their own exceptions.
     """
     from safetensors import SafetensorError
 
@@ -170,7 +170,7 @@ def _publish_new(beside: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _reserved(path: Path) -> Iterator[None]:
-    """The exclusive right to create ``path``; a FileExistsError where another process has it."""
+    """The exclusive right to create ``path``; raises FileExistsError if another process has it."""
     claim = path.with_name(f".{path.name}.claim")
     with claim.open("xb"):
         pass

@@ -1,8 +1,8 @@
 """Compiled FlexAttention that never silently becomes the unfused one.
 
-``flex_attention`` outside a compiled region materializes all N x N scores: at 4096 px that is a hundred times slower
-and needs terabytes. Dynamo falls back to that silently when compilation is disabled, when an error is suppressed or when
-its recompile limit is hit. Here each of these is an error that says what to do.
+``flex_attention`` outside a compiled region materializes all N x N scores: at 4096 px it is a hundred times slower and
+needs terabytes. Dynamo silently falls back to it when compilation is disabled, an error is suppressed or the recompile limit
+is reached. Here each of these raises an error that says what to do.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _compiled(facts: Hashable, options: Options, grouped: bool) -> Callable[...,
     """Attention compiled for calls that share ``facts`` and kernel options; ``grouped``: there are fewer key heads than query
     heads.
 
-    Dynamo counts recompiles per code object, and each of these facts costs one. With a code object per set of facts, no
-    number of models, types and devices in a process adds up to the limit.
+    Dynamo counts recompiles per code object, and each of these facts costs one. With one code object per set of facts, the
+    models, types and devices in a process never add up to the limit, however many there are.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-        # When traced, this condition is False and leaves no code behind. If the line ever runs, nothing is compiled.
+        # When traced, this condition is False and leaves no code behind. If this line ever runs, nothing is compiled.
         if not torch.compiler.is_compiling():
             raise _not_compiled(query)
         return flex_attention(
@@ -84,34 +84,34 @@ def compiled_flex_attention(
     """FlexAttention, always fused: traced into the caller's graph while compiling, compiled here otherwise.
 
     One graph serves every sequence length, every window of one family and every batch size above 1, for the same types,
-    heads, block size and kernel options. Kernel options are those that the mask carries, or those that
-    ``flexclear.compile.kernels`` chooses. A ``mask_mod`` of your own should capture its numbers as tensors: FlexAttention
-    compiles Python numbers in, so every new value would need a new graph.
+    heads, block size and kernel options. The mask carries its kernel options; otherwise ``flexclear.compile.kernels`` chooses
+    them. A custom ``mask_mod`` should capture its numbers as tensors: FlexAttention compiles Python numbers in, so every new
+    value would need a new graph.
 
     On a CPU without AMX, bfloat16 and float16 are computed in float32, and the result is rounded once.
 
     Args:
-        query, key, value: ``[B, heads, N, head_dim]``, one dtype and device; key and value may have fewer heads, each
-            of which serves a run of consecutive query heads.
+        query, key, value: ``[B, heads, N, head_dim]``, of the same dtype and on the same device; key and value may have fewer
+            heads, each of which serves a run of consecutive query heads.
         mask: block mask over ``N x N`` on the same device.
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
-        held: what earlier layers in the same call of a model have shown about Dynamo's guards (``flexclear.compile.direct``).
+        held: guards that earlier layers in the same call of a model have passed (``flexclear.compile.direct``).
 
     Returns:
         ``[B, heads, N, head_dim]``.
 
     Raises:
         UnfusedAttentionError: it cannot be compiled here or now; the message says why and what to do.
-        ValueError: its kernels cannot take the mask's blocks on this GPU.
+        ValueError: its kernels do not support the mask's blocks on this GPU.
     """
     if query.device.type == "cpu" and query.dtype in HALF and query.dtype not in PACKED_TYPES:
-        # Its products would be in float32 anyway, with each number converted whenever it is used: 1.4 to 1.7 times the time.
+        # The products would be in float32 anyway, and each number converted whenever it is used: 1.4 to 1.7 times the time.
         wide = (query.float(), key.float(), value.float())
         return compiled_flex_attention(*wide, mask, scale, held).to(query.dtype)
     if torch.compiler.is_compiling():
         if query.device.type == "cpu":
-            # Inductor's C++ kernel (torch 2.13) loses the offset of a view that the same graph has made: values that are
-            # the last third of a fused projection would be read from its first third.
+            # Inductor's C++ kernel (torch 2.13) loses the offset of a view made in the same graph: values that are the
+            # last third of a fused projection would be read from its first third.
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         return flex_attention(
             query,
@@ -168,10 +168,10 @@ def compiled_flex_attention(
 
 
 def options_for(query: Tensor, mask: BlockMask, needs_grad: bool) -> Options:
-    """Kernel options for a call: those that the mask carries, or the table's for its blocks and lengths.
+    """Kernel options for a call: those that the mask carries, or those from the table for its blocks and lengths.
 
     Raises:
-        ValueError: the kernels cannot take the mask's blocks on this GPU.
+        ValueError: the kernels do not support the mask's blocks on this GPU.
     """
     carried: Options | None = getattr(mask, KERNEL_OPTIONS, None)
     if carried is not None:

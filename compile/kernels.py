@@ -1,7 +1,7 @@
 """How FlexAttention's CUDA kernels are built: the mask's blocks and the kernel's tile, by GPU, type and head dim.
 
-Inductor has its own tile for each GPU, and generates no kernel whose tile does not divide the mask's blocks. So both are chosen
-here, in one table. Only the backward pass's tile is left to the version of torch, since blocks of 128 x 128 suit any.
+Inductor has its own tile for each GPU, and generates no kernel whose tile does not divide the mask's blocks. One table here
+therefore chooses both. Only the tile of the backward pass is left to torch, as blocks of 128 x 128 work with any.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flexclear.masks.coordinates import Source, default_source
 Capability = tuple[int, int]
 Value = int | bool | str
 Options = tuple[tuple[str, Value], ...]
-"""Options of a kernel as (name, value), sorted by name: hashable, and constant to a compiler."""
+"""Kernel options as (name, value) pairs, sorted by name: hashable, and constant to a compiler."""
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -32,15 +32,15 @@ class Row:
     """How the kernels are built for some GPUs, types and head dims.
 
     Attributes:
-        capabilities: of the GPUs; None: any.
-        dtypes: of query, key and value; None: any.
-        head_dim: the largest that the row covers.
+        capabilities: compute capabilities of the GPUs; None: any.
+        dtypes: dtypes of query, key and value; None: any.
+        head_dim: the largest head dim that the row covers.
         tile: (queries, keys) that a thread block of the forward pass works on at a time.
-        warps, stages: of such a thread block, and of its pipeline.
-        block_size: of the mask; None: ``default_block_size``.
-        reason: why.
+        warps, stages: number of warps of such a thread block, and of stages of its pipeline.
+        block_size: block size of the mask; None: ``default_block_size``.
+        reason: the reason for this choice.
         backward: warps and stages of the backward pass; None: Inductor's own.
-        backward_tile: queries and keys of its tiles; None: Inductor's own.
+        backward_tile: queries and keys of the tiles of the backward pass; None: Inductor's own.
         padded: warps and stages of the forward pass with padded text, whose mask takes more registers; None: the same.
     """
 
@@ -96,9 +96,9 @@ TABLE: tuple[Row, ...] = (
 )
 """The first row that fits applies. A new GPU gets a row before the last two.
 
-None depends on the window's radius. From r = 4 to 32, at 1024 to 4096 px, blocks of 64 x 128 execute 6 to 13 % more pairs than
-64 x 64; by the rates measured at r = 16 on an H100 (head dim 64) they would lose from 23 % on. At head dim 128 blocks of 128 x
-128 execute 7 to 34 % more, and were no faster a pair.
+No row depends on the window's radius. From r = 4 to 32, at 1024 to 4096 px, blocks of 64 x 128 execute 6 to 13 % more pairs
+than 64 x 64; by the rates measured at r = 16 on an H100 (head dim 64) they would be slower from 23 % on. At head dim 128,
+blocks of 128 x 128 execute 7 to 34 % more pairs, and were no faster per pair.
 """
 
 _TILE = ("BLOCK_M", "BLOCK_N")
@@ -118,9 +118,9 @@ class Kernel:
 
     Attributes:
         block_size: tokens per (query, key-value) block of the mask.
-        options: of the kernel; ``completed`` adds what depends on the mask's lengths.
-        coordinates: where the ``mask_mod`` has them from.
-        text_apart: whether text queries get an attention call of their own, where the mask allows it (``flexclear.masks.apart``).
+        options: kernel options; ``completed`` adds those that depend on the mask's lengths.
+        coordinates: where the ``mask_mod`` gets coordinates from.
+        text_apart: whether text queries get their own attention call if the mask allows it (``flexclear.masks.apart``).
     """
 
     block_size: tuple[int, int]
@@ -135,10 +135,10 @@ def check_kernel_options(options: Mapping[str, Any] | None) -> Options:
     Args:
         options: by the names in ``torch.nn.attention.flex_attention.FlexKernelOptions``, which explains them. Accepted are the
             tile (``BLOCK_M``, ``BLOCK_N``; backward ``BLOCK_M1``, ``BLOCK_N1``, ``BLOCK_M2``, ``BLOCK_N2``), ``num_warps``,
-            ``num_stages``, ``USE_TMA``, ``PRESCALE_QK``, ``IS_DIVISIBLE`` (False only: True is chosen where it holds) and
-            ``BACKEND``. ``fwd_`` or ``bwd_`` before a tile size, ``num_warps``, ``num_stages`` or ``USE_TMA`` restricts it to
-            one of the kernels. ``BACKEND="FLASH"`` is FlashAttention 4: the package flash-attn-4, on Hopper and Blackwell,
-            head dims up to 128 in half precision.
+            ``num_stages``, ``USE_TMA``, ``PRESCALE_QK``, ``IS_DIVISIBLE`` (False only: True is set automatically when it
+            holds) and ``BACKEND``. The prefix ``fwd_`` or ``bwd_`` restricts a tile size, ``num_warps``, ``num_stages`` or
+            ``USE_TMA`` to one of the kernels. ``BACKEND="FLASH"`` is FlashAttention 4: it needs the package flash-attn-4, a
+            Hopper or Blackwell GPU, and head dims up to 128 in half precision.
 
     Raises:
         TypeError: not a mapping.
@@ -200,24 +200,24 @@ def choose(
     """Blocks and kernel options for attention on ``device``.
 
     Args:
-        device, dtype, head_dim: of query, key and value.
+        device, dtype, head_dim: device, dtype and head dim of query, key and value.
         backward: whether a backward pass follows.
         seq_len: tokens of the sequence.
         text_padded: whether the mask checks each text key for padding.
-        reach, pools: of the window (``Window.reach``, ``Window.pools``).
-        block_size: blocks that the mask is to have, or has; None: they are chosen.
+        reach, pools: ``Window.reach`` and ``Window.pools``.
+        block_size: block size that the mask has or should get; None: choose one.
         options: from ``check_kernel_options``; they take precedence over the table's. No effect on CPU.
 
     Raises:
-        ValueError: the kernel cannot take the block size, or this GPU lacks an option.
+        ValueError: the kernel does not support the block size, or this GPU does not support an option.
     """
     # Text apart costs one more kernel, but makes image rows equally long. On two CPU cores the two calls take 0.87 to 0.95 of the
-    # time of one; on 132 processors one call's long rows cost 1.18 to 1.30 times what they should (simulated, not measured).
+    # time of one; on 132 multiprocessors the long rows of a single call cost 1.18 to 1.30 times as much (simulated).
     apart = not (backward or text_padded or pools)
     if device.type != "cuda":
         chosen = block_size or default_block_size(seq_len, backward, device, reach, dtype)
         return Kernel(chosen, (), default_source(device), apart)
-    # ROCm numbers AMD's GPUs in the same way, but none of them is in the table.
+    # ROCm gives AMD's GPUs similar numbers, but none of them is in the table.
     capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
     row = find_row(capability, dtype, head_dim)
     given = dict(options)
@@ -270,10 +270,10 @@ def _divisor(size: int, most: int) -> int:
 
 
 def _check_device(given: Mapping[str, Value], capability: Capability, dtype: torch.dtype, head_dim: int) -> None:
-    """Raise if options are for another GPU, type, head dim or torch.
+    """Raise if an option does not work with this GPU, type, head dim or torch.
 
     Raises:
-        ValueError: they are.
+        ValueError: one does not.
     """
     here = f"this GPU has compute capability {capability[0]}.{capability[1]}"
     if any(given.get(name) for name in ("USE_TMA", "fwd_USE_TMA", "bwd_USE_TMA")) and capability < (9, 0):
@@ -315,10 +315,10 @@ def _has_flash() -> bool:
 
 
 def _flash_blocks(capability: Capability, block_size: tuple[int, int] | None) -> tuple[int, int]:
-    """The blocks that FlashAttention 4 takes: a thread block's tile, and two of them on Blackwell.
+    """The blocks that FlashAttention 4 supports: a thread block's tile, or two of them on Blackwell.
 
     Raises:
-        ValueError: others are asked for.
+        ValueError: others are requested.
     """
     only = (128, 128) if capability[0] == 9 else (256, 128)
     if block_size not in (None, only):
@@ -333,7 +333,7 @@ def _check_backward(
     dtype: torch.dtype,
     given: Mapping[str, Value],
 ) -> None:
-    """Raise if Inductor has no backward kernel for blocks of this size; it checks against its own tile, whatever is requested.
+    """Raise if Inductor has no backward kernel for blocks of this size. It checks against its own tile, whatever is requested.
 
     Raises:
         ValueError: it has none.
@@ -352,7 +352,7 @@ def _check_backward(
 
 
 def _check_backward_tile(options: Mapping[str, Value], own: tuple[int, int, int, int]) -> None:
-    """Raise if the sides of the backward tile do not fit together; Triton would fail with an assertion of its own.
+    """Raise if the sides of the backward tile do not fit together; Triton would fail with a bare assertion.
 
     Raises:
         ValueError: they do not.
@@ -368,21 +368,21 @@ def _check_backward_tile(options: Mapping[str, Value], own: tuple[int, int, int,
 
 @functools.cache
 def _backward_tile(capability: Capability, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Inductor's own tile of the backward kernel (M1, N1, M2, N2) on the current GPU, which is of this capability."""
+    """Inductor's own tile of the backward kernel (M1, N1, M2, N2) on the current GPU, which has this capability."""
     try:
         from torch._inductor.choices import InductorChoices
 
         tile = InductorChoices().get_flex_attention_bwd_configs(head_dim, dtype, "cuda")[-1]
         return tile.block_m1, tile.block_n1, tile.block_m2, tile.block_n2
-    except (ImportError, AttributeError, TypeError):  # another torch: a tile that none exceeds
+    except (ImportError, AttributeError, TypeError):  # another torch: the largest possible tile
         return (128, 128, 128, 128)
 
 
 def completed(kernel: Kernel, mask: BlockMask) -> Options:
-    """The options of ``kernel`` for ``mask``, with ``IS_DIVISIBLE`` where its lengths divide.
+    """The options of ``kernel`` for ``mask``, with ``IS_DIVISIBLE`` if its lengths are multiples of its blocks.
 
-    ``IS_DIVISIBLE`` drops every comparison with the ends of the sequence. Inductor finds out by itself only for lengths that
-    are compiled in.
+    ``IS_DIVISIBLE`` drops every comparison with the ends of the sequence. Inductor determines it only for lengths that are
+    compiled in.
     """
     options = dict(kernel.options)
     if options and options.get("BACKEND") != "FLASH":
@@ -400,6 +400,6 @@ def as_dict(options: Options) -> Any:
 
 
 def with_kernel(mask: BlockMask, kernel: Kernel) -> BlockMask:
-    """Attach the options for its kernels to ``mask``."""
+    """Attach the kernel options for ``mask`` to it."""
     setattr(mask, KERNEL_OPTIONS, completed(kernel, mask))
     return mask

@@ -1,4 +1,4 @@
-"""Linear layers in eight bits through torchao: which ones, how, and what it saves."""
+"""Linear layers in eight bits through torchao: which ones, how, and how much memory this saves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.undoing import undo
 
 MIN_FEATURES = 256
-"""Linears with fewer input or output features gain nothing: launching the kernel takes most of their time."""
+"""Linears with fewer input or output features gain nothing: most of their time goes into launching the kernel."""
 
 _LIBRARIES = ("optimum.quanto", "bitsandbytes", "diffusers.quantizers", "modelopt", "nunchaku", "sdnq", "auto_round")
 """Packages whose layers keep their weights in low precision (``diffusers.quantizers`` has GGUF's)."""
@@ -29,9 +29,9 @@ class QuantizationReport:
     """What ``quantize`` did. ``print`` it.
 
     Attributes:
-        recipe: its name.
+        recipe: name of the recipe.
         quantized: names of the linears in low precision.
-        kept: the others, by name, each with the reason why it stays in high precision.
+        kept: the other linears by name, each with the reason why it stays in high precision.
         bytes_before, bytes_after: size of all the model's weights.
     """
 
@@ -52,7 +52,7 @@ class QuantizationReport:
 
 
 def why_kept(name: str, linear: nn.Linear, in_block: bool, min_features: int = MIN_FEATURES) -> str | None:
-    """Why a linear stays in high precision, or None if it is to be quantized.
+    """Why a linear stays in high precision, or None if it should be quantized.
 
     Args:
         name: path of the module in the model.
@@ -101,7 +101,7 @@ def quantized_elsewhere(model: nn.Module) -> str | None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes that the model's parameters and buffers take, scales of quantized weights included."""
+    """Bytes of the model's parameters and buffers, including the scales of quantized weights."""
     return sum(_bytes_of(tensor) for tensor in [*model.parameters(), *model.buffers()])
 
 
@@ -132,15 +132,15 @@ def quantize(
 ) -> QuantizationReport:
     """Store the big linears of ``model``'s transformer blocks in eight bits, in place.
 
-    The order of passes is: transform, weights, LoRA, quantize, compile; then offload. Of these, transforming and
-    compiling may also come first. A LoRA that is to be fused must be fused and unloaded before (``pipe.unload_lora_weights()``
-    leaves fused weights in place): eight-bit weights cannot be changed, so peft's ``fuse_lora`` raises afterwards
-    (``pipe.unfuse_lora()`` then undoes it in the linears that were kept). Adapters that stay separate may be loaded before
-    or after, scaled, mixed and hot-swapped: they run in the model's own type beside eight-bit weights.
+    The order of passes is: transform, weights, LoRA, quantize, compile; then offload. Transforming may also come later, and
+    compiling earlier. A LoRA to be fused must be fused and unloaded before (``pipe.unload_lora_weights()`` leaves fused
+    weights in place): eight-bit weights cannot be changed, so peft's ``fuse_lora`` raises afterwards (``pipe.unfuse_lora()``
+    then undoes it in the linears that were kept). Adapters that stay separate may be loaded before or after, scaled, mixed
+    and hot-swapped: they run in the model's own type alongside the eight-bit weights.
 
-    Convert the model to its type first: ``model.to(dtype)`` does not change eight-bit weights, and with ``weight_only`` the next
-    call raises. ``save_quantized`` writes the result to safetensors; diffusers' ``save_pretrained`` can only pickle it
-    (``safe_serialization=False``). It can be offloaded to memory, not to disk.
+    Convert the model to its final type first: ``model.to(dtype)`` does not change eight-bit weights, and with ``weight_only`` the
+    next call raises. ``save_quantized`` writes the result to safetensors; diffusers' ``save_pretrained`` can only pickle it
+    (``safe_serialization=False``). The model can be offloaded to memory, not to disk.
 
     If the original weights do not fit on the GPU, leave the model on the CPU and pass ``device``: the linears are moved there and
     quantized one by one, then the rest of the model follows. The GPU needs room for the result and one linear.
@@ -151,15 +151,15 @@ def quantize(
             capability 8.9 or later), ``"weight_only"`` (anywhere), ``"int8"`` (older GPUs, CPU).
         min_features: linears with fewer input or output features are kept.
         keep: called with (name, linear); True keeps a linear that the rules would quantize.
-        device: where the model is to run; all of it is there afterwards. None: where its weights are.
+        device: where the model will run; all of it is there afterwards. None: where its weights are.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: an unknown recipe, one that this device cannot run (the message names the device and the recipes it
-            can run), weights of a type that the recipe does not take, a model that is already quantized (by any library),
-            is offloaded or has a fused LoRA that is still loaded, or nothing to quantize. Nothing is changed then.
+        ValueError: the recipe is unknown or this device cannot run it (the message names the device and the recipes it can
+            run), the recipe does not accept weights of this type, the model is already quantized (by any library), is
+            offloaded or has a fused LoRA that is still loaded, or there is nothing to quantize. Nothing is changed then.
 
-    After any other exception, such as running out of memory, a model that was being moved is put back as it was. One that was
+    After any other exception, such as running out of memory, a model that was being moved is restored. A model that was
     being quantized in place has lost some of its original weights; a note on the exception says how many.
     """
     target = None if device is None else _indexed(torch.device(device))
@@ -177,7 +177,7 @@ def quantize(
             )
     finally:
         for linear in chosen.values():
-            # torchao gives each linear a method of its own for its repr, which cannot be pickled.
+            # torchao gives each linear its own extra_repr method, which cannot be pickled.
             linear.__dict__.pop("extra_repr", None)
     return QuantizationReport(recipe, tuple(chosen), kept, before, weight_bytes(model))
 
@@ -189,10 +189,10 @@ def _indexed(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def _put_back(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """If anything is raised in a ``with`` block, put back the parameters and buffers of ``model``, where they were.
+    """If anything is raised in a ``with`` block, restore the parameters and buffers of ``model`` on their device.
 
-    At the beginning, weights that are to be quantized are exchanged for copies: the originals kept here would otherwise be
-    moved, and occupy the device.
+    At the beginning, weights that will be quantized are replaced by copies: the originals kept here would otherwise be moved,
+    and occupy the device.
     """
     kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
         (tensors, name, tensor, tensor.data)
@@ -218,7 +218,7 @@ def _put_back(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _said(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """Add a note to anything raised in a ``with`` block that says how far quantizing got."""
+    """Add a note to any exception raised in a ``with`` block that says how far quantizing got."""
     try:
         yield
     except BaseException as error:
@@ -238,7 +238,7 @@ def choose_linears(
     keep: Callable[[str, nn.Linear], bool] | None = None,
     device: torch.device | None = None,
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """What ``quantize`` would do, with all of its checks: the linears to quantize, and why each other one is kept."""
+    """What ``quantize`` would do, with all its checks: the linears to quantize, and why each of the others is kept."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got {type(model).__name__}; for a pipeline, pass pipe.transformer")
     parameter = next(model.parameters(), None)
@@ -262,7 +262,7 @@ def choose_linears(
     for name, linear, in_block in linears(model):
         reason = why_kept(name, linear, in_block, min_features)
         if reason is None and recipe == "tensorwise" and linear.weight.shape == (128, 128):
-            # torchao 0.18 tells kinds of scales apart by the size that one covers, and would expect 1 x 128 in the input.
+            # torchao 0.18 tells kinds of scales apart by the block that one covers, and would expect 1 x 128 for the input.
             reason = "128 x 128: torchao would mistake its one scale for a block's"
         if reason is None and keep is not None and keep(name, linear):
             reason = "kept on request"
@@ -288,10 +288,10 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_not_offloaded(model: nn.Module, advice: str) -> None:
-    """Raise if weights of ``model`` are elsewhere between calls: hooks would overwrite changed ones.
+    """Raise if ``model`` is offloaded, so that weights are elsewhere between calls: hooks would overwrite changed ones.
 
     Raises:
-        ValueError: they are; the message ends with ``advice``.
+        ValueError: it is; the message ends with ``advice``.
     """
     for name, module in model.named_modules():
         if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):

@@ -1,4 +1,4 @@
-"""Low-precision recipes: what each is in torchao, and which of them a device can run."""
+"""Low-precision recipes: their torchao configurations, and which of them a device can run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Recipe:
     """One way to store and multiply a linear layer's weights in eight bits.
 
     Attributes:
-        name: what ``quantize`` calls it.
+        name: its name in ``quantize``.
         summary: one line.
         config: makes torchao's configuration.
         multiplies_fp8: whether it needs FP8 tensor cores.
@@ -73,7 +73,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("int8", "INT8 weights and activations, one scale per row", _int8, False, _FLOATS),
     )
 }
-"""Recipes of quantization by name."""
+"""Quantization recipes by name."""
 
 
 INEXACT_INT8 = (
@@ -83,7 +83,7 @@ INEXACT_INT8 = (
 
 @functools.cache
 def _int8_products_are_exact() -> bool:
-    """Whether this CPU adds up the largest eight-bit products correctly, beyond what 16 bits hold."""
+    """Whether this CPU adds up the largest eight-bit products correctly, when their sum exceeds 16 bits."""
     left, right = (torch.full(size, 127, dtype=torch.int8, device="cpu") for size in ((32, 64), (64, 32)))
     return bool((torch._int_mm(left, right) == 64 * 127 * 127).all())
 
@@ -127,7 +127,7 @@ def check_recipe(name: str, device: torch.device) -> str:
     """``name`` if ``device`` can run that recipe.
 
     Raises:
-        ValueError: it is unknown, or cannot run; the message names the device and what it can run.
+        ValueError: it is unknown, or cannot run; the message names the device and the recipes that it can run.
     """
     obstacle = why_not_recipe(name, device)
     if obstacle is not None:

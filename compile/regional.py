@@ -1,4 +1,4 @@
-"""Compile a transformer's repeated blocks: one graph for equal blocks, never an unfused or partial one."""
+"""Compile a transformer's repeated blocks: identical blocks share one graph, which is never unfused or partial."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ def check_max_sizes(max_sizes: int) -> int:
 def compile_blocks(
     model: nn.Module, *, mode: str = "default", dynamic: bool = False, max_sizes: int = 64, backend: str = "inductor"
 ) -> list[nn.Module]:
-    """Compile every repeated block of ``model`` in place, ``fullgraph=True``; equal blocks share their graphs.
+    """Compile every repeated block of ``model`` in place with ``fullgraph=True``; identical blocks share their graphs.
 
     Nothing is compiled yet when this returns: each size is compiled in its first call. The number of text tokens is a
-    symbol in the graphs, so prompts need no graphs of their own; texts of at most one token are the exception.
+    symbol in the graphs, so one graph serves prompts of any length, except for texts of at most one token.
 
     Hooks that diffusers or accelerate put on a block later run as Python around its graph: block-level
     ``enable_group_offload``, first-block and magnitude caches, and hooks on the model as a whole. With a hook inside a block
     (leaf-level offloading, sequential offloading, layerwise casting, attention caches) its calls raise RuntimeError, since a
-    single graph cannot contain it; ``uncompile`` lets such a model run.
+    single graph cannot contain it; call ``uncompile`` to run such a model.
 
     Args:
         model: a transformer, transformed or not.
         mode: one of ``MODES``.
-        dynamic: False: each size gets graphs of its own, the fastest ones. True: one set of graphs serves all sizes.
-        max_sizes: how many sizes there is room for, each batch size counting separately; a call beyond that raises
-            RuntimeError instead of running uncompiled. No effect where ``dynamic`` is True.
-        backend: ``torch.compile``'s; others than ``"inductor"`` are for debugging.
+        dynamic: False: each size gets its own graphs, the fastest ones. True: one set of graphs serves all sizes.
+        max_sizes: maximum number of sizes, counting each batch size separately; a call beyond that raises
+            RuntimeError instead of running uncompiled. No effect if ``dynamic`` is True.
+        backend: backend of ``torch.compile``; backends other than ``"inductor"`` are for debugging.
 
     Returns:
         The blocks.
 
     Raises:
-        ValueError: an unknown mode, a model without repeated blocks, blocks that have such hooks already, or no compiler for
-            its device. Nothing is changed then.
+        ValueError: the mode is unknown, the model has no repeated blocks, blocks already have hooks, or there is no compiler for
+            the model's device. Nothing is changed then.
     """
     check_mode(mode)
     check_max_sizes(max_sizes)
@@ -87,7 +87,7 @@ def compile_whole(
 ) -> nn.Module:
     """Compile ``model`` as a whole, in place: one graph between entry and exit, which run outside of it.
 
-    Compiling takes as many times longer than ``compile_blocks`` as there are blocks, and saves the work between blocks.
+    Compared with ``compile_blocks``, compile time is multiplied by the number of blocks, and the work between blocks is saved.
     Arguments and errors are the same.
 
     Returns:
@@ -116,8 +116,8 @@ def uncompile(model: nn.Module) -> nn.Module:
 
 
 def check_compiler(model: nn.Module, backend: str, device: torch.device | None = None) -> None:
-    """Raise if Inductor has no compiler for the device of ``model``, or for the ``device`` where it will be; otherwise the first
-    call would fail.
+    """Raise if Inductor has no compiler for the device of ``model``, or for the ``device`` to which it will be moved; otherwise
+    the first call would fail.
 
     Raises:
         ValueError: it has none.
@@ -135,8 +135,8 @@ def check_compiler(model: nn.Module, backend: str, device: torch.device | None =
 
 
 def _options(mode: str, backend: str, max_sizes: int, dynamic: bool) -> dict[str, Any]:
-    """Options for one ``torch.compile``: the mode, and room for graphs. Where torch has no argument for the recompile limit, the
-    process-wide one is raised."""
+    """Options for one ``torch.compile``: the mode, and room for graphs. If torch has no argument for the recompile limit, the
+    process-wide limit is raised."""
     graphs = GRAPHS_PER_SIZE * VARIANTS * max_sizes
     config = torch._dynamo.config
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * graphs)
@@ -150,7 +150,7 @@ def _options(mode: str, backend: str, max_sizes: int, dynamic: bool) -> dict[str
 def _inductor_options(mode: str, dynamic: bool) -> dict[str, Any]:
     """Inductor's options for a mode, without a pass that fails when the number of text tokens is a symbol.
 
-    On GPUs that pass merges loops once they are fused (torch 2.13), and cannot split the merged ones again where it does not see
+    On GPUs that pass merges loops once they are fused (torch 2.13), and cannot split the merged ones again if it does not see
     that C * (text + image) is a multiple of text + image: FLUX's single blocks in row-wise FP8 or INT8 fail with CantSplit.
     """
     import torch._inductor.config

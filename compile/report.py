@@ -16,8 +16,8 @@ class Graph:
 
     Attributes:
         function: name of the compiled function, with its file and line.
-        seconds: from Dynamo's first look to the finished kernel.
-        cause: why the earlier graphs did not serve; empty for a function's first.
+        seconds: time from the start of tracing to the finished kernel.
+        cause: why no earlier graph could be used; empty for a function's first.
         failure: why it failed; empty if it did not.
     """
 
@@ -44,7 +44,7 @@ class CompileReport:
 
     @property
     def seconds(self) -> float:
-        """Total time."""
+        """Total compilation time."""
         return sum(graph.seconds for graph in self.graphs)
 
     def since(self, earlier: CompileReport) -> CompileReport:
@@ -69,7 +69,7 @@ def remember_all_graphs() -> None:
 
 
 def report() -> CompileReport:
-    """The compilations of this process that torch still has records of: all since the first ``compile_blocks`` or
+    """The compilations of this process of which torch still has records: all since the first ``compile_blocks`` or
     ``optimize``, and up to 64 from before."""
     from torch._dynamo import utils
 

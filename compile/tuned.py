@@ -1,8 +1,8 @@
 """Blocks and kernel options measured to be fastest on this machine: kept in a file that takes precedence over ``kernels``.
 
-``flexclear bench --tune`` writes the file, ``flexclear bench --forget`` deletes it, ``flexclear doctor`` and ``explain`` say what
-it holds. An entry applies to one device, type, head dim, radius and set of versions. A file that cannot be read is named in one
-warning and ignored: tuning is never a reason not to run.
+``flexclear bench --tune`` writes the file, ``flexclear bench --forget`` deletes it, ``flexclear doctor`` and ``explain`` show its
+contents. An entry applies to one device, type, head dim, radius and set of versions. A file that cannot be read causes a single
+warning and is ignored: tuning is never a reason not to run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flexclear.masks.blocks import MANY_TOKENS, check_block_size
 logger = logging.getLogger("flexclear")
 
 FORMAT = 1
-"""Of the file; another one is refused."""
+"""Format of the file; files of any other format are refused."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Place:
 
     Attributes:
         device: name of the GPU, or of the CPU with its number of threads.
-        versions: of torch and what compiles its kernels.
-        dtype: of query, key and value, as torch names it without ``torch.``.
+        versions: versions of torch and of the compiler of its kernels.
+        dtype: dtype of query, key and value, as torch names it, without ``torch.``.
         head_dim: channels of a head.
-        radius: of the window, as ``radius_class`` rounds it.
+        radius: the window's radius, rounded by ``radius_class``.
         backward: whether a backward pass follows.
     """
 
@@ -57,9 +57,9 @@ class Tuned:
     Attributes:
         place: what it applies to.
         block_size: tokens per (query, key-value) block of the mask.
-        options: of its kernels.
-        gain: speed relative to the table's choice when it was found.
-        tokens: image tokens at which it was found.
+        options: kernel options.
+        gain: measured speed relative to the table's choice.
+        tokens: number of image tokens when it was measured.
     """
 
     place: Place
@@ -79,7 +79,7 @@ class Tuned:
 
 
 def path() -> Path:
-    """The file."""
+    """Path of the file."""
     return user_folder() / "tuned.json"
 
 
@@ -89,7 +89,7 @@ def radius_class(radius: int) -> int:
 
 
 def place_of(device: torch.device, dtype: torch.dtype, head_dim: int, radius: int, backward: bool = False) -> Place:
-    """The key for an entry with these facts, on this machine and with these versions."""
+    """The key of the entry for these arguments, on this machine and with the installed versions."""
     name = str(dtype).removeprefix("torch.")
     return Place(device_name(device), _versions(), name, head_dim, radius_class(radius), backward)
 
@@ -124,7 +124,7 @@ def _versions() -> str:
 
 
 def find(device: torch.device, dtype: torch.dtype, head_dim: int, radius: int | None, backward: bool) -> Tuned | None:
-    """The entry for these facts, or None."""
+    """The entry for these arguments, or None."""
     entries = _entries()
     if not entries or radius is None:
         return None
@@ -132,7 +132,7 @@ def find(device: torch.device, dtype: torch.dtype, head_dim: int, radius: int | 
 
 
 def keep(found: Tuned) -> Path:
-    """Add an entry, replacing an older one for the same key; returns the file. Later calls in this process use it."""
+    """Add an entry, replacing an older one for the same key, and return the file. Later calls in this process use it."""
     _entries.cache_clear()
     kept = {**_entries(), found.place: found}
     return _write(kept)
@@ -147,7 +147,7 @@ def drop(place: Place) -> None:
 
 
 def forget() -> Path | None:
-    """Delete the file; returns where it was, or None where there was none."""
+    """Delete the file, and return its path, or None if there was none."""
     _entries.cache_clear()
     file = path()
     if not file.is_file():
@@ -193,7 +193,7 @@ def _refused(file: Path, why: str) -> dict[Place, Tuned]:
 
 
 def _parsed(entry: Any) -> Tuned:
-    """An entry of the file, checked: a bad one would be an error in a model's call.
+    """An entry of the file, checked: a bad one would cause an error in a model's call.
 
     Raises:
         ValueError, KeyError, TypeError: it is not a valid entry.
@@ -224,12 +224,12 @@ def choose_tuned(
     options: Options = (),
     **others: Any,
 ) -> Kernel:
-    """Like ``kernels.choose``, but with the entry for a window of this reach where no blocks and options are requested.
+    """Like ``kernels.choose``, but with the entry for a window of this reach if no blocks or options are requested.
 
-    Padded text and very long sequences, which take more registers and longer lists than what was tuned, use the table.
+    Padded text and very long sequences use the table: they take more registers and longer lists than the tuned kernels.
 
     Args:
-        reach: of the window, a disc's radius; None: several windows, or unbounded.
+        reach: the window's reach, a disc's radius; None: several windows, or unbounded.
         others: the rest, see ``kernels.choose``.
     """
     if block_size is None and not options and not text_padded and seq_len < MANY_TOKENS:
@@ -251,6 +251,6 @@ def choose_tuned(
 
 
 def usable(device: torch.device) -> list[Tuned]:
-    """The entries for ``device`` and these versions."""
+    """The entries for ``device`` and the installed versions."""
     here = device_name(device), _versions()
     return [one for one in _entries().values() if (one.place.device, one.place.versions) == here]

@@ -1,4 +1,4 @@
-"""Undoing temporary changes, whatever is raised meanwhile, including during the undoing itself."""
+"""Undoing temporary changes, whatever is raised in the meantime, even while they are being undone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def undo(action: Callable[[], None]) -> None:
-    """Run ``action``, which undoes something, and run it again if interrupted: it may run twice, but not half."""
+    """Run ``action``, which undoes something, and run it again if interrupted: it may run twice, but never only in part."""
     try:
         action()
     except BaseException:
@@ -36,7 +36,7 @@ def afterwards(action: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def numbers_as_before(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the numbers in ``parameters`` after a ``with`` block."""
+    """Restore the values of ``parameters`` after a ``with`` block."""
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
 
     @torch.no_grad()

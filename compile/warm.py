@@ -1,4 +1,4 @@
-"""Warm start: what one process compiled is saved to a file and loaded into another."""
+"""Warm start: save what one process has compiled to a file, and load it in another."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class WarmStart:
     """What ``load_artifacts`` did.
 
     Attributes:
-        loaded: whether the artefacts are in place now.
-        reason: why not; empty if they are.
+        loaded: whether the artifacts are now in place.
+        reason: why they are not; empty if they are.
         binaries: compiled libraries that were put into the Inductor cache.
     """
 
@@ -38,7 +38,7 @@ class WarmStart:
 
 
 def artifact_key(configuration: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What artefacts depend on: versions, device, and the caller's configuration (anything JSON can hold)."""
+    """What artifacts depend on: versions, device, and the caller's configuration (any JSON values)."""
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}, CUDA {torch.version.cuda}"
     else:
@@ -55,12 +55,12 @@ def artifact_key(configuration: Mapping[str, Any] | None = None) -> dict[str, An
 def save_artifacts(path: str | Path, configuration: Mapping[str, Any] | None = None) -> Path:
     """Write what this process has compiled to a file.
 
-    torch's portable cache artefacts carry graphs and GPU kernels. They do not carry Inductor's C++ libraries, so the
+    torch's portable cache artifacts carry graphs and GPU kernels. They do not carry Inductor's C++ libraries, so the
     ones that this process has loaded are added (Linux).
 
     Args:
         path: the file, a zip; written under another name first.
-        configuration: what the artefacts are for, compared when they are loaded: mode, recipe, model, ...
+        configuration: what the artifacts are for (mode, recipe, model, ...); compared when they are loaded.
 
     Raises:
         ValueError: nothing has been compiled.
@@ -80,10 +80,10 @@ def save_artifacts(path: str | Path, configuration: Mapping[str, Any] | None = N
 
 
 def load_artifacts(path: str | Path, configuration: Mapping[str, Any] | None = None) -> WarmStart:
-    """Put the artefacts of ``save_artifacts`` into this process's caches, before anything is compiled.
+    """Put the artifacts of ``save_artifacts`` into this process's caches, before anything is compiled.
 
-    A file that is missing, damaged, or of other versions, another device or configuration is not used; the result says
-    why. Load only files that you made: compiled code is run as it is.
+    A file that is missing, damaged, or made with other versions, another device or another configuration is not used; the
+    result says why. Load only files that you made yourself: they hold compiled code, which is run unchecked.
     """
     path = Path(path)
     if not path.is_file():

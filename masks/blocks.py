@@ -47,7 +47,7 @@ def default_block_size(
 
     On CPU, (32, 32): without packed products the kernel is as fast on small blocks, and these execute less work. On two cores
     of an AMD EPYC it takes 0.82 to 0.95 of the time of (64, 64) at r = 8 and 16. From 2^17 tokens on, (64, 64), to keep the
-    lists small. With AMX, which favors long products, (64, 64), and (128, 128) from a reach of 12 on: on an Intel machine
+    lists small. With AMX, which prefers long products, (64, 64), and (128, 128) from a reach of 12 on: on an Intel machine
     (128, 128) took 0.87 of the time of (128, 64) at r = 16, and (64, 64) took 0.88 at r = 8.
 
     Elsewhere, (128, 64): an 8 x 16 tile of queries against 8 x 8 halves. The ratio of executed to useful work (``cost``) at
