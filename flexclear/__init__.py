@@ -81,7 +81,7 @@ _HOME = {
     "save_weights": "flexclear.weights",
     "transform": "flexclear.convert",
 }
-# All but testing can be imported without an extra, as ``from flexclear import *`` does.
+# testing needs an extra, so it is not in ``__all__``, and ``from flexclear import *`` works without.
 _PACKAGES = frozenset(__all__) - {"__version__", *_HOME} | {"testing"}
 
 
@@ -89,7 +89,7 @@ _hush()
 
 
 def __getattr__(name: str) -> Any:
-    # Names load on first use: importing flexclear costs next to nothing, and touches neither diffusers nor CUDA.
+    # Names load on first use: importing flexclear takes almost no time, and touches neither diffusers nor CUDA.
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value

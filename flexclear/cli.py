@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
-    Results go to standard output. Everything else, such as progress and warnings, goes to standard error; an error is one line
+    Results go to standard output. Everything else, such as progress and warnings, goes to standard error. An error is one line
     there, with a traceback only under ``--debug``.
 
-    Exit status: 0; 1 if the command could not finish or found what it looks for; 2 for a bad argument, setting or file;
-    70 for a fault in flexclear itself; 130 after Ctrl-C.
+    Exit status: 0 for success; 1 if the command could not finish or found what it looks for; 2 for a bad argument, setting or
+    file; 70 for a fault in flexclear itself; 130 after Ctrl-C.
 
     Args:
-        arguments: what follows the program's name; by default this process's own arguments.
+        arguments: arguments after the program's name; by default those of this process.
     """
-    # Imported here, so that Ctrl-C during these imports is one line, too.
+    # Imported here, so that Ctrl-C during these imports also prints only one line.
     try:
         from flexclear.commands.running import run
     except KeyboardInterrupt:

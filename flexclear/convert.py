@@ -66,7 +66,7 @@ def transform(
 
     Image queries then see image keys closer than ``r`` tokens, and all text; text sees everything. Weights, softmax,
     scaling and projections are unchanged. The grid is read from each call, so one transformed model serves every resolution
-    and aspect ratio. Callers only ever see raster token order. Reference images (FLUX.1 Kontext and the like) are
+    and aspect ratio. Callers only ever see raster token order. Reference images (FLUX.1 Kontext and similar models) are
     further grids: their tokens see and are seen by the disc around the same row and column in every grid.
 
     >>> pipe = flexclear.transform(pipe, r=16)                              # doctest: +SKIP
@@ -75,49 +75,50 @@ def transform(
 
     Args:
         model_or_pipe: a model of a supported class (``flexclear.families``), or a diffusers pipeline that holds one as
-            ``transformer``; with one as ``transformer_2`` (Wan 2.2) or ``transformer_ref`` (MiniMax-H3) too, all are transformed.
+            ``transformer``. If it also holds one as ``transformer_2`` (Wan 2.2) or ``transformer_ref`` (MiniMax-H3), all are
+            transformed.
         r: window radius in tokens (16 px each in FLUX.1), 1 or more; published radii: 8, 16, 32. Or one per attention
-            layer: a sequence, a mapping from layer numbers or module names (or their beginnings, or ``"default"``), or a
+            layer: a sequence, a mapping from layer numbers or module names (or prefixes of names, or ``"default"``), or a
             function of (number, name). None leaves a layer dense; a window of ``flexclear.masks`` is used as it is.
-        frame_radius: for video models, the frames in which the radius ``r`` applies: n for the query's own and n on either side,
-            2 n + 1 in all; ``"all"`` for every frame. Frames are those of the latents: Wan's VAE turns 81 into 21. Other shapes
-            in time are windows of ``flexclear.masks`` (``cylinder``, ``all_frames``, ``ball``, ``radial``, ``Tube``), passed
-            as ``r``.
-        attention: ``"clear"``, the windows of ``r``, or a mechanism that the paper compares it with, in its settings at 1024 px;
-            for other sizes pass a class of ``flexclear.alternatives``, such as ``SwinAttention(size=8)``. ``r`` and
-            ``down_factor`` apply to CLEAR only. Masks, on every model: ``"strided"`` (sparse transformers, arXiv 1904.10509),
-            ``"swin"`` (Swin Transformer, 2103.14030), ``"neighborhood"`` (NAT, 2204.07143). Formulas, on FLUX.1:
+        frame_radius: for video models, the frames in which the radius ``r`` applies. n means the query's own frame and n on
+            either side, 2 n + 1 in all; ``"all"`` means every frame. Frames are latent frames: Wan's VAE turns 81 into 21. For
+            other shapes in time, pass a window of ``flexclear.masks`` (``cylinder``, ``all_frames``, ``ball``, ``radial``,
+            ``Tube``) as ``r``.
+        attention: ``"clear"``, the windows of ``r``, or a mechanism that the paper compares it with, with its settings for 1024
+            px. For other sizes pass an instance of a class in ``flexclear.alternatives``, such as ``SwinAttention(size=8)``.
+            ``r`` and ``down_factor`` apply to CLEAR only. Masks, on every model: ``"strided"`` (sparse transformers, arXiv
+            1904.10509), ``"swin"`` (Swin Transformer, 2103.14030), ``"neighborhood"`` (NAT, 2204.07143). Formulas, on FLUX.1:
             ``"sigmoid"`` (2409.04431), ``"linear"`` (elu + 1, 2006.16236), ``"pixart"`` (PixArt-Sigma's key / value
             compression, 2403.04692; one parameter per layer, ``<block>.attn.processor.compression_weight``),
             ``"agent"`` (2312.08874).
-        down_factor: side d in tokens of cells whose pooled keys image queries see as well (method, section 4). Adds one
+        down_factor: side d in tokens of cells whose pooled keys image queries also see (method, section 4). Adds one
             parameter per layer, ``<block>.attn.processor.spatial_weight``. FLUX.1 only. ``save_pretrained`` writes these
             too, and ``flexclear.from_pretrained`` reads them; diffusers' own drops them with a warning.
             ``EMAModel.save_pretrained`` does not support them: ``ema.copy_to(model.parameters())``, then ``save_weights``.
-        dense_steps: (first, last): that many denoising steps at either end run dense attention. Needs the pipeline.
+        dense_steps: (first, last): how many denoising steps at either end run dense attention. Needs the pipeline.
         ntk_factor: factor on the base of the rotary frequencies, for sizes beyond training; released setting: 10.
         proportional_attention: scale scores by sqrt(log_n0(n) / d) instead of sqrt(1 / d), with n keys and n0 = 4608.
-            ``flexclear.override`` changes these three for some calls.
-        backend: ``"auto"``: compiled FlexAttention where it can run (CUDA; CPU without gradients), otherwise masked SDPA.
+            ``flexclear.override`` changes ``dense_steps``, ``ntk_factor`` and this for some calls.
+        backend: ``"auto"``: compiled FlexAttention if it can run (CUDA; CPU without gradients), otherwise masked SDPA.
             ``"flex"`` and ``"sdpa"`` force one.
         order: ``"tiled"`` (fast) or ``"raster"`` token order inside the model; results are the same.
         block_size: tokens per block of the BlockMask, or a (query, key-value) pair; multiples of 16 from 16 to 256.
             By default chosen for each resolution, type and GPU (``flexclear.compile.kernels``). A size that the GPU's kernels
-            cannot use raises in the call.
+            do not support raises in the call.
         kernel_options: options for FlexAttention's kernels on GPUs, such as ``{"num_stages": 2}``, which take precedence over
             the chosen ones; see ``flexclear.compile.kernels.check_kernel_options``.
         exact_position_ids: pass exact float32 position ids to the model. diffusers makes FLUX's ids in the pipeline's type, and
-            bfloat16 cannot tell neighbouring rows above 256 apart. False keeps the caller's.
+            bfloat16 cannot tell neighbouring rows above 256 apart. False keeps the caller's ids.
 
     Returns:
-        What was passed in. A model that is already transformed is transformed again, and the last call counts.
+        ``model_or_pipe``. A model that is already transformed is transformed again, with the settings of the last call.
 
     Raises:
         TypeError: an unsupported model or a wrapper around one, a plugin's attention processor, a subclass that overrides
             the computation, or an argument of the wrong type.
         ValueError: an argument out of range, or a model without the blocks of its class.
 
-    After any exception, Ctrl-C included, the model (or both models) is as it was before.
+    After any exception, including Ctrl-C, the model (or each of several models) is as it was before.
     """
     models = models_of(model_or_pipe)
     pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
@@ -144,7 +145,7 @@ def transform_each(model_or_pipe: Any, options: Sequence[Mapping[str, Any] | Non
 
     Args:
         model_or_pipe: see ``transform``.
-        options: arguments of ``transform``, for each of ``models_of``; None for one that stays as it is.
+        options: arguments of ``transform`` for each model in ``models_of``; None for one that stays as it is.
 
     Raises:
         TypeError, ValueError: see ``transform``.
@@ -157,7 +158,7 @@ def transform_each(model_or_pipe: Any, options: Sequence[Mapping[str, Any] | Non
 
 @dataclass(frozen=True)
 class _Asked:
-    """Arguments of ``transform``; what can be checked without a model is checked at once."""
+    """Arguments of ``transform``. Checks that need no model are made at once."""
 
     r: Radii = DEFAULT_RADIUS
     frame_radius: int | str | None = None
@@ -183,7 +184,7 @@ class _Asked:
             check_int("down_factor", self.down_factor, 1, MAX_SIDE, "in tokens")
 
     def changes(self, models: Sequence[nn.Module], steps: StepCounter) -> list[Change]:
-        """The changes to each model that they ask for; nothing is applied yet.
+        """The changes to each model that the arguments ask for. Nothing is applied yet.
 
         Raises:
             TypeError, ValueError: see ``transform``.
@@ -241,7 +242,7 @@ class _Asked:
 
 
 def transform_again(model_or_pipe: Target, windows: Mapping[str, Window | None] | None = None) -> Target:
-    """Transform a transformed model again with its current settings, including what plugins have installed since.
+    """Transform a transformed model again with its current settings, and take over what plugins have installed since.
 
     Args:
         model_or_pipe: a transformed model, or a pipeline with one.
@@ -273,8 +274,8 @@ def transform_as(model: nn.Module, windows: Mapping[str, Window | None], pipe: A
     """Transform a model with these windows by layer name; other settings are its current ones, or the defaults.
 
     Args:
-        model: transformed or not.
-        windows: of each layer.
+        model: the model, transformed or not.
+        windows: window of each layer.
         pipe: the model's pipeline, whose scheduler counts steps, or None.
 
     Raises:
@@ -306,7 +307,7 @@ def _mechanism(attention: Any, r: Radii, down_factor: int | None) -> Mechanism |
 
     Raises:
         TypeError: it is neither a name nor a mechanism.
-        ValueError: an unknown name, or CLEAR's arguments beside another mechanism.
+        ValueError: an unknown name, or CLEAR's arguments together with another mechanism.
     """
     mechanism = named(attention)
     if mechanism is not None and r is not DEFAULT_RADIUS:
@@ -322,20 +323,20 @@ def _mechanism(attention: Any, r: Radii, down_factor: int | None) -> Mechanism |
 
 
 def restore(model_or_pipe: Target) -> Target:
-    """Undo ``transform``: the original processors return, no hook remains, and outputs are bit-identical to the original's.
+    """Undo ``transform``: put back the original processors and remove all hooks. Outputs are bit-identical to the original's.
 
-    It always works, whatever was done to the model since: a processor that someone else put in place of flexclear's stays, and
-    one warning names it. A model that was not transformed is left alone. Pooling weights (``down_factor``) are lost with the
-    processors that hold them: save them first. If interrupted, it leaves the model either transformed or restored.
+    This always works, whatever was done to the model since: a processor that other code has put in place of flexclear's is kept,
+    and one warning names it. A model that was not transformed is left alone. Pooling weights (``down_factor``) are lost with
+    the processors that hold them: save them first. If interrupted, the model is either transformed or restored.
 
     Returns:
-        What was passed in.
+        ``model_or_pipe``.
 
     Raises:
         TypeError: neither a model nor a pipeline with a transformer, or a wrapper around one; see ``transform``.
 
     Warns:
-        UserWarning: a processor that is not flexclear's stays.
+        UserWarning: a processor that is not flexclear's is kept.
     """
     for model, _ in below_compile(model_or_pipe):
         _restore(model)
@@ -364,7 +365,7 @@ def _restore(model: nn.Module) -> None:
 
 
 def _others(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Processors that are not flexclear's, on those of the named layers that still exist."""
+    """Processors that are not flexclear's on the named layers, if these still exist."""
     modules = dict(model.named_modules())
     present = {name: getattr(modules.get(name), "processor", None) for name in names}
     return {name: found for name, found in present.items() if found is not None and not is_ours(found)}

@@ -40,19 +40,19 @@ Size = tuple[int, ...]
 logger = logging.getLogger("flexclear")
 
 FUSED_PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-"""Projections of an attention layer that no longer run once ``fuse_qkv_projections`` was called."""
+"""Projections of an attention layer that no longer run after ``fuse_qkv_projections``."""
 
 WARM_UP_PROMPT = "a photograph of a landscape"
-"""The prompt that sizes are warmed with. It has several tokens, since texts of at most one need graphs of their own."""
+"""The prompt with which sizes are warmed up. It has several tokens, since texts of at most one token need separate graphs."""
 
 MOST_STEPS = 64
-"""Most steps that are tried for both of two transformers to run."""
+"""Maximum number of steps tried until both of two transformers run."""
 
 _CONFIGURATIONS: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
-"""What each model was compiled for, as files of artefacts name it."""
+"""The configuration each model was compiled for, as recorded in files of artifacts."""
 
 REGIONS = ("blocks", "whole")
-"""What ``compile=`` may name: each repeated block, or the model as one graph."""
+"""Names that ``compile=`` accepts: each repeated block, or the model as one graph."""
 
 
 def optimize(
@@ -75,41 +75,41 @@ def optimize(
 ) -> Target:
     """Make a pipeline fast, and keep it fast while it serves many sizes. In place.
 
-    The passes have a fixed order: transform, weights, LoRA, then this function: fuse, quantize, compile, warm. Sizes that were
-    not warmed compile in their first call, which is logged with its cost; attention never runs unfused. Some passes also work
-    afterwards, at the price of compiling again: another transform, a LoRA that stays unfused, quantizing. Weights
-    (``flexclear.load_weights``) that come after FP8 are quantized as they are loaded; a fused LoRA cannot come then, and raises.
+    The passes have a fixed order: transform, weights, LoRA, then this function: fuse, quantize, compile, warm up. Sizes that were
+    not warmed up compile in their first call, which is logged with its cost; attention never runs unfused. Some passes also work
+    afterwards, at the price of compiling again: another transform, a LoRA that stays unfused, quantizing. After FP8, weights
+    (``flexclear.load_weights``) are quantized as they are loaded, and fusing a LoRA raises.
 
     >>> flexclear.optimize(pipe, fp8=True, sizes=[(1024, 1024), (2048, 2048)])      # doctest: +SKIP
 
     Args:
-        model_or_pipe: a pipeline, or its transformer; if a pipeline has two, both.
+        model_or_pipe: a pipeline, or its transformer. If a pipeline has several, all of them.
         fp8: True: FP8 products with one scale per row. Or a name from ``flexclear.compile.RECIPES``. False: no quantization.
-        device: with ``fp8``, for a model that is on the CPU because its original weights do not fit on the GPU: it is moved
-            there one linear at a time as it is quantized (``flexclear.compile.quantize``). The rest of a pipeline stays where
-            it is: ``pipe.to(device)`` or ``pipe.enable_model_cpu_offload()`` afterwards.
-        compile: True or ``"blocks"``: each repeated block; equal blocks share their graphs. ``"whole"``: the model as one
+        device: with ``fp8``, the device for a model that is on the CPU because its original weights do not fit on the GPU: it
+            is moved there one linear at a time as it is quantized (``flexclear.compile.quantize``). The rest of a pipeline
+            stays where it is: call ``pipe.to(device)`` or ``pipe.enable_model_cpu_offload()`` afterwards.
+        compile: True or ``"blocks"``: each repeated block; identical blocks share their graphs. ``"whole"``: the model as one
             graph, which takes minutes instead of seconds to compile. False: do not compile.
         mode: ``torch.compile``'s mode, one of ``flexclear.compile.MODES``.
         dynamic: one set of graphs for all sizes instead of one per size.
-        max_sizes: how many sizes graphs are made for; each batch size counts separately, prompts do not count. A call beyond
-            that raises RuntimeError.
-        fuse_qkv: fuse the query, key and value projections first (``fuse_qkv_projections``); diffusers keeps the
-            originals in memory beside them. LoRA must be fused and unloaded first; loading one on these projections later
+        max_sizes: maximum number of sizes for which graphs are made; each batch size counts separately, prompts do not count.
+            A call beyond that raises RuntimeError.
+        fuse_qkv: fuse the query, key and value projections first (``fuse_qkv_projections``); diffusers also keeps the
+            originals in memory. LoRA must be fused and unloaded first; loading one on these projections later
             makes calls raise, since it would have no effect.
         vae: compile the pipeline's VAE decoder as well.
         sizes: (height, width) in pixels to compile now, with a progress bar; for a video model, (frames, height, width).
         warm_up: a function of (height, width) that makes one image, or of (frames, height, width) that makes one video. By
-            default the pipeline is called with a short prompt and one step, or one more than ``dense_steps`` has, or as many
-            as it takes for both of two transformers to run. The graphs serve prompts of every length. Pass your own for
-            pipelines that need more than a prompt.
+            default the pipeline is called with a short prompt and as few steps as possible: one, or one more than
+            ``dense_steps`` covers, or enough for both of two transformers to run. The graphs serve prompts of any length. Pass
+            your own function for pipelines that need more than a prompt.
         warm_start: a file from ``flexclear.save_artifacts`` to load first; a stale or damaged one is logged and ignored.
         min_features: linears with fewer input or output features are not quantized.
-        progress: whether to show a bar.
-        backend: ``torch.compile``'s; others than ``"inductor"`` are for debugging.
+        progress: whether to show a progress bar.
+        backend: backend of ``torch.compile``; backends other than ``"inductor"`` are for debugging.
 
     Returns:
-        What was passed in.
+        ``model_or_pipe``.
 
     Raises:
         TypeError: neither a model nor a pipeline.
@@ -175,10 +175,10 @@ def optimize(
 def save_artifacts(model_or_pipe: Any, path: str | Path) -> Path:
     """Write what was compiled for an optimized model or pipeline to a file, for the next process's ``optimize(warm_start=path)``.
 
-    Call it once the sizes that count have run. What else this process has compiled is in the file, too.
+    Call it after all sizes that matter have run. The file also holds everything else that this process has compiled.
 
     Args:
-        model_or_pipe: what ``optimize`` was given, with ``compile`` or ``vae`` on.
+        model_or_pipe: the model or pipeline that ``optimize`` was given, with ``compile`` or ``vae`` on.
         path: the file; written under another name first.
 
     Returns:
@@ -198,7 +198,7 @@ def save_artifacts(model_or_pipe: Any, path: str | Path) -> Path:
 
 
 def artifact_configuration(model: nn.Module, recipe: str | None, mode: str, dynamic: bool) -> dict[str, Any]:
-    """What a model's compile artefacts depend on besides versions and device: for ``flexclear.compile.save_artifacts``."""
+    """What a model's compile artifacts depend on besides versions and device, for ``flexclear.compile.save_artifacts``."""
     config = {key: value for key, value in dict(getattr(model, "config", {})).items() if not key.startswith("_")}
     dtype = str(next(model.parameters()).dtype)
     return {
@@ -252,7 +252,7 @@ def _check_fusable(model: nn.Module) -> None:
 
 
 def _fuse(model: Any) -> None:
-    # First, so that no interruption leaves fused projections without it; it ignores unfused ones.
+    # Registered first, so that an interruption never leaves fused projections without it; it ignores unfused ones.
     if not any(isinstance(hook, FusedProjectionsCheck) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(FusedProjectionsCheck())
     model.fuse_qkv_projections()
@@ -261,7 +261,7 @@ def _fuse(model: Any) -> None:
 
 
 class FusedProjectionsCheck:
-    """Forward pre-hook: raises for a LoRA on fused projections, which would silently have no effect."""
+    """Forward pre-hook that raises for a LoRA on fused projections, where it would silently have no effect."""
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -290,7 +290,7 @@ def _warm(
     from rich.progress import Progress
 
     def by_default(*size: int) -> None:
-        # With dense steps at either end, one more in between, which has the windows.
+        # After dense steps at either end, one more in between runs with the windows.
         entries = [entry for entry in map(entry_hook_of, models) if entry is not None]
         steps = max((1 + sum(in_force(entry.settings.switches).dense_steps) for entry in entries), default=1)
         frames = {"num_frames": size[0]} if len(size) == 3 else {}
@@ -318,7 +318,7 @@ def _warm(
                 handle.remove()
             pipe.set_progress_bar_config(**shown)
 
-    # Standard output is the program's own.
+    # Standard output is left to the program.
     with Progress(console=Console(stderr=True), disable=not progress, redirect_stdout=False) as bar:
         task = bar.add_task("compiling", total=len(sizes))
         for size in sizes:
@@ -328,7 +328,7 @@ def _warm(
 
 
 class RunCheck:
-    """Forward pre-hook: notes when a model runs outside of the dense steps."""
+    """Forward pre-hook that notes when a model runs outside of the dense steps."""
 
     ran = False
 
@@ -340,7 +340,7 @@ class RunCheck:
 
 
 class CompileWatch:
-    """Forward hook: logs what a call compiled, the time it took, and why."""
+    """Forward hook that logs what a call compiled, how long it took, and why."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
