@@ -1,4 +1,4 @@
-"""One attention function for every family: its mask knows the layout, and it knows no model."""
+"""One attention function for every family. Its mask knows the layout; the function knows nothing about models."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def windowed_attention(
     """Softmax attention over the pairs that ``mask`` allows (paper Eq. 3).
 
     Args:
-        query, key, value: ``[B, heads, N, head_dim]`` in the mask's sequence order; more keys than queries where the
-            mask has them. Key and value may have fewer heads, each of which serves a run of query heads.
+        query, key, value: ``[B, heads, N, head_dim]`` in the mask's sequence order; more keys than queries if the mask has
+            more. Key and value may have fewer heads, each of which serves a run of query heads.
         mask: a BlockMask (compiled FlexAttention), ``TextApart`` (FlexAttention for the image, SDPA for the text), a bool mask
             that broadcasts to ``[B, heads, N, keys]`` (masked SDPA), or None: every pair (SDPA).
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
@@ -39,13 +39,13 @@ def windowed_attention(
     Returns:
         ``[B, heads, N, head_dim]``.
 
-    Under forward-mode AD and ``torch.func``, SDPA is computed with plain operations, which have every derivative and store
-    all scores; fused kernels only have a backward pass.
+    Under forward-mode AD and ``torch.func``, SDPA is computed with plain operations, which support all derivatives but store
+    all scores; fused kernels have only a backward pass.
 
     Raises:
         UnfusedAttentionError: FlexAttention would not be fused, or would be differentiated in one of these ways.
     """
-    # Under autocast the norms return query and key in float32; SDPA would cast them, FlexAttention refuses.
+    # Under autocast the norms return query and key in float32. SDPA would cast them, but FlexAttention raises.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(mask, BlockMask):
         return compiled_flex_attention(query, key, value, mask, scale, held)
@@ -53,7 +53,7 @@ def windowed_attention(
         return _apart(query, key, value, mask, scale, held)
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:
-        # Among SDPA's GPU kernels only cuDNN's takes grouped heads with a mask; the others would store all scores.
+        # Of SDPA's GPU kernels only cuDNN's supports grouped heads with a mask; the others would store all scores.
         groups, grouped = query.shape[1] // key.shape[1], False
         key, value = (tokens.repeat_interleave(groups, dim=1) for tokens in (key, value))
     if not torch.compiler.is_compiling() and needs_composite((query, key, value)):
@@ -77,8 +77,8 @@ def _apart(
     if not torch.compiler.is_compiling():
         of_image = compiled_flex_attention(query[:, :, first:], key, value, mask.image, scale, held)
         return _joined(of_text, of_image[:, :, text - first :])
-    # A slice would be compiled for "from the beginning" or for "from later on", which some lengths of text are and some are not.
-    # And of one sample and head it is contiguous: where it begins is then forgotten, see compiled_flex_attention.
+    # Dynamo would specialize a slice on whether it starts at 0, which depends on the text length. And with one sample and head
+    # a slice is contiguous, so that its offset would be lost, see compiled_flex_attention.
     place = torch.arange(length, device=query.device)
     of_image = compiled_flex_attention(query.index_select(2, place[:rows] + first), key, value, mask.image, scale, held)
     return _joined(of_text, of_image).index_select(2, place + (place >= text) * (text - first))
@@ -95,9 +95,9 @@ def choose_backend(
 
     Args:
         wanted: one of ``BACKENDS``.
-        device, dtype: of the call.
+        device, dtype: device and dtype of the call.
         needs_grad: whether a backward pass must follow.
-        transforms: what else differentiates the call, by name (``flexclear.compile.derivatives``), or None.
+        transforms: names of other transforms that differentiate the call (``flexclear.compile.derivatives``), or None.
 
     Raises:
         ValueError: ``wanted`` is ``"flex"`` and it cannot run; the message says why.

@@ -1,4 +1,4 @@
-"""What one call of a transformed model passes to its attention layers: for each kind of layer, what it sees and what attends."""
+"""What one call of a transformed model passes to its attention layers: the mask of each kind of layer, and the computation."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class SlotPlan:
         mask: a BlockMask, ``TextApart``, a dense bool mask, or None: dense attention.
         pooling: where its pooled keys come from, or None.
         gain: 0-d factor on its queries (proportional attention), or None.
-        bias: ``[B, N]`` or ``[1, N]`` in sequence order: the score of query i and key j grows by ``bias[i] * bias[j]``; or
-            None.
-        order: of tokens that reach attention in raster order: their place in the sequence that the mask is for, and its
-            inverse, int64 ``[N]``, or ``[B, N]`` where samples differ; or None.
-        held: what its layers have shown about Dynamo's guards in this call.
+        bias: ``[B, N]`` or ``[1, N]`` in sequence order, or None; ``bias[i] * bias[j]`` is added to the score of query i and
+            key j.
+        order: permutation of tokens that reach attention in raster order into the mask's sequence order, and its inverse, int64
+            ``[N]``, or ``[B, N]`` if samples differ; or None.
+        held: Dynamo's guards that its layers have passed in this call.
     """
 
     mask: Mask
@@ -41,8 +41,8 @@ class SlotPlan:
     held: Held = field(default_factory=Held, repr=False)
 
     def scored(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | None]:
-        """Query, key and factor on their products, with gain and bias in them. The bias is one more channel, beside a few
-        empty ones."""
+        """Query and key with gain and bias included, and the factor on their products. The bias becomes an extra channel,
+        followed by a few zero channels of padding."""
         scale = None
         if self.gain is not None:
             query = (query.float() * self.gain).to(query.dtype)
@@ -55,7 +55,7 @@ class SlotPlan:
 
 
 class Means(Protocol):
-    """What computes attention in a call: softmax over a window, in this process or shared by several, or a formula."""
+    """How a call computes attention: softmax over a window, in this process or shared by several, or a formula."""
 
     def attend(
         self, own: SlotPlan, slot: int, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None
@@ -64,9 +64,9 @@ class Means(Protocol):
 
         Args:
             own: the layer's part of the plan.
-            slot: its number.
+            slot: number of that part.
             query, key, value: after norms and rotary embedding.
-            weight: pooling weights of a layer with down-sampled keys (method, section 4) or of a formula, else None.
+            weight: pooling weights of a layer with down-sampled keys (method, section 4), weights of a formula, or None.
         """
 
 
@@ -100,11 +100,11 @@ class ByFormula:
 
 
 class Band(Protocol):
-    """One call in this process: attention of its image tokens and of all text, and what the others have."""
+    """One call in this process: attention of its own image tokens and of all text, and access to the other processes' tokens."""
 
     @property
     def ticket(self) -> Tensor:
-        """The run's number, a 0-d tensor: what a compiled block names it by (``flexclear::band_attend``)."""
+        """The run's number, a 0-d tensor by which compiled blocks refer to it (``flexclear::band_attend``)."""
 
     def attend(
         self,
@@ -116,23 +116,24 @@ class Band(Protocol):
         weight: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """Attention of one layer, ``[B, heads, N, head_dim]`` in sequence order, N this process's image tokens and the text.
+        """Attention of one layer, ``[B, heads, N, head_dim]`` in sequence order. N counts this process's image tokens and the
+        text.
 
         Args:
-            mask: of its image queries.
-            slot: which plan is the layer's.
+            mask: mask of this process's image queries.
+            slot: number of the layer's plan.
             query, key, value: after norms and rotary embedding.
             weight: pooling weights, or None.
             scale: factor on the scores.
         """
 
     def gather(self, tokens: Tensor, dim: int = 1) -> Tensor:
-        """This process's image tokens into those of the whole image, in raster order along ``dim``."""
+        """Gather the image tokens of all processes into those of the whole image, in raster order along ``dim``."""
 
 
 @dataclass(frozen=True, eq=False)
 class InBand:
-    """Softmax over a window of which this process has a band (``flexclear.parallel``)."""
+    """Softmax over a window, for this process's band of the image (``flexclear.parallel``)."""
 
     band: Band
 
@@ -151,15 +152,16 @@ class InBand:
 
 @dataclass(frozen=True, eq=False)
 class CallPlan:
-    """Travels in the call's own arguments to every attention layer (``carrying``); the model holds nothing of a call.
+    """Travels in the call's own arguments to every attention layer (``carrying``); the model stores nothing about a call.
 
     Attributes:
         base: token order, coordinates and layout of the joint sequence.
         slots: what each kind of layer needs.
         means: what computes attention.
         rotary: rotary embedding that replaces the model's own; None keeps the model's.
-        embedder: replaces the module that makes the model's rotary embedding; returns the same form. None keeps the model's.
-        dtype: of the call's tokens.
+        embedder: replaces the module that makes the model's rotary embedding; returns it in the same form. None keeps the
+            model's.
+        dtype: dtype of the call's tokens.
     """
 
     base: Plan
@@ -181,11 +183,11 @@ class CallPlan:
 
     @property
     def band(self) -> Band | None:
-        """What has the other parts of the image where this process has a part of it, else None."""
+        """The call's ``Band`` if this process has only a part of the image, else None."""
         return self.means.band if isinstance(self.means, InBand) else None
 
     def sequence_tensors(self) -> tuple[Tensor, ...]:
-        """Tensors of the plan with one row per token of the joint sequence, apart from the masks."""
+        """Tensors of the plan, except masks, that have one row per token of the joint sequence."""
         return () if self.rotary is None else self.rotary
 
     def to_image_order(self, tokens: Tensor, dim: int = 1) -> Tensor:
@@ -193,7 +195,7 @@ class CallPlan:
         return self.base.to_image_order(tokens, dim)
 
     def to_raster(self, tokens: Tensor, dim: int = 1) -> Tensor:
-        """Tokens in the layout's order back into raster order along ``dim``; on several ranks, the whole image's."""
+        """Tokens in the layout's order back into raster order along ``dim``; on several ranks, those of the whole image."""
         band = self.band
         return self.base.to_raster(tokens, dim) if band is None else band.gather(tokens, dim)
 
@@ -201,7 +203,7 @@ class CallPlan:
         """Attention of one layer; see ``Means``.
 
         Args:
-            slot: which part of the plan is the layer's.
+            slot: number of the layer's part of the plan.
             query, key, value: ``[B, heads, N, head_dim]`` in sequence order, after norms and rotary embedding; key and value
                 may have fewer heads, each of which serves a run of query heads.
             weight: see ``Means``.
@@ -210,7 +212,7 @@ class CallPlan:
 
 
 def ordered(tokens: Tensor, order: Tensor) -> Tensor:
-    """``[B, N, heads, head_dim]`` in another order, of all samples or of each; see ``SlotPlan.order``."""
+    """``[B, N, heads, head_dim]`` in another order, the same for all samples or one per sample; see ``SlotPlan.order``."""
     if order.ndim == 1:
         return tokens.index_select(1, order)
     return tokens.gather(1, order[:, :, None, None].expand_as(tokens))

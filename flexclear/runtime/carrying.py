@@ -1,11 +1,11 @@
-"""How the plan of a call reaches every attention layer: on an argument that the model gives to all of its blocks anyway.
+"""How the plan of a call reaches every attention layer: on an argument that the model passes to all of its blocks anyway.
 
-Where the model takes a dictionary of arguments for its attention and gives that to every block, the plan is in there. Elsewhere
-the entry hook hands it to this thread, and where the model makes what every block gets (its rotary embedding, or the
-embedding of the timestep), ``CarrierHook`` makes those tensors carry it. ``BlockHook`` reads it off a block's arguments
-when the block begins, so that a block that gradient checkpointing runs again, in another thread and after the call, finds
-its own call's plan; and the processor inside takes it from there. Nothing of a call is kept on the model, and blocks that
-are called without the entry find none.
+If the model takes a dictionary of arguments for its attention and passes it to every block, the plan is stored in it. Otherwise
+the entry hook stores the plan in this thread, and ``CarrierHook`` attaches it to tensors that the model makes for every block
+(its rotary embedding, or the embedding of the timestep). ``BlockHook`` reads the plan off a block's arguments when the block
+begins, and the processor inside takes it from there. A block that gradient checkpointing runs again, in another thread and
+after the call, therefore finds its own call's plan. Nothing about a call is kept on the model, and blocks that are called
+without the entry hook find no plan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CARRIED = "flexclear_plan"
 
 
 class Hook:
-    """Base of every hook that flexclear installs; ``flexclear.runtime.exchange`` finds them by it.
+    """Base of every hook that flexclear installs, by which ``flexclear.runtime.exchange`` finds them.
 
     Attributes:
         after: for a hook on a module inside the model: whether it runs after the module's forward instead of before.
@@ -35,10 +35,10 @@ class Hook:
 
 
 here = threading.local()
-"""This thread's state; each entry is absent or None outside of it.
+"""This thread's state. Each entry is absent or None when it does not apply.
 
-``entering``: plan of a call whose carriers have not all been made; ``plan``: of the block that runs, or has run last;
-``leaving``: plan of the call that runs, for its exit. Read in graphs, and written outside of them.
+``entering``: plan of a call whose carriers have not all been made. ``plan``: plan of the block that is running or ran last.
+``leaving``: plan of the running call, for its exit. Compiled graphs read these; they are written outside of graphs.
 """
 
 
@@ -48,12 +48,12 @@ def plan_here() -> CallPlan | None:
 
 
 def enter(plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[str, Any]:
-    """Give this thread the plan of a call until its exit, or until its arguments, which are returned, are gone.
+    """Give this thread the plan of a call, until its exit or until the returned arguments are garbage-collected.
 
     Args:
-        plan: the call's.
-        kwargs: its arguments.
-        argument: name of a dictionary among them that blocks get, or None.
+        plan: the call's plan.
+        kwargs: the call's arguments.
+        argument: name of a dictionary among them that is passed to blocks, or None.
     """
     here.entering = here.leaving = plan
     if argument is not None:
@@ -67,14 +67,14 @@ def enter(plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[
 
 
 def leave() -> CallPlan | None:
-    """End the call that this thread has entered and return its plan; None if there was none yet."""
+    """End the call that this thread has entered, and return its plan, or None if it had none yet."""
     plan: CallPlan | None = getattr(here, "leaving", None)
     here.entering = here.plan = here.leaving = None
     return plan
 
 
 class _Call:
-    """Kept among a call's arguments and gone with them: a ``KeyboardInterrupt`` runs no hook at the exit."""
+    """Ends a call when its arguments are garbage-collected: after a ``KeyboardInterrupt`` no exit hook runs."""
 
     def __init__(self, plan: CallPlan) -> None:
         self.plan = plan
@@ -85,12 +85,12 @@ class _Call:
 
 
 class CarrierHook(Hook):
-    """Forward hook of a module whose output every block gets: returns new views of it, which carry the plan.
+    """Forward hook of a module whose output every block gets: returns new views of it that carry the plan.
 
-    Views, because a model may cache its output and use it in other calls.
+    It makes views because a model may cache the output and use it in other calls.
 
     Attributes:
-        last: whether no other module of the model carries the plan.
+        last: whether this is the last module of the model that carries the plan.
     """
 
     after = True
@@ -108,7 +108,7 @@ class CarrierHook(Hook):
 
 
 def carrying(value: Any, plan: CallPlan) -> Any:
-    """``value`` with new views of its tensors, which carry the plan."""
+    """``value`` with its tensors replaced by new views that carry the plan."""
     if isinstance(value, Tensor):
         view = value.view_as(value)
         setattr(view, CARRIED, plan)
@@ -133,16 +133,16 @@ def carried_by(values: Any) -> CallPlan | None:
 
 
 class BlockHook(Hook):
-    """Forward pre-hook of a block with windowed attention: the plan that its arguments carry is the thread's, or none is.
+    """Forward pre-hook of a block with windowed attention: makes the plan that its arguments carry, or None, the thread's plan.
 
-    It stays until the next block, or the call's exit: attention is always in a block. In a graph that Dynamo traces, hooks
-    included, the plan reaches attention in the block's arguments alone: once such a graph holds FlexAttention, Dynamo (torch
-    2.13) reads what was written to an object before as if it had not been.
+    The plan stays until the next block or the call's exit, as attention always runs in a block. If Dynamo traces the hooks, the
+    plan reaches attention only through the block's arguments: once such a graph holds FlexAttention, Dynamo (torch 2.13)
+    ignores earlier writes to an object.
 
     Attributes:
-        argument: name of the block's argument that is to carry it there, where attention gets none of those that do: a
-            dictionary, or tensors that attention gets as they are; or None.
-        place: its place among the positional ones.
+        argument: name of the block's argument that should carry the plan in that case, if attention gets none of those that
+            carry it: a dictionary, or tensors that attention gets unchanged; or None.
+        place: index of that argument among the positional ones.
     """
 
     def __init__(self, block: nn.Module, argument: str | None = None) -> None:

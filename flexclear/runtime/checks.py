@@ -1,4 +1,4 @@
-"""Checks that every family makes of a model or a call, before any work."""
+"""Checks of a model or a call that every family makes before any work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexclear.runtime.processors import is_ours
 
 
 def diffusers_class(module: nn.Module) -> type[nn.Module] | None:
-    """The first class of diffusers among those that ``module`` is of; None where there is none."""
+    """The first diffusers class among the classes of ``module``, or None if there is none."""
     return next(
         (
             base
@@ -22,13 +22,13 @@ def diffusers_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def refuse_other_forward(module: nn.Module, where: str, base: type[nn.Module] | None) -> None:
-    """Raise if ``module`` is of a subclass of ``base``, a class of diffusers, that has a forward of its own.
+    """Raise if ``module`` is an instance of a subclass of ``base``, a diffusers class, that overrides forward.
 
-    Windows are made for what diffusers' own forward does: another may compute attention itself, or read positions off the order
-    of the tokens, which differs inside a transformed model. A subclass that does not override forward is treated as its base.
+    Windows are made for diffusers' own forward. Another may compute attention itself, or infer positions from the order of the
+    tokens, which differs inside a transformed model. A subclass that does not override forward is treated as its base.
 
     Raises:
-        TypeError: it is; ``where`` says what it is in the message.
+        TypeError: it is; ``where`` describes it in the message.
     """
     if base is not None and type(module).forward is not base.forward:
         raise TypeError(
@@ -38,20 +38,19 @@ def refuse_other_forward(module: nn.Module, where: str, base: type[nn.Module] | 
 
 
 def attention_of(model: nn.Module, block: nn.Module, where: str, name: str, replaced: tuple[str, ...]) -> Any:
-    """The attention module ``name`` of a block, once it is known that flexclear can replace its processor.
+    """The attention module ``name`` of a block, after a check that flexclear can replace its processor.
 
     Args:
-        model: for messages.
+        model: the model, for messages.
         block: the block.
-        where: its place in the model, such as ``transformer_blocks[0]``.
-        name: of the attribute that holds the module, or a path to it.
-        replaced: names of the processors' classes that the family replaces: these exactly, since a subclass may compute
-            anything.
+        where: the block's place in the model, such as ``transformer_blocks[0]``.
+        name: attribute that holds the module, or a path to it.
+        replaced: names of the processor classes that the family replaces, exactly these: a subclass may compute anything.
 
     Raises:
         ValueError: there is no such module.
-        TypeError: its processor is another, or has no attention to put another in place of; or it or the block is of a
-            subclass with a forward of its own.
+        TypeError: its processor is of another class or computes no attention that could be replaced; or the module or the
+            block is of a subclass that overrides forward.
     """
     around: list[Any] = [block]
     *wrapped, last = name.split(".")

@@ -1,8 +1,8 @@
-"""A model's attention processors and flexclear's hooks, exchanged as one step: all of it or nothing.
+"""Replaces a model's attention processors and flexclear's hooks in one step: all of them or none.
 
-Each windowed processor knows the one in whose place it is, so what was there before cannot be lost with a hook. Processors
-are exchanged first and hooks last, and whatever is raised on the way, ``KeyboardInterrupt`` between any two lines included,
-puts back what was there.
+Each windowed processor knows the one that it replaces, so the original cannot be lost with a hook. Processors are replaced
+first and hooks last. Any exception in between, including a ``KeyboardInterrupt`` between any two lines, restores the previous
+state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flexclear.runtime.saving import SaveHook
 
 
 def put_processor(attention: Any, processor: Any) -> None:
-    """Set an attention module's processor. Unlike diffusers' ``set_processor`` this works where an interrupted call has left
+    """Set an attention module's processor. Unlike diffusers' ``set_processor``, this also works if an interrupted call has left
     the module without one."""
     if not isinstance(processor, nn.Module):
         attention._modules.pop("processor", None)
@@ -30,17 +30,17 @@ def put_processor(attention: Any, processor: Any) -> None:
 
 
 def replaced_by(attention: Any) -> Any | None:
-    """The processor to restore on an attention module that has one of ours; None if none is known."""
+    """The processor to restore on an attention module that has one of ours, or None if it is not known."""
     known = attention.processor.replaced
     if known is not None:
         return known
-    # load_ip_adapter makes new processors of the classes that it finds, ours included, without arguments.
+    # load_ip_adapter makes new processors, without arguments, of the classes that it finds, including ours.
     default = getattr(type(attention), "_default_processor_cls", None)
     return None if default is None else default()
 
 
 def put_hooks(model: nn.Module, entry: EntryHook) -> None:
-    """Replace our hooks on a model: at its entry, its exit and its ``state_dict``, and the family's on modules inside it."""
+    """Replace our hooks on a model: at its entry, at its exit, on its ``state_dict``, and the family's on inner modules."""
     remove_hooks(model)
     inner = entry.family.hooks(model, entry.settings.windows)
     session = entry.parallel
@@ -57,7 +57,7 @@ def put_hooks(model: nn.Module, entry: EntryHook) -> None:
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Remove all of our hooks; they are found by type, because a deep copy of a model has no handles of its own."""
+    """Remove all of our hooks. They are found by type, because a deep copy of a model has no handles for its hooks."""
     for module in model.modules():
         for hooks, *flags in _hooks_of(module):
             for key in _ours(hooks):
@@ -67,7 +67,7 @@ def remove_hooks(model: nn.Module) -> None:
 
 
 def _hooks_of(module: Any) -> tuple[tuple[dict[int, Any], ...], ...]:
-    """Each ordered dictionary of hooks, and those that say how they are called."""
+    """Each ordered dictionary of hooks, with the dictionaries of flags that say how they are called."""
     return (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
@@ -80,7 +80,7 @@ def _ours(hooks: dict[int, Any]) -> list[int]:
 
 
 class Snapshot:
-    """The processors of a model and our hooks on it, to be put back exactly: the same objects, hooks in the same order."""
+    """The processors of a model and our hooks on it, to be restored exactly: the same objects, hooks in the same order."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -92,7 +92,7 @@ class Snapshot:
                     self._hooks += [(each, list(each.items())) for each in (hooks, *flags)]
 
     def put_back(self) -> None:
-        """Put them back; if interrupted, start again from the beginning."""
+        """Restore them; if interrupted, start again from the beginning."""
         undo(self._put_back)
 
     def _put_back(self) -> None:
@@ -125,7 +125,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
 
 
 def put_originals(model: nn.Module) -> list[str]:
-    """Restore the original of each of our processors; returns the names of modules whose original is not known."""
+    """Restore the original of each of our processors, and return the names of modules whose original is not known."""
     left = []
     for name, module in list(model.named_modules()):
         if is_ours(getattr(module, "processor", None)):

@@ -1,4 +1,4 @@
-"""What is known before any work: of a model's layers, of how it was transformed, of one call."""
+"""What is known before any work: about a model's layers, how it was transformed, and one call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFERENCES = "references"
 """Scope of attention over reference images alone; in a call without any, no such layer runs."""
 
 Slot: TypeAlias = tuple[str, Window | None]
-"""What one of a plan's masks is for: the scope of attention, and the window over it."""
+"""Key of one of a plan's masks: the scope of attention, and the window over it."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Layer:
     Attributes:
         name: path of the module in the model.
         module: the attention module; has ``processor`` and ``set_processor``.
-        scope: which tokens it attends over, ``JOINT`` or a name of the family's own.
-        shared: whether another model owns the layer, too, and calls it without a plan.
+        scope: which tokens it attends over: ``JOINT``, or a name defined by the family.
+        shared: whether the layer also belongs to another model, which calls it without a plan.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Layer:
 
     @property
     def heads(self) -> int:
-        """Number of heads of its queries.
+        """Number of query heads.
 
         Raises:
-            TypeError: the attention module does not say.
+            TypeError: the attention module has no attribute for it.
         """
         found = self._number("heads", "num_heads", "num_attention_heads")
         if found is None:
@@ -59,10 +59,10 @@ class Layer:
 
     @property
     def head_dim(self) -> int:
-        """Channels of each.
+        """Channels of each head.
 
         Raises:
-            TypeError: the attention module does not say.
+            TypeError: the attention module has no attribute for it.
         """
         own, inner = self._number("head_dim"), self._number("inner_dim")
         if own is None and inner is None:
@@ -82,17 +82,17 @@ class Call:
     """One call of a model as the entry hook sees it, read before any work.
 
     Attributes:
-        tokens: a floating-point input, for its device and type.
+        tokens: a floating-point input, which gives device and dtype.
         grids: (height, width) in tokens of the image, then of each reference image.
         text_lens: number of text tokens by scope.
-        keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent where nothing is.
+        keep: by scope, bool ``[B, text_len]`` with False for text that is padding; absent for scopes without padding.
         text_adjoins: whether, in attention's sequence, each sample's image directly follows its own text, with the text's
             padding behind the image.
         order: token order of a call that cannot use the one passed to ``transform``, else None.
-        own_grids: grids of a scope, where they differ from ``grids``.
+        own_grids: grids of scopes for which they differ from ``grids``.
         frames: number of frames, each with the image's grid, after the VAE and after patching; 1: an image.
-        start: for packed sequences, which have other tokens before and behind the image: where in attention's sequence the
-            image begins; None: all text is on one side, see ``Family.text_first``.
+        start: for packed sequences, which have other tokens before and after the image: where the image begins in attention's
+            sequence; None: all text is on one side, see ``Family.text_first``.
     """
 
     tokens: Tensor
@@ -106,20 +106,20 @@ class Call:
     start: int | None = None
 
     def grids_of(self, scope: str) -> tuple[tuple[int, int], ...]:
-        """Grids whose tokens a scope's layers attend over, in their order."""
+        """Grids whose tokens a scope's layers attend over, in order."""
         return self.own_grids.get(scope, self.grids)
 
 
 DERIVED = {"derived": True}
-"""Of a setting that follows from others and the model, or is a process's own."""
+"""Marks a setting that follows from other settings and the model, or that belongs to one process."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a model was transformed; see ``flexclear.transform`` for the meaning of each field.
 
-    ``windows`` is by layer name; a plan holds one mask for each of ``slots``. With a ``formula`` there are no windows.
-    ``head_dim`` is the model's.
+    ``windows`` maps layer names to windows; a plan holds one mask for each of ``slots``. With a ``formula`` there are no
+    windows. ``head_dim`` is the model's.
     """
 
     windows: Mapping[str, Window | None]
@@ -135,14 +135,14 @@ class Settings:
     formula: Formula | None = None
 
     def options(self) -> dict[str, Any]:
-        """What was passed to ``transform``, by name: every field that is not DERIVED, and each of ``switches``."""
+        """The arguments of ``transform`` by name: every field that is not DERIVED, and each of ``switches``."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata != DERIVED}
         switches = own.pop("switches")
         return {**own, **{one.name: getattr(switches, one.name) for one in fields(switches)}}
 
     @property
     def reach(self) -> int | None:
-        """``Window.reach`` of all windows, a disc's radius; None where there is none, or they differ."""
+        """``Window.reach`` of all windows, a disc's radius; None if there is none, or if they differ."""
         found = {window.reach for _, window in self.slots if window is not None}
         return found.pop() if len(found) == 1 else None
 
@@ -159,7 +159,7 @@ class Settings:
         table's.
 
         Raises:
-            ValueError: the kernels on ``device`` cannot use those that were requested.
+            ValueError: the kernels on ``device`` do not support those that were requested.
         """
         if backend != "flex":
             return Kernel(self.block_size or default_block_size(seq_len, device=device))

@@ -23,46 +23,44 @@ InnerHooks = list[tuple[nn.Module, Any]]
 
 @dataclass(frozen=True)
 class Family(ABC):
-    """Where tokens enter and leave, where the grid comes from, which attention modules count, where text sits.
+    """Where tokens enter and leave, where the grid comes from, which attention modules are replaced, where text sits.
 
-    All of it is data, or a method where a model is peculiar. No instance holds a model's state: what varies travels in the
-    arguments of the model's call.
+    All of it is data, or a method if a model needs special treatment. Instances hold no state of a model: whatever varies is
+    passed in the arguments of the model's call.
 
     Attributes:
         model_class: name of the model's class.
-        processors: names of the attention processors that are replaced: these classes exactly, since a subclass may compute
-            anything.
+        processors: names of the attention processor classes that are replaced, exactly these: a subclass may compute anything.
         stacks: where blocks with windowed attention are: path of the list of blocks, and the names of the attention modules in
-            each.
-        carriers: paths of the modules whose outputs, together, reach every such block as arguments of it; a call's plan rides
-            on them.
-        carrier_argument: name of the model's argument that is a dictionary and reaches every block and its attention, in place of
-            carriers or beside them. This is more robust: wrappers that replace the tensors that a module returns (DeepSpeed's
-            ZeRO 3, reentrant checkpointing) leave a dictionary alone.
-        block_argument: name of the blocks' argument that carries a plan on to their attention in whole graphs, of a model whose
-            attention gets none of what carries it to the blocks; see ``BlockHook``.
+            each block.
+        carriers: paths of the modules whose outputs together reach every such block as arguments and so carry a call's plan.
+        carrier_argument: name of a dictionary argument of the model that reaches every block and its attention, and carries the
+            plan instead of carriers or in addition to them. This is more robust: wrappers that replace the tensors that a module
+            returns (DeepSpeed's ZeRO 3, reentrant checkpointing) leave a dictionary alone.
+        block_argument: name of the blocks' argument that carries a plan on to their attention in whole graphs, for a model whose
+            attention gets none of the arguments that carry it to the blocks; see ``BlockHook``.
         tokens: argument with the image's tokens or latents, a tensor or a list of them.
-        text_first: whether text precedes the image in the attention's sequence.
-        joins: whether text is part of attention's sequence; elsewhere it is reached by cross-attention, which stays as it is.
-        scopes: which tokens an attention module attends over, by its name or by its stack's, where that is not ``JOINT``.
+        text_first: whether text precedes the image in attention's sequence.
+        joins: whether text is part of attention's sequence; otherwise it is seen by cross-attention, which is left unchanged.
+        scopes: which tokens an attention module attends over if not ``JOINT``, by its name or its stack's.
         given: values that the processors' code gets for arguments of these names, such as None for padding masks; see
             ``WindowProcessor``.
         unbuilt: names in the processors' code whose assignments are left out: N x N masks that it would otherwise build in
             every layer; see ``WindowProcessor``.
         raster: whether image tokens reach attention in raster order, because the model makes them and their positions itself.
-            Attention then puts them in the layout's order and back.
-        video: whether its images have frames, so that a radius alone does not say what is seen (``frame_radius``).
+            Attention then permutes them into the layout's order and back.
+        video: whether the model is for video, so that a radius alone does not determine the window (``frame_radius``).
         px_per_token: side of a token in pixels.
-        latents_per_token: times the ``vae_scale_factor`` of its pipelines, the side of a token in pixels, unless they say
-            otherwise (``patch_size``).
-        frames_per_latent: frames of video per frame of latents, except the first, which stands for one.
+        latents_per_token: side of a token in pixels, divided by the ``vae_scale_factor`` of its pipelines, unless these have a
+            ``patch_size`` that says otherwise.
+        frames_per_latent: video frames per latent frame, except for the first latent frame, which stands for one.
         pools: whether it supports down-sampled keys (``down_factor``).
         rope: whether positions are rotary, so that an NTK factor makes sense.
         no_ntk: why an NTK factor is not supported, if it is not.
         clips_ntk: whether it supports ``ntk_floor``.
         idles: whether its model runs without any image tokens, as on ranks that get no part of a small image.
         pipelines: diffusers pipelines that its tests run end to end, for the support table.
-        notes: what the support table says about it.
+        notes: remarks for the support table.
     """
 
     model_class: str
@@ -91,19 +89,19 @@ class Family(ABC):
     notes: str = ""
 
     def latent_frames(self, num_frames: int, frames_per_latent: int) -> int:
-        """Latent frames of a video with ``num_frames`` frames, ``frames_per_latent`` of which become one."""
+        """Number of latent frames of a video with ``num_frames`` frames, ``frames_per_latent`` of which become one."""
         return (num_frames - 1) // frames_per_latent + 1
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether ``model`` is of this family, or of a subclass; does not import diffusers."""
+        """Whether ``model`` is an instance of the family's model class or a subclass. Does not import diffusers."""
         return self.base_of(model) is not None
 
     def base_of(self, model: nn.Module) -> type[nn.Module] | None:
-        """The class of ``model_class`` that ``model`` is of."""
+        """The class named ``model_class`` among the classes of ``model``."""
         return next((base for base in type(model).__mro__ if base.__name__ == self.model_class), None)
 
     def layers(self, model: nn.Module) -> Iterator[Layer]:
-        """Each attention layer whose processor is to be replaced, in the order of the forward pass.
+        """Each attention layer whose processor will be replaced, in the order of the forward pass.
 
         Raises:
             ValueError: the model lacks the blocks of its class.
@@ -125,7 +123,7 @@ class Family(ABC):
             )
 
     def attends(self, block: nn.Module, name: str) -> bool:
-        """Whether a block of a stack has the attention module of that name; all have by default."""
+        """Whether a block of a stack has the attention module of that name. By default all blocks do."""
         return True
 
     def processor(
@@ -137,7 +135,7 @@ class Family(ABC):
             layer: the layer.
             original: its processor.
             slot: see ``WindowProcessor``.
-            down_factor: side in tokens of the cells whose keys are pooled, for a family that ``pools``; or None.
+            down_factor: side in tokens of the cells whose keys are pooled, for a family that ``pools``, or None.
             formula: a formula that replaces softmax over a mask, or None.
 
         Raises:
@@ -162,17 +160,17 @@ class Family(ABC):
     def enter(
         self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan, exact_ids: bool, switches: Switches
     ) -> tuple[dict[str, Any], CallPlan]:
-        """The call's arguments in the plan's token order, and the plan; the caller's own are not modified.
+        """The call's arguments in the plan's token order, and the plan. The caller's own arguments are not modified.
 
-        A family whose model computes its rotary embedding in raster order, or in numbers that do not compile, puts its own
-        into the plan (``CallPlan.rotary``), and so does one whose frequencies ``switches`` change.
+        A family puts its own rotary embedding into the plan (``CallPlan.rotary``) if its model computes one in raster order or
+        in numbers that do not compile, or if ``switches`` change the frequencies.
 
         Raises:
             ValueError: an NTK factor other than 1 on a model without rotary positions.
         """
 
     def leave(self, model: nn.Module, output: Any, plan: CallPlan) -> Any:
-        """The model's output back in raster order; by default its first element or ``sample`` is ``[B, tokens, C]``."""
+        """The model's output in raster order. By default its first element or ``sample`` is ``[B, tokens, C]``."""
         if self.raster:
             return output
         if isinstance(output, tuple):
@@ -181,25 +179,25 @@ class Family(ABC):
         return output
 
     def why_not_parallel(self, model: nn.Module) -> str | None:
-        """Why an image cannot be shared by several ranks (``flexclear.parallel``), or None. It can where tokens go through
+        """Why several ranks cannot share an image (``flexclear.parallel``), or None. They can if tokens go through
         ``plan.to_image_order`` at the entry and through ``plan.to_raster`` at the exit."""
         return "the model makes its tokens itself, and every rank would make all of them" if self.raster else None
 
     def why_not_parallel_call(self, model: nn.Module, kwargs: dict[str, Any]) -> str | None:
-        """The same of one call."""
+        """Why several ranks cannot share the image of this call, or None."""
         return None
 
     def parallel_hooks(self, model: nn.Module, current: Any) -> InnerHooks:
-        """Further ``inner_hooks`` of a model that runs on several ranks; ``current()`` is the call's ``Band``."""
+        """Additional ``inner_hooks`` of a model that runs on several ranks; ``current()`` returns the call's ``Band``."""
         return []
 
     def inner_hooks(self, model: nn.Module) -> InnerHooks:
-        """Hooks of the family's own, which run after those of ``hooks``; none by default."""
+        """The family's own hooks, which run after those of ``hooks``; none by default."""
         return []
 
     def hooks(self, model: nn.Module, names: Iterable[str]) -> InnerHooks:
         """The hooks that bring a call's plan to the attention layers of these names (``flexclear.runtime.carrying``), and
-        its own."""
+        the family's own."""
         carriers = [(model.get_submodule(path), CarrierHook(path == self.carriers[-1])) for path in self.carriers]
         paths = dict.fromkeys(map(block_of, names))
         blocks = [(block, BlockHook(block, self.block_argument)) for block in map(model.get_submodule, paths)]
@@ -207,12 +205,12 @@ class Family(ABC):
 
 
 def block_of(name: str) -> str:
-    """Path of the block that an attention module of that path is in."""
+    """Path of the block that contains the attention module at path ``name``."""
     return name.rpartition(".")[0]
 
 
 def blocks_of(model: nn.Module, stack: str) -> Any:
-    """The blocks of a stack, none where the model has no such stack."""
+    """The blocks of a stack; empty if the model has no such stack."""
     found: Any = model
     for part in stack.split("."):
         found = found.get(part) if isinstance(found, Mapping) else getattr(found, part, None)

@@ -1,4 +1,4 @@
-"""In how many frames of a video a radius applies (``frame_radius``), and whether windows are for videos or images."""
+"""The number of video frames in which a radius applies (``frame_radius``), and checks that windows fit videos or images."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ALL = "all"
 
 
 class InFrames:
-    """Makes the window of a radius, and remembers whether it was asked for one.
+    """Makes windows from radii, and remembers whether it has made any.
 
     Attributes:
         frame_radius: as passed to ``transform``.
-        video: whether it is a video model.
-        model: name of its class.
+        video: whether the model is a video model.
+        model: name of the model's class.
         asked: whether a window was made from a radius.
     """
 
@@ -31,10 +31,10 @@ class InFrames:
         self.frame_radius, self.video, self.model, self.asked = frame_radius, video, model, False
 
     def __call__(self, radius: int) -> Window:
-        """The window of a radius.
+        """The window for a radius.
 
         Raises:
-            TypeError, ValueError: it is not a valid radius, or its frames are not known.
+            TypeError, ValueError: the radius is invalid, or its frames are not known.
         """
         disc = Disc(radius)
         self.asked = True
@@ -49,10 +49,10 @@ class InFrames:
         return all_frames(radius) if self.frame_radius == ALL else cylinder(radius, int(self.frame_radius))
 
     def check_used(self) -> None:
-        """Raise if frames were given and no radius.
+        """Raise if ``frame_radius`` was given but no radius.
 
         Raises:
-            ValueError: they were.
+            ValueError: it was.
         """
         if self.frame_radius is not None and not self.asked:
             raise ValueError(
@@ -62,7 +62,7 @@ class InFrames:
 
 
 def in_frames(frame_radius: Any, family: Family, model: nn.Module) -> InFrames:
-    """What makes windows of radii for a model.
+    """The maker of windows for a model.
 
     Raises:
         TypeError, ValueError: ``frame_radius`` is invalid, or the model's images have no frames.
@@ -80,10 +80,10 @@ def in_frames(frame_radius: Any, family: Family, model: nn.Module) -> InFrames:
 
 
 def refuse_on_video(mechanism: WindowMechanism, family: Family, model: nn.Module) -> None:
-    """Raise if an alternative that is a mask of images is to run on a video model.
+    """Raise if ``mechanism``, a mask for images, would run on a video model.
 
     Raises:
-        ValueError: it is.
+        ValueError: it would.
     """
     if family.video:
         raise ValueError(
@@ -93,10 +93,10 @@ def refuse_on_video(mechanism: WindowMechanism, family: Family, model: nn.Module
 
 
 def refuse_image_windows(windows: Iterable[Window | None], family: Family, model: nn.Module) -> None:
-    """Raise if a video model is to have a window of images.
+    """Raise if a video model would get a window for images.
 
     Raises:
-        ValueError: it is.
+        ValueError: it would.
     """
     if not family.video:
         return

@@ -1,4 +1,4 @@
-"""Reading token grids off position ids, exactly, even where their dtype has rounded them."""
+"""Exact reading of token grids from position ids, even if their dtype has rounded them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Fact = TypeVar("Fact")
 
 @dataclass(frozen=True)
 class Axes:
-    """The meaning of the columns of a model's position ids; rows are in column 1, columns of the image in column 2.
+    """The meaning of the columns of a model's position ids. Column 1 holds the image's rows, column 2 its columns.
 
     Attributes:
         picture: the column that distinguishes the image from its reference images.
-        image: its value for the image itself; None where the ids are those of reference images only.
-        step: from one row or column to the next.
-        anywhere: whether rows and columns may begin at a number other than 0, the same for all grids.
+        image: value of that column for the image itself; None if the ids are only those of reference images.
+        step: difference between neighbouring rows or columns.
+        anywhere: whether rows and columns may begin at numbers other than 0, the same for all grids.
     """
 
     picture: int = 0
@@ -41,17 +41,17 @@ class Axes:
 
 
 AXES = Axes()
-"""FLUX.1's: (index, y, x), 0 for the image and another number for each reference image."""
+"""The axes of FLUX.1: (index, y, x); the index is 0 for the image and another number for each reference image."""
 
 
 def exact_ids(ids: Tensor, rows: Tensor, columns: Tensor, axes: Axes = AXES, origin: Tensor | None = None) -> Tensor:
-    """Position ids with exact rows and columns: ``[N, axes]``, float32; the other axes as they were.
+    """Position ids with exact rows and columns: ``[N, axes]``, float32; the other axes are unchanged.
 
     Args:
         ids: ids in the same token order, ``[N, axes]``.
         rows, columns: coordinates of the tokens, ``[N]``.
-        axes: what their columns are.
-        origin: ids of the first token in raster order, ``[axes]``, where rows and columns may begin anywhere.
+        axes: meaning of the ids' columns.
+        origin: ids of the first token in raster order, ``[axes]``, if rows and columns may begin anywhere.
     """
     exact = ids.to(torch.float32, copy=True)
     for axis, places in ((1, rows), (2, columns)):
@@ -65,13 +65,13 @@ def read_grids(ids: Tensor, axes: Axes = AXES, start: int = 0) -> Grids:
     zeros ...).
 
     A new grid begins where the index changes. Low-precision ids are read exactly: bfloat16 rounds whole numbers above 256,
-    so that of 512 rows 385 distinct values remain, but row 1 still differs from row 0. The first change of y gives the
+    so that only 385 of 512 rows have distinct values, but row 1 still differs from row 0. The first change of y gives the
     width and the count gives the height; then every id must equal the grid's id rounded to the same dtype.
 
     Args:
         ids: the ids.
-        axes: what their columns are.
-        start: the first of them that is an image's.
+        axes: meaning of the ids' columns.
+        start: index of the first id that belongs to an image.
 
     Raises:
         ValueError: the ids are not full raster grids that start at row and column 0 (or where the image does), are not finite,
@@ -114,11 +114,11 @@ def read_grids(ids: Tensor, axes: Axes = AXES, start: int = 0) -> Grids:
 
 
 def _check_precision(ids: Tensor, axes: Axes, given: str) -> None:
-    """Raise if ids that begin elsewhere than at 0 are of a dtype that does not tell neighbours there apart. From 0 on the
-    first row and column are exact, and the others follow.
+    """Raise if ids do not begin at 0 and their dtype cannot tell neighbours apart. If they begin at 0, the first row and column
+    are exact, and the others follow from them.
 
     Raises:
-        ValueError: they are.
+        ValueError: it cannot.
     """
     if not axes.anywhere or not ids.is_floating_point():
         return
@@ -131,7 +131,7 @@ def _check_precision(ids: Tensor, axes: Axes, given: str) -> None:
 
 
 def _check_axes(index: Tensor, starts: Sequence[int], grids: Grids, axes: Axes, given: str) -> None:
-    """Raise if these are the rows of one image, whose axes are (y, x, index) or (y, index, x).
+    """Raise if these "grids" are the rows of one image, whose axes are (y, x, index) or (y, index, x).
 
     Raises:
         ValueError: they are.
@@ -173,7 +173,7 @@ def _read_one(ids: Tensor, axes: Axes, origin: Tensor, given: str) -> tuple[int,
 
 @functools.lru_cache(maxsize=64)
 def reading(axes: Axes, start: int = 0) -> Callable[[Tensor], Grids]:
-    """``read_grids`` of such ids; the same function for the same, by which ``GridReader`` knows what it has read."""
+    """``read_grids`` with these arguments. Equal arguments give the same function, by which ``GridReader`` remembers results."""
     return functools.partial(read_grids, axes=axes, start=start)
 
 
@@ -182,10 +182,10 @@ def _all(mask: Tensor) -> bool:
 
 
 class _Memory(Generic[Fact]):
-    """What was read off a tensor, and how to tell whether it has been written to since, without reading it from its device.
+    """What was read from a tensor, and a check that it was not written to since, without reading it from its device again.
 
-    Tensors have a version that every in-place write increments; those made under ``torch.inference_mode`` have none. On CPU
-    their contents are compared. On a GPU that would mean waiting for the device, so the device itself compares them with a
+    Tensors have a version that every in-place write increments, except those made under ``torch.inference_mode``. On CPU the
+    contents of these are compared. On a GPU that would mean waiting for the device, so the device itself compares them with a
     copy, and ``GridReader.guarded`` makes the call's output depend on the result.
     """
 
@@ -195,7 +195,7 @@ class _Memory(Generic[Fact]):
         if not tensor.is_inference():
             self.version = tensor._version
             return
-        with torch.inference_mode(False):  # these outlive the call and are written to
+        with torch.inference_mode(False):  # these tensors outlive the call and are written to
             self.copy = tensor.clone()
             if not _is_in_host_memory(tensor):
                 self.written = torch.zeros((), dtype=torch.bool, device=tensor.device)
@@ -205,7 +205,7 @@ class _Memory(Generic[Fact]):
         """Whether the fact still holds, as far as the host knows.
 
         Raises:
-            RuntimeError: the device has reported that it did not hold in an earlier call.
+            RuntimeError: the device has reported that the fact did not hold in an earlier call.
         """
         if self.version is not None:
             return not tensor.is_inference() and tensor._version == self.version
@@ -227,27 +227,27 @@ def _is_in_host_memory(tensor: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor on CPU; not a copy, unless it is strided."""
+    """The memory of a tensor on CPU, not copied unless it is strided."""
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
 class GridReader:
-    """``read_grids`` once per tensor: on a GPU each reading is a synchronization, and ids live for a whole generation."""
+    """``read_grids`` once per tensor: on a GPU each reading synchronizes, and ids live for a whole generation."""
 
     def __init__(self) -> None:
         self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __call__(self, ids: Tensor, axes: Axes = AXES, start: int = 0) -> Grids:
-        """The grids of ``ids``, see ``read_grids``; read again where the tensor was written to since."""
+        """The grids of ``ids``, see ``read_grids``; read again if the tensor was written to since."""
         return self.once(ids, reading(axes, start))
 
     def all_true(self, mask: Tensor) -> bool:
-        """Whether every element of a bool tensor is True, read once per tensor likewise."""
+        """Whether every element of a bool tensor is True, also read once per tensor."""
         return self.once(mask, _all)
 
     def once(self, tensor: Tensor, read: Callable[[Tensor], Fact]) -> Fact:
-        """``read(tensor)``, from memory where the tensor was not written to since; ``read`` is a function that lasts, of a
-        module or from ``reading``.
+        """``read(tensor)``, remembered until the tensor is written to. ``read`` must be a persistent function: one of a module,
+        or from ``reading``.
 
         Raises:
             RuntimeError: a tensor made in inference mode, on a GPU, was written to in place after it had been read.
@@ -264,9 +264,9 @@ class GridReader:
         return known.fact
 
     def guarded(self, kwargs: dict[str, Any], name: str = "hidden_states") -> dict[str, Any]:
-        """A call's arguments, with the tensor ``name``, or those in the list, NaN if the device finds that any of them was
-        written to in place since it was read: without a synchronization no error can be raised in time, and a window over
-        another grid would be silently wrong."""
+        """A call's arguments, in which the tensor ``name``, or each in that list, is NaN if the device finds that a remembered
+        tensor was written to in place: without a synchronization no error can be raised in time, and a window over another
+        grid would be silently wrong."""
         for tensor in [value for value in tree_leaves(kwargs) if isinstance(value, Tensor)]:
             known = self._seen.get(tensor)
             if known is not None and known.written is not None:

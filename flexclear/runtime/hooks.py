@@ -1,6 +1,6 @@
 """The two hooks of a transformed model: tokens into tile order at its entry, back into raster order at its exit.
 
-Nothing about a call is kept on the model. ``flexclear.runtime.carrying`` says how its plan reaches the attention layers.
+Nothing about a call is kept on the model. ``flexclear.runtime.carrying`` explains how its plan reaches the attention layers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _tensors(*trees: Any) -> Iterator[Tensor]:
 def _needs_grad(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether this call's attention is differentiated: for the model's weights, or for any tensor passed in.
 
-    A frozen model has gradients from ControlNet residuals, text, or images of an IP-Adapter.
+    In a frozen model, ControlNet residuals, text, or images of an IP-Adapter may need gradients.
     """
     return torch.is_grad_enabled() and (
         any(given.requires_grad for given in _tensors(dict(kwargs)))
@@ -53,10 +53,10 @@ def _needs_grad(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _transforms(model: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
-    """What else differentiates it, or maps over it, by name.
+    """Names of other transforms that differentiate the call or map over it, or None.
 
     Raises:
-        RuntimeError: that does not reach through the model's compiled modules.
+        RuntimeError: they do not reach through the model's compiled modules.
     """
     found = transforms_in_force(itertools.chain(_tensors(dict(kwargs)), tensors_of(model)))
     if found is not None:
@@ -65,10 +65,10 @@ def _transforms(model: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
 
 
 def check_formula(formula: Formula | None, switches: Switches) -> None:
-    """Raise if a formula is to run under a switch that is defined for softmax over a mask.
+    """Raise if a formula would run under a switch that is only defined for softmax over a mask.
 
     Raises:
-        ValueError: it is.
+        ValueError: it would.
     """
     if formula is not None and switches.proportional_attention:
         raise ValueError(
@@ -84,17 +84,17 @@ def _arguments(forward: Any) -> list[str]:
 
 
 def _submodule(model: nn.Module, path: list[str]) -> Any:
-    """``model.get_submodule`` for every layer in every call."""
+    """``model.get_submodule``, but fast enough for every layer in every call."""
     module: Any = model
     for name in path:
         module = module._modules.get(name)
-        if module is None:  # In a wrapper that hands attributes on.
+        if module is None:  # Inside a wrapper that forwards attributes.
             return model.get_submodule(".".join(path))
     return module
 
 
 class EntryHook(Hook):
-    """Forward pre-hook: reads the grids off the call, gets the plan, permutes what has a token axis."""
+    """Forward pre-hook: reads the grids from the call, gets the plan, permutes the arguments that have a token axis."""
 
     def __init__(self, family: Family, settings: Settings, parallel: Partition | None = None) -> None:
         self.family = family
@@ -106,7 +106,7 @@ class EntryHook(Hook):
             for name, window in settings.windows.items()
         ]
         self.parallel = parallel
-        """The run over several ranks that the model takes part in (``flexclear.parallel``), or None."""
+        """The run over several ranks in which the model takes part (``flexclear.parallel``), or None."""
 
     @torch.compiler.disable(reason=NO_EXPORT)
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
@@ -140,11 +140,11 @@ class EntryHook(Hook):
         """The plan of one call.
 
         Args:
-            model: transformed.
-            call: its facts.
-            switches: in force.
+            model: the transformed model.
+            call: facts about the call.
+            switches: the switches in force.
             needs_grad: whether a backward pass will follow.
-            transforms: what else differentiates it, see ``choose_backend``.
+            transforms: see ``choose_backend``.
         """
         settings = self.settings
         device, dtype = call.tokens.device, call.tokens.dtype
@@ -166,7 +166,7 @@ class EntryHook(Hook):
 
         order = call.order or settings.order
         if self.family.raster and (dense or not any(settings.windows.values())):
-            order = "raster"  # Where all attention is dense, its order is all the same.
+            order = "raster"  # If all attention is dense, the order makes no difference.
 
         def plan_of(scope: str, window: Window | None) -> Plan:
             text_len = call.text_lens[scope]
@@ -175,7 +175,7 @@ class EntryHook(Hook):
                 height, width, text_len, self.family.text_first, order, tuple(references), frames=call.frames
             )
             if order == "tiled" and call.frames > 1:
-                # Tokens that enter in the layout's order have one for all windows.
+                # If tokens are permuted at the model's entry, one order must serve all windows.
                 alone = self.family.raster and self.parallel is None
                 suits = window if alone else next(filter(None, (each for _, each in settings.slots)), None)
                 layout = layout.with_order("raster") if suits is None else suited(layout, suits)
@@ -220,17 +220,17 @@ class EntryHook(Hook):
         return CallPlan(base, slots, means, call.tokens.dtype)
 
     def _layers(self, model: nn.Module) -> list[nn.Module]:
-        """Its attention layers with a window.
+        """The model's attention layers that have a window.
 
         Raises:
-            RuntimeError: something has replaced the processor of one since: it would attend densely, in tile order. The
-                message names the layer and says what to do.
+            RuntimeError: the processor of one was replaced since: it would attend densely, in tile order. The message names
+                the layer and says what to do.
         """
         layers = []
         for name, path, slots in self._places:
             layer = _submodule(model, path)
             processor = layer.processor
-            # A slot of an earlier transform, whose processor a plugin has put back, may be another window's.
+            # A plugin may put back the processor of an earlier transform, whose slot may belong to another window now.
             if not isinstance(processor, WindowProcessor) or processor.slot not in slots:
                 raise RuntimeError(
                     f"{name} of this transformed {type(model).__name__} was given a {type(processor).__name__} after "
@@ -260,7 +260,7 @@ class EntryHook(Hook):
 
 
 class ExitHook(Hook):
-    """Forward hook: puts the model's output back in raster order. Also called when the model has raised, to add to the error."""
+    """Forward hook: puts the model's output back in raster order. It is also called after an exception, to add advice to it."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -278,7 +278,7 @@ class ExitHook(Hook):
 
     @staticmethod
     def _check_tangents(model: nn.Module, kwargs: dict[str, Any], output: Any) -> None:
-        """Raise if forward-mode tangents were lost on the way, as they are under ``torch.compile(model)``.
+        """Raise if forward-mode tangents were lost inside the model, as they are under ``torch.compile(model)``.
 
         Raises:
             RuntimeError: they were.
@@ -292,7 +292,7 @@ class ExitHook(Hook):
     def _explain(
         self, model: nn.Module, kwargs: dict[str, Any], plan: CallPlan | None, error: BaseException | None
     ) -> None:
-        """Add advice on memory to the model's out-of-memory error, once there was a plan."""
+        """Add advice on memory to the model's out-of-memory error if there was a plan already."""
         if error is None or plan is None or not is_out_of_memory(error):
             return
         batch = next((len(value) for value in kwargs.values() if isinstance(value, Tensor) and value.ndim > 1), 1)
@@ -300,5 +300,5 @@ class ExitHook(Hook):
 
 
 def entry_hook_of(model: nn.Module) -> EntryHook | None:
-    """The entry hook of a transformed model, None on any other."""
+    """The entry hook of a transformed model, or None for any other model."""
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, EntryHook)), None)

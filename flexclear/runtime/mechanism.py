@@ -18,7 +18,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 class Mechanism(ABC):
-    """Another way to attend; implementations are frozen dataclasses whose fields are its sizes in tokens."""
+    """Another attention mechanism. Implementations are frozen dataclasses whose fields are its sizes in tokens."""
 
     kind: ClassVar[str]
     """The name that ``transform(attention=...)`` takes."""
@@ -28,18 +28,18 @@ class Mechanism(ABC):
 
     @property
     def name(self) -> str:
-        """Short label, sizes included."""
+        """Short label that includes the sizes."""
         return self.kind
 
     @abstractmethod
     def flops(self, layout: Layout, channels: int, heads: int, layer: int = 0) -> int:
-        """Attention FLOPs of one layer and one sample; ``layer`` is its number, where layers differ."""
+        """Attention FLOPs of one layer for one sample; ``layer`` is its number, in case layers differ."""
 
 
 class WindowMechanism(Mechanism):
     """An alternative that is a mask: a window per layer, run by the same kernels as CLEAR's.
 
-    Made only with sizes that its windows of even and odd layers take.
+    Construction fails unless the sizes are valid for the windows of both even and odd layers.
     """
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class WindowMechanism(Mechanism):
 
     @abstractmethod
     def window(self, layer: int) -> Window:
-        """The window of the attention layer of that number, counted from 0 in the order of the forward pass."""
+        """The window of attention layer number ``layer``, counted from 0 in the order of the forward pass."""
 
     def flops(self, layout: Layout, channels: int, heads: int, layer: int = 0) -> int:
         from flexclear.masks import cost
@@ -65,14 +65,14 @@ class Formula(Mechanism):
 
     @abstractmethod
     def bind(self, plan: Plan) -> Attend:
-        """The formula over the plan's sequence: its grid, its token order, its device.
+        """The formula bound to the plan's sequence: its grid, token order and device.
 
         Raises:
-            ValueError: it is not defined over this layout; the message says which layouts it is defined over.
+            ValueError: it is not defined over this layout; the message says which layouts it supports.
         """
 
     def weight_shape(self, channels: int) -> tuple[int, ...] | None:
-        """Shape of the parameter that each layer gets (``compression_weight``), or None: it gets none."""
+        """Shape of the parameter that each layer gets (``compression_weight``), or None if it gets none."""
         return None
 
     def initial_weight(self) -> float:

@@ -1,4 +1,4 @@
-"""Out-of-memory errors in a call of a transformed model: they say how large the call was, and what would need less."""
+"""Out-of-memory errors in calls of a transformed model: they state the size of the call and what would need less memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from flexclear.runtime.call_plan import CallPlan
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether ``error`` says that a device, or the host, has no memory left."""
+    """Whether ``error`` says that a device or the host is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def note(error: BaseException, text: str) -> None:
-    """Add a line to what a traceback shows of ``error``; below Python 3.11, to its message."""
+    """Add a note to ``error``, which tracebacks show; before Python 3.11, add it to the message."""
     if hasattr(error, "add_note"):
         error.add_note(text)
     else:
@@ -25,12 +25,12 @@ def note(error: BaseException, text: str) -> None:
 
 
 def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
-    """The size of a call in tokens, what the weights take, and what would reduce memory.
+    """A message with the size of a call in tokens, the size of the weights, and ways to reduce memory.
 
     Args:
         model: the transformed model.
-        plan: the call's.
-        batch: sequences in the call.
+        plan: the call's plan.
+        batch: number of sequences in the call.
     """
     layout = plan.base.layout
     grids = " + ".join(f"{height} x {width}" for height, width in layout.grids)
@@ -61,7 +61,7 @@ def what_takes_less(model: nn.Module, plan: CallPlan, batch: int) -> str:
 
 
 def _saved_by_eight_bits(model: nn.Module) -> int:
-    """Bytes that quantizing the big linears would save; 0 where they are quantized already."""
+    """Bytes that quantizing the big linears would save; 0 if they are quantized already."""
     if is_quantized(model) or quantized_elsewhere(model) is not None:
         return 0
     return sum(

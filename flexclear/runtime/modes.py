@@ -1,8 +1,8 @@
 """Which of diffusers' own modes work with windows, and what those that cache tokens must drop.
 
-A mode reaches into a model in three ways. It reads where a token lies in the sequence: the model then needs raster order,
-and is refused in another one. It intercepts SDPA: ``scores_skipped`` says so to layers that call no SDPA. It looks up a
-processor's class: ``known_to_hooks`` names ours beside diffusers' own.
+A mode reaches into a model in one of three ways. Some read tokens by their place in the sequence: the model then needs raster
+order, and any other order is refused. Some intercept SDPA: ``scores_skipped`` tells layers that do not call SDPA. Some look up
+a processor's class: ``known_to_hooks`` registers ours alongside diffusers' own.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ NO_EXPORT = (
 
 
 def refuse_export() -> None:
-    """Raise inside torch.export (torch.onnx, AOTInductor) and torch.jit.trace. In export's strict mode Dynamo meets the hook
-    before this is asked, and gives ``NO_EXPORT`` as its reason.
+    """Raise inside torch.export (torch.onnx, AOTInductor) and torch.jit.trace. In export's strict mode Dynamo stops at the hook
+    before this runs, and gives ``NO_EXPORT`` as its reason.
 
     Raises:
-        RuntimeError: the call is one of theirs.
+        RuntimeError: the model is being exported or traced.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         raise RuntimeError(NO_EXPORT)
 
 
 def context_parallelism_of(model: nn.Module) -> Any:
-    """diffusers' settings of it, or None."""
+    """diffusers' configuration of context parallelism, or None."""
     return getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
 
 
 def refuse_context_parallelism(model: nn.Module) -> None:
-    """Raise if every process of a group holds a part of the sequence.
+    """Raise if diffusers' context parallelism gives each process of a group a part of the sequence.
 
     Raises:
         ValueError: it does.
@@ -52,12 +52,12 @@ def refuse_context_parallelism(model: nn.Module) -> None:
 
 
 def refuse_raster_readers(model: nn.Module, layers: Iterable[nn.Module], order: str, shared: bool) -> None:
-    """Raise if a mode takes tokens inside the model for an image in raster order, and they are none.
+    """Raise if a mode assumes that the tokens inside the model are an image in raster order, and they are not.
 
     Args:
-        model: transformed.
+        model: the transformed model.
         layers: its attention layers.
-        order: of the call's tokens.
+        order: order of the call's tokens.
         shared: whether each of several ranks has a part of the image.
 
     Raises:
@@ -87,7 +87,7 @@ def _smooths_queries(layers: Iterable[nn.Module]) -> bool:
     """Whether diffusers' Smoothed Energy Guidance has a hook on a projection of one of these layers."""
     for layer in layers:
         for part in layer._modules.values():
-            # Hundreds in every call: past nn.Module's own look-ups.
+            # Hundreds of these in every call, so nn.Module's slow attribute look-up is bypassed.
             if part is not None and ("_diffusers_hook" in part.__dict__ or "_orig_mod" in part._modules):
                 hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values()
                 if any(base.__name__ == "SmoothedEnergyGuidanceHook" for hook in hooks for base in type(hook).__mro__):
@@ -96,24 +96,24 @@ def _smooths_queries(layers: Iterable[nn.Module]) -> bool:
 
 
 def scores_skipped() -> bool:
-    """Whether a hook of diffusers (``LayerSkipConfig(skip_attention_scores=True)``, of perturbed-attention guidance) has the
-    layer that is running return its values unmixed. It does so by intercepting SDPA, which windows need not call."""
+    """Whether a diffusers hook (``LayerSkipConfig(skip_attention_scores=True)``, of perturbed-attention guidance) wants the
+    running layer to return its values unmixed. The hook intercepts SDPA, which windowed layers may not call."""
     modes = torch.overrides._get_current_function_mode_stack()
     return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
 
 
 def known_to_hooks(ours: type, theirs: type) -> None:
-    """Let diffusers' hooks find our processor's class where they look one up; they treat it as they treat its own."""
+    """Register our processor's class with diffusers' hooks, so that they treat it like the original class."""
     from diffusers.hooks._helpers import AttentionProcessorRegistry
 
     try:
         metadata = AttentionProcessorRegistry.get(theirs)
     except ValueError:
-        return  # They do not know its own, either.
+        return  # They do not know the original class either.
     AttentionProcessorRegistry.register(ours, metadata)
 
 
 def forget_cached_tokens(model: nn.Module) -> None:
-    """Empty the caches of ``model.enable_cache``: they hold tokens in an order that no longer is the model's."""
+    """Empty the caches of ``model.enable_cache``: their token order is no longer the model's."""
     if getattr(model, "is_cache_enabled", False):
         model._reset_stateful_cache()  # type: ignore[operator]

@@ -1,7 +1,7 @@
-"""What the hooks ask of a run over several processes, each of which has a part of the image.
+"""What the hooks need from a run over several processes, each of which has a part of the image.
 
-``flexclear.parallel`` implements ``Partition``, and ``Band`` of ``call_plan``. Nothing here, nor in what uses them, imports
-it: who shares a model out gives its entry hook a ``Partition``, and that one gives every call its ``Band``.
+``flexclear.parallel`` implements ``Partition``, and ``Band`` of ``call_plan``. Neither this module nor those that use these
+protocols import it: the code that shares a model gives its entry hook a ``Partition``, which gives every call its ``Band``.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ class Partition(Protocol):
 
     @property
     def current(self) -> Band | None:
-        """The call that is running, or None between two."""
+        """The running call, or None between calls."""
 
     def check(self, model: nn.Module, family: Family, settings: Settings) -> None:
-        """Raise if a model that is transformed like this cannot be shared.
+        """Raise if a model transformed with these settings cannot be shared.
 
         Raises:
             ValueError: it cannot.
         """
 
     def watch(self, pipe: Any) -> None:
-        """Know of how a pipeline's denoising loop ends."""
+        """Watch how a pipeline's denoising loop ends."""
 
     def begin(
         self, model: nn.Module, kwargs: Mapping[str, Any], call: Call, family: Family, settings: Settings
     ) -> None:
-        """When a call's arguments are known: agree with the other processes.
+        """Begin a call, once its arguments are known, by agreeing on it with the other processes.
 
         Raises:
-            ValueError: the call cannot be shared, or processes differ.
+            ValueError: the call cannot be shared, or the processes' calls differ.
         """
 
     def part(
@@ -55,7 +55,7 @@ class Partition(Protocol):
         device: torch.device,
         text_padded: bool,
     ) -> Plan:
-        """This process's plan of the call that has begun; arguments as in ``get_plan``."""
+        """This process's plan for the call that has begun; arguments as in ``get_plan``."""
 
     def band(
         self, plans: Sequence[Any], masks: Sequence[Any], slots: Sequence[Slot], keep: Mapping[str, Tensor]
@@ -63,4 +63,4 @@ class Partition(Protocol):
         """The call that has begun, with its plans and masks, one per slot."""
 
     def close(self) -> None:
-        """End the run: the model is whole in this process again."""
+        """End the run: this process computes whole images again."""

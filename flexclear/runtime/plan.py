@@ -1,4 +1,4 @@
-"""What one resolution needs in every step: the mask, the token order, the exact position ids. Built once, cached."""
+"""What one resolution needs in every step: the mask, the token order, the exact coordinates. Built once and cached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexclear.runtime.pooling import Pooling, make_pooling
 from flexclear.runtime.reach import warn_of_depth, warn_of_unreached
 
 MAX_DENSE_BYTES = 1 << 32
-"""Largest dense boolean mask that masked SDPA may ask for."""
+"""Size in bytes of the largest dense boolean mask that masked SDPA may use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +32,10 @@ class Plan:
     Attributes:
         layout: the sequence.
         mask: BlockMask, ``TextApart``, bool ``[N, keys]`` for masked SDPA, or None for dense attention.
-        order: raster index at each place of the image order, int64 ``[image_len]``; None where that is raster itself.
+        order: raster index at each place of the image order, int64 ``[image_len]``; None if the image order is raster order.
         inverse: its inverse, or None.
         rows, columns: coordinates in image order, float32 ``[image_len]``.
-        pooling: where the pooled keys of a window that has them come from, else None.
+        pooling: where the window's pooled keys come from; None if it has none.
     """
 
     layout: Layout
@@ -57,8 +57,8 @@ class Plan:
     @functools.cached_property
     @independent
     def whole_order(self) -> tuple[Tensor, Tensor] | None:
-        """Of the whole sequence, text included: which token of one with its image in raster order is at each place, and the
-        inverse, int64 ``[seq_len]``; None where that is the order."""
+        """The permutation of the whole sequence, text included, from raster order, and its inverse, int64 ``[seq_len]``; None if
+        the image order is raster order."""
         if self.order is None or self.inverse is None:
             return None
         there = self.layout.whole_permutation().to(self.order.device)
@@ -68,7 +68,8 @@ class Plan:
         return there, back
 
     def packed_order(self, start: int) -> tuple[Tensor, Tensor] | None:
-        """``whole_order`` of a sequence whose image begins at ``start``, with text before it and behind; text comes first."""
+        """``whole_order`` for a sequence whose image begins at ``start``, with text before and after it. In the plan's sequence
+        text comes first."""
         if start == self.layout.text_len:
             return self.whole_order
         if start not in self._packed_orders:
@@ -92,8 +93,8 @@ class Plan:
         return there, back
 
     def adjoining_order(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """``whole_order`` of samples whose image follows the text that they ``keep`` at once, and their padding the image:
-        int64 ``[B, seq_len]``. ``keep`` is bool ``[B, text_len]``, and text comes first."""
+        """``whole_order`` for samples whose image directly follows the text that they ``keep``, with their padding behind the
+        image: int64 ``[B, seq_len]``. ``keep`` is bool ``[B, text_len]``. In the plan's sequence text comes first."""
         lengths, image_len = keep.sum(1, keepdim=True), self.layout.image_len
         text = torch.arange(self.layout.text_len, device=keep.device)
         image = torch.arange(image_len, device=keep.device) if self.order is None else self.order
@@ -111,10 +112,10 @@ class Plan:
         return None if mask is None else with_text_mask(mask, self.layout, keep)
 
     def whole_mask(self) -> BlockMask | Tensor | None:
-        """The mask, if it is in one part.
+        """The mask, which must be in one part.
 
         Raises:
-            TypeError: text is attended apart, since the plan was built for no padded text.
+            TypeError: text is attended apart, because the plan was not built for padded text.
         """
         if isinstance(self.mask, TextApart):
             raise TypeError("this plan was not built for padded text: its text queries are attended apart")
@@ -146,13 +147,13 @@ def build_plan(
     text_padded: bool = False,
 ) -> Plan:
     """Build a plan; see ``Plan``. ``window`` None is dense attention, ``backend`` is ``"flex"`` or ``"sdpa"``, ``kernel``
-    says how FlexAttention is built; the others as ``block_mask`` takes them.
+    says how FlexAttention is built. For the other arguments see ``block_mask``.
 
     Raises:
         ValueError: the dense mask of masked SDPA would be larger than ``MAX_DENSE_BYTES``.
 
     Warns:
-        UserWarning: the window keeps part of the image from a reference image, or is deeper than the clip.
+        UserWarning: part of the image does not see a reference image, or the window covers more frames than the clip has.
     """
     mask: Mask
     if window is not None:
@@ -211,7 +212,8 @@ def _size_of(plan: Plan) -> int:
 
 
 plans: ByteBoundedCache[Plan] = ByteBoundedCache(max_bytes=1 << 30, size_of=_size_of)
-"""This process's plans, keyed by what determines them (never by model). See ``plans.stats()`` and ``plans.clear()``."""
+"""This process's plans, keyed by everything that determines them (never by model). See ``plans.stats()`` and
+``plans.clear()``."""
 
 
 def get_plan(
@@ -223,6 +225,6 @@ def get_plan(
     backward: bool = False,
     text_padded: bool = False,
 ) -> Plan:
-    """The cached plan of these facts, built if it is not there; see ``build_plan``."""
+    """The cached plan for these arguments, built if necessary; see ``build_plan``."""
     key = (layout, window, backend, kernel, device, backward, text_padded)
     return plans.get(key, lambda: build_plan(*key))

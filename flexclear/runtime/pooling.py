@@ -15,12 +15,12 @@ class Pooling:
     """Which tokens each cell pools. Cells are in raster order, as in ``Downsampled``.
 
     Attributes:
-        members: place in image order of each cell's tokens, row by row inside the cell, int64 ``[cells * d * d]``;
-            places that a cut-off cell lacks repeat one that it has.
+        members: place in image order of each cell's tokens, row by row inside the cell, int64 ``[cells * d * d]``. A cut-off
+            cell repeats one of its tokens in place of missing ones.
         text_first: whether text precedes the image in the sequence, or follows it.
         image_len: number of image tokens.
-        share: factor on each of them, float32 ``[cells, d * d]``: 1 in whole cells. In a cut-off cell 0 for what is
-            missing and ``d * d / present`` for the rest, so that equal weights stay a mean.
+        share: factor on each member, float32 ``[cells, d * d]``: 1 in whole cells; in a cut-off cell 0 for missing tokens and
+            ``d * d / present`` for the others, so that equal weights still give a mean.
     """
 
     members: Tensor
@@ -29,7 +29,7 @@ class Pooling:
     image_len: int
 
     def append(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """Keys or values ``[B, heads, N, head_dim]`` in sequence order with their pooled ones behind; see ``pool``."""
+        """Keys or values ``[B, heads, N, head_dim]`` in sequence order, followed by their pooled ones; see ``pool``."""
         start = tokens.shape[2] - self.image_len if self.text_first else 0
         image = tokens[:, :, start : start + self.image_len]
         return torch.cat([tokens, self.pool(image, weight)], dim=2)
@@ -52,7 +52,7 @@ class Pooling:
 
 
 def make_pooling(layout: Layout, factor: int, device: torch.device) -> Pooling:
-    """The cells of ``factor`` x ``factor`` tokens over the layout's grid, cut off where it does not divide a side."""
+    """The cells of ``factor`` x ``factor`` tokens over the layout's grid, cut off at sides that ``factor`` does not divide."""
     height, width = layout.height, layout.width
     place = layout.inverse_permutation().view(height, width)
     inner = torch.arange(factor)

@@ -1,9 +1,9 @@
 """Windowed attention processors: diffusers' own code, in which the name of the attention function refers to ours.
 
 The code of a processor's ``__call__`` looks up ``dispatch_attention_fn``, or ``scaled_dot_product_attention`` in ``F``, among
-its globals. ``windowed(stock)`` is a subclass that runs that same code with this one name as one more argument, given anew in
-each call: what attends under the call's plan. Projections, norms, rotary embedding and fused or adapter's parts stay diffusers'
-own, and so do its modules: nothing of them is changed, and nothing of a call is kept.
+its globals. ``windowed(stock)`` is a subclass that runs the same code with this name as an additional argument: each call
+passes a function that attends under the call's plan. Projections, norms, rotary embedding, fused projections and adapters are
+diffusers' own. diffusers' modules are not changed, and nothing about a call is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flexclear.runtime.rotary import rotated
 from flexclear.runtime.stock_code import as_called, with_attention_given
 
 ROTARY = ("image_rotary_emb", "freqs_cis", "rotary_emb")
-"""What processors call the rotary embedding among their arguments."""
+"""Names of the rotary embedding among the arguments of processors."""
 
 
 NO_PLAN = (
@@ -34,7 +34,7 @@ NO_PLAN = (
 
 
 def is_ours(processor: Any) -> bool:
-    """Whether ``processor`` is of a class of flexclear's own; a subclass from elsewhere may compute anything."""
+    """Whether the class of ``processor`` is flexclear's own. A subclass from elsewhere may compute anything."""
     return isinstance(processor, WindowProcessor) and type(processor).__module__ == __name__
 
 
@@ -42,29 +42,29 @@ class WindowProcessor:
     """An attention processor that attends under the call's plan; ``windowed`` makes its classes.
 
     Attributes:
-        slot: which part of the plan is this layer's. Layers with the same window share a slot, so that equal blocks share
-            one compiled graph. None: diffusers made the processor anew, and the model must be transformed again.
-        given: what the code gets for arguments of these names: None for a mask that the plan stands for; anything else where
-            the call leaves the argument out.
-        shared: whether another model calls the layer too, without a plan, for which it attends as it did before.
-        in_parts: whether its code attends over one part of the sequence after the other, and only the last, the image's rows
-            over all keys, is windowed.
-        before: how many parts come before that one; where it is None, the argument ``segments`` has them, or is None.
-        groups: how often the code repeats each head of keys and values, one after the other, before it asks for attention.
-            Attention gets the first of each.
+        slot: number of this layer's part of the plan. Layers with the same window share a slot, so that identical blocks share
+            one compiled graph. None: diffusers has created a new instance, and the model must be transformed again.
+        given: values that the code gets for arguments of these names: None for a mask that the plan replaces; any other value
+            applies if the call leaves the argument out.
+        shared: whether another model also calls the layer, without a plan; it then attends as it did before.
+        in_parts: whether its code attends over one part of the sequence after the other, and only the last part, the image's
+            rows over all keys, is windowed.
+        before: how many parts come before that one; None: as many as the argument ``segments`` has, which may be None.
+        groups: how often the code repeats each key and value head consecutively before it calls attention. Attention gets the
+            first of each group.
     """
 
     stock: ClassVar[type]
     """The class whose code it runs."""
 
     names: ClassVar[tuple[str, ...]]
-    """Its arguments."""
+    """Names of its arguments."""
 
     weight_name: ClassVar[str | None] = None
-    """Name of the parameter that it has beside what that class has, or None."""
+    """Name of the parameter that it has in addition to those of that class, or None."""
 
     unbuilt: ClassVar[tuple[str, ...]] = ()
-    """Names that its code assigns nothing to; see ``with_attention_given``."""
+    """Names whose assignments are left out of its code; see ``with_attention_given``."""
 
     slot: int | None = None
     given: Mapping[str, Any] = {}
@@ -76,7 +76,7 @@ class WindowProcessor:
     _replaced: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
-        # What load_ip_adapter does to every processor that it does not know.
+        # load_ip_adapter calls this for every processor that it does not know.
         if self.weight_name is not None:
             raise TypeError(
                 f"this model's processors have trained weights of their own ({self.weight_name}), which a plugin is about to "
@@ -85,14 +85,14 @@ class WindowProcessor:
 
     @property
     def replaced(self) -> Any | None:
-        """The processor in whose place it is, for ``flexclear.restore``; None where diffusers made ours anew."""
+        """The processor that it replaces, for ``flexclear.restore``; None if diffusers has created this instance."""
         return self._replaced[0] if self._replaced else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the stock processor takes and returns.
+        """Takes and returns the same as the stock processor.
 
         Raises:
-            ValueError: no plan: the block was called without the model's entry, where windows are made.
+            ValueError: there is no plan: the block was called without the model's entry, where windows are made.
         """
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class WindowProcessor:
         have fewer heads than the query.
 
         Raises:
-            ValueError: the processor was made by a plugin and belongs to no window.
+            ValueError: the processor was created by a plugin and has no window.
         """
         if self.slot is None:
             raise ValueError(
@@ -117,10 +117,10 @@ class WindowProcessor:
         return out.transpose(1, 2).to(query.dtype)
 
     def pooling_weight(self, device: torch.device) -> Tensor | None:
-        """Pooling weights of a layer with down-sampled keys, or weights of its formula, on ``device``; None: it has none."""
+        """Pooling weights of a layer with down-sampled keys, or weights of its formula, on ``device``; None if it has none."""
         if self.weight_name is None:
             return None
-        # accelerate takes the weights of every module away and brings them back for its forward; a processor's never runs.
+        # accelerate removes the weights of every module and restores them for its forward, but a processor's forward never runs.
         hook: Any = getattr(self, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(self)
@@ -132,8 +132,8 @@ class WindowProcessor:
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (self.stock, self.weight_name, self.unbuilt), vars(self).copy()
 
-    # diffusers assigns these two on every processor (set_attention_backend, enable_parallelism). Taking the value and
-    # ignoring it would break silently.
+    # diffusers assigns these two on every processor (set_attention_backend, enable_parallelism). Silently ignoring the value
+    # would be wrong.
     @property
     def _attention_backend(self) -> None:
         return None
@@ -160,8 +160,8 @@ class WindowProcessor:
 
 
 class _Adapted:
-    """Of a processor with parts of its own, such as an IP-Adapter's: the one replaced has them, and what is set on ours
-    (its scale) is set there."""
+    """For processors with state, such as an IP-Adapter's: the replaced processor holds the state, and attributes set on ours
+    (its scale) are set there."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -189,13 +189,13 @@ def window_processor(
     weight: tuple[str, Tensor] | None = None,
     unbuilt: tuple[str, ...] = (),
 ) -> WindowProcessor:
-    """A processor for the place of ``original``, which it remembers; see ``WindowProcessor``.
+    """A processor that replaces ``original`` and remembers it; see ``WindowProcessor``.
 
     Args:
         original: diffusers' own processor.
         slot, given, shared: see ``WindowProcessor``.
-        code: the class whose code runs, where that is not ``original``'s.
-        weight: name and initial value of a parameter of its own, or None.
+        code: the class whose code runs, if it is not ``original``'s.
+        weight: name and initial value of an additional parameter, or None.
         unbuilt: see ``WindowProcessor``.
 
     Raises:
@@ -203,14 +203,14 @@ def window_processor(
     """
     processor = _blank(type(original) if code is None else code, None if weight is None else weight[0], unbuilt)
     if isinstance(original, nn.Module):
-        # The same dictionaries, so that its parameters have the names that they had, and move with the model.
+        # The same dictionaries, so that its parameters keep their names and move with the model.
         for name in ("_parameters", "_buffers", "_modules"):
             vars(processor)[name] = vars(original)[name]
     if weight is not None:
         setattr(processor, weight[0], nn.Parameter(weight[1]))
     processor.slot, processor.shared = slot, shared
     processor.given = {name: value for name, value in (given or {}).items() if name in processor.names}
-    # In a tuple: its parts are registered once.
+    # In a tuple, so that its parameters are not registered a second time.
     processor._replaced = (original,)
     return processor
 
@@ -227,8 +227,8 @@ def windowed(stock: type, weight_name: str | None = None, unbuilt: tuple[str, ..
     """The class of windowed processors that run ``stock``'s code.
 
     Args:
-        stock: class of a processor of diffusers.
-        weight_name: of a parameter that its processors have besides.
+        stock: class of a diffusers processor.
+        weight_name: name of an additional parameter of its processors, or None.
         unbuilt: see ``WindowProcessor``.
 
     Raises:
@@ -289,16 +289,16 @@ class _Attention:
     """Attention of one call of a processor.
 
     Attributes:
-        processor, plan: whose, and of which call.
-        before: of a processor that attends in parts, how many of them come before the windowed one.
-        length: of the sequence, of a processor that attends to an adapter's keys besides; else None.
+        processor, plan: the processor, and the plan of the call.
+        before: for a processor that attends in parts, how many parts still come before the windowed one.
+        length: for a processor that also attends to an adapter's keys, the length of the sequence; else None.
     """
 
     def __init__(self, processor: WindowProcessor, plan: CallPlan, before: int, length: int | None) -> None:
         self.processor, self.plan, self.before, self.length = processor, plan, before, length
 
     def is_ours(self, query: Tensor, key: Tensor) -> bool:
-        """Whether it is over the sequence. An IP-Adapter's, of the image's queries over as many keys as it may be, is not.
+        """Whether this attention is over the sequence. An IP-Adapter's attention, of image queries over its own keys, is not.
 
         Args:
             query, key: ``[B, N, heads, head_dim]``.
@@ -312,13 +312,13 @@ class _Attention:
 
 
 def _length(given: Mapping[str, Any]) -> int:
-    """Tokens of the image and of the text beside it, among the arguments of a processor."""
+    """Number of image and text tokens among the arguments of a processor."""
     text = given.get("encoder_hidden_states")
     return given["hidden_states"].shape[1] + (0 if text is None else text.shape[1])
 
 
 def _dispatching(theirs: Callable[..., Tensor], attention: _Attention) -> Callable[..., Tensor]:
-    """What stands for diffusers' ``dispatch_attention_fn``."""
+    """Stand-in for diffusers' ``dispatch_attention_fn``."""
 
     def dispatch_attention_fn(
         query: Tensor,
@@ -336,7 +336,7 @@ def _dispatching(theirs: Callable[..., Tensor], attention: _Attention) -> Callab
             return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *args, **kwargs)
         processor, plan = attention.processor, attention.plan
         if processor.in_parts:
-            # Rows of the text, which a window does not have on its own; what they would see is thrown away.
+            # A window needs rows for the text as well; the result of these padded rows is discarded.
             rows = key.shape[1] - query.shape[1]
             query = F.pad(query, (0, 0, 0, 0, rows, 0))
             return _attend(processor, plan, query, key, value, None, dropout_p, is_causal, scale)[:, rows:]
@@ -346,7 +346,7 @@ def _dispatching(theirs: Callable[..., Tensor], attention: _Attention) -> Callab
 
 
 class _Functional:
-    """What stands for ``torch.nn.functional``: another ``scaled_dot_product_attention``, and all else."""
+    """Stand-in for ``torch.nn.functional`` with another ``scaled_dot_product_attention``; all else is the original."""
 
     def __init__(self, attention: _Attention) -> None:
         self.attention = attention
@@ -365,7 +365,7 @@ class _Functional:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Under the window, ``[B, heads, N, head_dim]``."""
+        """Attention under the window, ``[B, heads, N, head_dim]``."""
         processor, plan = self.attention.processor, self.attention.plan
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return _attend(processor, plan, query, key, value, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
@@ -382,11 +382,11 @@ def _attend(
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """Attention of a processor, ``[B, N, heads, head_dim]``, in place of what its code asks for.
+    """Windowed attention of a processor, ``[B, N, heads, head_dim]``, in place of the attention that its code asks for.
 
     Raises:
-        ValueError: that is masked by something that the plan does not stand for, is causal, drops out, or has other keys than
-            the sequence's.
+        ValueError: the code asks for a mask that the plan does not replace, for causal attention or dropout, or for keys other
+            than the sequence's.
     """
     if query.shape[1] != key.shape[1]:
         raise ValueError(

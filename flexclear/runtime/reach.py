@@ -1,4 +1,4 @@
-"""Warnings about windows that do not fit: references out of reach, frames that a clip does not have."""
+"""Warnings about windows that do not fit: references out of reach, more frames than a clip has."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flexclear.masks.places import Box
 def warn_of_unreached(layout: Layout, window: Window) -> None:
     """Warn of each reference grid that the image's far corner does not see.
 
-    Windows depend on row and column, and every grid begins at row 0 and column 0. Where the image is larger than a
-    reference by the window's radius or more, its far side has no token of that reference in its window: what the
-    reference shows gets there only from token to token, layer by layer.
+    Windows depend on row and column, and every grid begins at row 0 and column 0. If the image is larger than a
+    reference by the window's radius or more, its far side has no token of that reference in its window: information
+    from the reference gets there only from token to token, layer by layer.
 
     Warns:
         UserWarning: for each such reference, naming both grids and the window.
@@ -40,11 +40,11 @@ def warn_of_unreached(layout: Layout, window: Window) -> None:
 
 
 def warn_of_depth(layout: Layout, window: Window) -> None:
-    """Warn of a number of frames that a clip does not have: every query sees all frames then, and was probably meant to see
-    fewer, counted before the VAE.
+    """Warn if a window covers more frames than the clip has: every query then sees all frames. Probably the number was meant in
+    video frames, before the VAE.
 
     Warns:
-        UserWarning: naming both.
+        UserWarning: naming both numbers.
     """
     if not isinstance(window, Tube) or window.repeat_last or len(set(window.squared_radii)) != 1:
         return

@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a transformed model: its window goes into the ``config.json`` beside the weights."""
+"""``save_pretrained`` of a transformed model: writes its window to the ``config.json`` next to the weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ METHOD = "save_pretrained"
 class SaveHook(Hook):
     """``state_dict`` pre-hook: writes the settings when the caller is ``save_pretrained``, the model's or a pipeline's.
 
-    A hook, because it follows the model wherever that goes: into copies, pickles, other pipelines. diffusers has written
-    ``config.json`` by the time it asks for the weights. Other callers of ``state_dict`` are not affected.
+    A hook follows the model everywhere: into copies, pickles, other pipelines. diffusers has already written ``config.json``
+    when it asks for the weights. Other callers of ``state_dict`` are not affected.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -39,7 +39,7 @@ class SaveHook(Hook):
         why = self._write(model, frame.f_locals.get("save_directory"))
         if why is None:
             return
-        # Blame whoever called it, past the method of the same name that a pipeline has.
+        # The warning should point to the caller of save_pretrained, also when a pipeline's method calls the model's.
         while frame is not None and frame.f_code.co_name == METHOD:
             level, frame = level + 1, frame.f_back
         warnings.warn(
@@ -49,7 +49,7 @@ class SaveHook(Hook):
         )
 
     def _write(self, model: Any, directory: Any) -> str | None:
-        """Put the settings into a folder's ``config.json``; returns the reason if that is impossible."""
+        """Put the settings into a folder's ``config.json``, or return the reason why that is impossible."""
         try:
             stated = state(model, self.settings)
         except ValueError as error:

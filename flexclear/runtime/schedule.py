@@ -15,22 +15,22 @@ Radii: TypeAlias = Radius | Sequence[Radius] | Mapping[int | str, Radius] | Call
 """One radius for all layers, or one per layer; see ``resolve``."""
 
 REST = "default"
-"""Key of a mapping for all layers that no other key names."""
+"""Key of a mapping that stands for all layers that no other key names."""
 
 
 def resolve(
     r: Radii, layers: Sequence[Layer], down_factor: int | None = None, made: Callable[[int], Window] = Disc
 ) -> list[Window | None]:
-    """The window of each layer, in order; None where it stays dense.
+    """The window of each layer, in order; None for a layer that stays dense.
 
     Args:
         r: a radius, a window, or None; or one per layer:
-            a sequence as long as there are layers;
-            a mapping from layer indices, module names or the beginnings of names (the longest match counts), with
-            ``"default"`` for all others;
+            a sequence with one entry per layer;
+            a mapping from layer indices, module names or prefixes of names (the longest match wins), with ``"default"``
+            for all others;
             a function of (index, module name).
         layers: the model's attention layers.
-        down_factor: side in tokens of the cells that are pooled into further keys, or None.
+        down_factor: side in tokens of the cells that are pooled into additional keys, or None.
         made: makes the window for a radius.
 
     Raises:
@@ -51,7 +51,7 @@ def resolve(
 
 
 def slots(layers: Sequence[Layer], windows: Sequence[Window | None]) -> tuple[Slot, ...]:
-    """The distinct pairs of scope and window, in the order in which layers use them first."""
+    """The distinct pairs of scope and window, in the order in which layers first use them."""
     return tuple(dict.fromkeys((layer.scope, window) for layer, window in zip(layers, windows, strict=True)))
 
 

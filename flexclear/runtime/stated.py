@@ -1,4 +1,4 @@
-"""How a model was transformed, as stated in the ``config.json`` beside its saved weights."""
+"""How a model was transformed, as stated in the ``config.json`` next to its saved weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 """Version of its format."""
 
 WEIGHTS = ("spatial_weight", "compression_weight")
-"""Parameters that ``transform`` adds to a processor; diffusers saves them with the model's own and does not load them."""
+"""Parameters that ``transform`` adds to a processor. diffusers saves them with the model's own, but does not load them."""
 
 
 def state(model: nn.Module, settings: Settings) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _added(parameters: Iterable[tuple[str, Any]]) -> set[str]:
 
 
 def forget(model: Any) -> None:
-    """Take ``KEY`` out of a model's configuration, where loading has left it."""
+    """Remove ``KEY`` from a model's configuration, where loading has left it."""
     config = getattr(model, "config", None)
     if config is not None and KEY in config:
         model._internal_dict = type(config)({name: value for name, value in config.items() if name != KEY})

@@ -1,4 +1,4 @@
-"""Which denoising step a call belongs to, read off the pipeline's scheduler."""
+"""Which denoising step a call belongs to, read from the pipeline's scheduler."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import weakref
 from typing import Any
 
 FRAMES_APART = "SkyReelsV2DiffusionForcing"
-"""What names of pipelines begin with that denoise each frame by a copy of the scheduler, and leave that where it is."""
+"""Prefix of the names of pipelines that denoise each frame with its own copy of the scheduler, and never advance the original."""
 
 
 class StepCounter:
-    """Knows the step of a pipeline's current call; knows nothing where there is no pipeline.
+    """Knows the current step of a pipeline; without a pipeline it knows no step.
 
     The scheduler is looked up in each call, because users replace it (``pipe.scheduler = ...``). The pipeline is held
     weakly, is shared by deep copies of the model, and is not pickled.
@@ -26,7 +26,7 @@ class StepCounter:
         return StepCounter, ()
 
     def current(self) -> tuple[int, int]:
-        """Number of the current step, from 0, and of all steps of the run.
+        """Index of the current step, from 0, and number of steps of the run.
 
         A scheduler of order 2, such as Heun's, evaluates the model twice in each step but the last.
 
@@ -37,16 +37,16 @@ class StepCounter:
         return number // order, -(-total // order)
 
     def evaluation(self) -> tuple[int, int]:
-        """Number of the current evaluation of the model, from 0, and of all evaluations of the run; guidance by several
+        """Index of the current evaluation of the model, from 0, and number of evaluations of the run; guidance with several
         prompts counts as one.
 
         Raises:
-            ValueError: as above.
+            ValueError: see ``current``.
         """
         return self._counted()[:2]
 
     def _counted(self) -> tuple[int, int, int]:
-        """Number of the evaluation, of all evaluations, and of those in each step."""
+        """Index of the evaluation, number of all evaluations, and number of evaluations per step."""
         pipeline = None if self._pipeline is None else self._pipeline()
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
@@ -69,7 +69,7 @@ class StepCounter:
         return (begin if at is None else at) - begin, len(timesteps) - begin, getattr(scheduler, "order", 1)
 
     def run(self) -> object:
-        """An object that the pipeline's scheduler makes anew for each run; None if steps are not counted."""
+        """An object that the pipeline's scheduler creates for each run; None if steps are not counted."""
         pipeline = None if self._pipeline is None else self._pipeline()
         return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
 

@@ -1,7 +1,7 @@
 """The code of diffusers' own processors, with some names rebound in each call.
 
-A name passed as an argument, instead of a changed global, needs no state that one call would leave for another, and Dynamo
-can follow it. diffusers' modules are not changed.
+A name passed as an argument, instead of a changed global, leaves no state between calls, and Dynamo can follow it. diffusers'
+modules are not changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 
 DISPATCH = "dispatch_attention_fn"
-"""The function of diffusers by which processors compute attention, where they do not call torch's."""
+"""The diffusers function with which processors compute attention, unless they call torch's."""
 
 
 def why_not_windowed(stock: type) -> str | None:
@@ -30,17 +30,17 @@ def why_not_windowed(stock: type) -> str | None:
 
 
 def with_attention_given(stock: type, unbuilt: tuple[str, ...] = ()) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """``stock.__call__`` with the names by which it calls attention as further keywords, and what they stand for in diffusers:
-    its ``dispatch_attention_fn``, or ``torch.nn.functional``.
+    """``stock.__call__`` with the names by which it calls attention as additional keywords, and what these names refer to in
+    diffusers: its ``dispatch_attention_fn``, or ``torch.nn.functional``.
 
     The function is compiled from diffusers' own source, whose lines tracebacks show.
 
     Args:
         stock: class of a processor.
-        unbuilt: names that nothing is assigned to: those of masks that a plan stands for, and of what they are made from.
+        unbuilt: names whose assignments are left out: masks that a plan replaces, and what they are made from.
 
     Raises:
-        TypeError: it computes no attention there or assigns nothing to such a name, or its source is not available.
+        TypeError: it computes no attention there, it assigns nothing to such a name, or its source is not available.
     """
     reason = why_not_windowed(stock)
     if reason is not None:
@@ -53,7 +53,7 @@ def with_attention_given(stock: type, unbuilt: tuple[str, ...] = ()) -> tuple[Ca
             f"the source of {stock.__name__}.__call__, which is to run under a window, is not available: {error}"
         ) from None
     space = dict(call.__globals__)
-    # Dynamo would look names up in the module of that name.
+    # Otherwise Dynamo would look names up in the module of that name.
     del space["__name__"]
     theirs = {name: space[name] for name in call.__code__.co_names if name == DISPATCH or space.get(name) is F}
     function = tree.body[0]
@@ -74,10 +74,10 @@ def with_attention_given(stock: type, unbuilt: tuple[str, ...] = ()) -> tuple[Ca
 
 
 def _without(body: list[ast.stmt], names: tuple[str, ...], stock: type) -> list[ast.stmt]:
-    """The statements that do not assign to one of ``names``.
+    """The statements that do not assign to any of ``names``.
 
     Raises:
-        TypeError: none assigns to one of them.
+        TypeError: no statement assigns to one of the names.
     """
     kept, found = [], set()
     for statement in body:
@@ -96,11 +96,11 @@ def _without(body: list[ast.stmt], names: tuple[str, ...], stock: type) -> list[
 
 
 def as_called(call: Any, run: Callable[..., Any], more: str) -> Any:
-    """A function with the arguments of ``call`` and one more keyword, None by default. It calls ``run`` with its first
-    argument, the others by name, further keywords, and that one.
+    """A function with the arguments of ``call`` and one additional keyword ``more``, None by default. It calls ``run`` with its
+    first argument, a dictionary of the others, further keywords, and ``more``.
 
-    diffusers' attention modules look at a processor's signature in every call, drop arguments that are not in it, and warn of
-    them. Dynamo follows them into a function that has these arguments, but not into a signature that is put on one.
+    diffusers' attention modules inspect a processor's signature in every call, and drop arguments that are not in it with a
+    warning. Dynamo can trace this for a function that has these arguments, but not for one with an assigned signature.
     """
     parameters = [
         parameter.replace(

@@ -1,4 +1,4 @@
-"""Settings that may change from one call to the next: options of ``transform`` that ``override`` changes inside a block."""
+"""Settings that may change between calls: options of ``transform`` that ``override`` changes inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Switches:
     """Per-call settings.
 
     Attributes:
-        ntk_factor: factor on the base of the rotary frequencies; 1 leaves them.
-        proportional_attention: attention scale sqrt(log_n0(n) / d) in place of sqrt(1 / d).
+        ntk_factor: factor on the base of the rotary frequencies; 1 leaves them unchanged.
+        proportional_attention: whether the attention scale is sqrt(log_n0(n) / d) instead of sqrt(1 / d).
         dense_steps: how many first and last denoising steps run dense attention.
-        ntk_floor: no rotary frequency falls below this share of the model's own, whatever ``ntk_factor``; 0: no limit.
+        ntk_floor: smallest share of the model's own rotary frequencies that ``ntk_factor`` may leave; 0: no limit.
         training_tokens: n0 of proportional attention.
     """
 
@@ -73,7 +73,7 @@ class _Block:
 
     Attributes:
         given: its settings.
-        ended: whether it has ended outside of the context that it began in.
+        ended: whether it has ended outside of the context in which it began.
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
@@ -102,14 +102,14 @@ def override(
         ntk_factor: factor on the base of the rotary frequencies, 10 in the released high-resolution settings; 1 changes nothing.
         proportional_attention: scale the scores by sqrt(log_n0(n) / d) instead of sqrt(1 / d), where n0 = 4608 and n is the
             number of keys (10 n with down-sampled keys).
-        dense_steps: (first, last): that many denoising steps at either end run dense attention.
+        dense_steps: (first, last): how many denoising steps at either end run dense attention.
         ntk_floor: smallest share of each rotary frequency that ``ntk_factor`` may leave, 0 to 1. The side of the training
-            images divided by that of the image being drawn clips NTK at linear interpolation (I-Max, arXiv 2410.07536).
+            images divided by that of the image being drawn limits NTK to linear interpolation (I-Max, arXiv 2410.07536).
             FLUX.1 only.
         training_tokens: n0 for a model that was trained with a different number of tokens (text included) than FLUX.1.
 
-    Blocks nest: settings that an inner block leaves out keep the outer block's values. Blocks may end in any order, as with
-    two generators that take turns; each block's settings end with it.
+    Blocks nest: settings that an inner block leaves out keep the outer block's values. Blocks may end in any order, as when
+    two generators take turns; each block's settings end with it.
 
     Raises:
         TypeError, ValueError: a setting is invalid.
@@ -128,7 +128,7 @@ def override(
     try:
         yield
     finally:
-        # Not by the token of ``set``: that would bring back what was in force when the block began.
+        # Not with the token of ``set``, which would restore whatever was in force when the block began.
         begun = _begun()
         block.ended = block not in begun
         _blocks.set(tuple(other for other in begun if other is not block))
@@ -139,7 +139,7 @@ def _begun() -> tuple[_Block, ...]:
 
 
 def in_force(own: Switches) -> Switches:
-    """A model's own switches with this thread's overrides."""
+    """A model's own switches with this thread's overrides applied."""
     for block in _begun():
         own = replace(own, **block.given)
     return own
@@ -149,10 +149,10 @@ def proportional_gain(keys: int, pooled: bool, device: torch.device, training_to
     """Factor on the queries that turns sqrt(1 / d) into sqrt(log_n0(n) / d): 0-d float32 on ``device``.
 
     Args:
-        keys: number of keys n, text included; with pooled keys behind, those are not counted, and log_n0(10 n) is
-            taken as in the released code (method, section 7).
+        keys: number of keys n, including text but not pooled keys. If there are pooled keys, log_n0(10 n) is used, as in the
+            released code (method, section 7).
         pooled: whether there are pooled keys.
-        device: where.
+        device: device of the result.
         training_tokens: n0.
     """
     return _gain(math.sqrt(math.log(10 * keys if pooled else keys, training_tokens)), device)
@@ -161,5 +161,5 @@ def proportional_gain(keys: int, pooled: bool, device: torch.device, training_to
 @functools.lru_cache(maxsize=64)
 @independent
 def _gain(value: float, device: torch.device) -> Tensor:
-    # A tensor, not a number: compiled blocks would otherwise be compiled anew for every size.
+    # A tensor, not a number: otherwise blocks would be compiled again for every size.
     return torch.tensor(value, dtype=torch.float32, device=device)
