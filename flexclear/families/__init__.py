@@ -1,4 +1,4 @@
-"""The model families that ``transform`` supports: a declaration each, with a file of its own for what is peculiar."""
+"""The model families that ``transform`` supports: one declaration each, in its own file if a model needs special code."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ FAMILIES: list[Family] = [
 
 
 def register(family: Family, *, replace: bool = False) -> Family:
-    """Make a model class known to ``flexclear.transform``, for this process.
+    """Register a model class with ``flexclear.transform`` for this process.
 
     >>> from flexclear.families import TokensFamily, register
     >>> register(TokensFamily(                                              # doctest: +SKIP
@@ -79,10 +79,10 @@ def register(family: Family, *, replace: bool = False) -> Family:
     ...     carriers=("pos_embed",),
     ... ))
 
-    ``flexclear.testing.check_family`` tells whether the declaration is right.
+    ``flexclear.testing.check_family`` checks whether the declaration is right.
 
     Args:
-        family: its declaration: a ``TokensFamily`` for a model that takes tokens and position ids, a ``LatentsFamily`` for one
+        family: the declaration: a ``TokensFamily`` for a model that takes tokens and position ids, a ``LatentsFamily`` for one
             that takes latents, or a ``Family`` with its own ``read`` and ``enter``.
         replace: whether to replace a family that is already registered for the class.
 
@@ -117,8 +117,8 @@ def family_of(model: nn.Module) -> Family:
     """The family of ``model``.
 
     Raises:
-        TypeError: no family covers it (the message lists the supported classes), or it is a subclass that overrides forward,
-            which may compute anything.
+        TypeError: no family covers it (the message lists the supported classes), or it is a subclass that overrides forward and
+            so may compute anything.
     """
     for family in FAMILIES:
         base = family.base_of(model)

@@ -1,4 +1,4 @@
-"""What ``transform`` exchanges on a model: processors and hooks for some settings, made as one step."""
+"""What ``transform`` changes on a model: processors and hooks for some settings, replaced in one step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from flexclear.runtime.stated import WEIGHTS
 
 
 class Change:
-    """Processors and hooks of a model for some settings, in place of those of an earlier transform; not made yet.
+    """Processors and hooks of a model for some settings, to replace those of an earlier transform. ``make`` applies them.
 
     Raises:
-        ValueError: the model cannot have them.
+        ValueError: the model does not support them.
     """
 
     def __init__(self, model: nn.Module, family: Family, layers: Sequence[Layer], settings: Settings) -> None:
@@ -41,7 +41,7 @@ class Change:
             self.entry.parallel.check(model, family, settings)
 
     def make(self) -> None:
-        """Make it."""
+        """Apply the change."""
         if self.reorders:
             forget_cached_tokens(self.model)
         for module, processor in self.processors:
@@ -50,7 +50,7 @@ class Change:
 
 
 def make(changes: Sequence[Change]) -> None:
-    """Make the changes of all models of a pipeline, or leave each as it is."""
+    """Apply the changes to all models of a pipeline, or to none."""
     with contextlib.ExitStack() as kept:
         for change in changes:
             kept.enter_context(all_or_nothing(change.model))
@@ -59,7 +59,7 @@ def make(changes: Sequence[Change]) -> None:
 
 
 def _processor(family: Family, layer: Layer, settings: Settings) -> Any:
-    """A layer's processor for these settings, with the trained weights and the original of the one that it has."""
+    """A layer's processor for these settings, which takes over trained weights and the original from its current one."""
     present = layer.module.processor
     original = replaced_by(layer.module) if is_ours(present) else present
     window = settings.windows[layer.name]
@@ -71,7 +71,7 @@ def _processor(family: Family, layer: Layer, settings: Settings) -> Any:
 
 
 def _keep_trained_pooling(old: Any, new: Any) -> None:
-    """Pooling weights survive another transform with the same down-sampling factor, compression weights likewise."""
+    """Keep pooling weights if a model is transformed again with the same down-sampling factor; likewise compression weights."""
     for name in WEIGHTS:
         trained, fresh = getattr(old, name, None), getattr(new, name, None)
         if trained is not None and fresh is not None and trained.shape == fresh.shape:

@@ -1,4 +1,4 @@
-"""Chroma: FLUX's two stacks of blocks without guidance, and a mask for the padding of the text."""
+"""Chroma: FLUX's two stacks of blocks without guidance, and a mask for text padding."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from flexclear.runtime.switches import Switches
 class ChromaFamily(TokensFamily):
     """``ChromaTransformer2DModel``.
 
-    ``attention_mask``, ``[B, text + image]``, is taken as the model takes it: a bool mask hides padding; a mask of
-    floating-point numbers, such as diffusers' own pipelines make of it, is added to the scores (kept pairs get 1 more than
-    others), and that needs a wider kernel. ``prompt_attention_mask=mask.bool()`` hides padding in a pipeline.
+    ``attention_mask``, ``[B, text + image]``, has the same meaning as in the model. A bool mask hides padding. A floating-point
+    mask, as diffusers' own pipelines make it, is added to the scores (kept pairs get 1 more than others), which needs a wider
+    kernel. In a pipeline, ``prompt_attention_mask=mask.bool()`` hides padding.
     """
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
@@ -40,16 +40,15 @@ class ChromaFamily(TokensFamily):
             bias = torch.cat([mask[:, :text_len], plan.to_image_order(mask[:, text_len:])], dim=1)
             mark_symbolic(bias, [1])
             plan = replace(plan, slots=tuple(replace(slot, bias=bias) for slot in plan.slots))
-        # The plan has it; every block would make [B, 1, N, N] of it.
+        # The plan has the mask; every block would expand it to [B, 1, N, N].
         return super().enter(model, {**kwargs, "attention_mask": None}, plan, exact_ids, switches)
 
 
 def _keep(mask: Any, text: Tensor, tokens: Tensor, reader: GridReader) -> Tensor | None:
-    """Which text tokens a call's ``attention_mask`` keeps, bool ``[B, text_len]``; None where it is added to scores or
-    keeps all.
+    """Which text tokens a call's ``attention_mask`` keeps, bool ``[B, text_len]``; None if it is added to scores or keeps all.
 
     Raises:
-        ValueError: it is no mask of the call's tokens, or hides image tokens.
+        ValueError: it is not a mask of the call's tokens, or hides image tokens.
     """
     if mask is None:
         return None

@@ -1,4 +1,4 @@
-"""CogVideoX: text first, latents with their frames before their channels, positions that the pipeline hands over."""
+"""CogVideoX: text first, latents with frames before channels, positions passed in by the pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexclear.runtime.switches import Switches
 
 @dataclass(frozen=True)
 class CogVideoXFamily(LatentsFamily):
-    """``CogVideoXTransformer3DModel``. Of image to video, latents of the image are further channels."""
+    """``CogVideoXTransformer3DModel``. For image to video, the image's latents are additional channels."""
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         call = super().read(model, kwargs, grids)
@@ -43,7 +43,7 @@ class CogVideoXFamily(LatentsFamily):
         kwargs, plan = super().enter(model, kwargs, plan, exact_ids, switches)
         rotary = kwargs.get("image_rotary_emb")
         if rotary is not None:
-            # The pipeline's are views of a grid, by whose strides Dynamo would tell sizes apart and compile for each.
+            # The pipeline's tables are views of a grid, whose strides differ by size: Dynamo would compile for each.
             kwargs = {**kwargs, "image_rotary_emb": tuple(part.clone() for part in rotary)}
         return kwargs, plan
 

@@ -1,4 +1,4 @@
-"""Cosmos 3: a text that attends to itself, causally, and behind it video, sound and actions that attend to everything."""
+"""Cosmos 3: text that attends causally to itself, followed by video, sound and actions that attend to everything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIPS, SHAPES, ROWS = "vision_tokens", "vision_token_shapes", "vision_sequence_i
 
 
 class Sliced:
-    """A table of the rotary embedding, of whose parts the layers get each: what is cut out of it carries the plan."""
+    """A table of the rotary embedding that the model cuts into parts for its layers. Each slice carries the plan."""
 
     def __init__(self, table: Tensor, plan: CallPlan) -> None:
         self.table, self.plan = table, plan
@@ -48,8 +48,8 @@ class SlicedCarrierHook(CarrierHook):
 
 @dataclass(frozen=True)
 class Cosmos3Family(LatentsFamily):
-    """``Cosmos3OmniTransformer``. The window is over the video, frames that are given included; text, sound and actions see
-    all of it and are seen by it. The text's attention over itself stays as it is.
+    """``Cosmos3OmniTransformer``. The window is over the video, including given frames; text, sound and actions see all of the
+    video and are seen by it. The text's attention over itself is unchanged.
     """
 
     def processor(
@@ -96,10 +96,10 @@ class Cosmos3Family(LatentsFamily):
 
 
 def _start(rows: Tensor) -> int:
-    """The first of places that lie side by side.
+    """The first of consecutive places.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they are not consecutive.
     """
     if bool((rows[1:] - rows[:-1] != 1).any()):
         raise ValueError(f"{ROWS} are not one place after the other; windows need a clip's tokens side by side")

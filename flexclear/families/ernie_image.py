@@ -1,4 +1,4 @@
-"""ERNIE-Image: one sequence, the image first, then the text, padded; blocks take the sequence's axis first."""
+"""ERNIE-Image: one sequence of the image followed by the padded text; blocks take the sequence's axis first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexclear.runtime.grid import GridReader
 
 @dataclass(frozen=True)
 class ErnieImageFamily(LatentsFamily):
-    """``ErnieImageTransformer2DModel``. ``text_lens`` says how long each sample's text is."""
+    """``ErnieImageTransformer2DModel``. ``text_lens`` gives the length of each sample's text."""
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         call = super().read(model, kwargs, grids)

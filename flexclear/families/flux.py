@@ -15,7 +15,7 @@ from flexclear.runtime.processors import WindowProcessor, window_processor
 STACKS = {"transformer_blocks": "attn", "single_transformer_blocks": "attn"}
 PROCESSORS = ("FluxAttnProcessor", "FluxIPAdapterAttnProcessor")
 WITHOUT_IMAGES = {"ip_hidden_states": ()}
-"""An IP-Adapter that a call has no images for adds nothing."""
+"""Without images in a call, an IP-Adapter adds nothing."""
 
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 """Arguments with which FLUX-like models take a ControlNet's residuals, one row per image token."""
@@ -23,7 +23,7 @@ RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 @dataclass(frozen=True)
 class FluxFamily(TokensFamily):
-    """A model whose layers may have a parameter of their own: pooling weights, or those of a formula."""
+    """A model whose layers may have an additional parameter: pooling weights, or weights of a formula."""
 
     def processor(
         self, layer: Layer, original: Any, slot: int, down_factor: int | None, formula: Formula | None
@@ -43,7 +43,7 @@ class FluxFamily(TokensFamily):
 
 
 def _refuse_adapter(layer: Layer, original: Any, beside: str) -> None:
-    """Raise if a layer's processor has parts of its own, as an IP-Adapter's has.
+    """Raise if a layer's processor has modules of its own, like an IP-Adapter's.
 
     Raises:
         ValueError: it has.
@@ -53,10 +53,10 @@ def _refuse_adapter(layer: Layer, original: Any, beside: str) -> None:
 
 
 def _filled(layer: Layer, shape: tuple[int, ...], value: float) -> torch.Tensor:
-    """First value of a parameter of a layer's processor, where the layer is and of its type."""
+    """Initial value of a parameter of a layer's processor, on the layer's device and in its dtype."""
     weight = next(layer.module.parameters())
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    # Offloaded layers are empty between calls; these few numbers stay and follow the keys.
+    # Offloaded layers are empty between calls. These few numbers stay on the CPU, and move to the keys' device in each call.
     device = torch.device("cpu") if weight.is_meta else weight.device
     return torch.full(shape, value, device=device, dtype=dtype)
 

@@ -18,7 +18,7 @@ CACHE_ARGUMENTS = ("kv_cache_mode", "kv_cache", "num_ref_tokens")
 
 @dataclass(frozen=True)
 class Flux2Family(TokensFamily):
-    """A model that may be asked to cache the keys and values of its reference images."""
+    """A model that can be asked to cache the keys and values of its reference images, which is refused."""
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
         required_tensor(kwargs, self.text_ids, model)

@@ -29,8 +29,8 @@ TOKENS, IDS = "image_cond_hidden_states", "image_cond_ids"
 class Flux3Family(TokensFamily):
     """``Flux3Transformer2DModel``.
 
-    Tokens stay in raster order, but for attention: an image's order depends on where it begins in the sequence, and that is
-    another place in each kind of block. Blocks over text alone stay as they are.
+    Tokens stay in raster order except in attention: an image's order depends on where it begins in the sequence, and that
+    differs between the kinds of blocks. Blocks over text alone are unchanged.
     """
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
@@ -82,7 +82,7 @@ FLUX3 = Flux3Family(
     model_class="Flux3Transformer2DModel",
     processors=("Flux3AttnProcessor",),
     stacks={"mode_blocks.image": "attn", "mode_blocks.image_cond": "attn", "single_transformer_blocks": "attn"},
-    # Rotary embeddings are concatenated on their way; of modulations these reach the blocks as they are.
+    # The model concatenates rotary embeddings before they reach the blocks; these modulations reach them unchanged.
     carriers=("single_stream_modulations.txt", "early_stream_modulations.image", "early_stream_modulations.image_cond"),
     block_argument="image_rotary_emb",
     scopes={"mode_blocks.image": IMAGE, "mode_blocks.image_cond": REFERENCES},

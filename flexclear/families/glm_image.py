@@ -1,4 +1,4 @@
-"""GLM-Image: CogView4's blocks, with tokens of a prior, and caches of the keys and values of condition images."""
+"""GLM-Image: CogView4's blocks, with prior tokens and caches of the keys and values of condition images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexclear.runtime.grid import GridReader
 
 @dataclass(frozen=True)
 class GlmImageFamily(LatentsFamily):
-    """``GlmImageTransformer2DModel``. Its pipeline gives caches in every call, which without condition images do nothing."""
+    """``GlmImageTransformer2DModel``. Its pipeline passes caches in every call; without condition images they do nothing."""
 
     def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:
         caches = kwargs.get("kv_caches")

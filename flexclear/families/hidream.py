@@ -1,4 +1,4 @@
-"""HiDream-I1: the image first, then what fills it up if it is not square, then the texts of T5 and of two of Llama's layers."""
+"""HiDream-I1: the image first, then padding if it is not square, then the text features of T5 and of two Llama layers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PACKED = "tokens that are packed already may be of several sizes. Give latents [
 class HiDreamFamily(LatentsFamily):
     """``HiDreamImageTransformer2DModel``.
 
-    Latents that are not square are filled up to ``model.max_seq`` tokens. Those take part in attention, with keys of zero: the
-    window treats them as text.
+    Latents that are not square are padded to ``model.max_seq`` tokens. The padding takes part in attention, with keys of zero,
+    and the window treats it as text.
     """
 
     def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:

@@ -1,4 +1,4 @@
-"""HunyuanImage 2.1 and its refiner: the image first, then the text, padded, to which that of quoted words is joined."""
+"""HunyuanImage 2.1 and its refiner: the image first, then the padded text, joined with the text of quoted words."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flexclear.runtime.facts import JOINT, Call
 from flexclear.runtime.grid import GridReader
 
 TEXTS = {"encoder_hidden_states": "encoder_attention_mask", "encoder_hidden_states_2": "encoder_attention_mask_2"}
-"""Arguments with a text's features, and with its mask."""
+"""Arguments with a text's features, each with the argument of its mask."""
 
 
 @dataclass(frozen=True)
 class HunyuanImageFamily(LatentsFamily):
     """``HunyuanImageTransformer2DModel``. Its refiner takes latents of one frame, ``[B, C, 1, H, W]``.
 
-    The model joins its two texts in each sample: first what is no padding of either, then what is.
+    In each sample the model joins its two texts: first the unpadded tokens of both, then the padding.
     """
 
     def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:

@@ -1,4 +1,4 @@
-"""HunyuanVideo and HunyuanVideo 1.5: the video first, then the text, what is padding of it last."""
+"""HunyuanVideo and HunyuanVideo 1.5: the video first, then the text, with its padding last."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ TEXT, MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 def _keep(text_len: int, lengths: Tensor) -> Tensor:
-    """The first ``lengths`` ``[B]`` of each sample's text tokens, bool ``[B, text_len]``."""
+    """Marks the first ``lengths`` (``[B]``) text tokens of each sample, bool ``[B, text_len]``."""
     return torch.arange(text_len, device=lengths.device) < lengths[:, None]
 
 
 @dataclass(frozen=True)
 class HunyuanVideoFamily(LatentsFamily):
-    """``HunyuanVideoTransformer3DModel``. Its refiner of the text attends over text alone, and stays as it is.
+    """``HunyuanVideoTransformer3DModel``. Its text refiner attends over text alone, and is unchanged.
 
-    Of image to video, the first frame of the tokens is the image's, without noise and with a time of its own
-    (``token_replace``), or latents of the image are further channels (``latent_concat``): tokens in raster order, as the model
-    has them, and one grid.
+    For image to video, the first frame of tokens is the image's, without noise and with its own timestep (``token_replace``), or
+    the image's latents are additional channels (``latent_concat``). Either way there is one grid, with tokens in raster order.
     """
 
     def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:
@@ -35,7 +34,7 @@ class HunyuanVideoFamily(LatentsFamily):
         mask = required_mask(kwargs, MASK, TEXT, model)
         if grids.all_true(mask):
             return call
-        # The model counts what the mask keeps, and takes as many of the first tokens.
+        # The model counts the tokens that the mask keeps, and takes this many from the beginning.
         return replace(call, keep={JOINT: _keep(mask.shape[1], mask.sum(1, dtype=torch.int))})
 
     def why_not_parallel(self, model: nn.Module) -> str | None:
@@ -49,8 +48,8 @@ class HunyuanVideoFamily(LatentsFamily):
 class HunyuanVideo15Family(LatentsFamily):
     """``HunyuanVideo15Transformer3DModel``.
 
-    In each sample it joins an encoded image, quoted words and the prompt: first what counts of each, then what pads it. An
-    image that is all zeros, in the whole batch, is none.
+    In each sample it joins an encoded image, quoted words and the prompt: first the unpadded tokens of each, then their padding.
+    If the image is all zeros in the whole batch, there is none.
     """
 
     def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:

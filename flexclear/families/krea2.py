@@ -1,4 +1,4 @@
-"""Krea 2: one stack over text and image, whose heads share keys and values; the text always comes with a mask."""
+"""Krea 2: one stack over text and image with grouped key and value heads; the text always comes with a mask."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MASK = "encoder_attention_mask"
 class Krea2Family(TokensFamily):
     """``Krea2Transformer2DModel``.
 
-    The blocks that fuse the text encoder's layers attend over text alone, and stay as they are.
+    The blocks that fuse the text encoder's layers attend over text alone, and are unchanged.
     """
 
     def processor(
         self, layer: Layer, original: Any, slot: int, down_factor: int | None, formula: Formula | None
     ) -> WindowProcessor:
         processor = super().processor(layer, original, slot, down_factor, formula)
-        # diffusers repeats the heads of keys and values, for SDPA's kernels that take a mask.
+        # diffusers repeats key and value heads, for the SDPA kernels that take a mask.
         processor.groups = layer.module.num_heads // layer.module.num_kv_heads
         return processor
 

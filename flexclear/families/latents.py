@@ -27,7 +27,7 @@ OWN_ROTARY = "the window travels with the rotary embedding that the model makes 
 
 
 class StretchHook(Hook):
-    """Forward hook of the module that makes the rotary embedding: of a call with another base, what that makes."""
+    """Forward hook of the module that makes the rotary embedding: in a call with another base, returns that embedding."""
 
     after = True
 
@@ -35,14 +35,14 @@ class StretchHook(Hook):
         plan: CallPlan | None = getattr(here, "leaving", None)
         if plan is None or plan.embedder is None:
             return output
-        # Its class's, not one that a hook has put on the module that it is a copy of.
+        # The class's forward: the embedder is a copy, and may have copied a forward that a hook put on the original.
         return type(plan.embedder).forward(plan.embedder, *args, **kwargs)
 
 
 @dataclass(frozen=True)
 class LatentsFamily(Family):
     """A model whose image tokens are the patches of its latents, frame by frame and row by row, with one text before or
-    behind them, or none where text reaches them by cross-attention, which is left alone.
+    after them, or with none if text is seen by cross-attention, which is unchanged.
 
     Tokens stay in raster order except inside attention. The size of a patch is the configuration's ``patch_size``, with
     ``patch_size_t`` frames if there is such an entry.
@@ -50,11 +50,11 @@ class LatentsFamily(Family):
     Attributes:
         embedder: path of the module that makes the rotary embedding, with its base as ``theta``; the first carrier by default.
         text: argument with the text's features, ``[B, tokens, C]``.
-        registers: number of the model's own tokens that go with the text.
-        positions: path of the number of learned positions, which form a square grid; None where no size is too large.
+        registers: number of the model's own tokens that are counted as text.
+        positions: path of the number of learned positions, which form a square grid; None if sizes are unlimited.
         refuses: arguments that a call must not have, and why.
-        rows: for a model that several ranks can share: the axis of the embedder's output with a row for each image token. Its
-            blocks take tokens first, and ``proj_out`` turns tokens into patches.
+        rows: for a model that several ranks can share: the axis of the embedder's output with a row for each image token. Such
+            a model's blocks take tokens first, and its ``proj_out`` turns tokens into patches.
     """
 
     raster: bool = True
@@ -80,7 +80,7 @@ class LatentsFamily(Family):
 
         Raises:
             ValueError: the latents have another shape, have several frames although the model takes only images, do not divide
-                into patches, or have more tokens to a side than the model has positions.
+                into patches, or have more tokens along a side than the model has positions.
         """
         patch = patch_of(model)
         if self.video and len(patch) == 2:
@@ -122,7 +122,7 @@ class LatentsFamily(Family):
         return kwargs, replace(plan, embedder=self.stretched(model, switches.ntk_factor))
 
     def stretched(self, model: nn.Module, factor: float) -> Any:
-        """A module like the one that makes the rotary embedding, of a base that is larger by ``factor``."""
+        """A module like the one that makes the rotary embedding, but with its base multiplied by ``factor``."""
         embedder: Any = copy.copy(self.embedder_of(model))
         embedder.theta *= factor
         return embedder
@@ -152,7 +152,7 @@ class LatentsFamily(Family):
 
 
 def patch_of(model: nn.Module) -> tuple[int, ...]:
-    """Sides of a patch in latents: height and width, for some models with frames in front."""
+    """Sides of a patch in latents: (height, width), or (frames, height, width) for some models."""
     config: Any = model.config
     given = config.patch_size
     sides = (given, given) if isinstance(given, int) else tuple(given)
@@ -160,7 +160,7 @@ def patch_of(model: nn.Module) -> tuple[int, ...]:
 
 
 def frames_of_patch(model: nn.Module) -> int:
-    """Frames of latents in a patch."""
+    """Number of latent frames in a patch."""
     config: Any = model.config
     return patch_of(model)[-3] if "patch_size" in config and len(patch_of(model)) > 2 else 1
 

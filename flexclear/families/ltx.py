@@ -1,6 +1,6 @@
-"""LTX-Video and LTX-2: packed tokens of a video, whose sizes the call says or whose coordinates show them.
+"""LTX-Video and LTX-2: packed tokens of a video, whose sizes are given in the call or follow from coordinates.
 
-Attention is over the video's tokens alone; that to text, and in LTX-2 sound and all attention from and to it, stays as it is.
+The window is over the video's tokens. Attention to text is unchanged; so are sound, and attention from and to it, in LTX-2.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FRACTIONS = (
 class LtxFamily(LatentsFamily):
     """``LTXVideoTransformer3DModel`` and ``LTX2VideoTransformer3DModel``.
 
-    Tokens beside the video's grid, such as those of an image that a later frame is conditioned on, see all and are seen by
-    all, as text is in other models.
+    Tokens outside the video's grid, such as those of an image that a later frame is conditioned on, see all tokens and are seen
+    by all, like text in other models.
 
     Attributes:
-        sized: whether the sizes are always given; elsewhere coordinates, where there are any, show them.
+        sized: whether the sizes are always given; otherwise they follow from coordinates, if there are any.
     """
 
     sized: bool = False
@@ -70,10 +70,10 @@ class LtxFamily(LatentsFamily):
         return Call(tokens, ((height, width),), {JOINT: beside}, frames=frames)
 
     def _given(self, model: nn.Module, kwargs: dict[str, Any], tokens: Tensor) -> tuple[int, int, int]:
-        """The sizes that the call says, in tokens.
+        """The sizes that the call gives, in tokens.
 
         Raises:
-            ValueError: one is missing or none.
+            ValueError: one is missing or invalid.
         """
         sizes: list[Any] = [kwargs.get(name) for name in SIZES]
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
@@ -88,7 +88,7 @@ class LtxFamily(LatentsFamily):
 
 
 def starts_of(coordinates: Tensor) -> Tensor:
-    """Frame, row and column of each token, float ``[3, tokens]``, of coordinates ``[B, 3, tokens]`` or of those with ends,
+    """Frame, row and column of each token, float ``[3, tokens]``, from coordinates ``[B, 3, tokens]``, or from starts and ends
     ``[B, 3, tokens, 2]``.
 
     Raises:
@@ -106,8 +106,8 @@ def starts_of(coordinates: Tensor) -> Tensor:
 
 
 def trailing_grid(coordinates: Tensor) -> tuple[int, int, int]:
-    """Frames, rows and columns of the video whose tokens are the last of these, frame by frame and row by row from the first
-    time on; tokens of conditions, at later times, may stand before them.
+    """Frames, rows and columns of the video that forms the last of these tokens, frame by frame and row by row from the first
+    time on. Tokens of conditions, at later times, may precede it.
 
     Raises:
         ValueError: there is no such video.
@@ -116,7 +116,7 @@ def trailing_grid(coordinates: Tensor) -> tuple[int, int, int]:
     length = len(times)
 
     def same(axis: Tensor) -> int:
-        """How many tokens at the end are at the place of the last."""
+        """How many tokens at the end share the last token's place."""
         other = torch.nonzero(axis != axis[-1])
         return length - 1 - int(other[-1]) if len(other) else length
 
@@ -140,8 +140,8 @@ def trailing_grid(coordinates: Tensor) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=64)
 def checking(frames: int, height: int, width: int) -> Callable[[Tensor], None]:
-    """A function that raises unless the first of its coordinates are those of a video of that size in raster order; the same
-    one for the same size, by which ``GridReader`` knows what it has read."""
+    """A function that raises unless coordinates begin with those of a video of this size in raster order. The same size gives
+    the same function, by which ``GridReader`` remembers results."""
 
     def check(coordinates: Tensor) -> None:
         count = frames * height * width
@@ -156,7 +156,7 @@ def checking(frames: int, height: int, width: int) -> Callable[[Tensor], None]:
 
 
 def _is_grid(times: Tensor, rows: Tensor, columns: Tensor, area: int, width: int) -> bool:
-    """Whether the coordinates of whole frames of ``area`` tokens are those of a grid, growing along each axis."""
+    """Whether the coordinates of whole frames of ``area`` tokens form a grid that grows along each axis."""
     shaped = [axis.view(-1, area // width, width) for axis in (times, rows, columns)]
     lines = [shaped[0][:, :1, :1], shaped[1][:1, :, :1], shaped[2][:1, :1, :]]
     grows = (bool((line.flatten().diff() > 0).all()) for line in lines)

@@ -1,4 +1,4 @@
-"""Lumina 2: each sample's image follows its own caption at once; a refiner of the image alone comes before."""
+"""Lumina 2: each sample's image directly follows its own caption; a refiner of the image alone runs before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGE = "image"
 
 @dataclass(frozen=True)
 class Lumina2Family(LatentsFamily):
-    """``Lumina2Transformer2DModel``. Its refiner of captions has no image tokens, and stays as it is."""
+    """``Lumina2Transformer2DModel``. Its caption refiner has no image tokens, and is unchanged."""
 
     def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:
         call = super().read(model, kwargs, grids)
@@ -31,7 +31,7 @@ class Lumina2Family(LatentsFamily):
             raise ValueError(
                 f"encoder_attention_mask must be of shape {tuple(text.shape[:2])} (batch, text tokens), got {tuple(mask.shape)}"
             )
-        # The model asks the device for them, too.
+        # The model reads the lengths from the device, too.
         lengths = grids.once(mask, _lengths)
         longest, (height, width) = max(lengths), call.grids[0]
         first, rows, columns = model.rope_embedder.axes_lens
@@ -54,7 +54,7 @@ def _lengths(mask: Tensor) -> tuple[int, ...]:
     """Length of each caption.
 
     Raises:
-        ValueError: a mask is not all ones first, then all zeros: the model reads its sum alone.
+        ValueError: a mask is not ones followed by zeros: the model reads only its sum.
     """
     lengths = mask.bool().sum(1)
     if not torch.equal(mask.bool(), torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
@@ -68,7 +68,7 @@ def _lengths(mask: Tensor) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=8)
 @independent
 def _embedder(kind: type, theta: float, dims: tuple[int, ...], lens: tuple[int, ...], patch: int) -> Any:
-    """Rotary embedding of another base: tables, kept for the calls to come."""
+    """Rotary embedding with another base: tables, cached for later calls."""
     return kind(theta, list(dims), list(lens), patch)
 
 

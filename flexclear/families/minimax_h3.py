@@ -19,16 +19,16 @@ from flexclear.runtime.grid import GridReader
 ROWS, POSITIONS = "video_indices", "position_ids"
 
 CLIP = (17, 5)
-"""Frames that the VAE encodes at a time, and those behind the last whole clip."""
+"""Number of frames that the VAE encodes at a time, and of frames after the last whole clip."""
 
 
 @dataclass(frozen=True)
 class MiniMaxH3Family(LatentsFamily):
     """``MiniMaxH3Transformer3DModel``.
 
-    The video that is made is what the window is over: the last of the video's rows, as many as lie side by side and have
-    positions of one grid at ever later times. All other rows see all and are seen by all: text, sound, and keyframes and
-    references, which are clips of their own at times that the video has too. The refiner of the text stays as it is.
+    The window is over the generated video: the last of the video's rows that are consecutive and have the positions of one grid
+    at increasing times. All other rows see all rows and are seen by all: text, sound, keyframes and references. The latter two
+    are separate clips, at times that the video has too. The text refiner is unchanged.
     """
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
@@ -45,7 +45,7 @@ class MiniMaxH3Family(LatentsFamily):
         return Call(tokens, ((height, width),), {JOINT: text_len}, frames=frames, start=start)
 
     def latent_frames(self, num_frames: int, frames_per_latent: int) -> int:
-        # Clips of 17 frames make five, and the pipeline goes on to the next 17 n + 5, of which the last five make two.
+        # Each clip of 17 frames makes five latent frames. The pipeline extends to the next 17 n + 5, whose last five make two.
         return 5 * -(-(num_frames - CLIP[1]) // CLIP[0]) + 2 if num_frames > CLIP[1] else 2
 
     def stretched(self, model: nn.Module, factor: float) -> Any:
@@ -62,7 +62,7 @@ def _embedder(kind: Any, frequencies: int, theta: float) -> Any:
 
 
 def _last_run(rows: Tensor) -> tuple[int, int]:
-    """Where the last of these places that lie side by side begin and end.
+    """Begin and end of the last run of consecutive places.
 
     Raises:
         ValueError: there are none, or one is named twice.
@@ -78,22 +78,22 @@ def _last_run(rows: Tensor) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _clip_reader(first: int, last: int) -> Callable[[Tensor], tuple[int, int, int, int]]:
-    """``read_clip`` of such rows, the same function for the same, by which ``GridReader`` knows what it has read."""
+    """``read_clip`` with these rows. Equal arguments give the same function, by which ``GridReader`` remembers results."""
     return functools.partial(read_clip, first=first, last=last)
 
 
 def read_clip(positions: Tensor, first: int, last: int) -> tuple[int, int, int, int]:
     """Where the last clip among rows ``first`` to ``last`` begins, and its frames, height and width in tokens.
 
-    A clip is a number of frames of one time each, ever later, whose rows and columns are the same grid in raster order; how far
-    apart they are is of no consequence.
+    A clip is a number of frames at increasing times, whose rows and columns form the same grid in raster order. The distances
+    between positions do not matter.
 
     Args:
         positions: time, row and column of every token, ``[N, 3]``.
         first, last: the rows to look at, the last one excluded.
 
     Raises:
-        ValueError: the last frame is no full grid in raster order, as where two tokens share a position.
+        ValueError: the last frame is not a full grid in raster order, for example because two tokens share a position.
     """
     own = positions[first:last].cpu()
     times, places = own[:, 0], own[:, 1:]

@@ -1,4 +1,4 @@
-"""Mochi: diffusers attends over each sample's video and unpadded text on its own; here all samples do at once, by a mask."""
+"""Mochi: diffusers runs attention for each sample separately, over video and unpadded text; here one masked call serves all."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MASK = "encoder_attention_mask"
 
 
 class MochiJointAttnProcessor:
-    """diffusers' ``MochiAttnProcessor2_0`` for all samples of a batch at once. That one takes the text tokens of each sample
-    that are no padding out, which needs their number on the host; here padding stays, and the plan masks it.
+    """diffusers' ``MochiAttnProcessor2_0`` for all samples of a batch at once. The original extracts each sample's unpadded
+    text tokens, for which it needs their number on the host; here padding stays, and the plan masks it.
 
-    What padding itself attends to is of no consequence, since nothing sees it.
+    What padding itself attends to does not matter, since nothing sees it.
     """
 
     def __call__(
@@ -54,7 +54,7 @@ class MochiJointAttnProcessor:
 
 
 def _turned(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys ``[B, N, heads, head_dim]`` with neighbouring channels turned, by ``[N, heads, head_dim / 2]``."""
+    """Queries or keys ``[B, N, heads, head_dim]`` with neighbouring channels rotated, by ``[N, heads, head_dim / 2]``."""
     first, second = tokens.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     return turned.to(tokens.dtype).flatten(-2)
@@ -62,12 +62,12 @@ def _turned(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MochiFamily(LatentsFamily):
-    """``MochiTransformer3DModel``. The pooling of its text stays as it is."""
+    """``MochiTransformer3DModel``. The pooling of its text is unchanged."""
 
     def processor(
         self, layer: Layer, original: Any, slot: int, down_factor: int | None, formula: Formula | None
     ) -> WindowProcessor:
-        super().processor(layer, original, slot, down_factor, formula)  # which refuses what it cannot do
+        super().processor(layer, original, slot, down_factor, formula)  # raises for unsupported settings
         return window_processor(original, slot, MochiJointAttnProcessor, given=self.given)
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
@@ -83,7 +83,7 @@ def _lengths(mask: Tensor) -> tuple[int, ...]:
     """Length of each text.
 
     Raises:
-        ValueError: a mask is not all ones first, then all zeros: diffusers would mix the text tokens up.
+        ValueError: a mask is not ones followed by zeros: diffusers would mix up the text tokens.
     """
     lengths = mask.bool().sum(1)
     if not torch.equal(mask.bool(), torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):

@@ -1,5 +1,5 @@
-"""Models that are handed packed tokens and position ids, and need no more than saying so: LongCat-Image, Ovis-Image, Bria
-3.2 and FIBO."""
+"""Models that take packed tokens and position ids, for which a declaration is enough: LongCat-Image, Ovis-Image, Bria 3.2 and
+FIBO."""
 
 from __future__ import annotations
 

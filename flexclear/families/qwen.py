@@ -1,4 +1,4 @@
-"""Qwen-Image, Edit and Layered: double-stream blocks, text first and padded, RoPE made inside from ``img_shapes``."""
+"""Qwen-Image, Edit and Layered: double-stream blocks, padded text first, RoPE made inside the model from ``img_shapes``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class QwenFamily(Family):
         if switches.ntk_factor != 1:
             kind: Any = type(embed)
             embed = _rope(kind, embed.theta * switches.ntk_factor, tuple(embed.axes_dim), embed.scale_rope)
-        # Real numbers in the plan's order; the model's own are complex ones in raster order.
+        # Real numbers in the plan's order; the model's own tables are complex and in raster order.
         image, words = _tables(embed, kwargs["img_shapes"], text.shape[1], tokens.device)
         tables = (torch.cat([own, plan.to_image_order(table, dim=0)]) for own, table in zip(words, image, strict=True))
         cos, sin = (table[None, :, None] for table in tables)
@@ -65,8 +65,8 @@ class QwenFamily(Family):
 
 
 def grids_of(img_shapes: Any) -> Grids:
-    """Grids of ``img_shapes`` in the two forms that diffusers' pipelines hand over: ``[[(1, h, w), ...], ...]`` and, for
-    one grid per sample, ``[(1, h, w), ...]``.
+    """Grids of ``img_shapes`` in the two forms that diffusers' pipelines pass: ``[[(1, h, w), ...], ...]`` and, with one
+    grid per sample, ``[(1, h, w), ...]``.
 
     Raises:
         ValueError: another form, images of several frames, or samples of different sizes.
@@ -98,7 +98,7 @@ def _kept_text(kwargs: dict[str, Any], text: Tensor, reader: GridReader) -> dict
     """``Call.keep`` of a call.
 
     Raises:
-        ValueError: the mask is none, or of another shape than the text.
+        ValueError: it is not a mask, or its shape does not match the text.
     """
     mask = kwargs.get("encoder_hidden_states_mask")
     if mask is None:
@@ -114,7 +114,7 @@ def _kept_text(kwargs: dict[str, Any], text: Tensor, reader: GridReader) -> dict
 @functools.lru_cache(maxsize=8)
 @independent
 def _rope(kind: type, theta: float, axes: tuple[int, ...], scale_rope: bool) -> Any:
-    """A rotary embedding of another base: tables of 8192 positions, kept for the calls to come."""
+    """A rotary embedding with another base: tables of 8192 positions, cached for later calls."""
     return kind(theta, list(axes), scale_rope)
 
 

@@ -1,4 +1,4 @@
-"""Qwen-Image 2.1: text and condition images are causal, and see nothing of the image; the image's rows, the last, see all."""
+"""Qwen-Image 2.1: text and condition images attend causally and do not see the image; the image's rows come last and see all."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from flexclear.runtime.mechanism import Formula
 from flexclear.runtime.processors import WindowProcessor
 
 SLOT = 4
-"""Tokens of an image that one place among the text's features stands for."""
+"""Number of image tokens that one place among the text's features stands for."""
 
 
 @dataclass(frozen=True)
 class QwenImage21Family(LatentsFamily):
     """``QwenImage21Transformer2DModel``.
 
-    Its stock processor attends in parts: each stretch of text and each condition image over what comes before it, and at last
-    the image's rows over all. The window is that of the last; all that comes before the image counts as text, and keeps its own
-    attention. So a cache of its keys and values holds what the dense model's does.
+    Its stock processor attends in parts: each stretch of text and each condition image over everything up to it, and finally
+    the image's rows over all. The window applies to the last part. Everything before the image counts as text and keeps its
+    own attention, so a cache of its keys and values holds the same as the dense model's.
     """
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
@@ -85,7 +85,7 @@ class QwenImage21Family(LatentsFamily):
 
 
 def _alike_and_trailing(places: Tensor) -> tuple[bool, int]:
-    """Whether all samples have the same places of images, and how many of them are at the end."""
+    """Whether all samples have images at the same places, and how many such places are at the end."""
     others = torch.nonzero(~places[0].bool())[:, 0]
     return bool((places == places[:1]).all()), places.shape[1] - (int(others[-1]) + 1 if len(others) else 0)
 
@@ -93,7 +93,7 @@ def _alike_and_trailing(places: Tensor) -> tuple[bool, int]:
 @functools.lru_cache(maxsize=8)
 @independent
 def _embedder(kind: type, theta: float, dims: tuple[int, ...]) -> Any:
-    """Rotary embedding of another base: tables of 8192 positions, kept for the calls to come."""
+    """Rotary embedding with another base: tables of 8192 positions, cached for later calls."""
     return kind(theta, list(dims))
 
 

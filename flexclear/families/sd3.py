@@ -24,11 +24,11 @@ IMAGE = "image"
 """Scope of the second attention of SD3.5 medium's blocks, which sees no text."""
 
 PX_PER_LATENT = 8
-"""Pixels per latent and side of the VAE that SD3 and SD3.5 have."""
+"""Pixels per latent, along each side, of the VAE of SD3 and SD3.5."""
 
 
 class FusedJointAttnProcessor:
-    """diffusers' ``FusedJointAttnProcessor2_0`` with SD3.5's norms of query and key, which that leaves out."""
+    """diffusers' ``FusedJointAttnProcessor2_0`` with SD3.5's norms of query and key, which the original leaves out."""
 
     def __call__(
         self,
@@ -93,7 +93,7 @@ class SD3Family(Family):
                     f"block_controlnet_hidden_states of shape {tuple(residual.shape)} do not fit latents of "
                     f"{grid[0]} x {grid[1]} = {grid[0] * grid[1]} tokens"
                 )
-        # Tokens are permuted where the first block begins. When that block is skipped, they stay in raster order.
+        # Tokens are permuted before the first block. If that block is skipped, they stay in raster order.
         order = "raster" if 0 in (kwargs.get("skip_layers") or ()) else None
         return Call(latents, (grid,), {JOINT: text.shape[1], IMAGE: 0}, order=order)
 
@@ -161,7 +161,7 @@ def _grid(model: nn.Module, latents: Tensor) -> tuple[int, int]:
 
 
 def _to_raster(image: Tensor, patch: int, plan: CallPlan) -> Tensor:
-    """Patches of an image ``[B, C, H, W]``, which lie in the plan's order, back at their places."""
+    """An image ``[B, C, H, W]`` whose patches lie in the plan's order, with each patch back in its place."""
     if plan.base.inverse is None:
         return image
     channels, rows, columns = (image.shape[1], image.shape[2] // patch, image.shape[3] // patch)

@@ -1,4 +1,4 @@
-"""Hooks inside a model that makes its tokens itself: where they come into an order, and where several ranks share them."""
+"""Hooks inside a model that makes its tokens itself: they put tokens in order, and share them among several ranks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from flexclear.runtime.carrying import Hook, carried_by, carrying
 
 
 class OrderHook(Hook):
-    """Forward pre-hook of the first block: image tokens, which have their positions by now, into the plan's order.
+    """Forward pre-hook of the first block: puts image tokens, which have their positions by now, into the plan's order.
 
-    Blocks are called by name, and by position with the image first under gradient checkpointing.
+    Blocks are called with keyword arguments, but under gradient checkpointing with positional ones, the image first.
     """
 
     def __call__(
@@ -21,17 +21,17 @@ class OrderHook(Hook):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         plan = carried_by((*args, *kwargs.values()))
         if plan is None:
-            return args, kwargs  # the block alone: its attention says what is missing
+            return args, kwargs  # the block was called alone: its attention raises
         if args:
             return (plan.to_image_order(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
 
 
 class RowsHook(Hook):
-    """Forward hook of the module that makes the rotary embedding: the rows of this rank's tokens.
+    """Forward hook of the module that makes the rotary embedding: selects the rows of this rank's tokens.
 
     Attributes:
-        dim: along which there is a row for each token.
+        dim: axis with a row for each token.
     """
 
     after = True
@@ -47,7 +47,7 @@ class RowsHook(Hook):
 
 
 class GatherHook(Hook):
-    """Forward hook of the last layer before patches become an image: the tokens of all ranks, in raster order."""
+    """Forward hook of the last layer before patches become an image: gathers the tokens of all ranks in raster order."""
 
     after = True
 

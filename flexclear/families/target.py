@@ -11,20 +11,20 @@ from flexclear.families.latents import frames_of_patch
 from flexclear.masks.checks import check_int
 
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
-"""What pipelines call their models. Some have several: one for the first and one for the later denoising steps (Wan 2.2), or one
-for calls with references (MiniMax-H3)."""
+"""Names of the models in pipelines. Some pipelines have several: one for the first and one for the later denoising steps (Wan
+2.2), or one for calls with references (MiniMax-H3)."""
 
 SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
-"""What pipelines call pixels and frames that a latent stands for."""
+"""Pipeline attributes with the number of pixels or frames per latent."""
 
 
 def model_of(model_or_pipe: Any) -> nn.Module:
     """The transformer: ``model_or_pipe`` itself, or the only one in a diffusers pipeline.
 
     Raises:
-        TypeError: neither, or a wrapper around the model, or a pipeline with several; the message names what was given and what
-            would do.
+        TypeError: neither, or a wrapper around the model, or a pipeline with several; the message says what was passed and what
+            would work.
     """
     found = models_of(model_or_pipe)
     if len(found) > 1:
@@ -36,10 +36,10 @@ def model_of(model_or_pipe: Any) -> nn.Module:
 
 
 def models_of(model_or_pipe: Any) -> list[nn.Module]:
-    """The transformers of a diffusers pipeline; of a model, itself.
+    """The transformers of a diffusers pipeline, or the model itself.
 
     Raises:
-        TypeError: neither, or a wrapper around a model; the message names what was passed and what would do.
+        TypeError: neither, or a wrapper around a model; the message says what was passed and what would work.
     """
     found = below_compile(model_or_pipe)
     for model, compiled in found:
@@ -52,14 +52,14 @@ def models_of(model_or_pipe: Any) -> list[nn.Module]:
 
 
 def names_of(model_or_pipe: Any) -> list[str]:
-    """What the pipeline calls each of ``models_of``; of a model, the name of the first."""
+    """The pipeline's attribute names of ``models_of``; for a model alone, the first such name."""
     if isinstance(model_or_pipe, nn.Module):
         return [TRANSFORMERS[0]]
     return [name for name, _ in _transformers(model_or_pipe)]
 
 
 def below_compile(model_or_pipe: Any) -> list[tuple[nn.Module, bool]]:
-    """``models_of`` below ``torch.compile(model)`` too, and whether that is where each is.
+    """``models_of``, also inside ``torch.compile(model)``, each with whether it is inside such a wrapper.
 
     Raises:
         TypeError: see ``models_of``.
@@ -104,8 +104,8 @@ def _below_compile(model: Any, where: str) -> tuple[nn.Module, bool]:
 
 
 def _inside(model: Any) -> tuple[nn.Module, str]:
-    """The supported model inside wrappers such as peft's, DDP's, FSDP's and DeepSpeed's, and how to reach it; the model
-    given and no path where it is none of these."""
+    """The supported model inside wrappers such as those of peft, DDP, FSDP and DeepSpeed, and the path to it; or the given model
+    and an empty path if it is not wrapped like this."""
     inside, path = model, ""
     while not any(family.matches(inside) for family in FAMILIES):
         if callable(getattr(inside, "get_base_model", None)):
@@ -130,7 +130,7 @@ def px_per_token(model_or_pipe: Any) -> int:
     if factor is not None and not _transformers(model_or_pipe):
         return factor * getattr(
             model_or_pipe, "patch_size", Family.latents_per_token
-        )  # one that has not been loaded yet
+        )  # a pipeline whose model has not been loaded yet
     family = family_of(below_compile(model_or_pipe)[0][0])
     if factor is None:
         return family.px_per_token
@@ -139,8 +139,8 @@ def px_per_token(model_or_pipe: Any) -> int:
 
 
 def latent_frames(model_or_pipe: Any, num_frames: int) -> int:
-    """Number of frames in tokens of a video with ``num_frames``: from a pipeline's VAE, or for a model alone its family's
-    published one, and from the patches.
+    """Number of token frames of a video with ``num_frames`` frames: from a pipeline's VAE, or for a model alone from its family's
+    published VAE, and from the patches.
 
     Raises:
         TypeError: neither a model that flexclear supports nor a pipeline with one.
@@ -159,5 +159,5 @@ def latent_frames(model_or_pipe: Any, num_frames: int) -> int:
 
 
 def _of_vae(pipe: Any, *names: str) -> int | None:
-    """What a pipeline says of its VAE under the first of these names that it has; None where it says nothing."""
+    """The first of these attributes of a pipeline that is an int, or None."""
     return next((found for found in (getattr(pipe, name, None) for name in names) if isinstance(found, int)), None)

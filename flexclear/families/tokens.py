@@ -1,4 +1,4 @@
-"""Models that take image tokens and their position ids, as FLUX does."""
+"""Models that take image tokens and their position ids, like FLUX."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class TokensFamily(Family):
 
     Attributes:
         ids: argument with the ids, ``[tokens, axes]``.
-        axes: the meaning of their columns.
+        axes: the meaning of the ids' columns.
         joint_ids: whether the text's ids come first in the same argument.
         text: argument with the text's features, ``[B, tokens, C]``.
         text_ids: argument with the text's ids, for a model whose rotary embedding an NTK factor can stretch.
-        embed: path of the module that makes the rotary embedding from them.
+        embed: path of the module that makes the rotary embedding from the ids.
         residuals: arguments with a ControlNet's residuals, one row per image token.
         attention_kwargs: argument that is passed to the processors.
-        text_mask: whether it may hold an ``attention_mask``, bool ``[B or 1, 1, 1, text + image]``, False for padding;
-            otherwise a mask is refused.
+        text_mask: whether ``attention_kwargs`` may hold an ``attention_mask``, bool ``[B or 1, 1, 1, text + image]``, False
+            for padding; otherwise a mask is refused.
         refused: arguments that no window supports, and why.
     """
 
@@ -64,10 +64,10 @@ class TokensFamily(Family):
         return call if keep is None else replace(call, keep={JOINT: keep})
 
     def _kept(self, mask: Any, text: Tensor, tokens: Tensor, reader: GridReader) -> Tensor | None:
-        """Which text the mask among the processors' arguments keeps, bool ``[B, text_len]``; None: all.
+        """Which text tokens the mask among the processors' arguments keeps, bool ``[B, text_len]``; None: all.
 
         Raises:
-            ValueError: it is none of padded text.
+            ValueError: it is not a mask of padded text.
         """
         batch, count, where = (
             len(tokens),
@@ -95,13 +95,13 @@ class TokensFamily(Family):
         """Arguments in the plan's order: image tokens, their ids, ControlNet residuals."""
         changed = {**kwargs, "hidden_states": plan.to_image_order(kwargs["hidden_states"])}
         others = kwargs.get(self.attention_kwargs)
-        if others and "attention_mask" in others:  # The plan has it.
+        if others and "attention_mask" in others:  # The plan has the mask.
             changed[self.attention_kwargs] = {name: each for name, each in others.items() if name != "attention_mask"}
         given = kwargs[self.ids]
         text, image = given.tensor_split((kwargs[self.text].shape[1] if self.joint_ids else 0,), dim=-2)
         ids = plan.to_image_order(image, dim=-2)
         if exact:
-            # Batched ids are batched for a reason in some families (FLUX.2); the batch shares its grid.
+            # Some families need batched ids (FLUX.2); the batch shares its grid.
             first, ids = (tensor[0] if given.ndim == 3 else tensor for tensor in (image, ids))
             ids = exact_ids(ids, plan.base.rows, plan.base.columns, self.axes, first[0])
             ids = ids if given.ndim == 2 else ids[None].expand(len(given), -1, -1)
@@ -112,7 +112,7 @@ class TokensFamily(Family):
         return changed
 
     def stretched(self, model: nn.Module, kwargs: dict[str, Any], switches: Switches) -> Rotary:
-        """The rotary embedding of a larger base, of arguments that ``permuted`` returned."""
+        """The rotary embedding with a larger base, for arguments that ``permuted`` returned."""
         embed: Any = model.get_submodule(self.embed)
         names = (self.ids,) if self.joint_ids else (self.text_ids, self.ids)
         *text, image = (kwargs[name][0] if kwargs[name].ndim == 3 else kwargs[name] for name in names)
@@ -131,7 +131,7 @@ def check_tokens(
     source: str = "the position ids describe",
     name: str = "hidden_states",
 ) -> None:
-    """Raise unless the argument ``name`` holds as many tokens as the grids have; ``source`` says where those come from.
+    """Raise unless the argument ``name`` holds as many tokens as the grids have; ``source`` says where the grids come from.
 
     Raises:
         ValueError: they do not.
@@ -147,12 +147,12 @@ def check_tokens(
 
 
 def check_residuals(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Raise unless a ControlNet's residuals have a row for each of ``hidden_states``' tokens, which have been checked.
+    """Raise unless a ControlNet's residuals have a row for each token of ``hidden_states``, which has been checked.
 
-    Without this, putting them into the tokens' order would take the first rows of longer ones.
+    Without this check, permuting residuals that are too long would silently use their first rows.
 
     Raises:
-        ValueError: they have not.
+        ValueError: they do not.
     """
     length = kwargs["hidden_states"].shape[1]
     for name in names:
@@ -166,12 +166,12 @@ def check_residuals(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
 
 
 def kept_text(mask: Tensor, name: str, text: Tensor, tokens: Tensor, reader: GridReader) -> Tensor | None:
-    """Which text tokens a mask over text and image keeps, bool ``[B, text_len]``; None where it keeps all.
+    """Which text tokens a mask over text and image keeps, bool ``[B, text_len]``; None if it keeps all.
 
     Args:
-        mask: bool ``[B or 1, ..., text + image]``, axes of one between.
-        name: its argument.
-        text, tokens: of the call.
+        mask: bool ``[B or 1, ..., text + image]`` with axes of size 1 in between.
+        name: name of the mask's argument.
+        text, tokens: the call's text features and image tokens.
         reader: remembers what was read.
 
     Raises:
@@ -188,7 +188,7 @@ def kept_text(mask: Tensor, name: str, text: Tensor, tokens: Tensor, reader: Gri
 
 
 def _last_hidden(mask: Tensor) -> int:
-    """The last token that a bool mask ``[..., N]`` hides in some sample, -1 if it hides none."""
+    """The last token that a bool mask ``[..., N]`` hides in any sample; -1 if it hides none."""
     hidden = torch.nonzero((~mask).flatten(0, -2).any(dim=0))[:, 0]
     return int(hidden[-1]) if len(hidden) else -1
 

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, VACE, and SkyReels V2: attention over a video's tokens alone, beside cross-attention to text and image."""
+"""Wan 2.1 and 2.2, VACE, and SkyReels V2: self-attention over the video's tokens, and cross-attention to text and image."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CAUSAL = (
 
 @dataclass(frozen=True)
 class WanFamily(LatentsFamily):
-    """``WanTransformer3DModel`` and what is like it. Times may be one for each token (Wan 2.2 TI2V): they and the tokens are in
-    raster order.
+    """``WanTransformer3DModel`` and similar models. There may be a timestep per token (Wan 2.2 TI2V); timesteps and tokens are
+    in raster order.
     """
 
     def read(self, model: Any, kwargs: dict[str, Any], grids: GridReader) -> Call:
@@ -46,7 +46,7 @@ class WanFamily(LatentsFamily):
 
 
 THETA = 10000.0
-"""Base of the frequencies, which the embedding keeps in its tables alone."""
+"""Base of the frequencies; the embedding keeps only tables, not the base."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -54,7 +54,7 @@ THETA = 10000.0
 def _stretched(
     kind: Any, head_dim: int, patch: tuple[int, ...], longest: int, theta: float, device: torch.device
 ) -> nn.Module:
-    """A rotary embedding with tables of another base."""
+    """A rotary embedding with tables for another base."""
     return kind(head_dim, patch, longest, theta).to(device)
 
 

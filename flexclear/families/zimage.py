@@ -1,17 +1,17 @@
-"""Z-Image: the image first, behind it the image's padding, the caption and the caption's padding, all text to the window.
+"""Z-Image: the image first, then its padding, the caption and the caption's padding, which the window treats as text.
 
-Each image's tokens are padded to a multiple of 32, each caption's likewise, and these pads are tokens that are seen
-like any others. Two refiner blocks attend over the image and its pads only (scope ``IMAGE``); two more over captions
-only, which no window concerns; the rest over everything (``JOINT``). Captions of different lengths in a batch leave
-places at the end of the shorter ones that nobody sees (``Call.keep``).
+The tokens of each image and of each caption are padded to a multiple of 32, and these pads are visible like any other
+tokens. Two refiner blocks attend over the image and its pads only (scope ``IMAGE``); two more attend over captions only and
+have no window; the rest attend over everything (``JOINT``). If captions in a batch differ in length, nobody sees the places
+after the end of the shorter ones (``Call.keep``).
 
-The model takes images apart itself, so the entry exchanges whole patches of the latents, and the exit puts the patches of
-the result back. The model's own rotary embedding, in raster order, is not used where there are image tokens: the plan holds
-one in its order, with the NTK factor on its base. The refiner of captions keeps the model's own.
+The model cuts images into patches itself, so the entry permutes whole patches of the latents, and the exit puts the patches
+of the result back. The model's own rotary embedding, in raster order, is not used for image tokens: the plan holds one in
+its order, with the NTK factor applied to its base. The caption refiner keeps the model's own.
 
-On one of several ranks the model gets an image of the rank's own patches, and pads that. A hook before the first block puts
-as many pads there as the whole image has, since they are text to the window and every rank has all of it; and one behind
-the last layer makes its output as long as the model takes it to be.
+On one of several ranks the model gets an image made of the rank's own patches, and pads it. The window treats pads as text,
+of which every rank has all, so a hook before the first block replaces them by as many pads as the whole image has. A hook
+after the last layer makes the output as long as the model expects.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from flexclear.runtime.rotary import Rotary, cos_and_sin
 from flexclear.runtime.switches import Switches
 
 IMAGE = "image"
-"""Scope of the refiner blocks, which see the image and its padding."""
+"""Scope of the refiner blocks that see the image and its padding."""
 
 
 class CastHook(Hook):
-    """Forward hook on ``t_embedder``: its output in the type of the latents, which the model gives it afterwards."""
+    """Forward hook on ``t_embedder``: casts its output to the dtype of the latents, which the model would do afterwards."""
 
     after = True
 
@@ -52,11 +52,11 @@ class CastHook(Hook):
 
 
 class PadsOfBand(Hook):
-    """Forward pre-hook on the first windowed block: behind a rank's tokens the pads of the whole image, in place of those
-    that the model has given the rank's own. All pads are one parameter at one position.
+    """Forward pre-hook on the first windowed block: appends the pads of the whole image to a rank's tokens, in place of those
+    that the model has added. All pads are one parameter at one position.
 
     Attributes:
-        before_captions: whether captions follow, as they do where there is no noise refiner.
+        before_captions: whether captions follow, as they do without a noise refiner.
     """
 
     def __init__(self, before_captions: bool) -> None:
@@ -67,7 +67,7 @@ class PadsOfBand(Hook):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         plan = carried_by((*args, *kwargs.values()))
         if plan is None or plan.band is None:
-            return args, kwargs  # the ControlNet's call of the refiner
+            return args, kwargs  # the ControlNet calls the refiner
         x, own, pads = args[0], len(plan.base.rows), pads_of(plan)
         end = x.shape[1] - (plan.base.layout.text_len - pads if self.before_captions else 0)
         parts = [x[:, :own], x[:, end - 1 : end].expand(-1, pads, -1), x[:, end:]]
@@ -75,8 +75,8 @@ class PadsOfBand(Hook):
 
 
 class OutputOfBand(Hook):
-    """Forward hook on the last layer: as many tokens as the model takes a rank's image to have, of which those behind the
-    rank's own are cut off again at the exit.
+    """Forward hook on the last layer: pads the output to as many tokens as the model expects of a rank's image. Tokens after
+    the rank's own are cut off again at the exit.
 
     Attributes:
         positions: see ``room_for``.
@@ -100,7 +100,7 @@ class ZImageFamily(Family):
     """``ZImageTransformer2DModel``."""
 
     def layers(self, model: nn.Module) -> Iterator[Layer]:
-        # The ControlNet has the transformer's noise refiner for its own.
+        # The ControlNet shares the transformer's noise refiner.
         yield from (replace(layer, shared=layer.scope == IMAGE) for layer in super().layers(model))
 
     def read(self, model: nn.Module, kwargs: dict[str, Any], grids: GridReader) -> Call:
@@ -145,7 +145,7 @@ class ZImageFamily(Family):
 
     def hooks(self, model: nn.Module, names: Iterable[str]) -> InnerHooks:
         embedder: Any = model.t_embedder
-        # In its final type here, because a cast inside the model would make another tensor, without the plan.
+        # Cast here, because a cast inside the model would make another tensor without the plan.
         return [(embedder, CastHook()), *super().hooks(model, names)]
 
     def parallel_hooks(self, model: nn.Module, current: Any) -> InnerHooks:
@@ -170,8 +170,8 @@ class ZImageFamily(Family):
 @functools.lru_cache(maxsize=64)
 @independent
 def kept(text_len: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Which text tokens are within each sample's own length, bool ``[B, text_len]``; kept, so that a GPU is not waited
-    for in every step."""
+    """Which text tokens are within each sample's own length, bool ``[B, text_len]``. Cached, so that no step has to wait for a
+    GPU."""
     return (torch.arange(text_len) < torch.tensor(lengths)[:, None]).to(device)
 
 
@@ -179,7 +179,7 @@ def _pictures(model: nn.Module, kwargs: dict[str, Any]) -> list[Tensor]:
     """The latents, each ``[C, 1, H, W]``, all of one shape.
 
     Raises:
-        ValueError: they are missing, nested, of several shapes, or have several frames.
+        ValueError: they are missing, are nested, differ in shape, or have several frames.
     """
     given = kwargs.get("x")
     omni = [name for name in ("siglip_feats", "image_noise_mask") if kwargs.get(name) is not None]
@@ -224,7 +224,7 @@ def _patch_size(model: nn.Module, kwargs: dict[str, Any]) -> int:
     """Side of a patch in latents.
 
     Raises:
-        ValueError: patches span several frames, or the model has none of that size.
+        ValueError: patches span several frames, or the model has no patches of that size.
     """
     patch, frames = kwargs.get("patch_size", 2), kwargs.get("f_patch_size", 1)
     if frames != 1:
@@ -243,7 +243,7 @@ def _grid(model: nn.Module, picture: Tensor, patch: int) -> tuple[int, int]:
 
 
 def _check_positions(model: nn.Module, height: int, width: int, text_len: int) -> None:
-    """Raise where the model's rotary tables end.
+    """Raise if the model's rotary tables are too short.
 
     Raises:
         ValueError: the image or a caption is too large for them.
@@ -268,12 +268,12 @@ def _check_residuals(residuals: Any, length: int) -> None:
 
 
 def _whole(plan: CallPlan) -> tuple[int, int]:
-    """The grid of the image."""
+    """The grid of the whole image."""
     return plan.base.layout.height, plan.base.layout.width
 
 
 def _inside(model: nn.Module, plan: CallPlan) -> tuple[int, int]:
-    """The grid that the model gets: the image's own, or on one of several ranks one that the rank's tokens fit into."""
+    """The grid that the model gets: the image's own, or on one of several ranks a grid into which the rank's tokens fit."""
     if plan.band is None:
         return _whole(plan)
     embed: Any = model.rope_embedder
@@ -287,7 +287,7 @@ def _patches(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _picture(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Undoes ``_patches``; zeros where there are fewer."""
+    """Undoes ``_patches``; missing patches are zero."""
     missing = grid[0] * grid[1] - patches.shape[-1]
     parts = torch.nn.functional.pad(patches, (0, missing)) if missing else patches
     return parts.unflatten(-1, grid).movedim((-2, -1), (3, 5)).flatten(-2).flatten(-3, -2)
@@ -297,13 +297,13 @@ def _picture(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 def _rotary(embed: Any, base: Plan, lengths: list[int], ntk_factor: float) -> Rotary:
     """Rotary embedding of the joint sequence: the image in the plan's order, its pads, the caption.
 
-    On the first axis a caption's tokens are numbered from 1 to its length, and all tokens of the image bear the next
-    number; on the others the image's tokens have row and column. Pads of the image lie at 0.
+    On the first axis a caption's tokens are numbered from 1 to its length, and all tokens of the image have the next
+    number; on the other axes the image's tokens have row and column. Pads of the image are at 0.
 
     Args:
         embed: the model's ``RopeEmbedder``.
         base: the plan of the joint sequence.
-        lengths: tokens of each caption, its padding included.
+        lengths: tokens of each caption, including its padding.
         ntk_factor: factor on the base of the frequencies.
     """
     if ntk_factor != 1:

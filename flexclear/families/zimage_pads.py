@@ -1,4 +1,4 @@
-"""How many tokens Z-Image pads with, and how a rank's part of an image gets the pads of the whole one."""
+"""How many pads Z-Image adds, and how a rank's part of an image gets the pads of the whole image."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import functools
 from flexclear.runtime.call_plan import CallPlan
 
 MULTIPLE = 32
-"""Images and captions are padded to a multiple of as many tokens."""
+"""Images and captions are padded to a multiple of this many tokens."""
 
 
 def padding(length: int) -> int:
-    """Number of tokens that an image or a caption of ``length`` is padded with."""
+    """Number of pads added to an image or a caption of ``length`` tokens."""
     return -length % MULTIPLE
 
 
 def pads_of(plan: CallPlan) -> int:
-    """Number of the image's pads, those of the whole image on every rank."""
+    """Number of pads of the whole image, on every rank."""
     return padding(plan.base.layout.image_len)
 
 
 @functools.lru_cache(maxsize=64)
 def room_for(own: int, pads: int, positions: tuple[int, ...]) -> tuple[int, int]:
-    """The smallest grid of ``own`` tokens or more whose padding makes room for ``pads``, with one pad at least if so.
+    """The smallest grid of ``own`` tokens or more that, padded, has room for ``pads``, and has at least one pad if these exist.
 
     Args:
         own: image tokens of a rank.
-        pads: of the whole image.
-        positions: how many the model has for captions, rows and columns. Those of this grid are not used, but looked up.
+        pads: number of pads of the whole image.
+        positions: number of the model's positions for captions, rows and columns. The model looks up this grid's positions, but
+            does not use them.
     """
     _, rows, columns = positions
     least = max(own, 1)
