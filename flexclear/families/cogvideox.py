@@ -58,7 +58,7 @@ COGVIDEOX = CogVideoXFamily(
     video=True,
     pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
     notes=(
-        "text and image to video, 1.0 and 1.5 (patches of two frames); padding of the text is attended to, as ever; 5B I2V has "
-        "learned positions, of one size"
+        "text and image to video, 1.0 and 1.5 (patches of two frames); text padding is attended to, as in diffusers; 5B I2V has "
+        "learned positions for a single size"
     ),
 )

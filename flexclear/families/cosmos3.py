@@ -118,7 +118,7 @@ COSMOS3 = Cosmos3Family(
     px_per_token=32,
     pipelines=("Cosmos3OmniPipeline",),
     notes=(
-        "text, image and video to video, with sound or actions, which see all and are seen by all; grouped heads by "
-        "FlexAttention's own; one clip in a sequence"
+        "text, image and video to video, with sound or actions, which see all and are seen by all; grouped heads run natively in "
+        "FlexAttention; one clip per sequence"
     ),
 )

@@ -58,6 +58,6 @@ FLUX2 = Flux2Family(
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
     notes=(
         "dev and klein; reference images are further grids. Key-value caching of reference images (Flux2KleinKVPipeline) "
-        "raises: there they see only themselves, which is no window"
+        "raises: with it they see only themselves, which no window does"
     ),
 )

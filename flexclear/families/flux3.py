@@ -91,7 +91,7 @@ FLUX3 = Flux3Family(
     attention_kwargs="attention_kwargs",
     pipelines=("Flux3ModularPipeline", "Flux3DistilledModularPipeline"),
     notes=(
-        "base and distilled; reference images are further grids, also in the blocks that attend over them alone; padding of the "
-        "text is attended to, as ever"
+        "base and distilled; reference images are further grids, also in the blocks that attend over them alone; text padding is "
+        "attended to, as in diffusers"
     ),
 )

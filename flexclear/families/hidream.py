@@ -49,7 +49,7 @@ HIDREAM = HiDreamFamily(
     refuses={"img_ids": PACKED, "img_sizes": PACKED, "hidden_states_masks": PACKED},
     pipelines=("HiDreamImagePipeline",),
     notes=(
-        "images that are not square are filled up to the tokens of the largest (4096), as in the dense model, and that counts "
-        "as text; experts are chosen on the host, so that blocks with them do not compile to whole graphs"
+        "images that are not square are padded to the largest number of tokens (4096), as in the dense model, and the padding "
+        "counts as text; experts are chosen on the host, so blocks with them do not compile to whole graphs"
     ),
 )

@@ -49,7 +49,7 @@ HUNYUAN_IMAGE = HunyuanImageFamily(
     latents_per_token=1,
     pipelines=("HunyuanImagePipeline", "HunyuanImageRefinerPipeline"),
     notes=(
-        "HunyuanImage 2.1, its distilled form and its refiner; padded text is masked, that of quoted words too. No gradient "
-        "checkpointing: diffusers 0.42.1 hands it keywords that it does not take"
+        "HunyuanImage 2.1, its distilled form and its refiner; padded text is masked, also that of quoted words. No gradient "
+        "checkpointing: diffusers 0.42.1 passes it keywords that it does not accept"
     ),
 )

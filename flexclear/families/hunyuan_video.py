@@ -79,7 +79,7 @@ HUNYUAN_VIDEO = HunyuanVideoFamily(
     video=True,
     rows=0,
     pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
-    notes="text and image to video, by a first frame that is given or by further channels; padded text is masked",
+    notes="text and image to video, by a given first frame or by additional channels; padded text is masked",
 )
 
 HUNYUAN_VIDEO15 = HunyuanVideo15Family(

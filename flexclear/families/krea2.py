@@ -57,5 +57,5 @@ KREA2 = Krea2Family(
     embed="rotary_emb",
     attention_kwargs="attention_kwargs",
     pipelines=("Krea2Pipeline",),
-    notes="grouped heads by FlexAttention's own; padded text is masked; the blocks that fuse the text's layers stay dense",
+    notes="grouped heads run natively in FlexAttention; padded text is masked; the blocks that fuse the text's layers stay dense",
 )

@@ -198,5 +198,5 @@ LTX2 = LtxFamily(
     latents_per_token=1,
     frames_per_latent=8,
     pipelines=("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"),
-    notes="sound, and attention between it and the video, stays as it is; keyframes behind the video see all and are seen by all",
+    notes="sound, and attention between it and the video, is unchanged; keyframes after the video see all and are seen by all",
 )

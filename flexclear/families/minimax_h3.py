@@ -134,7 +134,7 @@ MINIMAX_H3 = MiniMaxH3Family(
     px_per_token=32,
     pipelines=("MiniMaxH3ModularPipeline",),
     notes=(
-        "text and keyframes to video with sound: the window is over the video that is made, and text, sound, keyframes and "
+        "text and keyframes to video with sound: the window is over the generated video, and text, sound, keyframes and "
         "references see all and are seen by all"
     ),
 )

@@ -107,5 +107,5 @@ MOCHI = MochiFamily(
     rows=0,
     frames_per_latent=6,
     pipelines=("MochiPipeline",),
-    notes="padded text is masked, for all samples of a batch at once and without waiting for the device to count it",
+    notes="padded text is masked, for all samples of a batch at once and without a synchronization to count it",
 )

@@ -14,7 +14,7 @@ LONGCAT = TokensFamily(
     carriers=("pos_embed",),
     axes=Axes(image=1, anywhere=True),  # text has index 0, and the image begins behind it
     pipelines=("LongCatImagePipeline", "LongCatImageEditPipeline"),
-    notes="LongCat-Image and Edit, whose reference image is a further grid; padding of the text is attended to, as ever",
+    notes="LongCat-Image and Edit, whose reference image is a further grid; text padding is attended to, as in diffusers",
 )
 
 OVIS = TokensFamily(
@@ -24,7 +24,7 @@ OVIS = TokensFamily(
     carriers=("pos_embed",),
     text_mask=True,
     pipelines=("OvisImagePipeline",),
-    notes="padding of the text is attended to, as ever",
+    notes="text padding is attended to, as in diffusers",
 )
 
 BRIA = TokensFamily(
@@ -37,7 +37,7 @@ BRIA = TokensFamily(
     refused={"controlnet_single_block_samples": "diffusers adds them to other tokens than the image's. Leave them out"},
     latents_per_token=1,  # its pipelines count in pixels of a token
     pipelines=("BriaPipeline",),
-    notes="Bria 3.2; padding of the text is attended to, as ever",
+    notes="Bria 3.2; text padding is attended to, as in diffusers",
 )
 
 FIBO = TokensFamily(

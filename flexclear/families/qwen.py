@@ -144,7 +144,7 @@ QWEN = QwenFamily(
         "QwenImageLayeredPipeline",
     ),
     notes=(
-        "padded text is masked; reference images (Edit, Edit Plus) and layers (Layered) are further grids, met by row and "
+        "padded text is masked; reference images (Edit, Edit Plus) and layers (Layered) are further grids, aligned by row and "
         "column from the top left. Several frames and batches of different sizes raise"
     ),
 )

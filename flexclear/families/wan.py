@@ -68,8 +68,8 @@ WAN = WanFamily(
     rows=1,
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     notes=(
-        "Wan 2.1 and 2.2, text, image and video to video, a time for each token (TI2V), both transformers of the A14B; "
-        "cross-attention to text and image stays as it is"
+        "Wan 2.1 and 2.2, text, image and video to video, a timestep per token (TI2V), both transformers of the A14B; "
+        "cross-attention to text and image is unchanged"
     ),
 )
 
@@ -81,7 +81,7 @@ WAN_VACE = WanFamily(
     joins=False,
     video=True,
     pipelines=("WanVACEPipeline",),
-    notes="blocks of the control video too, in the same window",
+    notes="blocks of the control video have the same window",
 )
 
 SKYREELS_V2 = WanFamily(
@@ -99,5 +99,5 @@ SKYREELS_V2 = WanFamily(
         "SkyReelsV2DiffusionForcingImageToVideoPipeline",
         "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
     ),
-    notes="a time for each frame (diffusion forcing); not its causal attention over blocks of frames, which is refused",
+    notes="a timestep per frame (diffusion forcing); its causal attention over blocks of frames is refused",
 )
