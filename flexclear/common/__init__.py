@@ -1,1 +1,1 @@
-"""Helpers that every part of flexclear may use, and that use none of those parts: nothing here imports torch."""
+"""Helpers that every part of flexclear may use. They use none of these parts, and do not import torch."""

@@ -1,4 +1,4 @@
-"""Names and limits of options, without torch: a mistyped option is refused before torch is imported."""
+"""Names and limits of options, without torch, so that a mistyped option is refused before torch is imported."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 import re
 
 EMBEDDED = "embedded"
-"""Names the model inside the package wherever a folder or hub id is accepted."""
+"""Name of the model inside the package, accepted in place of any folder or hub id."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 BACKENDS = ("auto", "flex", "sdpa")
 """``"flex"``: compiled FlexAttention over a BlockMask. ``"sdpa"``: masked SDPA over a dense boolean mask. ``"auto"``:
-flex where it can run, otherwise sdpa."""
+flex if it can run, otherwise sdpa."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Data types of weights, as torch names them."""
@@ -30,11 +30,11 @@ EXCHANGES = ("sync", "stale")
 """Which borders ``flexclear.parallel`` exchanges."""
 
 OFFLOADS = ("model", "sequential", "group")
-"""What of a pipeline waits in main memory while the rest is on the accelerator: all models but one, all layers but one, or of a
-transformer all blocks but one."""
+"""What stays in main memory while the rest of a pipeline is on the accelerator: all models but one, all layers but one, or all
+blocks of a transformer but one."""
 
 VIDEO_FORMATS = ("gif", "mp4", "png")
-"""What a video is written as: an animated GIF, an MP4 file (extra ``video``), or a folder of PNG frames."""
+"""Formats for videos: an animated GIF, an MP4 file (extra ``video``), or a folder of PNG frames."""
 
 ALL_FRAMES = "all"
 """The frame radius of a window over every frame."""
@@ -64,7 +64,7 @@ def check_finite(option: str, value: float | None) -> None:
 
 
 def check_seeds(option: str, first: int, count: int = 1) -> None:
-    """Raise unless ``first`` and the ``count - 1`` seeds after it are seeds.
+    """Raise unless ``first`` and the ``count - 1`` numbers after it are valid seeds.
 
     Raises:
         ValueError: one is negative or has more than 64 bits.

@@ -1,4 +1,4 @@
-"""Packages that some commands need and that an installation without extras lacks; checked before any work is done."""
+"""Packages that some commands need but that are not installed without extras; checked before any work is done."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def is_installed(module: str) -> bool:
 
 
 def require(module: str, purpose: str) -> None:
-    """Raise unless ``module``, of ``EXTRAS``, can be found.
+    """Raise unless ``module``, one of ``EXTRAS``, can be found.
 
     Args:
-        module: its import name.
+        module: import name of the package.
         purpose: what needs it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Fingerprints of contents, which tell models and weights files of the same name apart."""
+"""Fingerprints of file contents, which tell apart models and weights files of the same name."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def fingerprint_pipeline(folder: Path) -> str:
 
 
 def counts(file: Path) -> bool:
-    """Whether a file belongs to a model: neither hidden nor a README."""
+    """Whether a file belongs to a model, that is, is neither hidden nor a README."""
     return file.is_file() and not file.name.startswith(".") and file.suffix != ".md"

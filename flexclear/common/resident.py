@@ -1,4 +1,4 @@
-"""Memory of this process that is resident, as the kernel counts it."""
+"""Resident memory of this process, as counted by the kernel."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _STATUS = Path("/proc/self/status")
 
 
 def forget_highest() -> None:
-    """Have ``highest`` begin again with what is resident now. Linux only; elsewhere what was before counts, too."""
+    """Reset ``highest`` to the memory that is resident now. Linux only; elsewhere earlier peaks still count."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def highest() -> int:
-    """Most bytes of this process that were resident at once."""
+    """Peak resident memory of this process in bytes."""
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""Settings from YAML: read into dataclasses, with every mistake named by the setting that has it."""
+"""Settings from YAML, read into dataclasses. Errors name the setting at fault."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Settings = TypeVar("Settings")
 
 
 def read_settings_file(path: str | Path, make: Callable[[Mapping[str, Any], Path], Settings]) -> Settings:
-    """What ``make`` makes of a YAML file's mapping and the folder that it is in; its errors name the file.
+    """The result of ``make`` for a YAML file's mapping and the file's folder. Errors name the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -32,7 +32,7 @@ def read_settings_file(path: str | Path, make: Callable[[Mapping[str, Any], Path
 
 
 def read_mapping(path: Path) -> Mapping[str, Any]:
-    """What a YAML file of settings holds.
+    """The mapping in a YAML file of settings.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -51,7 +51,7 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
 
 
 def build(kind: Any, found: Any, where: str) -> Any:
-    """A dataclass ``kind`` from what YAML holds; ``where`` is put before the names in messages.
+    """A dataclass ``kind`` from a YAML value; ``where`` is put before the names in messages.
 
     Raises:
         TypeError, ValueError: settings are unknown, missing, or of another type.
@@ -77,7 +77,7 @@ def build(kind: Any, found: Any, where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """``value`` as the field's type has it; YAML writes 1e-4 as text and tuples as lists."""
+    """``value`` converted to the field's type: YAML reads 1e-4 as text, and has lists instead of tuples."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -110,7 +110,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def check_values(settings: Any, where: str = "") -> None:
-    """Raise for a number that no computation takes and for text that no tokenizer takes, in a dataclass of settings.
+    """Raise for unusable numbers and for text that no tokenizer accepts, in a dataclass of settings.
 
     Raises:
         ValueError: a number is not finite or exceeds 64 bits, or text is not valid Unicode; the message begins with its

@@ -1,4 +1,4 @@
-"""Installed versions, and what differs between them, without importing anything."""
+"""Installed versions, and differences between versions, without importing anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 VERSION = "0.1.0"
-"""flexclear's own."""
+"""Version of flexclear."""
 
 
 def installed(name: str) -> str | None:
@@ -20,7 +20,7 @@ def installed(name: str) -> str | None:
 
 
 def versions(names: Iterable[str] = ("torch", "diffusers", "transformers", "torchao")) -> dict[str, str]:
-    """Versions of flexclear, Python and those of the named distributions that are installed."""
+    """Versions of flexclear, of Python, and of those named distributions that are installed."""
     found = {name: installed(name) for name in names}
     return {
         "flexclear": VERSION,

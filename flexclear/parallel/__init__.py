@@ -4,7 +4,7 @@
 >>> flexclear.parallel.enable(pipe)                     # doctest: +SKIP
 >>> pipe("a small blue plane", height=8192, width=8192)     # on every rank: torchrun --nproc-per-node 8 script.py
 
-All ranks run the same script with the same prompt and seed; every rank gets the whole image. Paper section 3.4.
+All ranks run the same script with the same prompt and seed, and every rank gets the whole image. Paper section 3.4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One call on one rank: attention of its band, and what that exchanges with the others."""
+"""One call on one rank: attention of its band, and the exchange with other ranks that it needs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class BandCall:
     """One call on one rank.
 
     Attributes:
-        session: whose.
+        session: the session that the call belongs to.
         bands: where the image is cut.
-        layout: of the image tokens.
-        step: denoising step from 0, None where nobody knows it.
+        layout: layout of the image tokens.
+        step: denoising step from 0; None if it is not known.
         branch: number of the call within the step: guidance may call the model several times.
         text_first: whether text precedes the image in the sequence.
-        plans, masks, keep: of each slot: what the rank has, what its image queries see, and which text is no padding.
+        plans, masks, keep: for each slot: the rank's plan, the mask of its image queries, and which text is not padding.
         layer: number of attention layers that have run.
     """
 
@@ -47,7 +47,7 @@ class BandCall:
 
     @property
     def ticket(self) -> Tensor:
-        """Names the session to ``flexclear::band_attend``."""
+        """Identifies the session in ``flexclear::band_attend``."""
         return self.session.ticket
 
     def attend(
@@ -60,13 +60,13 @@ class BandCall:
         weight: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """Attention of one layer on this rank, ``[B, heads, T + n, head_dim]`` in sequence order, n its image tokens.
+        """Attention of one layer on this rank, ``[B, heads, T + n, head_dim]`` in sequence order, for n image tokens.
 
-        Borders travel while text attends, and text's sums while the image does.
+        Borders are transferred during attention of the text, and sums for the text during attention of the image.
 
         Args:
-            mask: of the image's queries; see ``BandPlan``.
-            slot: which plan is the layer's.
+            mask: mask of the image queries; see ``BandPlan``.
+            slot: number of the layer's plan.
             query, key, value: after norms and rotary embedding.
             weight: pooling weights, or None.
             scale: factor on the scores.
@@ -116,7 +116,7 @@ class BandCall:
         batch, heads, _, dim = key.shape
         width = dim + value.shape[-1]
         receives = {other: (batch, heads, count, width) for other, count in plan.part.receives.items()}
-        # By batch, because guidance may end within a run; every rank decides alike.
+        # The key includes the batch size, because guidance may end within a run; every rank decides alike.
         return self.session.borders((self.branch, number, batch), self.step, sends, receives, key)
 
     def _begin_text(
@@ -127,13 +127,13 @@ class BandCall:
         keep: Tensor | None,
         scale: float | None,
     ) -> Any:
-        """Begin attention of the text's queries; what is returned ends it."""
+        """Begin attention of the text queries, and return a function that finishes it."""
         links = self.session.links
         query, key, value = (tensor.contiguous() for tensor in text)
         among_text = partial_attention(query, key, value, scale, keep)
         own = partial_attention(query, image_key, image_value, scale)
         if self.session.options.text == "average":
-            # Paper Eq. 7: each rank's text attends to the text and the rank's own patch; the ranks' results are averaged.
+            # Paper Eq. 7: on each rank, text attends to the text and the rank's own patch; the results are averaged.
             out, _ = merged([among_text, own])
             share = out / self.bands.busy if image_key.shape[2] else torch.zeros_like(out)
             pending = links.start_sum(share, "text")
@@ -162,7 +162,7 @@ class BandCall:
         return whole
 
     def gather(self, tokens: Tensor, dim: int = 1) -> Tensor:
-        """This rank's image tokens into those of the whole image, in raster order."""
+        """Gather the image tokens of all ranks into those of the whole image, in raster order."""
         plan = self.plans[0]
         parts = self.session.links.gather(tokens, plan.sizes, dim, "output")
         return torch.cat(parts, dim).index_select(dim, plan.gathered)

@@ -1,9 +1,9 @@
-"""``torchrun --nproc-per-node N -m flexclear.parallel.check``: random shared models against whole ones, on this machine.
+"""``torchrun --nproc-per-node N -m flexclear.parallel.check``: compares random shared models with whole ones on this machine.
 
-Models are small FLUX transformers with random weights; sizes, radii, text lengths, batches, shares, pooled keys and ways of
-exchanging are drawn from a seed, alike on every rank; borders of the step before are compared over steps of one input, where
-they are those of now. Ends with status 1 at the first difference. On a GPU it runs NCCL and compiled FlexAttention, which is how
-to see that a machine's ways between devices work before a large run.
+Models are small FLUX transformers with random weights. Sizes, radii, text lengths, batches, shares, pooled keys and exchanges
+are drawn from a seed, the same on every rank. Stale borders are compared over steps with the same input, in which they equal the
+current ones. Exits with status 1 at the first difference. On a GPU this runs NCCL and compiled FlexAttention, and so shows
+before a large run whether the machine's connections between devices work.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from flexclear.convert import restore, transform
 from flexclear.parallel import disable, enable, leave
 
 LIMIT = 1e-4
-"""Greatest difference in float32; half precision is not compared."""
+"""Greatest allowed difference in float32; half precision is not compared."""
 
 
 class Steps:
-    """What ``enable`` needs of a pipeline, for a bare model: the model, and a scheduler that counts steps."""
+    """What ``enable`` needs from a pipeline, for a bare model: the model, and a scheduler that counts steps."""
 
     def __init__(self, model: Any, steps: int) -> None:
         self.transformer, self.scheduler = model, self

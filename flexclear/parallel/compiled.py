@@ -1,4 +1,4 @@
-"""Attention of a band as one operator, which compiled blocks call and do not look into."""
+"""Attention of a band as one operator, which is opaque to compiled blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ticket_of(session: Session) -> Tensor:
 def band_attend(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, ticket: Tensor, slot: int, scale: float | None
 ) -> Tensor:
-    """``BandCall.attend`` of the call that a session is in."""
+    """``BandCall.attend`` of a session's current call."""
     call = _sessions[int(ticket)].current
     if call is None:
         raise RuntimeError("a compiled block of a shared model was called without the model's entry")

@@ -1,4 +1,4 @@
-"""What ranks send, from the plan alone: the formulas that measured bytes are compared with."""
+"""What ranks send, computed from the plan alone: formulas for comparison with measured bytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ def border_bytes(
     """Bytes of keys and values that a rank sends in one layer.
 
     Args:
-        layout, window, bands, rank: who sends what of what.
+        layout, window, bands: the sequence, the layer's window, and where the image is cut.
+        rank: the sending rank.
         width: channels of the keys, all heads.
         itemsize: bytes per number.
-        batch: samples.
+        batch: number of samples.
     """
     sent = [runs for (source, _), runs in borders(layout, window, bands).items() if source == rank]
     tokens = sum(len(tokens_in(layout, bands.axis, runs)) for runs in sent)
@@ -24,14 +25,14 @@ def border_bytes(
 
 
 def text_bytes(text_len: int, heads: int, head_dim: int, text: str = "exact", batch: int = 1) -> int:
-    """Bytes that a rank puts into one layer's sums over text queries, float32: numerators, denominators and greatest
-    log-sum-exps; or the average alone."""
+    """Bytes that a rank contributes to one layer's sums over text queries, float32: numerators, denominators and greatest
+    log-sum-exps; or only the average."""
     numbers = heads * head_dim if text == "average" else heads * (head_dim + 2)
     return text_len * numbers * 4 * batch
 
 
 def output_bytes(layout: Layout, bands: Bands, channels: int, itemsize: int = 2, batch: int = 1) -> int:
-    """Bytes that a rank puts into the gather at the model's exit: as many as the largest band has."""
+    """Bytes that a rank contributes to the gather at the model's exit: those of the largest band."""
     most = max(part_of_size(layout, bands, rank) for rank in range(bands.ranks))
     return most * channels * itemsize * batch if bands.ranks > 1 else 0
 

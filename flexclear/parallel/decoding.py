@@ -1,4 +1,4 @@
-"""Tiled VAE decoding shared by several ranks: each decodes some of the tiles, all blend all of them."""
+"""Tiled VAE decoding shared by several ranks: each rank decodes some tiles, and every rank blends all of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ KNOWN = ("AutoencoderKL",)
 
 
 def split_decoding(pipe: Any, session: Session) -> None:
-    """Let a pipeline's VAE share the tiles of ``tiled_decode`` until the session is closed; nothing where there is none.
+    """Share the tiles of the ``tiled_decode`` of a pipeline's VAE among ranks until the session is closed. Without a known VAE,
+    do nothing.
 
-    The VAE's own method cuts and blends: it runs once to see which tiles it asks its decoder for, the ranks decode them in
-    turn and pass them on, and it runs again with their results. So every rank has the image that one would have made.
+    The VAE's own method cuts and blends. It first runs to find out which tiles it passes to its decoder; the ranks take turns
+    decoding and broadcast the results, and the method runs again with these. Every rank gets the same image as a single process.
     """
     vae: Any = getattr(pipe, "vae", None)
     if type(vae).__name__ not in KNOWN:
@@ -69,7 +70,7 @@ def split_decoding(pipe: Any, session: Session) -> None:
 
 
 def _with_forward(module: torch.nn.Module, forward: Callable[..., Any], call: Callable[[], Any]) -> Any:
-    """``call()`` while a module's forward is another."""
+    """``call()`` while ``forward`` replaces a module's forward."""
     before = vars(module).get("forward")
     module.forward = forward
     try:

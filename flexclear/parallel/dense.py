@@ -1,4 +1,4 @@
-"""The dense model on several ranks, by diffusers' own context parallelism."""
+"""The dense model on several ranks, with diffusers' own context parallelism."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ MARK = "flexclear.parallel.enable_dense"
 
 
 def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
-    """Share the dense model's images among all ranks by diffusers' own context parallelism, for comparison.
+    """Share the dense model's images among all ranks with diffusers' own context parallelism, for comparison.
 
     Call it on every rank; ``disable`` undoes it. Ranks that stop or differ are not reported here: the others wait until the
-    default process group times out. Image and text tokens must each be a multiple of the number of ranks.
+    default process group times out. The numbers of image and of text tokens must be multiples of the number of ranks.
 
     Args:
         model_or_pipe: a model that is not transformed, or a pipeline with one.
         kind: ``"ring"``: keys and values travel round the ranks, and partial results are merged by their log-sum-exp. Needs an
             attention backend that returns it: ``model.set_attention_backend("_native_cudnn")`` in bfloat16 on CUDA,
-            ``"_native_flash"`` on CPUs. Neither takes attention masks, and diffusers makes the backend the default for every
-            model in the process; wrap everything in ``with diffusers.attention_backend("native"):`` to undo that.
+            ``"_native_flash"`` on CPUs. Neither supports attention masks, and diffusers makes the backend the default for every
+            model in the process; to undo that, wrap everything in ``with diffusers.attention_backend("native"):``.
             ``"ulysses"``: each rank attends over the whole image with its share of the heads, with any backend.
 
     Returns:
-        What was passed in.
+        ``model_or_pipe``.
 
     Raises:
         ValueError: the model is transformed, already runs in parallel or cannot be shared like this, or there is no
-            process group. The model is as it was.
+            process group. The model is unchanged.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be 'ring' or 'ulysses', got {kind!r}")
@@ -66,20 +66,20 @@ def enable_dense(model_or_pipe: Target, kind: str = "ring") -> Target:
         _flash_attention_on_cpus()
     config: Any = ContextParallelConfig(**{f"{kind}_degree": count})
     config.enabled_by = MARK
-    # diffusers numbers the devices modulo their count, which torch gives as 0 where there are only CPUs.
+    # diffusers numbers the devices modulo their count, which torch gives as 0 on machines with only CPUs.
     devices = max(1, torch.accelerator.device_count())
     try:
         with mock.patch.object(torch.accelerator, "device_count", return_value=devices):
             model.enable_parallelism(config=config)
     except BaseException:
-        # diffusers notes the settings in the model before it looks at the attention backend.
+        # diffusers stores the settings in the model before it checks the attention backend.
         disable_dense(model)
         raise
     return model_or_pipe
 
 
 def disable_dense(model: nn.Module) -> None:
-    """Undo ``enable_dense``; parallelism enabled elsewhere stays."""
+    """Undo ``enable_dense``, but leave parallelism that was enabled elsewhere."""
     if getattr(context_parallelism_of(model), "enabled_by", None) != MARK:
         return
     from diffusers.hooks.context_parallel import remove_context_parallel
@@ -110,7 +110,7 @@ def refuse_other_parallelism(model: nn.Module) -> None:
 def _refuse_without_log_sum_exp(model: Any) -> None:
     """
     Raises:
-        ValueError: the backend that attention runs with gives no log-sum-exp, which a ring merges by.
+        ValueError: the attention backend does not return the log-sum-exp, by which a ring merges results.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
@@ -138,8 +138,8 @@ def _only_cpus() -> bool:
 def _flash_attention_on_cpus() -> torch.library.Library | None:
     """Give the operator behind diffusers' "_native_flash" a kernel for CPUs, if torch has none.
 
-    torch has flash attention with log-sum-exps on CPUs, under another name and without what only dropout needs. The
-    kernel stays until the process ends: nothing else calls an operator that has none.
+    torch has flash attention with log-sum-exps on CPUs, under another name and without the outputs that only dropout needs.
+    The kernel stays until the process ends, which does no harm: nothing else calls an operator without a kernel.
     """
     name = "_scaled_dot_product_flash_attention"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):

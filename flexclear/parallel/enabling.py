@@ -24,7 +24,7 @@ from flexclear.runtime.steps import StepCounter
 Target = TypeVar("Target")
 
 _numbers = itertools.count(1)
-"""Names of this process's sessions, alike on all ranks, which make them in the same order."""
+"""Numbers that name this process's sessions, the same on all ranks, which create sessions in the same order."""
 
 
 def enable(
@@ -39,32 +39,32 @@ def enable(
     timeout: float = 300.0,
     split_vae: bool = True,
 ) -> Target:
-    """Share each image among the ranks of a group; call it on every rank, after ``flexclear.transform``.
+    """Share each image among the ranks of a group. Call this on every rank, after ``flexclear.transform``.
 
-    The token grid is cut along its longer side into bands, in multiples of 8 lines; a video along its rows, columns or frames,
-    whichever lets the layers exchange the fewest keys. In each attention layer a rank's image queries see its own keys, all
-    text, and border keys that its neighbours send: as far as the layer's window reaches, from several neighbours where bands
-    are thinner than that. Text is computed on every rank. Outside of the transformer every rank does the same work; the result
-    is the same image everywhere.
+    The token grid is cut along its longer side into bands of a multiple of 8 lines. A video is cut along rows, columns or frames,
+    so that layers exchange as few keys as possible. In each attention layer a rank's image queries see its own keys, all text,
+    and border keys that its neighbours send, as far as the layer's window reaches: from several neighbours if bands are thinner
+    than that. Text is computed on every rank. Outside the transformer every rank does the same work, and the resulting image is
+    the same everywhere.
 
     Args:
         model_or_pipe: a transformed model, or a pipeline with one.
         mesh: a one-dimensional ``DeviceMesh``, or None for all ranks. Under torchrun the default process group is created if
             there is none yet (NCCL on CUDA, gloo elsewhere).
-        text: how text queries, which see all of the image, are computed. ``"exact"``: each rank attends to its band, and
-            partial results are merged by their log-sum-exp, with two small sums per layer: equal to one process's result up to
-            rounding. ``"average"``: the average over the ranks' own bands (paper Eq. 7), one sum per layer.
+        text: how text queries, which see the whole image, are computed. ``"exact"``: each rank attends to its band, and
+            partial results are merged by their log-sum-exp, with two small sums per layer; equal to one process's result up to
+            rounding. ``"average"``: the average over the ranks' own bands (paper Eq. 7), with one sum per layer.
         exchange: ``"sync"``: a layer waits for its borders. ``"stale"``: after ``warmup_steps``, it uses the borders of the
-            denoising step before while the current ones travel (DistriFusion, arXiv 2402.19481). Needs a pipeline.
-        warmup_steps: first steps of a run that are synchronous with ``"stale"``.
+            previous denoising step while the current ones are sent (DistriFusion, arXiv 2402.19481). Needs a pipeline.
+        warmup_steps: number of first steps of a run that are synchronous with ``"stale"``.
         shares: each rank's share of the image, as proportions, for ranks of unequal speed; equal by default.
         too_small: for images with fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last ranks are idle.
         timeout: seconds without an answer after which a rank counts as gone. A rank that stops because of an interrupt or an
             error, also in a callback, is reported at once.
-        split_vae: share the tiles, too, of a pipeline whose VAE decodes in tiles (``pipe.vae.enable_tiling()``).
+        split_vae: also share the tiles if the pipeline's VAE decodes in tiles (``pipe.vae.enable_tiling()``).
 
     Returns:
-        What was passed in.
+        ``model_or_pipe``.
 
     Raises:
         TypeError: neither a model nor a pipeline with one, or ``mesh`` is not a DeviceMesh.
@@ -122,7 +122,7 @@ def enable(
 
 
 def attach(model: nn.Module, session: Session) -> None:
-    """Let a transformed model take part in a session.
+    """Make a transformed model take part in a session.
 
     Raises:
         ValueError: it cannot.
@@ -134,16 +134,16 @@ def attach(model: nn.Module, session: Session) -> None:
 
 
 def _let(model: nn.Module, entry: EntryHook, session: Session | None) -> None:
-    """Exchange a model's hooks for those of the same settings that take part in ``session``, or in none."""
+    """Replace a model's hooks by hooks with the same settings that take part in ``session``, or in none."""
     with all_or_nothing(model):
         put_hooks(model, EntryHook(entry.family, entry.settings, session))
 
 
 def disable(model_or_pipe: Target) -> Target:
-    """Undo ``enable`` or ``enable_dense``: the model runs whole on this rank again. Other models are left alone.
+    """Undo ``enable`` or ``enable_dense``: this rank computes whole images again. Other models are left alone.
 
     Returns:
-        What was passed in.
+        ``model_or_pipe``.
     """
     for model in models_of(model_or_pipe):
         entry = entry_hook_of(model)
@@ -156,7 +156,7 @@ def disable(model_or_pipe: Target) -> Target:
 
 def sent_bytes(model_or_pipe: Any) -> dict[str, int]:
     """Bytes that this rank has sent since ``enable``, by kind: ``border``, ``text``, ``pooled``, ``output``, ``vae``,
-    ``control``. Sums and gathers count by what this rank contributes.
+    ``control``. Sums and gathers count with this rank's contribution.
 
     Raises:
         ValueError: the model does not run on several ranks.

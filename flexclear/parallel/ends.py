@@ -1,4 +1,4 @@
-"""Where a session learns how calls, loops and decoding end: by interrupts, too, which torch's hooks do not see."""
+"""Tells a session how calls, loops and decoding end, including by interrupts, which torch's hooks do not see."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def told(session: Session) -> Iterator[None]:
-    """Let a session know of what ends a ``with`` block."""
+    """Tell a session about any exception that ends a ``with`` block."""
     try:
         yield
     except BaseException as error:
@@ -32,9 +32,9 @@ def session_of(model: nn.Module) -> Session | None:
 
 
 class _Call:
-    """In place of a shared model's ``_call_impl``, which runs its hooks and its forward.
+    """Replaces a shared model's ``_call_impl``, which runs its hooks and its forward.
 
-    torch calls hooks that are registered with ``always_call`` after an ``Exception`` alone.
+    A hook would not do: even with ``always_call``, torch calls hooks only after an ``Exception``, not after an interrupt.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,7 +46,10 @@ class _Call:
         return _Call(memo.get(id(model), model))
 
     def __reduce__(self) -> Any:
-        return getattr, (self._model(), "_call_impl")  # before the attributes are there, the class's own
+        return getattr, (
+            self._model(),
+            "_call_impl",
+        )  # resolves to the class's own while attributes are not yet restored
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
@@ -62,12 +65,12 @@ class _Call:
 
 
 def watch_calls(model: nn.Module, session: Session) -> None:
-    """Let a session know of how a model's calls begin and end, until it is closed."""
+    """Tell a session how a model's calls begin and end, until the session is closed."""
     put(model, "_call_impl", _Call(model), session)
 
 
 def put(owner: Any, name: str, value: Any, session: Session) -> None:
-    """Give an object an attribute of its own, until a session is closed."""
+    """Set an instance attribute of an object until a session is closed."""
     before, held = {key: old for key, old in vars(owner).items() if key == name}, weakref.ref(owner)
 
     def take_back() -> None:
@@ -104,9 +107,9 @@ class _Loop:
 
 
 def watch_loop(pipe: Any, session: Session) -> None:
-    """Let a session know of how a pipeline's denoising loop ends, until it is closed.
+    """Tell a session how a pipeline's denoising loop begins and ends, until the session is closed.
 
-    Every pipeline of diffusers has its loop in ``with self.progress_bar(...)``; others are left alone.
+    Every diffusers pipeline runs its loop in ``with self.progress_bar(...)``; other pipelines are left alone.
     """
     if not callable(getattr(type(pipe), "progress_bar", None)):
         return

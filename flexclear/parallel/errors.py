@@ -1,4 +1,4 @@
-"""What goes wrong between ranks."""
+"""Errors between ranks."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ class ParallelError(RuntimeError):
 
 
 class AgreedError(ValueError):
-    """An error that all ranks have found on their own, so that none needs to tell the others."""
+    """An error that every rank finds on its own, so that no rank needs to tell the others."""

@@ -1,4 +1,4 @@
-"""What must be equal on all ranks, as short as it can be said, and where it is not."""
+"""Compact facts that must be equal on all ranks, and a description of how they differ."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from flexclear.parallel.session import Options
 
 SAMPLED = 4096
-"""Numbers of each tensor that are looked at."""
+"""Number of elements of each tensor that are compared."""
 
 TOLERANCE = 1e-2
-"""Text encoders on different devices round differently; other prompts and seeds differ by far more."""
+"""Text encoders on different devices round differently; different prompts and seeds differ by far more."""
 
 INPUTS = {
     "hidden_states": "the latents (another seed?)",
@@ -65,7 +65,7 @@ def facts_of_model(model: nn.Module, settings: Settings, options: Options) -> di
 
 
 def sums(tensor: Tensor) -> list[float]:
-    """Two numbers that change with the tensor, and hardly with rounding."""
+    """Two numbers that depend on the tensor, but hardly change with rounding."""
     flat = tensor.detach().flatten()
     flat = flat[:: max(1, len(flat) // SAMPLED)].double()
     if len(flat) == 0:
@@ -76,7 +76,7 @@ def sums(tensor: Tensor) -> list[float]:
 
 
 def digest(parameter: Tensor) -> str:
-    """A short hash of some of a parameter's numbers; empty where it has none at the moment (offloaded)."""
+    """A short hash of some of a parameter's values; empty if it has none at the moment (offloaded)."""
     if parameter.is_meta:
         return ""
     inner = parameter.detach()
@@ -89,16 +89,16 @@ def digest(parameter: Tensor) -> str:
         sample = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
         data = sample.view(torch.uint8).numpy().tobytes()
     except (RuntimeError, NotImplementedError, TypeError):
-        return ""  # a tensor type that cannot be looked into
+        return ""  # a tensor type whose values cannot be read
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def differences(said: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> str:
-    """Where ranks differ from the first one, in words; empty if nowhere.
+    """How ranks differ from the first one, in words; empty if they do not.
 
     Args:
         said: facts of each rank.
-        ranks: their names.
+        ranks: global numbers of the ranks.
     """
     found = []
     for rank, facts in zip(ranks[1:], said[1:], strict=True):
@@ -126,7 +126,7 @@ def _numbers(value: Any) -> bool:
 
 def _equal(first: Any, other: Any) -> bool:
     if _numbers(first) and _numbers(other) and len(first) == len(other):
-        # Pairs of a size and a projection; rounding is small beside the size.
+        # Pairs of a norm and a projection; rounding is small relative to the norm.
         return all(
             math.isclose(a, b, abs_tol=TOLERANCE * max(abs(first[i - i % 2]), 1e-12))
             for i, (a, b) in enumerate(zip(first, other, strict=True))

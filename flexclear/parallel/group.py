@@ -1,4 +1,4 @@
-"""The process group that the ranks belong to."""
+"""The process group to which the ranks belong."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ def ranks_of(mesh: Any, timeout: float | None = None) -> list[int]:
 
     Args:
         mesh: a one-dimensional ``DeviceMesh``, or None: all ranks.
-        timeout: seconds to wait for the other ranks where the default process group has to be made; None: as long as
-            torch does.
+        timeout: seconds to wait for the other ranks if the default process group has to be created; None: torch's default.
 
     Raises:
         ParallelError: ranks are missing.
         TypeError: ``mesh`` is not a DeviceMesh.
-        ValueError: it has several dimensions, or does not hold this rank; or there is no process group.
+        ValueError: ``mesh`` has several dimensions or does not contain this rank, or there is no process group.
     """
     if not dist.is_available():
         raise ValueError("this build of torch has no torch.distributed")
@@ -72,11 +71,11 @@ def _make_default_group(backend: str, timeout: float | None) -> None:
             f"rank {rank}, set-up: waited {limit.total_seconds():g} s for {who} at {place}, and not all of {size} ranks arrived: "
             f"{str(error).splitlines()[0]}. Every rank must be started and call flexclear.parallel.enable"
         ) from error
-    store.set_timeout(dist.default_pg_timeout)  # what this group is used for beside us
+    store.set_timeout(dist.default_pg_timeout)  # torch's default, for other users of this group
     dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=number, world_size=count)
 
 
 def leave() -> None:
-    """End this process's part in the default process group, at the end of a script; nothing where there is none."""
+    """Destroy this process's default process group at the end of a script, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

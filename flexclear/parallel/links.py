@@ -1,6 +1,6 @@
-"""Ranks meet before each step, and learn of it where one of them is late, stops or is in another run.
+"""Ranks meet before each step, and so learn whether one of them is late, has stopped or is in another run.
 
-A rank that stops closes its groups, which wakes the others; why it stopped is in its note (``flexclear.parallel.notes``).
+A rank that stops closes its process groups, which wakes the others. Its note says why it stopped (``flexclear.parallel.notes``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flexclear.parallel.waiting import POLL, wait_for
 
 
 class Links(Transfers):
-    """The ways between the ranks of one group, run by run."""
+    """The connections between the ranks of one group, run by run."""
 
     def __init__(self, ranks: Sequence[int], timeout: float, name: str) -> None:
         super().__init__(ranks, timeout, name)
@@ -46,8 +46,8 @@ class Links(Transfers):
         """Begin a run, or another part of it. Nothing is sent.
 
         Args:
-            where: for messages.
-            resume: whether it belongs to the run before, so that another rank's stop in that must stop this one too.
+            where: progress of this rank, for messages.
+            resume: whether this part belongs to the previous run, so that a rank that stops in that run must stop this one too.
         """
         begun = self._running and not self._met
         if not begun:
@@ -61,17 +61,17 @@ class Links(Transfers):
         self.notes.where = where
 
     def meet(self, message: Any) -> tuple[list[Any], bool]:
-        """Meet the other ranks, of which none is in another run then.
+        """Meet the other ranks. Afterwards all ranks are in the same run.
 
         Args:
-            message: for the others, as JSON.
+            message: message to the others, a JSON value.
 
         Returns:
-            What every rank says, in the order of ranks; and whether the ways were made anew, so that what was under way
-            is lost.
+            The messages of all ranks, in the order of ranks, and whether the connections were made again, which loses pending
+            transfers.
 
         Raises:
-            ParallelError: another rank has stopped, is late, or is not there.
+            ParallelError: another rank has stopped, is late, or is missing.
         """
         anew = False
         while True:
@@ -93,20 +93,20 @@ class Links(Transfers):
         """End a run without an error.
 
         Args:
-            early: whether it had steps left, which others may be waiting for this rank in.
+            early: whether it had steps left, in which other ranks may be waiting for this one.
         """
         if early and self._running:
-            # The run is over here, whatever became of the store.
+            # The run is over here, whatever has happened to the store.
             with contextlib.suppress(StoreGoneError):
                 self.notes.leave(early=True)
             self._ended_early = self._place
         self._running = False
 
     def fail(self, error: BaseException | None) -> None:
-        """Close all ways, say so to the others, and raise if they are the cause. Does nothing outside of a run.
+        """Close all connections, tell the others, and raise if they are the cause. Does nothing outside of a run.
 
         Args:
-            error: what stopped this rank; None, or an error of a transfer: another rank is the cause, or missing.
+            error: what stopped this rank. None, or an error of a transfer, means that another rank is the cause or is missing.
 
         Raises:
             ParallelError: another rank is the cause.
@@ -126,7 +126,7 @@ class Links(Transfers):
             raise self._diagnosis(error) from error
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         self._running = False
         self._close_groups()
 
@@ -139,11 +139,11 @@ class Links(Transfers):
         self._open_groups()
 
     def _watch(self) -> None:
-        """Look for notes of the others.
+        """Look for notes of the other ranks.
 
         Raises:
             ParallelError: one has stopped in this run, or ended it early.
-            _OverError: one has stopped in the run before, which was over here.
+            _OverError: one has stopped in the previous run, which had ended here.
         """
         others = [note for note in self.notes.read() if note.rank != self.rank]
         stopped = [note for note in others if not note.early]
@@ -156,11 +156,11 @@ class Links(Transfers):
             self._fail_with(self._ended([note.rank for note in early], early[0].where))
 
     def _catch_up(self, said: Sequence[tuple[int, bool, str, Any]]) -> NoReturn:
-        """Ranks are in different runs, or have ended one: those behind stop, and those ahead wait for that.
+        """Handle ranks that are in different runs, or have ended one: ranks behind stop, and ranks ahead wait for that.
 
         Raises:
-            ParallelError: this one is behind; or those behind have stopped, or do not.
-            _OverError: they have stopped in a run that was over here.
+            ParallelError: this rank is behind; or ranks behind have stopped, or fail to stop in time.
+            _OverError: they have stopped in a run that had ended here.
         """
         places = [(run, early) for run, early, *_ in said]
         first = [rank for rank in range(self.size) if places[rank] == max(places)]
@@ -185,7 +185,7 @@ class Links(Transfers):
         return f"{self.notes.names(ranks)} had ended this run after {where}"
 
     def _fail_with(self, message: str) -> NoReturn:
-        """Stop, because of others, with a message that is known."""
+        """Stop because of other ranks, with a known message."""
         self._running = False
         try:
             self.notes.leave(message)
@@ -194,7 +194,7 @@ class Links(Transfers):
         raise ParallelError(f"{self.notes.here}: {message}")
 
     def _others(self) -> list[Note]:
-        """The notes of others, as soon as they give a reason or all have left one, or after ``GRACE``.
+        """The notes of the other ranks, once any gives a reason or all have left one, or after ``GRACE`` seconds.
 
         Raises:
             StoreGoneError: the store is gone, and the rank that holds it has not said that it stopped.
@@ -205,7 +205,7 @@ class Links(Transfers):
             try:
                 notes = [note for note in self.notes.read() if note.rank != self.rank]
             except StoreGoneError:
-                # A rank that has waited long enough leaves, and takes the store with it.
+                # Rank 0 may leave a note, stop, and take the store with it.
                 if all(self.ranks[note.rank] != 0 for note in notes):
                     raise
                 end = 0.0
@@ -232,7 +232,7 @@ class Links(Transfers):
         told = (f"rank {self.ranks[note.rank]} in {note.where}" for note in notes)
         why = "" if error is None else f" ({error})"
         return ParallelError(
-            f"{here}: {' and '.join(told)} waited no longer: this rank was late, or the way between them is broken{why}"
+            f"{here}: {' and '.join(told)} stopped waiting: this rank was late, or the connection between them is broken{why}"
         )
 
     def _lost(self, error: TransferError) -> NoReturn:
@@ -242,7 +242,7 @@ class Links(Transfers):
         raise error
 
     def _tell(self, message: Any) -> list[Any]:
-        """What every rank says, as JSON, in the order of ranks; heeds what others leave notes of meanwhile."""
+        """Exchange messages (JSON values) and return them in the order of ranks. Watches for notes of others in the meantime."""
         data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
         others = [rank for rank in range(self.size) if rank != self.rank]
         length = torch.tensor([len(data)])
@@ -268,7 +268,7 @@ class Links(Transfers):
 
 
 class _OverError(Exception):
-    """Another rank has stopped in the run before, which had ended here."""
+    """Another rank has stopped in the previous run, which had ended here."""
 
 
 def _in_words(error: BaseException | None) -> str:

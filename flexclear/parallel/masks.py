@@ -1,4 +1,4 @@
-"""The masks of one rank: its image queries over its own keys, all text, its neighbours' borders, and pooled keys."""
+"""The masks of one rank: its image queries over its own keys, all text, its neighbours' borders and pooled keys."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from flexclear.runtime.pooling import Pooling
 
 @dataclass(frozen=True, eq=False)
 class BandPlan(Plan):
-    """``Plan`` of one rank: ``order``, ``rows`` and ``columns`` are of its own image tokens, ``mask`` of their attention.
+    """``Plan`` of one rank: ``order``, ``rows`` and ``columns`` describe its own image tokens, ``mask`` their attention.
 
-    The mask's queries are the rank's image tokens. Its keys are those, then text, then what comes from other ranks, then
-    pooled keys. Text queries have no mask: they see every token.
+    The mask's queries are the rank's image tokens. Its keys are those, then text, then keys from other ranks, then pooled keys.
+    Text queries have no mask: they see every token.
 
     Attributes:
         part: what the rank has and exchanges.
-        gathered: place of each raster token when the ranks' tokens are lined up by rank, int64 ``[image_len]``.
+        gathered: place of each raster token in the concatenation of all ranks' tokens, int64 ``[image_len]``.
         sizes: number of image tokens of every rank.
         cell_numbers: pooled cells of every rank, one rank after the other, int64; empty without pooled keys.
     """
@@ -59,7 +59,7 @@ class BandPlan(Plan):
 
 
 def key_tokens(part: Part) -> Tensor:
-    """Packed coordinates of a rank's keys, in their order: int32."""
+    """Packed coordinates of a rank's keys, in the order of the keys: int32."""
     packed = packed_raster(part.layout)
     rows, columns = (0, 0) if part.window is None else part.window.pooled_grid(part.layout)
     return torch.cat(
@@ -74,7 +74,7 @@ def key_tokens(part: Part) -> Tensor:
 
 @independent
 def dense_band_mask(part: Part, device: torch.device | str = "cpu") -> Tensor:
-    """Which of a rank's keys its image queries may see, bool ``[own, keys]``, from coordinates.
+    """Which of a rank's keys its image queries may see, bool ``[own, keys]``, computed from coordinates.
 
     Raises:
         ValueError: it would be larger than ``flexclear.runtime.plan.MAX_DENSE_BYTES``.
@@ -104,7 +104,7 @@ def build_band_plan(
     device: torch.device,
     text_padded: bool = False,
 ) -> BandPlan:
-    """Build a rank's plan; arguments as in ``flexclear.runtime.plan.build_plan``, and where the image is cut.
+    """Build a rank's plan. ``bands`` says where the image is cut; other arguments as in ``flexclear.runtime.plan.build_plan``.
 
     Raises:
         ValueError: the dense mask of masked SDPA would be too large.
@@ -164,11 +164,11 @@ def _size_of(plan: BandPlan) -> int:
 
 
 band_plans: ByteBoundedCache[BandPlan] = ByteBoundedCache(max_bytes=1 << 30, size_of=_size_of)
-"""Plans of this process's bands, by what determines them."""
+"""Plans of this process's bands, keyed by everything that determines them."""
 
 
 def get_band_plan(*facts: object) -> BandPlan:
-    """The cached plan of these facts, built if it is not there; arguments of ``build_band_plan``, by position."""
+    """The cached plan for these positional arguments of ``build_band_plan``, built if necessary."""
     return band_plans.get(facts, lambda: build_band_plan(*facts))  # type: ignore[arg-type]
 
 

@@ -1,9 +1,8 @@
-"""What ranks tell each other beside their transfers, through the store of the process group: who is there, and who has
-stopped, and why.
+"""Messages that ranks exchange through the process group's store, in addition to tensor transfers: which ranks are present, and
+which have stopped and why.
 
-The groups that ranks make together are a generation, and the runs within it are numbered. A rank that stops leaves a note,
-which ends the generation. A run that one rank does not finish fails once on every rank, so the next run is the same one for
-all of them.
+The process groups that ranks create together form a generation, whose runs are numbered. A rank that stops leaves a note, which
+ends the generation. A run that one rank does not finish fails once on every rank, so that all ranks agree on the next run.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from flexclear.parallel.errors import ParallelError
 from flexclear.parallel.waiting import POLL, wait_for
 
 STORE_SECONDS = 60.0
-"""How long the store may take to answer, which it does in less than a millisecond."""
+"""How long the store may take to answer; normally it takes less than a millisecond."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank leaves behind.
+    """The note of a rank that has stopped, or has ended a run early.
 
     Attributes:
-        rank: its place in the group.
-        run: the run that it was in, from 1 in each generation.
-        where: how far it was, for messages.
-        early: its run ended, without an error, before the last step.
-        error: what stopped it; empty where another rank did, which it could not tell yet.
+        rank: the rank's place in the group.
+        run: number of its run, from 1 in each generation.
+        where: how far it had come, for messages.
+        early: whether its run ended before the last step without an error.
+        error: what stopped it; empty if another rank did, and the reason was not known yet.
     """
 
     rank: int
@@ -47,16 +46,16 @@ class StoreGoneError(ParallelError):
 
 
 class Notes:
-    """The notes of one group of ranks, and where this rank is.
+    """The notes of one group of ranks, and the progress of this rank.
 
     Args:
-        store: of the default process group, under a prefix of the group's own.
+        store: store of the default process group, with a prefix for this group.
         ranks: global ranks.
         rank: this process's place in ``ranks``.
 
     Attributes:
-        generation, run: where this rank is; generation 0 is before the first one.
-        where: how far it is, for messages: ``step 3``.
+        generation, run: this rank's current generation and run; generation 0 is before the first one.
+        where: how far it has come, for messages, such as ``step 3``.
     """
 
     def __init__(self, store: Any, ranks: Sequence[int], rank: int) -> None:
@@ -81,11 +80,11 @@ class Notes:
         self._ask("set", f"{self.generation}/note/{number}", json.dumps(asdict(note)))
 
     def read(self) -> list[Note]:
-        """The notes of this generation, the first one first."""
+        """The notes of this generation, oldest first."""
         found = []
         for number in range(1, self._ask("add", f"{self.generation}/notes", 0) + 1):
             key = f"{self.generation}/note/{number}"
-            if self._ask("check", [key]):  # it is counted before it is there
+            if self._ask("check", [key]):  # a note is counted before it is written
                 found.append(Note(**json.loads(self._ask("get", key))))
         return found
 
@@ -94,10 +93,10 @@ class Notes:
 
         Args:
             seconds: how long to wait.
-            watch: called meanwhile; an exception ends the waiting.
+            watch: called while waiting; an exception ends the wait.
 
         Returns:
-            Those that are not, in the end.
+            The ranks that did not arrive.
         """
         self._ask("set", self._arrived(self.rank), "")
         end = time.monotonic() + seconds
@@ -116,17 +115,17 @@ class Notes:
 
     @property
     def here(self) -> str:
-        """This rank and how far it is, in words."""
+        """This rank and how far it has come, in words."""
         return f"rank {self.ranks[self.rank]}, {self.where}"
 
     def _arrived(self, rank: int) -> str:
         return f"{self.generation}/here/{rank}"
 
     def _connection(self) -> Any:
-        # One of its own: a process group that is being made keeps the store's while it waits for the others.
+        # A separate connection: a process group under construction blocks the store's while it waits for the other ranks.
         if not self._connected:
             self._connected = True
-            with contextlib.suppress(AttributeError, NotImplementedError):  # of torch before 2.8, of some stores
+            with contextlib.suppress(AttributeError, NotImplementedError):  # in torch before 2.8; in some stores
                 self._store = self._store.clone()
         return self._store
 
@@ -147,5 +146,5 @@ class Notes:
 
 
 def _holder() -> str:
-    """The process that the store of the default process group is in."""
+    """The process that holds the store of the default process group."""
     return "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"

@@ -1,9 +1,9 @@
-"""Who has which part of an image, and who needs what of it from whom. Pure functions: no process, no device.
+"""Which rank has which part of an image, and what it needs from which other rank. Pure functions: no process, no device.
 
-The token grid is cut into bands of lines, rows or columns, whichever are more, at multiples of 8 lines, so that every
-band begins with whole tiles of the token order. Lines go by their number in each grid: a band of lines is a band of every
-grid of the layout, the reference pictures' too, because a window sees the same rows and columns of all of them. Several frames
-are cut along rows, columns or frames, where the windows let the least pass, at any line: their order has no tiles.
+The token grid is cut into bands of lines. Lines are rows or columns, whichever are more, and cuts are at multiples of 8 lines,
+so that every band begins with whole tiles of the token order. A band has the same line numbers in every grid of the layout,
+including reference pictures, because a window sees the same rows and columns of all grids. Several frames are cut along rows,
+columns or frames, so that windows reach across as few tokens as possible, and at any line, as their order has no tiles.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Bands:
     """Which lines each rank has.
 
     Attributes:
-        axis: of ``Layout.shape``: 0 where lines are frames, 1 rows, 2 columns.
-        edges: rank i has the lines from ``edges[i]`` to before ``edges[i + 1]``; none where they are equal.
+        axis: axis of ``Layout.shape``: 0 if lines are frames, 1 if rows, 2 if columns.
+        edges: rank i has the lines from ``edges[i]`` up to, but not including, ``edges[i + 1]``; none if they are equal.
     """
 
     axis: int
@@ -41,7 +41,7 @@ class Bands:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks, idle ones included."""
+        """Number of ranks, including idle ones."""
         return len(self.edges) - 1
 
     @property
@@ -65,17 +65,17 @@ def shapes(layout: Layout) -> list[tuple[int, int, int]]:
 
 
 def line_sizes(layout: Layout, axis: int) -> tuple[int, ...]:
-    """Tokens of one line of each grid."""
+    """Number of tokens in one line of each grid."""
     return tuple(math.prod(shape) // shape[axis] for shape in shapes(layout))
 
 
 def long_axis(layout: Layout) -> int:
-    """Axis of an image along which there are more lines, which keeps borders short; rows where there are as many."""
+    """Axis of an image with more lines, which keeps borders short; rows in case of a tie."""
     return 1 if max(sides(layout, 1)) >= max(sides(layout, 2)) else 2
 
 
 def check_shares(shares: Sequence[float] | None, ranks: int) -> tuple[float, ...]:
-    """Each rank's share of the image, equal ones for None.
+    """Each rank's share of the image; None gives equal shares.
 
     Raises:
         ValueError: not one positive number per rank.
@@ -104,15 +104,15 @@ def cut(
 
     Args:
         layout: the sequence.
-        ranks: how many.
-        shares: how much of the tokens each rank is to have, in proportion; equal by default. Bands are multiples of 8
-            lines, so shares are met as well as these allow.
-        too_small: what happens where there are fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last
-            ranks get no lines.
-        windows: those of the layers, of several frames: where the image is cut depends on what they let pass.
+        ranks: number of ranks.
+        shares: each rank's share of the tokens, as proportions; equal by default. Bands are multiples of 8 lines, so shares
+            are only met as closely as this allows.
+        too_small: what to do with fewer runs of 8 lines than ranks: ``"raise"``, or ``"fewer"``: the last ranks get no
+            lines.
+        windows: windows of the layers; with several frames, the axis of the cuts depends on how far they reach.
 
     Raises:
-        ValueError: the grid is too small, or an argument makes no sense.
+        ValueError: the grid is too small, or an argument is invalid.
     """
     if too_small not in TOO_SMALL:
         raise ValueError(f"too_small must be one of {list(TOO_SMALL)}, got {too_small!r}")
@@ -129,7 +129,7 @@ def cut(
 def _cut_clip(
     layout: Layout, ranks: int, wanted: tuple[float, ...], too_small: str, windows: set[Window | None]
 ) -> Bands:
-    """Several frames, cut along the axis where the fewest tokens are sent; rows before columns before frames where as many."""
+    """Cut several frames along the axis with the fewest tokens to send; a tie goes to rows, then columns, then frames."""
     found = []
     for axis in (1, 2, 0):
         units = [*range(layout.shape[axis] + 1)]
@@ -155,7 +155,7 @@ def _fewer(
     """Bands for as many ranks as there are units.
 
     Raises:
-        ValueError: ``too_small`` says so.
+        ValueError: ``too_small`` is ``"raise"``.
     """
     ranks, count = len(wanted), len(units) - 1
     if count < ranks and too_small == "raise":
@@ -169,9 +169,9 @@ def _fewer(
 
 
 def _cut_along(layout: Layout, axis: int, units: Sequence[int], wanted: tuple[float, ...]) -> Bands:
-    """Bands of whole units, each of as many tokens as is wanted, as well as units allow."""
+    """Bands of whole units, whose numbers of tokens are as close to the wanted shares as units allow."""
     ranks, count = len(wanted), len(units) - 1
-    # Tokens before each unit, over all grids.
+    # Number of tokens before each unit, over all grids.
     before = [
         sum(min(line, side) * size for side, size in zip(sides(layout, axis), line_sizes(layout, axis), strict=True))
         for line in units
@@ -187,10 +187,10 @@ def _cut_along(layout: Layout, axis: int, units: Sequence[int], wanted: tuple[fl
 
 @independent
 def reached(layout: Layout, window: Window | None, bands: Bands, rank: int) -> Tensor:
-    """Lines with keys that the rank's image queries may see, bool ``[lines]``; None is dense attention.
+    """Lines with keys that the rank's image queries may see, bool ``[lines]``; ``window`` None is dense attention.
 
-    Asks the window itself, box by box, so that it holds for every window: a disc reaches r - 1 lines to either side, a
-    shifted neighborhood sees lines that lie on one side only, strided attention may need all.
+    This asks the window itself, box by box, and so works for every window: a disc reaches r - 1 lines to either side, a
+    shifted neighborhood may see lines on one side only, strided attention may need all lines.
     """
     count = bands.edges[-1]
     first, stop = bands.run(rank)
@@ -223,7 +223,7 @@ def runs_of(lines: Tensor) -> tuple[Run, ...]:
 
 
 def borders(layout: Layout, window: Window | None, bands: Bands) -> dict[tuple[int, int], tuple[Run, ...]]:
-    """The lines that go from one rank to another, by (source, destination); pairs with none are left out."""
+    """The lines sent from one rank to another, by (source, destination); pairs without any are left out."""
     found = {}
     for destination in range(bands.ranks):
         needed = reached(layout, window, bands, destination)
@@ -240,8 +240,8 @@ def borders(layout: Layout, window: Window | None, bands: Bands) -> dict[tuple[i
 def tokens_in(layout: Layout, axis: int, runs: Sequence[Run], start: int = 0) -> Tensor:
     """Raster indices of the image tokens in some lines, in the layout's kind of order: int64.
 
-    Grid by grid and run by run, each a rectangle that is walked by itself. ``start`` is how many tokens precede them in
-    their sequence, which tiles are lined up with.
+    Tokens come grid by grid and run by run; each is a rectangle with its own walk. ``start`` is the number of tokens that
+    precede them in their sequence, with which tiles are aligned.
     """
     found = []
     offset = 0
@@ -265,7 +265,7 @@ def tokens_in(layout: Layout, axis: int, runs: Sequence[Run], start: int = 0) ->
 
 @independent
 def packed_raster(layout: Layout) -> Tensor:
-    """Place of every image token by raster index, as one number (``Layout.packing``), int32 ``[image_len]``."""
+    """Packed coordinates of every image token by raster index (``Layout.packing``), int32 ``[image_len]``."""
     parts = []
     for frames, height, width in shapes(layout):
         place = torch.arange(frames * height * width)
@@ -275,13 +275,13 @@ def packed_raster(layout: Layout) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """The pooled keys that a rank has a part in (method, section 4).
+    """The pooled keys to which a rank contributes (method, section 4).
 
     Attributes:
         numbers: cells, in the numbering of ``Downsampled``, int64 ``[n]``.
-        members: place in the rank's own order of each cell's tokens, int64 ``[n, d * d]``; any where it lacks one.
-        share: factor on each of them, float32 ``[n, d * d]``: 0 for tokens beyond the image or of another rank, and as
-            in ``flexclear.runtime.pooling.Pooling`` for the rest.
+        members: place in the rank's own order of each cell's tokens, int64 ``[n, d * d]``; arbitrary for missing tokens.
+        share: factor on each member, float32 ``[n, d * d]``: 0 for tokens outside the image or of another rank, and as in
+            ``flexclear.runtime.pooling.Pooling`` for the others.
     """
 
     numbers: Tensor
@@ -291,9 +291,9 @@ class Cells:
 
 @independent
 def cells_of(layout: Layout, window: Downsampled, own: Tensor) -> Cells:
-    """The cells that hold some of a rank's tokens, ``own`` being those by raster index in its order.
+    """The cells that hold some of a rank's tokens. ``own`` gives these by raster index, in the rank's order.
 
-    Cells that lie in two bands are in two ranks' ``Cells``; what the ranks pool of them adds up.
+    A cell that lies in two bands is in the ``Cells`` of both ranks, and the ranks' pooled parts add up.
     """
     factor = window.factor
     height, width = layout.height, layout.width
@@ -315,12 +315,12 @@ class Part:
     """What one rank has of an image under one window.
 
     Attributes:
-        layout, window, bands, rank: what it is part of.
+        layout, window, bands, rank: the arguments of ``part_of``.
         own: raster index of each of the rank's image tokens, in its order, int64 ``[n]``.
-        sends: for each destination, places in that order of what goes there.
-        halo: raster indices of what comes from the other ranks, one after the other by rank, int64.
-        receives: for each source, how many tokens come from there, in that order.
-        cells: of every rank, where there are pooled keys; else empty.
+        sends: for each destination, the places in that order of the tokens sent there.
+        halo: raster indices of the tokens received from other ranks, one rank after the other, int64.
+        receives: for each source, the number of tokens received from it, in the same order.
+        cells: cells of every rank if there are pooled keys; else empty.
     """
 
     layout: Layout
@@ -341,7 +341,7 @@ def own_tokens(layout: Layout, bands: Bands, rank: int) -> Tensor:
 
 @independent
 def part_of(layout: Layout, window: Window | None, bands: Bands, rank: int) -> Part:
-    """Everything a rank must know of an image under a window; see ``Part``."""
+    """Everything a rank must know about an image under a window; see ``Part``."""
     own = own_tokens(layout, bands, rank)
     place = torch.empty(layout.image_len, dtype=torch.int64)
     place[own] = torch.arange(len(own))
@@ -372,7 +372,7 @@ def part_of(layout: Layout, window: Window | None, bands: Bands, rank: int) -> P
 
 @independent
 def gathered_order(layout: Layout, bands: Bands) -> Tensor:
-    """Place of each raster token when the ranks' own tokens are lined up by rank: int64 ``[image_len]``."""
+    """Place of each raster token in the concatenation of all ranks' own tokens: int64 ``[image_len]``."""
     lined_up = torch.cat([own_tokens(layout, bands, rank) for rank in range(bands.ranks)])
     inverse = torch.empty_like(lined_up)
     inverse[lined_up] = torch.arange(len(lined_up))

@@ -1,4 +1,4 @@
-"""One model's runs over several ranks: where they begin and end, and what is checked before a call."""
+"""One model's runs over several ranks: when they begin and end, and what is checked before a call."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class Options:
 
 @dataclass
 class _Borders:
-    """What one layer has sent and is to receive, and in which step."""
+    """The transfer of one layer's borders, and the step in which it began."""
 
     step: int
     pending: Pending
 
 
 class Session:
-    """What a run over several ranks needs from one call to the next, a ``Partition``; one call at a time.
+    """State that a run over several ranks keeps between calls, a ``Partition``; one call at a time.
 
     Args:
-        links: the ways between the ranks.
-        options: see there.
-        steps: tells the denoising step of a pipeline's call.
+        links: the connections between the ranks.
+        options: see ``Options``.
+        steps: knows the denoising step of a pipeline's call.
     """
 
     def __init__(self, links: Links, options: Options, steps: StepCounter) -> None:
@@ -67,7 +67,7 @@ class Session:
         self._run: object = None
         self._total: int | None = None
         self.closing = contextlib.ExitStack()
-        """What is undone with the session."""
+        """Undoes changes when the session is closed."""
         self._shape: Any = None
         self._stale: dict[Any, _Borders] = {}
 
@@ -86,22 +86,22 @@ class Session:
         return cut(layout, self.links.size, self.options.shares, self.options.too_small, windows)
 
     def check(self, model: nn.Module, family: Family, settings: Settings) -> None:
-        """Raise if a model that is transformed like this cannot be shared; see ``refuse_unshared``."""
+        """Raise if a model transformed with these settings cannot be shared; see ``refuse_unshared``."""
         refuse_unshared(model, family, settings)
 
     # A pipeline's denoising loop
 
     def watch(self, pipe: Any) -> None:
-        """Know of how a pipeline's denoising loop ends, until the session is closed."""
+        """Watch how a pipeline's denoising loop begins and ends, until the session is closed."""
         watch_loop(pipe, self)
 
     def enter_loop(self) -> None:
-        """Before a pipeline's first step."""
+        """Called before a pipeline's first step."""
         self._place = (None, 0)
         self.links.start("the pipeline's loop before step 1")
 
     def leave_loop(self, error: BaseException | None) -> None:
-        """After a pipeline's last step, or after what has ended its loop before that.
+        """Called after a pipeline's last step, or after an error or a stop that has ended its loop earlier.
 
         Raises:
             ParallelError: another rank is the cause.
@@ -117,7 +117,7 @@ class Session:
     # One call, from entry to exit
 
     def start(self) -> None:
-        """Before a call: count the step."""
+        """Called before a call: count the step."""
         step = self._step()
         known, branch = self._place
         run = self.steps.run()
@@ -133,7 +133,7 @@ class Session:
     def begin(
         self, model: nn.Module, kwargs: Mapping[str, Any], call: Call, family: Family, settings: Settings
     ) -> None:
-        """When a call's arguments are known: meet the other ranks, and compare with them.
+        """Called when a call's arguments are known: meet the other ranks, and compare facts with them.
 
         Raises:
             ValueError: the call cannot run on several ranks, or ranks differ; the message names them.
@@ -205,13 +205,13 @@ class Session:
         return self.current
 
     def end(self) -> None:
-        """After a call that has gone well."""
+        """Called after a successful call."""
         self.current = None
         if self._place[0] is None:
             self.links.end()
 
     def failed(self, error: BaseException) -> None:
-        """After a call, or something between two calls, that has not: tell the others. Once for each run.
+        """Called after a failure in a call or between calls: tell the others, once per run.
 
         Raises:
             ParallelError: another rank is the cause.
@@ -227,13 +227,13 @@ class Session:
             self._stale.clear()
 
     def _forget(self) -> None:
-        """Drop borders that nobody will use; their transfers have to end first."""
+        """Drop borders that are no longer needed; their transfers have to finish first."""
         for borders in self._stale.values():
             borders.pending.wait()
         self._stale.clear()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         self.closing.close()
         self.current = None
         self.links.close()
@@ -242,7 +242,7 @@ class Session:
     # Borders
 
     def borders(self, key: Any, step: int | None, sends: dict[int, Tensor], receives: Any, like: Tensor) -> Pending:
-        """A layer's borders: those of this step, or of the step before while these travel."""
+        """A layer's borders: those of this step, or those of the previous step while this step's are being sent."""
         if self.options.exchange == "sync" or step is None:
             return self.links.exchange(sends, receives, like)
         before = self._stale.pop(key, None)
@@ -263,7 +263,7 @@ class Session:
 
 
 def why_not_cached(model: nn.Module) -> str | None:
-    """Why a model with one of diffusers' caches cannot be shared by several ranks; None where it has none."""
+    """Why a model with one of diffusers' caches cannot be shared by several ranks; None if it has none."""
     if not getattr(model, "is_cache_enabled", False):
         return None
     return (

@@ -1,4 +1,4 @@
-"""Softmax over keys that are in several places: partial results with their log-sum-exp, and how they are merged."""
+"""Softmax over keys that are distributed: partial results with their log-sum-exp, and merging them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096
-"""Keys at a time where scores are written out."""
+"""Number of keys processed at a time when scores are materialized."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -19,7 +19,7 @@ def partial_attention(
     """Dense softmax attention over some of the keys.
 
     Args:
-        query, key, value: ``[B, heads, T, head_dim]`` and ``[B, heads, n, head_dim]``, one dtype; n may be 0.
+        query, key, value: ``[B, heads, T, head_dim]`` and ``[B, heads, n, head_dim]``, of the same dtype; n may be 0.
         scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
         keep: bool ``[B, n]``, False for keys that nobody sees; None keeps all.
 
@@ -50,7 +50,7 @@ def partial_attention(
 
 
 def _kernel(query: Tensor, value: Tensor) -> str | None:
-    """The fused kernel that tells its log-sum-exp here, or None."""
+    """The fused kernel that returns its log-sum-exp here, or None."""
     if query.device.type == "cpu":
         return "cpu" if query.dtype in (torch.float32, *_HALF) and query.shape[-1] == value.shape[-1] else None
     if query.device.type == "cuda" and query.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0:
@@ -74,7 +74,7 @@ def _written_out(query: Tensor, key: Tensor, value: Tensor, scale: float, keep: 
 
 
 def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Softmax attention over all keys from attention over disjoint sets of them.
+    """Softmax attention over all keys, merged from attention over disjoint sets of them.
 
     Args:
         parts: outputs and log-sum-exps as ``partial_attention`` returns them.
@@ -87,7 +87,7 @@ def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def weighted(out: Tensor, lse: Tensor, top: Tensor) -> Tensor:
-    """A part as a sum that other parts can be added to: ``[B, heads, T, head_dim + 1]``, numerators, then the denominator.
+    """A part in a form that can be summed over parts: ``[B, heads, T, head_dim + 1]``, numerators, then the denominator.
 
     Args:
         out, lse: the part.

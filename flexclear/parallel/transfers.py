@@ -1,7 +1,7 @@
 """Transfers between ranks: sends, sums, gathers, and the count of bytes.
 
-Process groups are made here, by rank and store, and not through ``torch.distributed.new_group``: they can then be thrown
-away after an error and made anew under another name, which is what lets a second run in the same processes work.
+Process groups are created directly from rank and store, not through ``torch.distributed.new_group``. They can then be discarded
+after an error and created again under another name, which allows a second run in the same processes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from flexclear.parallel.notes import Notes
 from flexclear.parallel.waiting import wait_for
 
 GRACE = 10.0
-"""Seconds that a rank has to say why it stopped, after another has noticed."""
+"""Seconds that a rank has to say why it stopped after another rank has noticed."""
 
 
 @dataclass
 class Pending:
-    """Transfers that are under way.
+    """Transfers in progress.
 
     Attributes:
-        received: what comes from each source, complete after ``wait``.
-        works: their handles.
-        sent: kept alive until it has gone.
+        received: the tensor from each source, complete after ``wait``.
+        works: handles of the transfers.
+        sent: tensors that are kept alive until they are sent.
     """
 
     transfers: Transfers
@@ -44,7 +44,7 @@ class Pending:
     sent: list[Tensor] = field(default_factory=list)
 
     def wait(self) -> dict[int, Tensor]:
-        """Wait for all of it.
+        """Wait for all transfers.
 
         Raises:
             ParallelError: a rank is late or gone.
@@ -61,13 +61,12 @@ class Transfers(ABC):
     Args:
         ranks: global ranks, in the order of the bands.
         timeout: seconds after which a rank counts as late.
-        name: tells the groups of one process apart; the same on all ranks.
+        name: distinguishes the groups of one process; the same on all ranks.
 
     Attributes:
         rank: this process's place in ``ranks``.
-        notes: what ranks tell each other beside their transfers.
-        sent: bytes that this rank has sent, by kind, as payload: of sends what is sent, of a sum or a gather what this
-            rank puts in.
+        notes: messages that ranks exchange in addition to transfers.
+        sent: payload bytes that this rank has sent, by kind. Sums and gathers count with this rank's contribution.
     """
 
     def __init__(self, ranks: Sequence[int], timeout: float, name: str) -> None:
@@ -77,7 +76,7 @@ class Transfers(ABC):
         self.rank = self.ranks.index(dist.get_rank())
         self.timeout = timeout
         self.sent: Counter[str] = Counter()
-        members = "-".join(map(str, self.ranks))  # several groups of one world have a store in common
+        members = "-".join(map(str, self.ranks))  # several groups of one world share a store
         self._store = dist.PrefixStore(f"flexclear/{name}/{members}", _get_default_store())
         self.notes = Notes(self._store, self.ranks, self.rank)
         self._groups: dict[str, Any] = {}
@@ -90,11 +89,11 @@ class Transfers(ABC):
 
     @abstractmethod
     def _watch(self) -> None:
-        """Look for notes of the others; an exception ends a wait."""
+        """Look for notes of the other ranks; an exception ends a wait."""
 
     @abstractmethod
     def _lost(self, error: TransferError) -> NoReturn:
-        """Raise what has to be said of a transfer that failed."""
+        """Raise the error that explains a failed transfer."""
 
     # Process groups
 
@@ -108,14 +107,14 @@ class Transfers(ABC):
             with contextlib.suppress(Exception):
                 group.abort()
         if groups:
-            # Their end waits for sums that are under way, which is as long as the time-out where a rank is halted.
+            # Destroying them waits for pending sums, up to the full time-out if a rank is halted.
             del group
             end = threading.Thread(target=groups.clear, name="flexclear-close", daemon=True)
             end.start()
             end.join(2.0)
 
     def _group(self, device: torch.device, purpose: str) -> Any:
-        # On a GPU sums and borders have a communicator each: in one, a sum would wait for borders that are not needed yet.
+        # On a GPU, sums and borders have separate communicators: in one, a sum would wait for borders that are not needed yet.
         kind = f"{device.type}-{purpose}" if device.type == "cuda" else "cpu"
         if not self._groups:
             raise ParallelError(f"{self.notes.here}: this run has ended with an error already")
@@ -131,7 +130,7 @@ class Transfers(ABC):
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = limit
                 return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
-            # It waits for the others, one of which may stop just now.
+            # The constructor waits for the other ranks, any of which may stop in the meantime.
             make = functools.partial(dist.ProcessGroupGloo, store, self.rank, self.size, limit)
             return wait_for(make, self.timeout + GRACE, self._watch)
 
@@ -139,7 +138,7 @@ class Transfers(ABC):
         """Wait for a transfer.
 
         Raises:
-            ParallelError: it did not come about in time.
+            ParallelError: it did not finish in time.
         """
         if work is not None:
             with self._transfer():
@@ -164,11 +163,11 @@ class Transfers(ABC):
         Args:
             sends: contiguous tensors by destination.
             receives: shapes by source.
-            like: of the type and device that is received.
-            kind: under which bytes are counted.
+            like: tensor with the dtype and device of the received tensors.
+            kind: the kind under which bytes are counted.
         """
         pending = Pending(self, {source: like.new_empty(shape) for source, shape in receives.items()})
-        self._tag += 1  # on ranks that have nothing to say, too: both ends of a later transfer must give it one tag
+        self._tag += 1  # also on ranks with nothing to send: both ends of a later transfer must use the same tag
         if not sends and not receives:
             return pending
         group = self._group(like.device, kind)
@@ -176,7 +175,7 @@ class Transfers(ABC):
         with self._transfer():
             if batched:
                 group._start_coalescing()
-            # Every pair in the same order on both sides: a communicator may take one at a time.
+            # Both sides issue each pair's transfers in a matching order: a communicator may run one at a time.
             for other in sorted({*sends, *receives}):
                 for turn in ("send", "receive") if self.rank < other else ("receive", "send"):
                     if turn == "send" and other in sends:
@@ -190,7 +189,7 @@ class Transfers(ABC):
         return pending
 
     def start_sum(self, tensor: Tensor, kind: str, greatest: bool = False) -> Pending:
-        """Sum (or greatest) over all ranks, in place."""
+        """Start a sum (or maximum) over all ranks, in place."""
         pending = Pending(self, {self.rank: tensor})
         if self.size > 1:
             with self._transfer():
@@ -200,14 +199,14 @@ class Transfers(ABC):
         return pending
 
     def gather(self, tensor: Tensor, sizes: Sequence[int], dim: int, kind: str) -> list[Tensor]:
-        """Every rank's tensor, which have ``sizes`` along ``dim``."""
+        """The tensors of all ranks, which have ``sizes`` along ``dim``."""
         if self.size == 1:
             return [tensor]
         most = max(sizes)
         moved = tensor.movedim(dim, 0)
         padded = moved.new_zeros(most, *moved.shape[1:])
         padded[: len(moved)] = moved
-        data = padded.flatten().view(torch.uint8)  # not every type is known to every way of gathering
+        data = padded.flatten().view(torch.uint8)  # not every backend supports gathers of every dtype
         everyone = [torch.empty_like(data) for _ in sizes]
         with self._transfer():
             work = self._group(tensor.device, "sum").allgather([everyone], [data])
@@ -217,7 +216,7 @@ class Transfers(ABC):
         return [part[:size].movedim(0, dim) for part, size in zip(whole, sizes, strict=True)]
 
     def broadcast(self, tensor: Tensor, source: int, kind: str) -> Tensor:
-        """The tensor of one rank on all, in place."""
+        """Broadcast the tensor of one rank to all, in place."""
         if self.size > 1:
             with self._transfer():
                 options = dist.BroadcastOptions()
@@ -233,7 +232,7 @@ class TransferError(ParallelError):
     """A transfer failed.
 
     Attributes:
-        late: because time ran out, and not because a connection was closed.
+        late: whether time ran out, rather than a connection being closed.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Waiting for something in C++ so that Ctrl-C and other ranks are heard meanwhile."""
+"""Waiting for C++ code without missing Ctrl-C or other ranks' notes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 POLL = 0.2
-"""Seconds between two looks at what else has happened."""
+"""Seconds between checks for other events."""
 
 
 def wait_for(call: Callable[[], Result], seconds: float, watch: Callable[[], None] | None = None) -> Result:
-    """``call()`` in a thread of its own, which is left behind if it takes too long.
+    """Run ``call()`` in a separate thread, which is abandoned if it takes too long.
 
     Args:
-        call: what blocks without the interpreter's lock.
+        call: function that blocks without holding the interpreter's lock.
         seconds: how long to wait for it.
-        watch: called every ``POLL`` seconds; an exception ends the waiting.
+        watch: called every ``POLL`` seconds; an exception ends the wait.
 
     Raises:
         TimeoutError: it took longer.

@@ -102,7 +102,7 @@ def test_a_rank_that_is_late_in_a_step_is_named_and_told(two):
     (waited, *rest), (late, *others) = two.results("late_in_step_2", 1)
     assert waited[0] == late[0] == "ParallelError"
     assert "rank 0, step 2: rank 1 did not answer within 1 s" in waited[1]
-    assert "rank 1, step 2: rank 0 in step 2 waited no longer: this rank was late" in late[1]
+    assert "rank 1, step 2: rank 0 in step 2 stopped waiting: this rank was late" in late[1]
     assert_drawn([*rest, *others])
 
 
