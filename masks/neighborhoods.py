@@ -292,7 +292,7 @@ class Square(_ByAxis):
         if layout.references and not _is_plain(self.stride, self.dilation):
             raise ValueError(
                 f"a square window with stride or dilation counts from the border of one grid, and this layout has "
-                f"{len(layout.grids)}: {layout.grids}. Use Disc, or Square without"
+                f"{len(layout.grids)}: {layout.grids}. Use Disc, or Square without these"
             )
 
     def image_pairs(self, layout: Layout) -> int | None:

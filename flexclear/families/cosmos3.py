@@ -71,7 +71,7 @@ class Cosmos3Family(LatentsFamily):
             )
         if model._cp_shard_fn is not None:
             raise ValueError(
-                f"this {name} shares its sequence out to several processes (_cp_shard_fn), and windows are made for whole "
+                f"this {name} splits its sequence among several processes (_cp_shard_fn), and windows are made for whole "
                 "videos. Call it without, or flexclear.restore(model) first"
             )
         frames, height, width = (int(side) for side in shapes[0])
@@ -102,7 +102,7 @@ def _start(rows: Tensor) -> int:
         ValueError: they are not consecutive.
     """
     if bool((rows[1:] - rows[:-1] != 1).any()):
-        raise ValueError(f"{ROWS} are not one place after the other; windows need a clip's tokens side by side")
+        raise ValueError(f"{ROWS} are not consecutive places; windows need a clip's tokens side by side")
     return int(rows[0])
 
 

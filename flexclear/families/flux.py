@@ -33,11 +33,11 @@ class FluxFamily(TokensFamily):
             shape = formula.weight_shape(layer.module.inner_dim)
             if shape is not None:
                 weight, beside = ("compression_weight", _filled(layer, shape, formula.initial_weight())), formula.kind
-                _refuse_adapter(layer, original, f"attention={beside!r} does not go with")
+                _refuse_adapter(layer, original, f"attention={beside!r} does not support")
         elif down_factor is not None:
             shape = (1, 1, 1, down_factor, 1, down_factor, 1)
             weight = ("spatial_weight", _filled(layer, shape, 1 / down_factor**2))
-            beside = f"down-sampled keys (down_factor={down_factor}) do not go with yet"
+            beside = f"down-sampled keys (down_factor={down_factor}) do not support yet"
             _refuse_adapter(layer, original, beside)
         return window_processor(original, slot, given=self.given, weight=weight)
 

@@ -40,8 +40,7 @@ class Krea2Family(TokensFamily):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
             given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ValueError(
-                f"{MASK} must be a bool tensor of shape {tuple(shape)} (batch, text tokens), True for what is no padding, got "
-                f"{given}"
+                f"{MASK} must be a bool tensor of shape {tuple(shape)} (batch, text tokens), False for padding, got {given}"
             )
         return call if grids.all_true(mask) else replace(call, keep={JOINT: mask})
 

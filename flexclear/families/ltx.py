@@ -132,8 +132,8 @@ def trailing_grid(coordinates: Tensor) -> tuple[int, int, int]:
         or not _is_grid(times[start:], rows[start:], columns[start:], area, width)
     ):
         raise ValueError(
-            f"video_coords of {length} tokens are no video in raster order that begins at the first time, with conditions at "
-            "later times before it: the windows of such a call are not known"
+            f"video_coords of {length} tokens are not a video in raster order that begins at the first time, preceded by "
+            "conditions at later times: flexclear has no windows for such a call"
         )
     return frames, area // width, width
 

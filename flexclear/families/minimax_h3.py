@@ -107,8 +107,8 @@ def read_clip(positions: Tensor, first: int, last: int) -> tuple[int, int, int, 
     grid = torch.stack([rows.repeat_interleave(width), columns.repeat(len(rows))], dim=1)
     if height * width != size or not torch.equal(grid, frame) or not _rises(rows) or not _rises(columns):
         raise ValueError(
-            f"{POSITIONS} {first} to {last - 1} are no video: of its last frame, the {size} tokens at time "
-            f"{float(times[-1]):g}, rows and columns are no full grid in raster order, each token at a position of its own. "
+            f"{POSITIONS} {first} to {last - 1} are not a video: the {size} tokens of its last frame, at time "
+            f"{float(times[-1]):g}, are not a full grid in raster order with each token at its own position. "
             "Windows need whole frames"
         )
     frames = 1

@@ -78,8 +78,8 @@ class TokensFamily(Family):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in shapes:
             given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ValueError(
-                f"{where} must be a bool tensor of shape {shapes[0]} (batch, 1, 1, text and image), True for what is no "
-                f"padding, got {given}"
+                f"{where} must be a bool tensor of shape {shapes[0]} (batch, 1, 1, text and image), False for padding, got "
+                f"{given}"
             )
         return kept_text(mask, where, text, tokens, reader)
 

@@ -107,8 +107,8 @@ class ZImageFamily(Family):
         required_tensor(kwargs, "t", model)
         if "functionalize" in function_transforms():
             raise ValueError(
-                f"a transformed {type(model).__name__} under torch.func.functionalize: the plan rides on a tensor, and would "
-                "get lost where that puts another in its place. flexclear.restore(model) first"
+                f"a transformed {type(model).__name__} under torch.func.functionalize: the plan is attached to a tensor, and is "
+                "lost when that is replaced by another. flexclear.restore(model) first"
             )
         pictures, captions = _pictures(model, kwargs), _captions(model, kwargs)
         if len(captions) != len(pictures):

@@ -151,7 +151,7 @@ def test_coordinates_that_are_no_video_are_refused():
     sideways = right[:, [0, 2, 1]]
     looping = torch.cat([right[:, :, :35], right[:, :, :70]], 2)  # an earlier time at the end
     for wrong in (shuffled, sideways, looping, right.flip(2)):
-        with pytest.raises(ValueError, match="are no video in raster order that begins at the first time"):
+        with pytest.raises(ValueError, match="are not a video in raster order that begins at the first time"):
             run(model, {**call, "video_coords": wrong})
     with pytest.raises(
         ValueError, match="do not hold the 3 x 5 x 7 = 105 tokens of the video that video_coords describe"

@@ -89,7 +89,7 @@ def twice(indices):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (h3(position_ids=shifted), "each token at a position of its own"),
+        (h3(position_ids=shifted), "with each token at its own position"),
         (h3(position_ids=lambda given: given[:-1]), "video_indices names number"),
         (h3(video_indices=twice), "name a row of the sequence more than once"),
         (h3(video_indices=lambda given: given[:0]), r"must be of shape \[tokens\] and not empty"),
@@ -110,7 +110,7 @@ def test_packed_positions_that_are_no_video_are_refused(change, says):
         ({"vision_token_shapes": [(3, 5, 4), (3, 5, 4)]}, "takes one clip"),
         ({"vision_token_shapes": [(3, 5, 5)]}, "3 x 5 x 5 = 75 places"),
         ({"vision_sequence_indexes": torch.arange(3, 63)}, "not in the sequence of 67 tokens behind the 7"),
-        ({"vision_sequence_indexes": torch.arange(66, 6, -1)}, "are not one place after the other"),
+        ({"vision_sequence_indexes": torch.arange(66, 6, -1)}, "are not consecutive places"),
     ],
 )
 def test_calls_of_cosmos_3_that_do_not_fit_are_refused(change, says):
@@ -124,7 +124,7 @@ def test_calls_of_cosmos_3_that_do_not_fit_are_refused(change, says):
 def test_a_sequence_of_cosmos_3_that_is_shared_out_is_refused():
     model = flexclear.transform(models.tiny_cosmos3(), r=RADIUS, frame_radius=1, backend="sdpa")
     model._cp_shard_fn = lambda *parts: parts
-    with pytest.raises(ValueError, match="shares its sequence out to several processes"):
+    with pytest.raises(ValueError, match="splits its sequence among several processes"):
         run(model, models.cosmos3_call(3, 4, 5, 7))
 
 
