@@ -1,1 +1,1 @@
-"""What tests share: small models and calls, references, processes, broken files."""
+"""Code shared by tests: small models and calls, references, processes, broken files."""

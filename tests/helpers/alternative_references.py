@@ -1,4 +1,4 @@
-"""The alternatives once more, in float64, raster order and plain words."""
+"""Reference implementations of the alternatives: plain code in float64 and raster order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sigmoid(ReferenceProcessor):
 
 
 class Linear(Sigmoid):
-    """Weights of every pair formed in full, then normalized."""
+    """The weights of all pairs are materialized, then normalized."""
 
     def mix(self, query, key, value):
         phi = lambda tokens: nn.functional.elu(tokens) + 1  # noqa: E731

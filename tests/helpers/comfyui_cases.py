@@ -1,4 +1,4 @@
-"""What tests ask ComfyUI's engine to do, each a function that returns numbers and words. They run in its own process."""
+"""What tests ask ComfyUI's engine to do: functions that return numbers and words, and run in the engine's process."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ RADIUS, FRAME_RADIUS, TEXT = 4, 1, 20
 
 
 def tokens(sides):
-    """Height and width in tokens of (frames,) height and width in latents, which the model pads."""
+    """Height and width in tokens, from (frames,) height and width in latents, which the model pads."""
     return tuple(-(-side // 2) for side in sides[-2:])
 
 
 def padding(hidden: int):
-    """Conditioning of padded text: the mask that ComfyUI's text encoders make."""
+    """Conditioning for padded text: the mask that ComfyUI's text encoders make."""
     mask = torch.ones(1, TEXT, dtype=torch.long)
     mask[:, TEXT - hidden :] = 0
     return {"attention_mask": mask} if hidden else {}
 
 
 def vace(sides):
-    """Conditioning of a control video."""
+    """Conditioning for a control video."""
     draw = torch.Generator().manual_seed(3)
     frames, mask = torch.randn(1, 32, *sides, generator=draw), torch.ones(1, 64, *sides)
     return {"vace_frames": [frames], "vace_mask": [mask], "vace_strength": [0.7]}
@@ -56,13 +56,13 @@ def against_dense(
     """A windowed model against the model under dense masks, with guidance.
 
     Args:
-        kind, sides: model, and its latent.
+        kind, sides: the model, and the sides of its latent.
         by: ``"flex"`` or ``"sdpa"``.
         batch: number of latents.
         texts: tokens of the positive and the negative text.
         hidden: how many of them are padding.
         references: height and width of reference latents.
-        method: where ComfyUI places those.
+        method: where ComfyUI places the references.
     """
     patcher = model(kind)
     video = kind in ("wan", "vace")
@@ -89,7 +89,7 @@ def against_dense(
 
 
 def off_again() -> dict:
-    """What is left of a window on the model that it was made of."""
+    """What is left of a window on the model from which the windowed one was made."""
     patcher, noise, given = model("flux"), latent("flux", 16, 20), conditions("flux", TEXT, 1)
 
     def state():
@@ -146,7 +146,7 @@ def lora() -> dict:
 
 
 def dense_steps() -> dict:
-    """The first and the last of four steps dense, by ComfyUI's own noise levels."""
+    """The first and the last of four steps are dense, with ComfyUI's own noise levels."""
     patcher, noise, given = model("flux"), latent("flux", 16, 20), conditions("flux", TEXT, 1)
     image = near([(8, 10)], RADIUS)
     levels = torch.linspace(1, 0, 5)[1:3].tolist()
@@ -179,7 +179,7 @@ def residuals() -> dict:
 
 
 def gradients() -> dict:
-    """What ComfyUI's training differentiates; the node itself finds that compiled attention has no gradients on a CPU."""
+    """What ComfyUI's training differentiates. The node itself notices that compiled attention has no gradients on a CPU."""
     import comfy.model_management
 
     patcher, x = model("wan"), latent("wan", 3, 12, 16)
@@ -203,7 +203,7 @@ def _error(run) -> str:
 
 
 def refused() -> dict[str, str]:
-    """What a window is refused for, and the error of each."""
+    """Cases in which a window is refused, and the error of each."""
     import comfy.ldm.wan.model
     import comfy.model_patcher
     from comfy_api.torch_helpers import set_torch_compile_wrapper

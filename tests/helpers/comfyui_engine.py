@@ -1,7 +1,7 @@
-"""ComfyUI's own engine on the CPU, in a process of its own, with small random models.
+"""ComfyUI's own engine on the CPU, in a separate process, with small random models.
 
-ComfyUI is GPL-3.0 and no dependency: ``make comfyui`` downloads it into ``.venv/comfyui``, for tests and benchmarks alone. It
-changes settings of torch and has modules named ``utils`` and ``server``, so nothing of it is imported beside other tests:
+ComfyUI is under GPL-3.0 and not a dependency: ``make comfyui`` downloads it into ``.venv/comfyui``, only for tests and
+benchmarks. It changes settings of torch and has modules named ``utils`` and ``server``, so the test process never imports it:
 functions that need it run in ``engine()``.
 """
 
@@ -25,24 +25,24 @@ FOLDER = ROOT / ".venv" / "comfyui"
 NODE = ROOT / "comfyui"
 
 TOLERANCE = 2.0**-17
-"""Of the largest output, as for models of diffusers (``contract/oracle.py``)."""
+"""Allowed difference, relative to the largest output, as for diffusers models (``contract/oracle.py``)."""
 
 MATTERS = 2.0**-10
-"""Of the largest output: what must make a difference makes more."""
+"""Least difference, relative to the largest output, of anything that must matter."""
 
 
 def engine() -> ProcessPoolExecutor:
-    """A process in which ComfyUI runs; what is submitted must be a function of a module."""
+    """A process in which ComfyUI runs. Submitted functions must be defined at module level."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=start)
 
 
 def start() -> None:
-    """Make ComfyUI importable in this process: on the CPU, and without torchvision, for which nothing here has a use."""
+    """Make ComfyUI importable in this process: on the CPU, and without torchvision, which nothing here uses."""
     sys.path[:0] = [str(FOLDER / "ComfyUI"), str(FOLDER / "site")]
     sys.argv = ["comfyui"]
     from transformers.utils import import_utils
 
-    # Remembered from here on: it would take what stands in below for the real one.
+    # These results are cached: otherwise transformers would take the stand-in below for the real torchvision.
     import_utils.is_torchvision_available(), import_utils.is_torchvision_v2_available()
     for package in ("torchvision", "torchaudio"):
         for part in ("", ".transforms", ".transforms.functional", ".ops", ".functional"):
@@ -52,7 +52,7 @@ def start() -> None:
             sys.modules[package + part] = absent
     import comfy.cli_args
 
-    # ComfyUI's default on a CPU takes boolean masks for something else, see comfy.ldm.modules.sub_quadratic_attention.
+    # ComfyUI's default on a CPU misinterprets boolean masks, see comfy.ldm.modules.sub_quadratic_attention.
     comfy.cli_args.args.cpu = comfy.cli_args.args.use_pytorch_cross_attention = True
     torch.set_num_threads(1)
     load()
@@ -60,7 +60,7 @@ def start() -> None:
 
 @functools.cache
 def load():
-    """ComfyUI's nodes by name, ours among them, loaded as ComfyUI loads a custom node."""
+    """ComfyUI's nodes by name, including ours, loaded as ComfyUI loads a custom node."""
     import nodes
 
     assert asyncio.run(nodes.load_custom_node(str(NODE)))
@@ -74,7 +74,7 @@ def attention_module():
 
 
 def window(model, radius, frame_radius=None, **others):
-    """What the nodes make of a model."""
+    """A model after our nodes."""
     if frame_radius is None:
         return load()["FlexclearImageWindow"]().apply(model, radius, **others)[0]
     return load()["FlexclearVideoWindow"]().apply(model, radius, frame_radius, **others)[0]
@@ -146,7 +146,7 @@ def model(kind: str):
 
 
 def conditions(kind: str, text: int, seed: int, **others):
-    """Conditioning of random text in ComfyUI's form."""
+    """Conditioning with random text, in ComfyUI's form."""
     draw = torch.Generator().manual_seed(seed)
     pooled = {"pooled_output": torch.randn(1, 16, generator=draw)} if kind == "flux" else {}
     return [[torch.randn(1, text, 32, generator=draw), {**pooled, **others}]]
@@ -161,7 +161,7 @@ def latent(kind: str, *sides: int, batch: int = 1):
 
 @torch.inference_mode()
 def sample(patcher, noise, positive, negative=None, steps: int = 1):
-    """What ComfyUI's sampler makes of noise, with guidance if there is something negative: both halves in one batch then."""
+    """What ComfyUI's sampler makes of noise; with guidance if ``negative`` is given, which puts both halves in one batch."""
     import comfy.samplers
 
     guider = comfy.samplers.CFGGuider(patcher)
@@ -181,7 +181,7 @@ def near(grids, radius: int, frames: int = 1, frame_radius: int = 0):
 
 
 class Reference:
-    """ComfyUI's attention override for the reference: SDPA under the dense boolean mask, text first, which sees all and is seen
+    """ComfyUI's attention override for the reference: SDPA under the dense boolean mask. Text comes first, sees all and is seen
     by all.
 
     Attributes:
@@ -213,11 +213,11 @@ def overridden(patcher, override):
 
 @contextlib.contextmanager
 def backend(name: str):
-    """Windows computed by ``"flex"`` or ``"sdpa"``; the node itself takes what can run."""
+    """Compute windows by ``"flex"`` or ``"sdpa"``; the node itself chooses one that can run."""
     with mock.patch.object(attention_module(), "choose_backend", return_value=name):
         yield
 
 
 def far(one, other) -> float:
-    """Largest difference, in the largest output."""
+    """Largest difference, relative to the largest output."""
     return float((one - other).abs().max() / other.abs().max())

@@ -1,7 +1,7 @@
 """Workflows on ComfyUI's own executor.
 
-The embedded model comes in by nodes of the tests: ComfyUI's loader takes FLUX's sizes from tables, and the embedded model has
-others. Its transformer is ComfyUI's all the same, with the same weights.
+The embedded model is loaded by test nodes: ComfyUI's loader takes FLUX's sizes from tables, and the embedded model has others.
+Its transformer is still ComfyUI's, with the same weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXTRA = ("custom_sampler", "flux", "hunyuan", "model_advanced", "sd3", "video")
 
 @functools.cache
 def pipeline():
-    """The embedded model as diffusers has it."""
+    """The embedded model as a diffusers pipeline."""
     pipe = embedded.pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -39,7 +39,7 @@ def pipeline():
 
 @functools.cache
 def converted():
-    """The embedded model's transformer as ComfyUI's: its ``ModelPatcher``."""
+    """The embedded model's transformer in ComfyUI: its ``ModelPatcher``."""
     import comfy.latent_formats
     import comfy.model_patcher
     import comfy.supported_models
@@ -134,7 +134,7 @@ class EmbeddedDecode:
 
 @functools.cache
 def with_extra_nodes():
-    """ComfyUI's nodes by name, with those of its files that the workflows use, and those of the tests."""
+    """ComfyUI's nodes by name, including those in extra files that the workflows use, and the test nodes."""
     import nodes
 
     names = load()
@@ -180,7 +180,7 @@ def pictures(folder: str, by: str, steps: int = 4, size: tuple[int, int] = (128,
     Args:
         folder: where ComfyUI saves its own.
         by: ``"flex"`` or ``"sdpa"``, for both.
-        steps, size: of the picture.
+        steps, size: number of steps, and size of the picture.
     """
     pipe, text, seed = pipeline(), "a red apple on a blue background", 3
     found: dict = {}
@@ -208,7 +208,7 @@ def pictures(folder: str, by: str, steps: int = 4, size: tuple[int, int] = (128,
 
 
 def checked(path: str, folder: str) -> tuple[bool, str]:
-    """Whether ComfyUI takes a shipped workflow as it is, given files of the names in it (empty ones)."""
+    """Whether ComfyUI accepts a shipped workflow unchanged, given (empty) files with the names in it."""
     import execution
     import folder_paths
 

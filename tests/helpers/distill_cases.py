@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` train. Every function is called on every rank."""
+"""Training runs for the processes of ``parallel_group.Group``. Every function is called on every rank."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SHARDED = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-"""What ``accelerate launch`` makes of a configuration with FSDP."""
+"""The environment that ``accelerate launch`` makes from a configuration with FSDP."""
 
 
 def config(output, **changed):
-    """Settings of a short run whose steps do not magnify rounding, as Adam's do where a gradient is nearly zero."""
+    """Settings of a short run whose steps do not magnify rounding, as Adam's do when a gradient is nearly zero."""
     settings = {
         "output": Path(output),
         "r": 2,
@@ -47,7 +47,7 @@ def config(output, **changed):
 
 
 def train(output, own_output=False, accelerator=None, dtype=torch.float32, **changed):
-    """A run of a tiny FLUX: its records, and the weights that it leaves in the model."""
+    """A run with a tiny FLUX: its records, and the final weights of the model."""
     if own_output:
         output = Path(output) / str(dist.get_rank() if dist.is_initialized() else os.environ.get("RANK", "0"))
     model = tiny_flux(num_single_layers=3).to(dtype)
@@ -63,7 +63,7 @@ def train(output, own_output=False, accelerator=None, dtype=torch.float32, **cha
 
 
 def whole_weights(model):
-    """Trained parameters as arrays, which processes can hand over; none of a sharded model."""
+    """Trained parameters as arrays, which can be sent between processes; none for a sharded model."""
     if any(type(parameter) is not torch.nn.Parameter for parameter in model.parameters()):
         return {}
     return {name: parameter.detach().float().numpy().copy() for name, parameter in trained_parameters(model).items()}
@@ -71,7 +71,7 @@ def whole_weights(model):
 
 @contextlib.contextmanager
 def accelerate_as_on_gpus(environment):
-    """accelerate with FSDP or DeepSpeed on CPUs. It has them on accelerators only, so it is told that these are some."""
+    """accelerate with FSDP or DeepSpeed on CPUs. It supports them only on accelerators, so it is told that CPUs are such."""
     from accelerate import DistributedType, PartialState
     from accelerate.state import AcceleratorState
 
@@ -132,7 +132,7 @@ def deepspeed_as_on_gpus(file, gradient_accumulation=1, mixed_precision="no"):
         import deepspeed
         from accelerate import Accelerator
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles one in place of gloo's
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles its own in place of gloo's
         yield Accelerator(gradient_accumulation_steps=gradient_accumulation, mixed_precision=mixed_precision)
 
 

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their text, links, headings and blocks of code."""
+"""The README and the pages of docs/: their text, links, headings and code blocks."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def pages() -> list[Path]:
 
 
 def title(page: Path) -> str:
-    """A page's path in the checkout, for ids of tests and messages."""
+    """A page's path in the checkout, for test ids and messages."""
     return page.relative_to(ROOT).as_posix()
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """A page without its code blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code.
+    """A code block.
 
     Attributes:
-        page: where it stands.
-        language: what the fence says.
+        page: the page that has it.
+        language: language in the fence.
         code: its lines.
         line: number of its first line.
     """
@@ -55,7 +55,7 @@ class Block:
 
 
 def blocks(page: Path, language: str) -> list[Block]:
-    """The blocks of code of a language on a page, in order."""
+    """The code blocks of a language on a page, in order."""
     text = page.read_text(encoding="utf-8")
     return [
         Block(page, found[1], textwrap.dedent(found[2]), text.count("\n", 0, found.start()) + 2)
@@ -65,7 +65,7 @@ def blocks(page: Path, language: str) -> list[Block]:
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of a page's console blocks that begin with ``$ ``, without it."""
+    """The lines of a page's console blocks that begin with ``$ ``, without that prefix."""
     return [
         line.removeprefix("$ ")
         for block in blocks(page, "console")
@@ -82,13 +82,13 @@ def slug(heading: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link to a page may name: its headings, and the objects that it documents."""
+    """Possible targets of links into a page: its headings, and the objects that it documents."""
     found = {given or slug(text) for text, given in HEADING.findall(prose(page))}
     return found | documented(page)
 
 
 def documented(page: Path) -> set[str]:
-    """The objects that a page's directives document, members of packages included."""
+    """The objects that a page's directives document, including members of packages."""
     import importlib
 
     found = set()
@@ -103,7 +103,7 @@ def documented(page: Path) -> set[str]:
 
 
 def is_module(path: str) -> bool:
-    """Whether a dotted path is that of a module, which hides what its package has under the same name."""
+    """Whether a dotted path is that of a module, which hides an object of the same name in its package."""
     from importlib.util import find_spec
 
     return find_spec(path) is not None

@@ -1,4 +1,4 @@
-"""Eight-bit models, LoRA files for them, and what their tests ask."""
+"""Eight-bit models, LoRA files for them, and helpers of their tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WHY_NOT = why_not_compiled(CPU)
 
 
 def quantizable_flux(num_single_layers=1):
-    """A FLUX of 1 + 1 blocks, 4 heads x 64, bfloat16, whose blocks do something."""
+    """A FLUX of 1 + 1 blocks, 4 heads x 64, bfloat16, whose blocks have an effect."""
     model = tiny_flux(
         num_attention_heads=4,
         attention_head_dim=64,

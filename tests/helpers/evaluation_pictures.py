@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def picture(seed, height=48, width=40):
-    """Smooth noise, so that neighbouring pixels go together."""
+    """Smooth noise, so that neighbouring pixels are similar."""
     coarse = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 

@@ -1,4 +1,5 @@
-"""FLUX's attention once more, in float64, raster order and plain words; what transformed models are compared with."""
+"""A reference implementation of FLUX's attention, plain code in float64 and raster order, for comparison with transformed
+models."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class ReferenceProcessor(nn.Module):
         text_len: text tokens.
         weight: pooling weights ``[d, d]``, or None: no pooled keys.
         theta: base of the rotary frequencies.
-        proportional: scale sqrt(log_4608(n) / head_dim), n keys, ten times as many with pooled keys.
+        proportional: scale sqrt(log_4608(n) / head_dim) for n keys, with n taken ten times as large if there are pooled keys.
     """
 
     def __init__(self, r, grid, text_len, weight=None, theta=10000.0, proportional=False):
@@ -62,7 +63,7 @@ class ReferenceProcessor(nn.Module):
         return [(0, 0)] * self.text_len + [(y, x) for y in range(height) for x in range(width)]
 
     def rotate(self, tokens):
-        """Rotary embedding over (index, y, x) with axes (4, 6, 6): neighbouring channels turn as one complex number."""
+        """Rotary embedding over (index, y, x) with axes (4, 6, 6): neighbouring channels rotate as one complex number."""
         angles = []
         for y, x in self.places():
             for place, channels in ((0, 4), (y, 6), (x, 6)):
@@ -74,7 +75,7 @@ class ReferenceProcessor(nn.Module):
         return torch.view_as_real(turned).flatten(-2)
 
     def seen(self):
-        """Which key each query sees."""
+        """Which keys each query sees."""
         n = len(self.places())
         seen = torch.ones(n, n, dtype=torch.bool)
         if self.r is None:
@@ -86,7 +87,7 @@ class ReferenceProcessor(nn.Module):
         return seen
 
     def pooled(self, image):
-        """One token per cell; the weights of a cut-off cell grow so that equal ones still make a mean."""
+        """One token per cell; the weights of a cut-off cell are scaled up so that equal ones still give a mean."""
         (height, width), d = self.grid, len(self.weight)
         cells = []
         for top in range(0, height, d):

@@ -1,4 +1,4 @@
-"""A disk that is full, as far as this process can tell."""
+"""A disk that looks full to this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exception at the n-th line that an operation runs, for every n: what is left is the old state or the new one."""
+"""An exception at the n-th line that an operation runs, for every n: it must leave either the old state or the new one."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ OTHERS = {
 """Where torch sets attributes and registers hooks: files and functions."""
 
 OFTEN = 2
-"""How many times a line that runs in a loop is interrupted at its first, and as often at its last."""
+"""How many of the first rounds, and of the last rounds, of a line in a loop are interrupted."""
 
 
 class Stop(KeyboardInterrupt):
-    """Ctrl-C, told from a real one."""
+    """Ctrl-C, distinguishable from a real one."""
 
 
 class Lines:
-    """Notes each line that runs of flexclear, and of what it sets attributes and registers hooks with; raises at some.
+    """Records each line that runs in flexclear and in torch code that sets attributes and registers hooks; raises at some.
 
     Args:
-        stops: numbers of the lines to raise at, from 0, in a row.
+        stops: numbers of the lines to raise at, from 0, one after the other.
     """
 
     def __init__(self, *stops):
@@ -54,7 +54,7 @@ class Lines:
         return self._line if ours else None
 
     def run(self, action):
-        """Run it; whether it came to its end. Gradients must not be left off."""
+        """Run ``action``; returns whether it finished. It must not leave gradients off."""
         before, gradients = sys.gettrace(), torch.is_grad_enabled()
         sys.settrace(self)
         try:
@@ -68,8 +68,8 @@ class Lines:
             assert left == gradients, self.seen[-1]
 
     def points(self, *names):
-        """Numbers of the lines to stop at: all, but of the rounds of a long loop the first and the last; of files of these
-        names where any are given."""
+        """Numbers of the lines to stop at: all lines, but only the first and last rounds of a long loop. If ``names`` are given,
+        only lines of these files."""
         rounds = {}
         for number, place in enumerate(self.seen):
             if not names or pathlib.Path(place[0]).name in names:
@@ -78,7 +78,7 @@ class Lines:
 
 
 def hooks_of(module):
-    """Our hooks on a module, with how each is called."""
+    """Our hooks on a module, with the way each is called."""
     pre, after = module._forward_pre_hooks, module._forward_hooks
     return [
         *((hook, key in module._forward_pre_hooks_with_kwargs) for key, hook in pre.items() if isinstance(hook, Hook)),
@@ -92,7 +92,7 @@ def hooks_of(module):
 
 
 def state_of(model):
-    """Processors, hooks and parameters, the objects themselves."""
+    """Processors, hooks and parameters: the objects themselves."""
     return [
         (
             name,
@@ -117,7 +117,7 @@ def _ids(value):
 
 
 def outline_of(model):
-    """What another model in the same state has as well: types, slots, windows, and originals' types."""
+    """What is equal for another model in the same state: types, slots, windows, and the originals' types."""
     return [
         (
             name,

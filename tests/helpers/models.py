@@ -1,4 +1,4 @@
-"""Scaled-down models of the real diffusers classes with random weights, and calls to feed them."""
+"""Scaled-down models of the real diffusers classes with random weights, and calls for them."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def qwen_call(grid, references, text_len, batch=1, seed=0, mask=None):
 
 
 SD35 = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
-"""What SD3.5 medium has and SD3 has not, for ``tiny_sd3``."""
+"""Configuration that SD3.5 medium has in addition to SD3, for ``tiny_sd3``."""
 
 
 def tiny_sd3(seed=0, **config):
@@ -141,7 +141,7 @@ def tiny_sd3(seed=0, **config):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".norm" in name and name.endswith("weight") and parameter.ndim == 1:
-                parameter.uniform_(0.5, 2)  # norms of query and key that differ from none
+                parameter.uniform_(0.5, 2)  # norms of query and key that have an effect
     return model
 
 
@@ -183,7 +183,7 @@ def tiny_chroma(seed=0, **config):
 
 
 def text_mask(kind, batch, text_len, image_len):
-    """The mask of a call whose samples have different numbers of text tokens, None for ``"no mask"``."""
+    """The mask of a call whose samples have different numbers of text tokens; None for ``"no mask"``."""
     if kind == "no mask":
         return None
     mask = torch.ones(batch, text_len + image_len, dtype=torch.bool)
@@ -206,7 +206,7 @@ def chroma_call(height, width, text_len, batch=1, seed=0, kind="no mask"):
 
 
 def tiny_zimage(**config):
-    """A ZImageTransformer2DModel of 1 + 1 + 2 blocks, 2 heads x 16, random weights, pad tokens too, in eval mode."""
+    """A ZImageTransformer2DModel of 1 + 1 + 2 blocks, 2 heads x 16, random weights including pad tokens, in eval mode."""
     from diffusers import ZImageTransformer2DModel
 
     torch.manual_seed(0)

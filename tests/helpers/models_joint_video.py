@@ -1,5 +1,5 @@
-"""Scaled-down models of the diffusers classes that take videos and have text in the sequence, and calls as their pipelines
-make them. Frames, rows and columns are in tokens everywhere."""
+"""Scaled-down models of the diffusers classes for videos with text in the sequence, and calls as their pipelines make them.
+Frames, rows and columns are always in tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROPE_64 = {"attention_head_dim": 64, "rope_axes_dim": (16, 24, 24)}
 
 
 def hunyuan_video_call(frames, height, width, text_len, batch=1, seed=0, dtype=torch.float32, *, padded=False):
-    """Keyword arguments of a call; the samples' texts end early where ``padded``."""
+    """Keyword arguments of a call; with ``padded`` the samples' texts end early."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": noise(generator, batch, CHANNELS, frames, 2 * height, 2 * width, dtype=dtype),
@@ -73,11 +73,11 @@ GLYPHS, IMAGE_TOKENS = 5, 3
 def hunyuan_video15_call(
     frames, height, width, text_len, batch=1, seed=0, dtype=torch.float32, *, padded=False, image=True
 ):
-    """Keyword arguments of a call, with a second text and an encoded image beside the ``text_len`` tokens of text.
+    """Keyword arguments of a call, with a second text and an encoded image in addition to the ``text_len`` tokens of text.
 
     Args:
         padded: whether the first text ends early.
-        image: whether there is an encoded image; its tokens are zeros and masked where there is none.
+        image: whether there is an encoded image; otherwise its tokens are zeros and masked.
     """
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -92,7 +92,7 @@ def hunyuan_video15_call(
 
 
 def tiny_cogvideox(seed=0, **config):
-    """A CogVideoXTransformer3DModel of 2 blocks, 2 heads x 64, whose positions are rotary as in all published ones but 2b."""
+    """A CogVideoXTransformer3DModel of 2 blocks, 2 heads x 64, with rotary positions, as in all published ones but 2b."""
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(seed)
@@ -117,8 +117,8 @@ def cogvideox_call(frames, height, width, text_len, batch=1, seed=0, dtype=torch
     """Keyword arguments of a call, with the rotary embedding that the pipeline makes.
 
     Args:
-        head_dim: of the model; 0 for one whose positions are added to its tokens.
-        patch: latent frames of a token.
+        head_dim: head dim of the model; 0 for a model whose positions are added to its tokens.
+        patch: latent frames per token.
     """
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
@@ -146,11 +146,11 @@ def tiny_mochi(seed=0, **config):
         "num_layers": 3,
         "pooled_projection_dim": 24,
         "in_channels": CHANNELS,
-        "text_embed_dim": 16,  # which its pooling of the text divides into eight heads
+        "text_embed_dim": 16,  # divided into eight heads when the text is pooled
         "time_embed_dim": 8,
     }
     model = settle(MochiTransformer3DModel(**{**sizes, **config}), seed)
-    with torch.no_grad():  # all zeros, where every token is at one place
+    with torch.no_grad():  # initially all zeros, as if every token were at the same place
         model.pos_frequencies.normal_(std=0.2, generator=torch.Generator().manual_seed(seed))
     return model
 
@@ -198,12 +198,12 @@ MINIMAX_H3_64 = {"attention_head_dim": 64, "rope_freq_dim": 8}
 def minimax_h3_call(
     frames, height, width, text_len, batch=1, seed=0, dtype=torch.float32, *, sound=4, keyframes=(), later=None
 ):
-    """Keyword arguments of a call: text, keyframes, two channels of sound, the video, in one sequence.
+    """Keyword arguments of a call: text, keyframes, two channels of sound and the video in one sequence.
 
     Args:
         sound: audio latents of each channel.
         keyframes: where each condition frame is anchored, ``"first"`` or ``"last"``.
-        later: a noise level of the video's second half, for times that differ by token.
+        later: a noise level for the video's second half, so that timesteps differ by token.
     """
     from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
 
@@ -260,13 +260,13 @@ COSMOS3_64 = {"head_dim": 64, "rope_axes_dim": (12, 10, 10)}
 def cosmos3_call(
     frames, height, width, text_len, seed=0, dtype=torch.float32, *, conditions=0, sound=0, channels=CHANNELS, fps=24.0
 ):
-    """Keyword arguments of a call of one sample, which is all that the model takes.
+    """Keyword arguments of a call with one sample, since the model takes no more.
 
     Args:
-        conditions: how many frames are given, without noise, at the beginning.
-        sound: latents of sound behind the video, for a model with ``sound_gen``.
-        channels: of the latents.
-        fps: which time goes by in the positions.
+        conditions: number of frames at the beginning that are given without noise.
+        sound: number of sound latents after the video, for a model with ``sound_gen``.
+        channels: channels of the latents.
+        fps: frame rate, which determines times in the positions.
     """
     from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import (
         get_3d_mrope_ids_text_tokens,

@@ -1,6 +1,6 @@
 """Scaled-down models of the diffusers classes that take latents ``[B, C, H, W]``, and calls as their pipelines make them.
 
-Qwen-Image 2.1 is here for its company: it takes tokens, behind a causal text. Sides are in tokens everywhere.
+Qwen-Image 2.1 is here as well, although it takes tokens, after a causal text. Sides are always in tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TEXT = 12
 
 
 def settle(model: nn.Module, seed: int) -> nn.Module:
-    """The model in eval mode, without a parameter that is constant: what diffusers begins at zero or one counts too."""
+    """The model in eval mode, with no constant parameter, so that those that diffusers initializes to zero or one matter too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -28,12 +28,12 @@ def noise(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.fl
 
 
 def kept(text_len: int, batch: int, padded: bool) -> list[int]:
-    """Text tokens of each sample that are no padding: all, or ever fewer and never none."""
+    """Unpadded text tokens of each sample: all; with ``padded`` fewer from sample to sample, but at least one."""
     return [text_len - (1 + 2 * sample) % text_len if padded else text_len for sample in range(batch)]
 
 
 def text_mask(text_len: int, batch: int, padded: bool) -> torch.Tensor:
-    """A tokenizer's attention mask with the padding behind the text, int64 ``[B, text_len]``."""
+    """A tokenizer's attention mask with padding after the text, int64 ``[B, text_len]``."""
     return (torch.arange(text_len)[None] < torch.tensor(kept(text_len, batch, padded))[:, None]).long()
 
 
@@ -64,11 +64,11 @@ def tiny_auraflow(seed=0, **config):
 
 AURAFLOW_64 = {"attention_head_dim": 64, "caption_projection_dim": 128}
 AURAFLOW_REGISTERS = 8
-"""Tokens that the model puts before those of the text."""
+"""Number of tokens that the model puts before the text's."""
 
 
 def auraflow_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32):
-    """Keyword arguments of a call; padding in the text is zero, and no mask says where."""
+    """Keyword arguments of a call; padding in the text is zero, without a mask."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": noise(generator, batch, CHANNELS, 2 * height, 2 * width, dtype=dtype),
@@ -99,7 +99,7 @@ COGVIEW4_64 = {"attention_head_dim": 64}
 
 
 def cogview4_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32):
-    """Keyword arguments of a call; the pipeline pads the text at its front and masks nothing."""
+    """Keyword arguments of a call; the pipeline pads the text at its beginning and masks nothing."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.tensor([[16.0 * height, 16.0 * width]]).repeat(batch, 1).to(dtype)
     return {
@@ -140,8 +140,8 @@ def hunyuan_image_call(height, width, text_len, batch=1, seed=0, dtype=torch.flo
 
     Args:
         padded: whether the samples' texts end early.
-        glyphs: tokens of the second text, of as many channels as the first, for a model with ``text_embed_2_dim``; the
-            last sample has none of them, as where a prompt quotes nothing.
+        glyphs: tokens of the second text, with as many channels as the first, for a model with ``text_embed_2_dim``; the
+            last sample has none, like a prompt that quotes nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     call = {
@@ -182,7 +182,7 @@ LUMINA2_64 = {"hidden_size": 256, "axes_dim_rope": (16, 24, 24)}
 
 
 def lumina2_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32, *, padded=False):
-    """Keyword arguments of a call; where ``padded``, each sample's image begins behind a caption of another length."""
+    """Keyword arguments of a call; with ``padded``, the samples' captions, which precede the images, differ in length."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": noise(generator, batch, CHANNELS, 2 * height, 2 * width, dtype=dtype),
@@ -220,7 +220,7 @@ HIDREAM_64 = {"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
 
 
 def hidream_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32):
-    """Keyword arguments of a call whose text is three times ``text_len``: T5's, the last of Llama's, and a layer's own."""
+    """Keyword arguments of a call whose text is three times ``text_len``: from T5, Llama's last layer, and a layer's own."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": noise(generator, batch, CHANNELS, 2 * height, 2 * width, dtype=dtype),
@@ -232,7 +232,7 @@ def hidream_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32):
 
 
 def hidream_text_len(model, height, width, text_len):
-    """Tokens behind the image's: what fills a size that is not square up, and three texts."""
+    """Tokens after the image's: padding, if it is not square, and three texts."""
     return 3 * text_len + (0 if height == width else model.max_seq - height * width)
 
 
@@ -259,7 +259,7 @@ GLM_IMAGE_64 = {"attention_head_dim": 64}
 
 
 def glm_image_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32):
-    """Keyword arguments of a text-to-image call: caches that are neither written nor read, as the pipeline has them."""
+    """Keyword arguments of a text-to-image call, with caches that are neither written nor read, as in the pipeline."""
     from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 
     generator = torch.Generator().manual_seed(seed)
@@ -298,7 +298,7 @@ ERNIE_IMAGE_64 = {"hidden_size": 128, "rope_axes_dim": (16, 24, 24)}
 
 
 def ernie_image_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32, *, padded=False):
-    """Keyword arguments of a call; texts that end early are filled up with zeros."""
+    """Keyword arguments of a call; texts that end early are padded with zeros."""
     generator = torch.Generator().manual_seed(seed)
     latents = noise(generator, batch, 16, height, width, dtype=dtype)
     text = noise(generator, batch, text_len, TEXT, dtype=dtype)
@@ -333,7 +333,7 @@ QWEN21_64 = {"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
 def qwen21_call(height, width, text_len, batch=1, seed=0, dtype=torch.float32, *, padded=False, references=()):
     """Keyword arguments of a call without a cache. Sides are even: a slot of the encoder is 2 x 2 tokens.
 
-    The text's channels hold the slots of ``references`` ((height, width) each) in its middle, beside ``text_len``.
+    In addition to ``text_len`` tokens, the text has the slots of ``references`` ((height, width) each) in its middle.
     """
     generator = torch.Generator().manual_seed(seed)
     grids = (*references, (height, width))

@@ -1,7 +1,7 @@
-"""Scaled-down models whose tokens come packed with position ids, with random weights, and calls as their pipelines make.
+"""Scaled-down models that take packed tokens and position ids, with random weights, and calls as their pipelines make them.
 
-Beside FLUX-like ones in ``models``: LongCat-Image, Ovis-Image, Bria 3.2, Bria FIBO, FLUX.3 and Krea 2. Sizes are in
-tokens; ``references`` are the sizes of reference images, whose tokens come behind the image's.
+In addition to the FLUX-like models in ``models``: LongCat-Image, Ovis-Image, Bria 3.2, Bria FIBO, FLUX.3 and Krea 2. Sizes are
+in tokens; ``references`` are the sizes of reference images, whose tokens follow the image's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .models import raster_ids
 Grid = tuple[int, int]
 
 HEAD_64 = {"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
-"""Heads of 64, for any of these but FLUX.3."""
+"""Heads of 64, for any of these models but FLUX.3."""
 
 FLUX3_HEAD_64 = {"attention_head_dim": 64, "axes_dims_rope": (16, 16, 16, 16)}
 
 
 def varied(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in eval mode, with random numbers where diffusers begins with zeros or ones, that each may matter."""
+    """The model in eval mode, with random numbers in place of diffusers' initial zeros and ones, so that each matters."""
     with torch.no_grad():
         for parameter in model.parameters():
             if bool((parameter == 1).all()):
@@ -34,7 +34,7 @@ def varied(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _sizes(**more: Any) -> dict[str, Any]:
-    """What the FLUX-like ones share: 2 + 2 blocks, 2 heads x 16, text of 12 channels."""
+    """Configuration that the FLUX-like models share: 2 + 2 blocks, 2 heads x 16, text of 12 channels."""
     return {
         "in_channels": 8,
         "num_layers": 2,
@@ -58,7 +58,7 @@ class _Noise:
 
 
 def tokens_of(grids: Sequence[Grid]) -> int:
-    """How many tokens all of them have."""
+    """Number of tokens of all grids."""
     return sum(height * width for height, width in grids)
 
 
@@ -83,8 +83,8 @@ def longcat_call(
 ) -> dict[str, Any]:
     """Keyword arguments of a LongCat-Image call, or with references of LongCat-Image-Edit.
 
-    The ids are (modality, y, x): text 0, image 1, references 2 and on. Image tokens begin at y = x = 512, the longest
-    prompt, or in editing at the length of the text. In editing the ids are float64, as the pipeline's are.
+    The ids are (modality, y, x): text 0, image 1, references from 2 on. Image tokens begin at y = x = 512, the length of the
+    longest prompt, or in editing at the length of the text. In editing the ids are float64, like the pipeline's.
     """
     from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
 
@@ -174,10 +174,10 @@ def fibo_call(
     """Keyword arguments of a Bria FIBO call, or with references of FIBO Edit.
 
     Args:
-        height, width, text_len, batch, seed, references: as everywhere.
-        keep: which text is no padding, bool ``[batch, text_len]``; the pipeline gives no mask where that is all of it.
-        blocks: blocks of the model; each has its own layer of the text encoder, and there must be no more of them.
-        dtype: of tokens and ids.
+        height, width, text_len, batch, seed, references: as in the other calls.
+        keep: which text is not padding, bool ``[batch, text_len]``; if none is, the pipeline passes no mask.
+        blocks: number of blocks of the model, each with its own layer of the text encoder; there must be no more layers.
+        dtype: dtype of tokens and ids.
     """
     noise, grids = _Noise(seed), ((height, width), *references)
     count = tokens_of(grids)
@@ -206,7 +206,7 @@ def tiny_flux3(seed: int = 0, **config: Any):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("to_out.0.weight"):
-                weight *= 4  # or attention says little next to the feed-forward layer, to which it is added
+                weight *= 4  # or attention hardly matters beside the feed-forward layer, to which it is added
     return model
 
 
@@ -241,7 +241,7 @@ def flux3_call(
 
 
 def tiny_krea2(seed: int = 0, **config: Any):
-    """A Krea2Transformer2DModel of 2 blocks, 4 heads x 16 that share 2 of keys and values, and 1 + 1 text blocks."""
+    """A Krea2Transformer2DModel of 2 blocks, 4 query and 2 key heads x 16, and 1 + 1 text blocks."""
     from diffusers import Krea2Transformer2DModel
 
     torch.manual_seed(seed)
@@ -268,11 +268,11 @@ def tiny_krea2(seed: int = 0, **config: Any):
 def krea2_call(
     height: int, width: int, text_len: int, batch: int = 1, seed: int = 0, keep: Tensor | None = None
 ) -> dict[str, Any]:
-    """Keyword arguments of a Krea 2 call; ids of text, all 0, and image in one tensor, a mask whether or not all is True.
+    """Keyword arguments of a Krea 2 call, with the ids of text (all 0) and image in one tensor, and always with a mask.
 
     Args:
-        height, width, text_len, batch, seed: as everywhere.
-        keep: which text is no padding, bool ``[batch, text_len]``; None for all. See ``krea2_keep``.
+        height, width, text_len, batch, seed: as in the other calls.
+        keep: which text is not padding, bool ``[batch, text_len]``; None for all. See ``krea2_keep``.
     """
     from diffusers import Krea2Pipeline
 

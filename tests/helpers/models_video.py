@@ -1,5 +1,5 @@
-"""Scaled-down video models of diffusers whose attention is over the video's tokens alone, and calls as their pipelines make
-them. Sides are in tokens everywhere."""
+"""Scaled-down video models of diffusers whose self-attention is over the video's tokens alone, and calls as their pipelines
+make them. Sides are always in tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .models_latents import CHANNELS, TEXT, noise, settle, text_mask
 
 WAN = {
     "num_attention_heads": 2,
-    # No side of a video of the tests: the rotary embedding is a view of one whose sizes are those too, and Dynamo takes equal
-    # ones for one and the same.
+    # Different from all sides of the tests' videos: the rotary embedding is a view with such sizes, and Dynamo takes equal
+    # sizes for the same symbol.
     "attention_head_dim": 20,
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,
@@ -26,7 +26,7 @@ CONTROL = 6
 """Channels of VACE's control video."""
 
 SOUND = 11
-"""Tokens of LTX-2's sound."""
+"""Sound tokens of LTX-2."""
 
 
 def tiny_wan(seed=0, **config):
@@ -105,7 +105,7 @@ def wan_call(frames, height, width, text_len, batch=1, seed=0, dtype=torch.float
     """Keyword arguments of a call.
 
     Args:
-        times: ``"samples"``: one for each; ``"tokens"``: one for each token, 0 in the first frame (Wan 2.2 TI2V).
+        times: ``"samples"``: a timestep per sample; ``"tokens"``: one per token, 0 in the first frame (Wan 2.2 TI2V).
     """
     generator = torch.Generator().manual_seed(seed)
     timestep = torch.linspace(300.0, 700.0, batch)
@@ -127,7 +127,7 @@ def vace_call(frames, height, width, text_len, batch=1, seed=0, dtype=torch.floa
 
 
 def skyreels_call(frames, height, width, text_len, batch=1, seed=0, dtype=torch.float32, *, times="samples"):
-    """Keyword arguments of a call; ``times="frames"``: one for each frame (diffusion forcing)."""
+    """Keyword arguments of a call; ``times="frames"``: a timestep per frame (diffusion forcing)."""
     call = wan_call(frames, height, width, text_len, batch, seed, dtype)
     call["timestep"] = call["timestep"].long()
     if times == "frames":
@@ -137,7 +137,7 @@ def skyreels_call(frames, height, width, text_len, batch=1, seed=0, dtype=torch.
 
 
 def ltx_call(frames, height, width, text_len, batch=1, seed=0, dtype=torch.float32):
-    """Keyword arguments of a call of LTXImageToVideoPipeline: times are 0 in the first frame."""
+    """Keyword arguments of a call of LTXImageToVideoPipeline: timesteps are 0 in the first frame."""
     generator = torch.Generator().manual_seed(seed)
     tokens = frames * height * width
     timestep = torch.linspace(300.0, 700.0, batch)[:, None].repeat(1, tokens)

@@ -1,4 +1,4 @@
-"""A small model of nobody's: what a user registers a family for. Text last, one stack, a mask of padded text."""
+"""A small custom model, for which a user registers a family: text last, one stack, a mask for padded text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` run. Every function is called on every rank."""
+"""Functions for the processes of ``parallel_group.Group``. Every function is called on every rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", message="flexclear: ")
 
 
 def awake():
-    """So that the bars of a pipeline are quiet, and to know that a process is there."""
+    """Silence the progress bars of pipelines, and show that a process is ready."""
     ranks_of(None)
     return dist.get_rank()
 
@@ -32,7 +32,7 @@ def run(model, call):
 def flux_against_one(
     height, width, text_len, r, batch=1, order="tiled", backend="sdpa", down_factor=None, seed=0, **options
 ):
-    """Greatest difference of a shared FLUX to a whole one, and of a whole one to the dense one."""
+    """Greatest difference between a shared FLUX and a whole one, and between a whole one and the dense one."""
     model = tiny_flux(seed)
     call = flux_call(height, width, text_len, batch, seed)
     dense = run(model, call)
@@ -54,7 +54,7 @@ def flux_against_one(
 
 
 def dense_against_one(kind, height, width, text_len, batch=1):
-    """Greatest difference of a dense FLUX that diffusers shares to a whole one, and of a whole one afterwards."""
+    """Greatest difference between a dense FLUX that diffusers shares and a whole one; and the same for a whole one afterwards."""
 
     def outcome(model, call):
         with torch.no_grad():
@@ -63,9 +63,9 @@ def dense_against_one(kind, height, width, text_len, batch=1):
     from diffusers import attention_backend
 
     model = tiny_flux()
-    # As pipelines call it: diffusers splits and gathers tensors only.
+    # As in pipelines: diffusers splits and gathers only tensors.
     call = {**flux_call(height, width, text_len, batch), "return_dict": False}
-    # set_attention_backend changes the default of the whole process too; leaving the context puts that back.
+    # set_attention_backend also changes the process-wide default; leaving the context restores it.
     with attention_backend("native"):
         if kind == "ring":
             model.set_attention_backend("_native_flash")
@@ -83,7 +83,7 @@ def dense_against_one(kind, height, width, text_len, batch=1):
 
 
 def dense_with_an_attention_that_diffusers_cannot_share():
-    """What is said of it, what is left in the model, and how far its output then is from what it was."""
+    """The error message, what is left in the model, and how far its output then is from the original one."""
     model, call = tiny_flux(), flux_call(8, 8, 8)
     before = run(model, call)
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
@@ -98,7 +98,7 @@ def dense_with_an_attention_that_diffusers_cannot_share():
 
 
 def two_pictures_at_once(r=4):
-    """Four ranks as two groups of two, each with an image of its own."""
+    """Four ranks as two groups of two, each with its own image."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pictures", "bands"))

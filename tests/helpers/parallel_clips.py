@@ -24,18 +24,18 @@ MODELS = {
         1,
     ),
 }
-"""Ways to a model with heads of 64, and to a call, and how many text tokens of one are in the sequence."""
+"""Functions that make a model with heads of 64 and a call, and how many of the call's text tokens are in the sequence."""
 
 
 def clip_against_one(kind, shape, text_len, r, batch=1, call_options=None, enable_options=None, **options):
-    """Greatest difference of a shared video model to a whole one, and what a rank sends beside what it should.
+    """Greatest difference between a shared video model and a whole one; and the bytes that a rank sends, and should send.
 
     Args:
-        kind: of ``MODELS``.
+        kind: a key of ``MODELS``.
         shape: frames, rows and columns of tokens.
-        text_len: of the prompt.
-        r, options: of ``flexclear.transform``.
-        call_options, enable_options: of the call, and of ``flexclear.parallel.enable``.
+        text_len: text tokens of the prompt.
+        r, options: arguments of ``flexclear.transform``.
+        call_options, enable_options: arguments of the call, and of ``flexclear.parallel.enable``.
     """
     build, size, make, in_sequence = MODELS[kind]
     model, call = build(**size), make(*shape, text_len, batch, **(call_options or {}))

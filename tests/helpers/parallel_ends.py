@@ -1,4 +1,4 @@
-"""Runs of the processes of ``parallel_group.Group`` that end before their time, and what comes of it on every rank."""
+"""Runs of the processes of ``parallel_group.Group`` that end prematurely, and the outcome on every rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from helpers.parallel_cases import run
 from helpers.parallel_pipelines import draw, embedded_call, pipeline
 
 NEVER = 10_000.0
-"""A time-out beyond that of the tests: a rank that is not told fails them."""
+"""A time-out longer than that of the tests, which therefore fail if a rank is not told."""
 
 _whole = {}
 
@@ -33,14 +33,14 @@ class Planted(Exception):
 
 
 def answer(text, until=None):
-    """``text``, late: once a file is there."""
+    """Returns ``text``, but only once a file exists."""
     while until is not None and not os.path.exists(until):
         time.sleep(0.02)
     return text
 
 
 def me():
-    """This rank; new processes join their group first."""
+    """This rank; a new process first joins its group."""
     ranks_of(None)
     return dist.get_rank()
 
@@ -62,7 +62,7 @@ def wait_until(there):
 
 
 def shared_pipeline(tiles=False):
-    """The embedded pipeline, shared, and what one process draws with the seeds 0 to 2."""
+    """The embedded pipeline, shared, and the images that a single process draws with seeds 0 to 2."""
     pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
     me()
     pipe.vae.disable_tiling()
@@ -77,7 +77,7 @@ def shared_pipeline(tiles=False):
 
 
 def outcome(call, expected):
-    """How far the result of a call is from what is expected, beside its largest number; or what it raises."""
+    """Difference of a call's result from the expected one, relative to the largest number; or the error that it raises."""
     try:
         return "drawn", ((call() - expected).abs().max() / expected.abs().max()).item()
     except (Exception, KeyboardInterrupt) as error:
@@ -85,7 +85,7 @@ def outcome(call, expected):
 
 
 def draws(pipe, tiles=False, between=lambda: None, count=3, **first):
-    """What becomes of several images, each with a seed of its own; ``first``: further arguments of the first one."""
+    """Outcomes for several images, each with its own seed; ``first``: additional arguments for the first one."""
     height = 64 * dist.get_world_size()
     found = []
     for seed in range(count):
@@ -110,7 +110,7 @@ def trouble(what, pipe=None):
 
 @contextlib.contextmanager
 def at_call(module, number, act):
-    """``act`` before the ``number``-th call of a module."""
+    """Run ``act`` before the ``number``-th call of a module."""
     calls = []
 
     def hook(module, args, kwargs):
@@ -126,7 +126,7 @@ def at_call(module, number, act):
 
 
 def ended(where, what, rank, tiles=False):
-    """Three images; in the first one, one rank (None: every rank) gets into trouble."""
+    """Three images; while drawing the first, one rank (None: every rank) gets into trouble."""
     mine = rank in (None, me())
     pipe = shared_pipeline(tiles)
     act = (lambda: trouble(what, pipe)) if mine else (lambda: None)
@@ -172,7 +172,7 @@ def late_in_step_2(rank):
 
 
 def late_at_the_first_call(rank):
-    """One rank comes to the first call after rank 0 has waited for a second, with the others there."""
+    """One rank comes to the first call after rank 0 has waited for a second; the other ranks are there."""
     pipe = shared_pipeline()
     links = links_of(pipe)
     notes = first_notes(links)
@@ -229,7 +229,7 @@ def bare_model(rank):
         found = [outcome(lambda c=call: run(model, c), w) for call, w in zip(calls, whole, strict=True)]
     twin = copy.deepcopy(model)
     loaded = pickle.loads(pickle.dumps(model))
-    # All of the twin's calls are its own, and what was pickled runs alone.
+    # The twin's calls are independent, and the pickled model runs alone.
     twin.x_embedder.weight.data.mul_(2)
     found += [outcome(lambda: run(twin, calls[0]), whole[0]), outcome(lambda: run(loaded, calls[0]), whole[0])]
     parallel.disable(model)
@@ -237,7 +237,7 @@ def bare_model(rank):
 
 
 def loop_without_a_pipeline(rank, steps=3):
-    """A loop over a scheduler's steps that one rank leaves after the second, unseen; then another."""
+    """A loop over a scheduler's steps that one rank leaves unnoticed after the second step; then another loop."""
     pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
     model, call = pipe.transformer, embedded_call(pipe)
     whole = run(model, call)
@@ -257,9 +257,9 @@ def loop_without_a_pipeline(rank, steps=3):
 
 
 def rank_dies(rank, waits=()):
-    """A rank dies in the second step; what the others say of it, then and in another run.
+    """A rank dies in the second step; what the others report, then and in another run.
 
-    ``waits``: seconds that each rank waits for reasons, where that is not as long as it is in earnest.
+    ``waits``: seconds that each rank waits for reasons, if not the real time.
     """
     pipe = shared_pipeline()
     act = (lambda: trouble("dies")) if me() == rank else (lambda: None)
@@ -274,7 +274,7 @@ def rank_dies(rank, waits=()):
 
 
 def holder_of_the_store_is_halted():
-    """Rank 0 is stopped by a signal in the second step, its connections stay."""
+    """Rank 0 is stopped by a signal in the second step; its connections stay open."""
     pipe = shared_pipeline()
     links = links_of(pipe)
     pids = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` run of small models of every family, compiled and quantized ones, too."""
+"""Functions for the processes of ``parallel_group.Group``: small models of every family, also compiled and quantized."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def family(name):
 
 
 def build(kind):
-    """A small model and a call of it."""
+    """A small model and a call for it."""
     batch = {"batch": 2}
     if kind == "flux":
         return tiny_flux(), flux_call(16, 20, 12, 2)
@@ -47,7 +47,7 @@ def build(kind):
 
 
 def build_zimage(kind):
-    """Sizes with and without pads, of which a rank's own image has other numbers than the whole one."""
+    """Z-Image with and without pads, in sizes at which a rank's own image has other numbers of pads than the whole one."""
     (height, width), captions, config = {
         "no pads": ((16, 16), (20,), {}),
         "pads, two captions": ((25, 9), (33, 7), {}),
@@ -58,7 +58,7 @@ def build_zimage(kind):
 
 
 def with_reference(call, height, width):
-    """A FLUX call with the tokens of a reference image behind its own."""
+    """A FLUX call with the tokens of a reference image after its own."""
     from helpers.models import raster_ids
 
     ids = raster_ids(height, width)
@@ -79,7 +79,7 @@ def sample(model, call):
 
 
 def family_against_one(kind, transform, **options):
-    """As ``flux_against_one`` for any family's model."""
+    """Like ``flux_against_one``, for any family's model."""
     model, call = build(kind)
     dense = sample(model, call)
     flexclear.transform(model, backend="sdpa", **transform)
@@ -127,7 +127,7 @@ def copy_without_lora():
 
 
 def compiled(kind):
-    """A model whose blocks are compiled, shared: its error, and what calls with other inputs compile anew."""
+    """A shared model whose blocks are compiled: its error, and what calls with other inputs recompile."""
     from torch._dynamo.utils import counters
 
     if kind == "flux":
@@ -160,8 +160,8 @@ def quantized():
 
 
 def tensor_parallel(kind, transform_first):
-    """A model whose heads diffusers shares out, as ``enable_parallelism`` does once it has found GPUs; the list of devices is
-    all that keeps it from doing so on CPUs."""
+    """A model whose heads diffusers distributes, as ``enable_parallelism`` does on GPUs; only its list of devices prevents it
+    from doing so on CPUs."""
     from diffusers import TensorParallelConfig
     from diffusers.hooks import tensor_parallel as module
     from torch.distributed.device_mesh import init_device_mesh

@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` are refused: ranks that differ, or ask for what there is not."""
+"""What the processes of ``parallel_group.Group`` are refused: ranks that differ, or requests that cannot be met."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.parallel_families import build
 
 
 def disagreeing(what, rank=1):
-    """A call in which one rank differs; then one in which none does."""
+    """A call in which one rank differs, then one in which none does."""
     mine = dist.get_rank() == rank
     model = tiny_flux(seed=1 if mine and what == "weights" else 0)
     flexclear.transform(model, r=4 if mine and what == "radius" else 3, backend="sdpa")

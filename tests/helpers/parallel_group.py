@@ -1,4 +1,4 @@
-"""Processes of one group that are started once and run many cases; what they run is in the modules of ``CASES``."""
+"""Processes of one group that are started once and run many cases, which are functions in the modules of ``CASES``."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def free_port() -> int:
 class Group:
     """``size`` processes with a gloo process group, forked from a server that has imported everything already.
 
-    Where one does not answer in time, or has died, all of them are ended, and the next task gets new ones: what the old
-    ones still had to say is lost with their pipes.
+    If one does not answer in time or has died, all of them are ended, and the next task gets new ones: pending answers of the
+    old ones are lost with their pipes.
     """
 
     def __init__(self, size: int) -> None:
@@ -46,7 +46,7 @@ class Group:
 
     def start(self) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        # The server imports what is preloaded with the path that its environment gives it.
+        # The server imports preloaded modules with the path from its environment.
         folders = [str(TESTS), str(TESTS / "families")]
         os.environ["PYTHONPATH"] = os.pathsep.join(
             dict.fromkeys([*folders, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
@@ -64,9 +64,9 @@ class Group:
             self.processes.append(process)
 
     def run(self, name: str, *args, timeout: float = 600.0, gone: tuple[int, ...] = (), **kwargs):
-        """What the function ``name`` of ``CASES`` returns on each rank; an exception is given back as its type's name and text.
+        """What the function ``name`` of ``CASES`` returns on each rank; an exception is returned as its type's name and text.
 
-        ``gone``: ranks that end while they run it; None is in their place.
+        ``gone``: ranks that end while they run it, for which None is returned.
         """
         if not self.processes:
             self.start()
@@ -97,14 +97,14 @@ class Group:
         return answer
 
     def results(self, name: str, *args, **kwargs):
-        """The same where no rank may raise."""
+        """Like ``run``, but no rank may raise."""
         found = self.run(name, *args, **kwargs)
         for rank, (kind, value) in enumerate(found):
             assert kind == "result", f"rank {rank}: {value}"
         return [value for _, value in found]
 
     def errors(self, name: str, *args, **kwargs):
-        """The same where every rank must raise: (type, message) of each; None where a rank is gone."""
+        """Like ``run``, but every rank must raise: (type, message) of each, or None for a rank that is gone."""
         found = self.run(name, *args, **kwargs)
         for rank, answer in enumerate(found):
             assert answer is None or answer[0] == "error", f"rank {rank} did not raise: {answer}"

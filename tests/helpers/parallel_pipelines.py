@@ -1,4 +1,4 @@
-"""What the processes of ``parallel_group.Group`` run of whole pipelines, and of the command line."""
+"""Functions for the processes of ``parallel_group.Group``: whole pipelines, and the command line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def draw(pipe, height=128, width=128, steps=3, seed=3, prompt="a red apple on a 
 
 
 def pipeline_against_one(kind, transform, options, **call):
-    """Images of a pipeline that is shared against those of one that is not."""
+    """Compare images of a shared pipeline with those of one that is not shared."""
     pipe = pipeline(kind)
     flexclear.transform(pipe, backend="sdpa", **transform)
     whole = draw(pipe, **call)
@@ -71,7 +71,7 @@ def tiled_decoding():
 
 
 def cascade(method, folder):
-    """Images of two stages of ``upscale_cascade`` on a shared pipeline against those of one that is not shared."""
+    """Compare images of two stages of ``upscale_cascade`` on a shared pipeline with those of one that is not shared."""
     import numpy as np
 
     from flexclear.highres import upscale_cascade
@@ -138,7 +138,7 @@ def embedded_call(pipe, side=16, text_len=16):
 
 
 def stale_picture(steps=6, warmup_steps=2):
-    """PSNR of a stale image to the synchronous one, with guidance: two calls of the model a step."""
+    """PSNR of a stale image against the synchronous one, with guidance: two calls of the model per step."""
     from flexclear.embedded.evaluation import picture_psnr
 
     pipe = flexclear.transform(pipeline(), r=4, backend="sdpa")
@@ -151,7 +151,7 @@ def stale_picture(steps=6, warmup_steps=2):
 
 
 def stale_where_guidance_ends():
-    """Z-Image, which leaves guidance out after some steps, so that the batch shrinks: stale, stale again and sync."""
+    """Z-Image, whose guidance ends after some steps, so that the batch shrinks: stale, stale again and sync."""
     pipe = flexclear.transform(pipeline("zimage"), r=4, backend="sdpa")
     batches = []
 

@@ -1,4 +1,4 @@
-"""Commands and what they take, read off the parser; ``python -m helpers.parser`` in tests/ writes the tables of its page."""
+"""Commands and their parameters, read from the parser; ``python -m helpers.parser`` in tests/ writes the tables in the docs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BEGIN, END = "<!-- Written by tests/helpers/parser.py: -->", "<!-- So far. -->"
 
 @dataclass(frozen=True)
 class Parameter:
-    """An option or argument of a command. ``flags``: of an option; ``several``: it may be repeated."""
+    """An option or argument of a command. ``flags``: the option's flags; ``several``: whether it may be repeated."""
 
     name: str
     flags: tuple[str, ...]
@@ -34,7 +34,7 @@ class Parameter:
 
     @property
     def flag(self) -> str | None:
-        """The first one; None of an argument."""
+        """The first flag; None for an argument."""
         return self.flags[0] if self.flags else None
 
 
@@ -58,7 +58,7 @@ def _parameter(parameter: inspect.Parameter) -> Parameter:
     several = typing.get_origin(kind) is list
     flags: tuple[str, ...] = ()
     if isinstance(info, typer.models.OptionInfo):
-        # In an annotation the first one stands where a default would.
+        # In an annotation the first flag is in the place of the default.
         named = [one for one in (info.default, *(info.param_decls or ())) if isinstance(one, str)]
         flags = tuple(named or [f"--{parameter.name.replace('_', '-')}"])
         if kind is bool and not named:
@@ -115,7 +115,7 @@ def _escaped(text: str) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with the tables that are true now."""
+    """The page with up-to-date tables."""
     return re.sub(
         f"(?<={re.escape(BEGIN)}\n).*(?={re.escape(END)})", lambda match: f"\n{tables()}\n\n", page, flags=re.DOTALL
     )

@@ -1,4 +1,4 @@
-"""Images that are small files and huge images."""
+"""Small files that hold huge images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 
 
 def bomb(side: int = 20_000) -> bytes:
-    """A PNG of ``side`` x ``side`` black pixels, as far as its header says."""
+    """A PNG of ``side`` x ``side`` black pixels, according to its header."""
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
     parts = (

@@ -1,4 +1,4 @@
-"""What a pipeline hands to its transformer, and LoRA weights for it."""
+"""What a pipeline passes to its transformer, and LoRA weights for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def calls_of(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """The keyword arguments of every call of a transformer, but ``return_dict``."""
+    """The keyword arguments of every call of a transformer, except ``return_dict``."""
     calls: list[dict[str, Any]] = []
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ def calls_of(transformer: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 
 def assert_alike(call: dict[str, Any], handed: dict[str, Any]) -> None:
-    """A call made by hand has what a pipeline handed over: names, shapes but for channels, types, ids and masks."""
+    """Assert that a call made by hand is like a pipeline's: names, shapes except for channels, types, ids and masks."""
     assert call.keys() == handed.keys()
     for name, value in call.items():
         _alike(name, value, handed[name])

@@ -1,4 +1,4 @@
-"""Small parts of real pipelines, made here: tokenizers, autoencoders, text encoders of transformers, LoRAs."""
+"""Small parts of real pipelines, made here: tokenizers, autoencoders, text encoders from transformers, LoRAs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PROMPTS = ("a red apple on a blue background", "three sunflowers")
 
 
 def byte_tokenizer(*special: str, starts: bool = True, **options):
-    """A fast tokenizer of transformers whose tokens are bytes, and special ones: padding is 0, the end 1, the start 2.
+    """A fast tokenizer of transformers whose tokens are bytes and special tokens: padding is 0, the end 1, the start 2.
 
     Args:
-        special: further special tokens.
+        special: additional special tokens.
         starts: whether the start token is put in front of a text.
-        options: of the tokenizer.
+        options: options of the tokenizer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -51,7 +51,7 @@ LANGUAGE = {
 
 @functools.cache
 def t5(kind: str = "T5EncoderModel", width: int = 16, words: int = 384):
-    """A T5-like text encoder of transformers; as many words as ByT5 has."""
+    """A T5-like text encoder of transformers, by default with as many words as ByT5."""
     import transformers
 
     torch.manual_seed(3)
@@ -78,7 +78,7 @@ def image_vae(levels: int = 2, channels: int = 4, kind: str = "AutoencoderKL", *
 
 
 KL = {"shift_factor": 0.1, "scaling_factor": 1.5}
-"""For the autoencoder of a pipeline that reads them."""
+"""Configuration for the autoencoder of a pipeline that reads these factors."""
 
 
 def quiet(pipe):
@@ -91,7 +91,7 @@ def draw(pipe, *, prompt=PROMPTS, seed: int = 2, **options) -> torch.Tensor:
     """The images of two steps, ``[B, 3, H, W]`` from 0 to 1, or the videos, ``[B, F, 3, H, W]``."""
     if prompt is not None:
         options["prompt"] = list(prompt) if isinstance(prompt, tuple) else prompt
-    torch.manual_seed(seed)  # what a pipeline samples without the generator
+    torch.manual_seed(seed)  # for what a pipeline samples without the generator
     output = pipe(
         **{"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed), "output_type": "pt", **options}
     )
@@ -101,7 +101,7 @@ def draw(pipe, *, prompt=PROMPTS, seed: int = 2, **options) -> torch.Tensor:
 
 
 def lora(model: nn.Module, projections: Iterable[str] = ("to_q", "to_k"), prefix: str = "transformer.", rank: int = 2):
-    """A LoRA's state dict for the projections of that name, in the format that diffusers saves."""
+    """A LoRA's state dict for the projections with these names, in the format that diffusers saves."""
     generator = torch.Generator().manual_seed(5)
     state = {}
     for name, module in model.named_modules():
@@ -115,13 +115,13 @@ def lora(model: nn.Module, projections: Iterable[str] = ("to_q", "to_k"), prefix
 def check_pipeline(
     pipe, size: tuple[int, int], *, prompts=PROMPTS, guided: dict | None = None, **options
 ) -> torch.Tensor:
-    """The images of a rectangular call of two prompts; each prompt counts, and guidance, if there is such a thing.
+    """The images of a rectangular call with two prompts. Asserts that each prompt matters, and guidance, if there is any.
 
     Args:
         size: (height, width) in pixels.
-        prompts: the two.
-        guided: what turns guidance on.
-        options: of the call.
+        prompts: the two prompts.
+        guided: arguments that turn guidance on.
+        options: other arguments of the call.
     """
     height, width = size
     options = {"height": height, "width": width, **options}
@@ -137,7 +137,7 @@ def check_pipeline(
 
 
 def check_lora(pipe, load, unload, **options) -> None:
-    """A LoRA changes the images, and is gone again when unloaded."""
+    """Assert that a LoRA changes the images, and has no effect once it is unloaded."""
     plain = draw(pipe, **options)
     load()
     changed = draw(pipe, **options)

@@ -1,6 +1,6 @@
-"""Real diffusers pipelines of the models in ``models_joint_video``, whole: small random text encoders, tokenizers and VAEs.
+"""Complete diffusers pipelines of the models in ``models_joint_video``, with small random text encoders, tokenizers and VAEs.
 
-Everything is of the class that the published pipeline has; nothing is downloaded. Tokenizers are of bytes.
+All parts are of the published pipeline's classes; nothing is downloaded. Tokenizers work on bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def picture(height: int = 64, width: int = 96) -> Image.Image:
 
 def draw(pipe: Any, *, prompt: Any = PROMPTS, seed: int = 2, decode: bool = True, **options: Any) -> torch.Tensor:
     """The videos of two steps, ``[B, frames, 3, H, W]`` from 0 to 1, or their latents."""
-    torch.manual_seed(seed)  # what a pipeline samples without the generator
+    torch.manual_seed(seed)  # for what a pipeline samples without the generator
     shared: dict[str, Any] = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed)}
     if type(pipe).__name__ == "MiniMaxH3ModularPipeline":
         pipe = pipe if decode else without_decoder(pipe)
@@ -42,7 +42,7 @@ def draw(pipe: Any, *, prompt: Any = PROMPTS, seed: int = 2, decode: bool = True
 
 
 def without_decoder(pipe: Any) -> Any:
-    """The same modular pipeline, with the same parts, up to the latents."""
+    """The same modular pipeline, with the same parts, but only up to the latents."""
     from diffusers import MiniMaxH3Blocks
 
     blocks = MiniMaxH3Blocks()
@@ -54,11 +54,11 @@ def without_decoder(pipe: Any) -> Any:
 
 
 MILLISECONDS = 120
-"""Of a frame of a saved video."""
+"""Duration of a frame of a saved video."""
 
 
 def save_gif(frames: torch.Tensor, path: Path) -> None:
-    """One video ``[frames, 3, H, W]`` as an animated GIF, in which equal frames become a longer one."""
+    """Save one video ``[frames, 3, H, W]`` as an animated GIF, in which equal frames become one longer frame."""
     pictures = [Image.fromarray(each) for each in (255 * frames).byte().permute(0, 2, 3, 1).numpy().astype(np.uint8)]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=MILLISECONDS, loop=0)
 
@@ -79,7 +79,7 @@ def clip_text():
 
 
 def hunyuan_video_vae():
-    """An AutoencoderKLHunyuanVideo that makes 4 x 8 x 8 pixels one latent."""
+    """An AutoencoderKLHunyuanVideo with one latent per 4 x 8 x 8 pixels."""
     from diffusers import AutoencoderKLHunyuanVideo
 
     torch.manual_seed(4)
@@ -92,7 +92,7 @@ def hunyuan_video_vae():
 
 
 def hunyuan_video(**config: Any):
-    """HunyuanVideo, whose templates are empty; a token covers 16 x 16 px and four frames."""
+    """HunyuanVideo with empty templates; a token covers 16 x 16 px and four frames."""
     from diffusers import HunyuanVideoPipeline
     from transformers import LlamaConfig, LlamaModel
 
@@ -121,7 +121,7 @@ HUNYUAN_VIDEO = {
 
 
 def hunyuan_video_from_image(kind: str):
-    """HunyuanVideo's image to video, of a condition ``"token_replace"`` or ``"latent_concat"``."""
+    """HunyuanVideo's image to video, with the condition type ``"token_replace"`` or ``"latent_concat"``."""
     from diffusers import HunyuanVideoImageToVideoPipeline
     from transformers import (
         CLIPImageProcessor,
@@ -166,7 +166,7 @@ HUNYUAN_VIDEO_FROM_IMAGE = {
         "image_emb_len": 4,
     },
 }
-"""The same, of one prompt and one image, whose four tokens are text."""
+"""The same with one prompt and one image, whose four tokens count as text."""
 
 
 def hunyuan_video15(image: bool = False):
@@ -194,7 +194,7 @@ def hunyuan_video15(image: bool = False):
         spatial_compression_ratio=8,
         temporal_compression_ratio=4,
     ).eval()
-    vae.enable_slicing()  # of two samples its attention cannot make a mask
+    vae.enable_slicing()  # its attention cannot make a mask for two samples
     parts: dict[str, Any] = {
         "text_encoder": encoder,
         "tokenizer": byte_tokenizer(chat_template="{{ messages[-1]['content'] }}"),
@@ -271,7 +271,7 @@ def mochi():
             vae=vae,
             text_encoder=t5(),
             tokenizer=byte_tokenizer(starts=False),
-            transformer=models.tiny_mochi(in_channels=12),  # which the pipeline takes for granted
+            transformer=models.tiny_mochi(in_channels=12),  # the pipeline relies on 12
         )
     )
 
@@ -281,10 +281,10 @@ MOCHI = {"height": 80, "width": 112, "num_frames": 13, "max_sequence_length": 40
 
 
 def minimax_h3(reference: bool = False):
-    """MiniMax-H3's modular pipeline; a token covers 32 x 32 px and, but for the first of five, four frames.
+    """MiniMax-H3's modular pipeline; a token covers 32 x 32 px and four frames, except for the first of every five.
 
     Args:
-        reference: whether it has the second transformer too, which calls with references run.
+        reference: whether it also has the second transformer, which runs calls with references.
     """
     from diffusers import (
         AutoencoderKLMiniMaxH3,
@@ -301,7 +301,7 @@ def minimax_h3(reference: bool = False):
         "vocab_size": len(qwen_tokenizer()),
         "hidden_size": models.TEXT,
         "intermediate_size": 16,
-        "num_hidden_layers": 51,  # the pipeline takes what the 50th says
+        "num_hidden_layers": 51,  # the pipeline takes the output of the 50th
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,
@@ -358,14 +358,14 @@ def minimax_h3(reference: bool = False):
 
 
 def minimax_h3_references() -> list[Any]:
-    """What a call of it may refer to."""
+    """References for a call of MiniMax-H3."""
     from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference
 
     return [MiniMaxH3ImageReference(image=picture(96, 128))]
 
 
 MINIMAX_H3 = {"height": 96, "width": 128, "num_frames": 124, "num_inference_steps": 3}
-"""Options of a call: 37 x 3 x 4 tokens, the shortest clip that the pipeline makes; its last step is none."""
+"""Options of a call: 37 x 3 x 4 tokens, the shortest clip that the pipeline makes; its last step does not run the model."""
 
 
 def cosmos3(sound_tokenizer: Any = None, **config: Any):

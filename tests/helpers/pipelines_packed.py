@@ -1,7 +1,7 @@
-"""Real diffusers pipelines of the models in ``models_packed``, whole: small random text encoders, tokenizers and VAEs.
+"""Complete diffusers pipelines of the models in ``models_packed``, with small random text encoders, tokenizers and VAEs.
 
-Everything is of the class that the published pipeline has; nothing is downloaded. One exception: transformers'
-processors of Qwen-VL models need torchvision, for videos; ColQwen2's, of the same image processor and tokenizer, does not.
+All parts are of the published pipeline's classes, with one exception, and nothing is downloaded. transformers' processors of
+Qwen-VL models need torchvision for videos; ColQwen2's, with the same image processor and tokenizer, does not.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from . import models_packed as models
 PROMPT = "a red apple on a blue background"
 OTHER = "a yellow sunflower and a green leaf in front of a white wall"
 PROMPTS = [PROMPT, OTHER]
-"""Two of different lengths."""
+"""Two prompts of different lengths."""
 
 EDIT = json.dumps({"edit_instruction": PROMPT})
-"""What FIBO Edit takes as a prompt."""
+"""A prompt in FIBO Edit's format."""
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -39,7 +39,7 @@ _TEMPLATE = (
 _WORDS = (
     *PROMPTS,
     "system user assistant edit_instruction",
-    # what the pipelines put around a prompt, so that it takes as many tokens as it does with the published vocabulary
+    # the text that pipelines put around a prompt, so that it takes as many tokens as with the published vocabulary
     "Describe the image by detailing the color, quantity, text, shape, size, texture, spatial relationships of the objects "
     "and background:",
 )
@@ -47,7 +47,7 @@ _WORDS = (
 
 @functools.cache
 def qwen_tokenizer():
-    """A Qwen2Tokenizer that knows the words of the prompts and templates as one token each, and any byte."""
+    """A Qwen2Tokenizer with a token for each word of the prompts and templates, and for each byte."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -178,7 +178,7 @@ def t5(width: int = 12):
 
 @functools.cache
 def kl_vae(latents: int):
-    """An AutoencoderKL that makes 2 x 2 px one latent."""
+    """An AutoencoderKL with one latent per 2 x 2 px."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(1)
@@ -196,7 +196,7 @@ def kl_vae(latents: int):
 
 @functools.cache
 def qwen_vae(latents: int = 2):
-    """An AutoencoderKLQwenImage that makes 2 x 2 px one latent."""
+    """An AutoencoderKLQwenImage with one latent per 2 x 2 px."""
     from diffusers import AutoencoderKLQwenImage
 
     torch.manual_seed(1)
@@ -213,7 +213,7 @@ def qwen_vae(latents: int = 2):
 
 @functools.cache
 def wan_vae(latents: int = 8):
-    """An AutoencoderKLWan that makes 16 x 16 px one latent, as FIBO's pipeline takes for granted."""
+    """An AutoencoderKLWan with one latent per 16 x 16 px, on which FIBO's pipeline relies."""
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(1)
@@ -236,7 +236,7 @@ def wan_vae(latents: int = 8):
 
 @functools.cache
 def flux2_vae(latents: int = 2):
-    """An AutoencoderKLFlux2 that makes 2 x 2 px one latent."""
+    """An AutoencoderKLFlux2 with one latent per 2 x 2 px."""
     from diffusers import AutoencoderKLFlux2
 
     torch.manual_seed(1)
@@ -266,7 +266,7 @@ def _pipeline(kind: str, **parts: Any):
 
 
 def longcat(kind: str = "LongCatImagePipeline", transformer: Any = None):
-    """LongCat-Image or LongCat-Image-Edit, whose prompts have 12 tokens in place of 512; a token covers 4 x 4 px."""
+    """LongCat-Image or LongCat-Image-Edit, with prompts of 12 tokens instead of 512; a token covers 4 x 4 px."""
     pipe = _pipeline(
         kind,
         scheduler=_scheduler(),
@@ -350,7 +350,7 @@ def flux3(kind: str = "Flux3AutoBlocks", transformer: Any = None):
 
 
 def draw(pipe: Any, height: int, width: int, batch: int = 2, seed: int = 3, **options: Any) -> torch.Tensor:
-    """Images as a tensor ``[batch, 3, height, width]`` after two steps, of as many prompts where the pipeline takes several."""
+    """Images as a tensor ``[batch, 3, height, width]`` after two steps, each with its own prompt if several are allowed."""
     shared = {
         "height": height,
         "width": width,
@@ -375,7 +375,7 @@ def _one(batch: int, **more: Any) -> dict[str, Any]:
 
 
 _OPTIONS = {
-    # A negative prompt that is one string, as by default, makes a batch of one, which several prompts do not go with.
+    # A negative prompt that is one string, as by default, makes a batch of one, which does not fit several prompts.
     "LongCatImagePipeline": lambda batch: _several(batch, negative_prompt=[""] * batch, enable_prompt_rewrite=False),
     "LongCatImageEditPipeline": _one,
     "OvisImagePipeline": lambda batch: _several(batch, max_sequence_length=16),
@@ -389,6 +389,6 @@ _OPTIONS = {
 
 
 def image(height: int, width: int, number: int = 0) -> Image.Image:
-    """One of several images to edit or to refer to."""
+    """One of several images for editing or reference."""
     drawn = Image.linear_gradient("L").rotate(90 * number) if number else Image.radial_gradient("L")
     return drawn.resize((width, height)).convert("RGB")

@@ -1,4 +1,4 @@
-"""Small parts of the pipelines of video models, made here; a saved video read back."""
+"""Small parts of the pipelines of video models, made here, and a saved video read back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .models_latents import settle
 from .pipeline_parts import byte_tokenizer, t5
 
 SIZE = {"height": 48, "width": 64, "num_frames": 9}
-"""Of a video whose latents are 3 x 6 x 8: Wan's VAE makes 8 pixels one each way, and 4 frames, of all but the first."""
+"""Size of a video with latents of 3 x 6 x 8: for Wan's VAE a latent covers 8 x 8 pixels and, after the first frame, 4 frames."""
 
 TEXT = 16
 """Channels of the text encoder."""
@@ -36,7 +36,7 @@ def wan_vae(channels: int = 4, **config):
 
 
 def wan_parts(transformer, vae=None, **more):
-    """What a pipeline of Wan takes."""
+    """The parts of a Wan pipeline."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return {
@@ -50,7 +50,7 @@ def wan_parts(transformer, vae=None, **more):
 
 
 def image_parts(width: int):
-    """What sees an image for a pipeline of Wan 2.1, ``width`` channels wide."""
+    """The image encoder of a Wan 2.1 pipeline, ``width`` channels wide, and its processor."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(5)
@@ -75,19 +75,19 @@ def picture(seed: int = 0, height: int = 48, width: int = 64) -> Image.Image:
 
 
 def clip(frames: int = 9) -> list[Image.Image]:
-    """A video of as many frames, each another picture."""
+    """A video of ``frames`` frames, each a different picture."""
     return [picture(seed) for seed in range(frames)]
 
 
 def without_ftfy(monkeypatch, pipeline: type) -> None:
-    """Let pipelines clean prompts where ftfy, which mends broken letters, is not installed: there are none here."""
+    """Let pipelines clean prompts without ftfy, which repairs broken characters: there are none here."""
     module = importlib.import_module(pipeline.__module__)
     if not hasattr(module, "ftfy"):
         monkeypatch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
 
 
 def saved(frames, path) -> list[Image.Image]:
-    """A video of ``[F, C, H, W]``, 0 to 1, as an animated GIF, and its frames as the file has them."""
+    """Save a video ``[F, C, H, W]``, 0 to 1, as an animated GIF, and return the frames in the file."""
     from diffusers.utils import export_to_gif
 
     pictures = [Image.fromarray((each.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()) for each in frames]

@@ -1,4 +1,4 @@
-"""``flexclear play`` in a process of its own, as users start it, and a browser that visits it. Both note whom they ask."""
+"""``flexclear play`` in a separate process, as users start it, and a browser that visits it. Both log the hosts they contact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 PYTHON = Path(__file__).parents[2] / ".venv" / "play" / "bin" / "python"
-"""Of the environment with Gradio, which the Makefile sets up."""
+"""Python of the environment with Gradio, which the Makefile sets up."""
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -35,9 +35,9 @@ NEEDED = {
 MISSING = [name for name, there in NEEDED.items() if not there]
 
 LONG = 240
-"""Seconds after which what has not happened counts as not happening."""
+"""Seconds to wait for an event before it counts as not happening."""
 
-# Every connection and every name that Python code looks up; the file is opened before anything can ask.
+# Logs every connection and every host name that Python code looks up; the file is opened before anything can connect.
 NOTES = """
 import os, sys
 notes = os.open({path!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -53,7 +53,7 @@ sys.addaudithook(note)
 
 
 def until(happened: Callable[[], Any], what: str) -> Any:
-    """What ``happened`` returns as soon as it is true."""
+    """Wait until ``happened`` returns something true, and return it."""
     end = time.monotonic() + LONG
     while not (found := happened()):
         assert time.monotonic() < end, f"waited in vain for {what}"
@@ -71,8 +71,8 @@ class Server:
     """A running ``flexclear play``.
 
     Attributes:
-        address: of the page.
-        process: its own.
+        address: address of the page.
+        process: the server's process.
         temporary: folder in which it puts temporary files.
     """
 
@@ -82,7 +82,7 @@ class Server:
         (folder / "sitecustomize.py").write_text(NOTES.format(path=str(self._notes)))
         self.address = f"http://127.0.0.1:{(port := free_port())}/"
         proxy = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"), "http://192.0.2.1:9")
-        # torch keeps its cache in the folder of temporary files, for the next process, unless it is told another place.
+        # By default torch keeps its cache for later processes in the folder of temporary files.
         places = {"TMPDIR": str(self.temporary), "TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")}
         environment = {"PYTHONPATH": str(folder), **places, "GRADIO_SHARE": "True", **proxy}
         command = [str(PYTHON), "-m", "flexclear", "play", "--port", str(port), *options]
@@ -115,7 +115,7 @@ class Server:
         self.process.communicate()
 
     def begin(self, *values: Any) -> str:
-        """Ask for images through the queue, as the page does; returns the request's address."""
+        """Request images through the queue, as the page does; returns the request's address."""
         content = json.dumps({"data": values}).encode()
         request = urllib.request.Request(
             f"{self.address}gradio_api/call/draw", content, {"Content-Type": "application/json"}
@@ -124,7 +124,7 @@ class Server:
             return f"{self.address}gradio_api/call/draw/{json.load(answer)['event_id']}"
 
     def result(self, address: str) -> list[Any]:
-        """What a request has ended with.
+        """The result of a request.
 
         Raises:
             RuntimeError: an error.
@@ -178,7 +178,7 @@ def browser(folder: Path) -> Iterator[Any]:
 
 
 def requests_of(driver: Any) -> list[str]:
-    """Addresses that the browser has asked other processes for since this was called last."""
+    """Addresses that the browser has requested from other processes since the last call."""
     found = []
     for entry in driver.get_log("performance"):
         message = json.loads(entry["message"])["message"]

@@ -1,5 +1,5 @@
-"""A local Ray cluster of two nodes in namespaces of its own: network, so that it probes no other host, and processes, so that all
-of them end with it."""
+"""A local Ray cluster of two nodes in its own namespaces: one for network, so that it probes no other host, and one for
+processes, so that all of them end with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALONE = ("unshare", *AS_ROOT, "--net", "--pid", "--fork", "--kill-child", "--mou
 
 
 def needs_ray():
-    """Skip, with the reason, where no such cluster can be."""
+    """Skip, with the reason, if such a cluster is not possible here."""
     if not is_installed("ray"):
         pytest.skip("Ray is not installed (extra ray)")
     try:
@@ -33,11 +33,11 @@ def needs_ray():
 
 
 def run_alone(folder, *command):
-    """What came of a command in namespaces of its own, run in a folder with a short name: paths of sockets are short."""
+    """The outcome of a command in its own namespaces, run in a folder with a short name, because socket paths must be short."""
     environment = {
         **os.environ,
         "RAY_TMPDIR": str(folder),
-        "RAY_AUTH_MODE": "disabled",  # nobody else is there; a token would be written into the user's folder
+        "RAY_AUTH_MODE": "disabled",  # nobody else can connect; a token would be written into the user's folder
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_memory_monitor_refresh_ms": "0",
         "HF_HUB_OFFLINE": "1",
@@ -50,7 +50,7 @@ def run_alone(folder, *command):
         text=True,
         check=False,
         env=environment,
-        cwd=folder,  # workers look for modules where the driver does, and the package is beside its tests
+        cwd=folder,  # workers look for modules where the driver does, and the package is next to its tests
         timeout=600,
     )
 

@@ -1,4 +1,4 @@
-"""Jobs for a crew that take no time: what workers do is written into a folder."""
+"""Jobs for a crew that take no time; workers write what they do into a folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Note:
-    """Work that writes each call it begins into ``folder``. A call's payload: text, seconds, and what happens.
+    """Work that records each call that it begins in ``folder``. A call's payload: text, seconds, and what happens.
 
-    ``files`` is what ``look`` should find, ``found`` what it finds; ``by_process``: workers tell what differs; ``load``: what
-    happens then.
+    ``files`` is what ``look`` should find, ``found`` what it finds; ``by_process``: whether workers report a value that differs;
+    ``load``: what happens on loading.
     """
 
     folder: str

@@ -15,7 +15,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
 class Nodes:
-    """A cluster of two nodes: the head, and ``second`` with environment variables of its own."""
+    """A cluster of two nodes: the head, and ``second`` with its own environment variables."""
 
     def __init__(self, **environment):
         from ray.cluster_utils import Cluster
@@ -57,7 +57,7 @@ def actors():
 
 
 class Disturbed:
-    """Does something as soon as so many images are in a folder: in a thread, while a command runs."""
+    """Acts as soon as a folder holds a certain number of images: in a thread, while a command runs."""
 
     def __init__(self, folder, **steps):
         import threading
@@ -89,7 +89,7 @@ def kill_one():
 
 
 def images(nodes, arguments, out, alone, removed_after, killed_after=None):
-    """``flexclear generate --ray`` while a node is removed, and before that an actor is killed; then without a cluster."""
+    """``flexclear generate --ray``, during which first an actor is killed and then a node removed; then without a cluster."""
     steps = {} if killed_after is None else {"killed": (killed_after, kill_one)}
     steps["removed"] = removed_after, lambda: nodes.remove(nodes.second)
     with Disturbed(out, **steps) as disturbed:
@@ -103,7 +103,7 @@ def interrupt():
 
 
 def interrupted(nodes, arguments, out, alone, after):
-    """``flexclear generate --ray`` until Ctrl-C; the actors that are there afterwards; the same command with ``--resume``."""
+    """``flexclear generate --ray`` until Ctrl-C; the actors that remain afterwards; the same command with ``--resume``."""
     with Disturbed(out, interrupted=(after, interrupt)):
         first = command(*arguments, "--out", out, "--ray", nodes.address)
     kept = sorted(path.name for path in Path(out).iterdir())
@@ -123,7 +123,7 @@ def interrupted(nodes, arguments, out, alone, after):
 
 
 def crews(nodes, cases):
-    """What crews do: of each case (job, calls as (text, key, seconds, what happens)), results, lines, and the error if any."""
+    """What crews do: for each case (job, calls as (text, key, seconds, what happens)), the results, lines, and error, if any."""
     from flexclear.cluster.connection import cluster_at
     from flexclear.cluster.crew import crew_for
     from flexclear.cluster.queue import Call
@@ -149,7 +149,7 @@ def crews(nodes, cases):
 
 
 def runs(nodes, commands):
-    """What came of each command, run one after the other; ``ADDRESS`` is the cluster's."""
+    """The outcomes of commands that run one after the other; ``ADDRESS`` stands for the cluster's address."""
     return {"runs": [command(*(nodes.address if part == "ADDRESS" else part for part in one)) for one in commands]}
 
 

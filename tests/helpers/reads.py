@@ -1,4 +1,4 @@
-"""What a call hands from the device to Python."""
+"""What a call copies from the device to Python."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"}
-"""Operators that hand a tensor's contents to Python, for which a GPU would be waited for."""
+"""Operators that copy a tensor's contents to Python, and so would wait for a GPU."""
 
 
 class Reads(TorchDispatchMode):
-    """Counts them."""
+    """Counts the operators of ``READS``."""
 
     def __init__(self):
         super().__init__()

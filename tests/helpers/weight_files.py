@@ -1,4 +1,4 @@
-"""Weight files in the released layout, and what the tests of them ask of a model."""
+"""Weight files in the released layout, and helpers for their tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAST = "single_transformer_blocks.1.attn.to_v.bias"
 
 
 class Foreign(Disc):
-    """A window of somebody's own."""
+    """A custom window class."""
 
 
 def full_flux(seed=0, **config):
@@ -48,7 +48,7 @@ def released(down_factor=None, seed=1, width=WIDTH, dtype=torch.float32, double=
 
 
 def raw_header(path):
-    """Metadata, and shape and type of every tensor, read off the file's bytes."""
+    """Metadata, and the shape and type of every tensor, read from the file's bytes."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -60,7 +60,7 @@ def windows_of(model):
 
 
 def snapshot(model):
-    """Everything that a failed call must leave alone."""
+    """Everything that a failed call must leave unchanged."""
     return (
         {key: tensor.clone() for key, tensor in model.state_dict().items()},
         {name: id(processor) for name, processor in model.attn_processors.items()},
