@@ -12,7 +12,7 @@ from torch import Tensor
 from flexclear.compile.undoing import afterwards
 
 Attend = Callable[..., Tensor]
-"""Takes a layer's name and its processor, then what ``WindowProcessor.attend`` takes; returns what that returns."""
+"""Takes a layer's name and processor, then the arguments of ``WindowProcessor.attend``; returns the same as that."""
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Attention in a real run: where the mass of every layer lies, and maps of single queries. Never N x N at a time.
+"""Attention in a real run: where each layer's mass lies, and maps of single queries, without N x N scores in memory.
 
-Layers are watched as they attend; what is kept is one histogram per head and one map per chosen query and head.
+Layers are observed while they attend. Only one histogram per head and one map per chosen query and head are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flexclear.runtime.processors import WindowProcessor
 from flexclear.runtime.steps import StepCounter
 
 MAX_NUMBERS = 1 << 23
-"""Most scores at a time: heads x queries x keys."""
+"""Maximum number of scores in memory: heads x queries x keys."""
 
 Place = tuple[int, int]
 """Row and column of an image token."""
@@ -41,12 +41,12 @@ class Observed:
         layer: path of the attention module.
         step: number of the step, from 0.
         grid: height and width in tokens.
-        mass: share of each head's attention mass, of image queries on image keys, at distances [0, 1), [1, 2), ...
-            tokens: float64 ``[heads, bins]``; a row's sum is 1.
-        uniform: the same if all image keys had equal weight, ``[bins]``.
-        text_share: of each head's mass of image queries, what is on text: ``[heads]``.
-        maps: weights of the image keys, raster order, for chosen queries and all heads: ``[heads, height, width]``.
-            With the weights of text they sum to 1.
+        mass: share of each head's attention mass, of image queries on image keys, at distances of [0, 1), [1, 2), ... tokens:
+            float64 ``[heads, bins]``; each row sums to 1.
+        uniform: the same for equal weights on all image keys, ``[bins]``.
+        text_share: share of each head's mass of image queries that is on text: ``[heads]``.
+        maps: weights of the image keys, in raster order, for chosen queries and all heads: ``[heads, height, width]``. Together
+            with the weights of text they sum to 1.
     """
 
     layer: str
@@ -58,7 +58,7 @@ class Observed:
     maps: dict[Place, Tensor] = field(default_factory=dict)
 
     def within(self, distance: int) -> float:
-        """Share of the mass on image keys nearer than ``distance`` tokens, mean over heads."""
+        """Share of the mass on image keys nearer than ``distance`` tokens, averaged over heads."""
         return float(self.mass[:, :distance].sum(1).mean())
 
 
@@ -69,7 +69,7 @@ def observe(
     steps: Sequence[int] | None = None,
     queries: Sequence[Place] = (),
 ) -> Iterator[list[Observed]]:
-    """Yields a list that fills as the model is called inside the block.
+    """Yield a list that fills as the model is called inside the block.
 
     >>> with observe(pipe, steps=[10], queries=[(32, 32)]) as found:          # doctest: +SKIP
     ...     pipe(prompt)
@@ -77,13 +77,13 @@ def observe(
     Args:
         model_or_pipe: transformed; ``flexclear.transform(pipe, None)`` leaves it dense. A bare model counts its calls as steps.
             If a step makes several calls (guidance with two prompts), the first one counts.
-        layers: paths of attention modules; by default all that attend over text and image.
+        layers: paths of attention modules; by default all that attend over both text and image.
         steps: numbers of denoising steps, from 0; by default all.
         queries: row and column of image tokens whose maps are kept.
 
     Raises:
-        ValueError: it is not transformed, attends by a formula or over pooled keys, has no such layer, is already observed,
-            or, when it is called, a query is outside of the image.
+        ValueError: it is not transformed, attends by a formula or over pooled keys, has no such layer, is already observed, or,
+            in a call, a query is outside the image.
     """
     model = model_of(model_or_pipe)
     entry = entry_hook_of(model)
@@ -178,7 +178,7 @@ def _look(
 
 
 def _rows_of(mask: Mask, queries: Tensor, keys: int) -> Tensor | None:
-    """Which keys these queries see, for the first sample and head: bool ``[queries, keys]``; None: all."""
+    """Which keys these queries see in the first sample and head: bool ``[queries, keys]``; None: all."""
     if mask is None:
         return None
     if isinstance(mask, Tensor):
@@ -193,7 +193,7 @@ def _rows_of(mask: Mask, queries: Tensor, keys: int) -> Tensor | None:
 def attention_pictures(
     picture: Image.Image, observed: Observed, heads: Sequence[int] | None = None, cell: int = 224
 ) -> Image.Image:
-    """Maps over the generated image: one row per query, one column per head and one for their mean.
+    """Draw maps over the generated image: one row per query, one column per head and one for their mean.
 
     Each map is scaled to its own largest weight; a ring marks the query.
 
@@ -219,7 +219,7 @@ def attention_pictures(
 
 
 def _over(picture: Image.Image, weights: Tensor, query: Place, cell: int) -> Image.Image:
-    """The image in grey, weights in colour over it."""
+    """The image in gray, with the weights in color over it."""
     scale = cell / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     base = np.asarray(picture.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
@@ -236,7 +236,7 @@ def _over(picture: Image.Image, weights: Tensor, query: Place, cell: int) -> Ima
 
 
 def mass_table(found: Sequence[Observed]) -> str:
-    """Markdown: for every layer and step, the mass within some distances, beside that of equal weights."""
+    """Markdown table of the mass within some distances, and that of equal weights, for every layer and step."""
     lines = [
         "| layer | step | nearer than 2 | 4 | 8 | 16 tokens | equal weights: 2 | 4 | 8 | 16 | on text |",
         "|" + "---|" * 11,

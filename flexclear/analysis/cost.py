@@ -1,4 +1,4 @@
-"""What attention costs by size and window: FLOPs by the cost model, beside times that were published or measured."""
+"""What attention costs by size and window: FLOPs from the cost model, and published or measured times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PUBLISHED_SIDES = (1024, 2048, 4096, 8192)
 
 
 def published_seconds(side: int, radius: int | None) -> float | None:
-    """Seconds that the paper states for 20 steps of FLUX.1-dev on one H100 (arXiv 2412.16112, Table 7), if it does."""
+    """Seconds for 20 steps of FLUX.1-dev on one H100 (arXiv 2412.16112, Table 7); None if the paper does not state them."""
     if side not in _PUBLISHED_SIDES or radius not in _PUBLISHED:
         return None
     return _PUBLISHED[radius][_PUBLISHED_SIDES.index(side)]
@@ -32,12 +32,12 @@ class CostRow:
     """One size under one window.
 
     Attributes:
-        side: of a square image, in pixels.
-        radius: of the window in tokens; None: dense.
-        flops: of attention, one layer, one sample.
-        density: share of all pairs that is allowed.
-        amplification: pairs that block sparsity executes over those allowed; 1 for dense.
-        published_seconds: of 20 steps on one H100, where the paper states them.
+        side: side of a square image, in pixels.
+        radius: window radius in tokens; None: dense.
+        flops: FLOPs of attention, one layer, one sample.
+        density: fraction of all pairs that is allowed.
+        amplification: pairs executed with block sparsity, divided by pairs allowed; 1 for dense.
+        published_seconds: time of 20 steps on one H100, if the paper states it.
     """
 
     side: int
@@ -54,11 +54,11 @@ def cost_table(
     """A row for dense attention and for every radius, at every size.
 
     Args:
-        sides: of square images, in pixels.
-        radii: of windows, in tokens.
+        sides: sides of square images, in pixels.
+        radii: window radii, in tokens.
         channels: heads times head dimension; the published figures are FLUX.1's 3072.
         text_len: text tokens.
-        px_per_token: pixels a token's side covers.
+        px_per_token: side of a token in pixels.
 
     Raises:
         TypeError, ValueError: a number is invalid.
@@ -80,7 +80,7 @@ def cost_table(
 
 
 def markdown(rows: Sequence[CostRow], measured: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Both tables, as Markdown."""
+    """Format both tables as Markdown."""
     lines = [
         "| px | window | GFLOPs per layer | of dense | executed / useful | published: s for 20 steps | against dense |",
         "|---|---|---|---|---|---|---|",

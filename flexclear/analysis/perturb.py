@@ -1,17 +1,17 @@
-"""How a model depends on positions: the relative distances that rotary embeddings see, clipped from above or below.
+"""How a model depends on positions: clip the relative distances that rotary embeddings see from above or below.
 
 With rotary embeddings the score of query i and key j is, summed over the frequencies w of each axis, the real part of
-``q conj(k) exp(1j w d)``, where d is the difference of their coordinates on that axis. Clipping puts d' in place of d for
-every (query, key) pair of image tokens, each axis by itself:
+``q conj(k) exp(1j w d)``, where d is the difference of their coordinates on that axis. Clipping replaces d with d' for every
+(query, key) pair of image tokens, on each axis separately:
 
-- remote, at c: d' = d where abs(d) <= c, else c with d's sign. Nothing is farther than c any more.
-- local, at c: d' = d where abs(d) >= c, else c with d's sign; d = 0 becomes +c. Nothing is nearer than c any more.
+- remote, at c: d' = d if abs(d) <= c, else c with d's sign. Nothing is farther than c any more.
+- local, at c: d' = d if abs(d) >= c, else c with d's sign; d = 0 becomes +c. Nothing is nearer than c any more.
 
-No assignment of positions to tokens gives such differences, so rotating queries and keys once does not do it. But
-``exp(1j w d') = exp(1j w d) exp(1j w (d' - d))``, and on one axis d' - d depends on two rows (or two columns) only. So the
-queries of one row, already rotated as usual, are turned by the correction for each row of keys, and those of each column
-for each column of keys: exact for every pair, at about the arithmetic of plain attention. Content is untouched, and so
-are all pairs with text, whose positions are not places in the image.
+No assignment of positions to tokens gives such differences, so rotating queries and keys once is not enough. But ``exp(1j w d')
+= exp(1j w d) exp(1j w (d' - d))``, and on one axis d' - d depends only on two rows (or two columns). So the queries of one row,
+already rotated as usual, are rotated by the correction for each row of keys, and those of each column for each column of keys.
+This is exact for every pair, at about the arithmetic of plain attention. Content does not change, and neither do pairs with
+text, whose positions are not places in the image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from flexclear.runtime.processors import WindowProcessor
 
 KINDS = ("remote", "local")
 KNOWN = ("FluxTransformer2DModel",)
-"""Models whose rotary embedding is pairs of neighbouring channels over (index, row, column)."""
+"""Models whose rotary embedding rotates pairs of neighboring channels over (index, row, column)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Clip:
         check_int("clip distance", self.distance, 0, None, "in tokens")
 
     def __call__(self, difference: Tensor) -> Tensor:
-        """Clipped differences of coordinates, in the same type."""
+        """Clip differences of coordinates; keeps their type."""
         if self.kind == "remote":
             return difference.clamp(-self.distance, self.distance)
         sign = torch.where(difference < 0, -1, 1).to(difference.dtype)
@@ -85,14 +85,14 @@ def clipped_attention(
 
     Args:
         query, key, value: ``[B, heads, N, head_dim]`` after rotary embedding, text and image in raster order.
-        layout: the sequence, one grid.
-        axes: channels of the index, of rows, of columns.
+        layout: the sequence, with one grid.
+        axes: number of channels for the index, for rows, and for columns.
         theta: base of the rotary frequencies.
-        clip: what is done to distances.
+        clip: how to clip distances.
         gain: factor on the queries, or None.
 
     Returns:
-        ``[B, heads, N, head_dim]``. Scores of one row of queries at a time are held, never N x N.
+        ``[B, heads, N, head_dim]``. Only the scores of one row of queries are in memory at a time, never N x N.
 
     Raises:
         ValueError: the layout is tiled or has reference images.
@@ -124,7 +124,7 @@ def clipped_attention(
     turn_rows, turn_columns = (
         _corrections(side, size, theta, clip, q.device, high) for side, size in ((height, axes[1]), (width, axes[2]))
     )
-    # Column corrections are those of every row.
+    # Column corrections are the same for every row.
     index_q, index_k = (grid[..., parts[0]] for grid in (grid_q, grid_k))
     for row in range(height):
         by_index = torch.einsum("bhqc,bhjkc->bhqjk", index_q[:, :, row], index_k)
@@ -153,7 +153,7 @@ def _corrections(
 
 @contextlib.contextmanager
 def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
-    """Inside the block, every attention layer sees clipped relative distances.
+    """Clip the relative distances that every attention layer sees inside the block.
 
     >>> flexclear.transform(pipe, None, backend="sdpa", order="raster")      # doctest: +SKIP
     >>> with clipped_distances(pipe, Clip("remote", 16)):                    # doctest: +SKIP
@@ -161,7 +161,7 @@ def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
 
     Args:
         model_or_pipe: FLUX.1, transformed dense (``flexclear.transform(pipe, None, backend="sdpa", order="raster")``).
-        clip: what is done to distances.
+        clip: how to clip distances.
 
     Raises:
         ValueError: it is another model, is transformed differently, or is already inside such a block.

@@ -29,7 +29,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def plot_mass(found: Sequence[Observed], path: Path) -> Path:
-    """Mass against distance for every layer (the paper's Figure 4), steps averaged: per distance, and summed up."""
+    """Plot mass against distance for every layer (the paper's Figure 4), averaged over steps: per distance and cumulative."""
     figure, (left, right) = _figure(2)
     names = list(dict.fromkeys(one.layer for one in found))
     import matplotlib
@@ -52,7 +52,7 @@ def plot_mass(found: Sequence[Observed], path: Path) -> Path:
 
 
 def plot_cost(rows: Sequence[CostRow], measured: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """FLOPs, published times, and measured times where there are any, by size (the paper's Figure 2)."""
+    """Plot FLOPs, published times, and measured times if there are any, by size (the paper's Figure 2)."""
     figure, axes = _figure(3 if measured else 2)
     radii = list(dict.fromkeys(row.radius for row in rows))
     for radius in radii:

@@ -1,4 +1,4 @@
-"""``flexclear report``: what ``eval``, ``eval run`` and ``analyze`` left in a folder, as one HTML page that stands alone."""
+"""``flexclear report``: results of ``eval``, ``eval run`` and ``analyze`` in a folder, as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flexclear.images.reading import read_image
 
 NAME = "report.html"
 LARGEST = 1024
-"""Longer side in pixels of an image in the page."""
+"""Longer side in pixels of an image on the page."""
 
 SECTIONS = (
     ("results.md", "Variants", ("sheet.png",)),
@@ -30,17 +30,17 @@ SECTIONS = (
     ("perturb.md", "Clipped relative distances", ("perturb.png",)),
     ("cost.md", "Cost", ("cost.png",)),
 )
-"""A section for each of these files: its title, and the images that lie beside it."""
+"""A section for each of these files: its title, and the images beside it."""
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write_report(folder: str | Path, most_pairs: int = 12) -> Path:
-    """Write ``report.html`` into ``folder``: tables, curves, images side by side under a slider. Returns its path.
+    """Write ``report.html`` into ``folder``: tables, curves, images side by side under a slider. Return its path.
 
     Args:
-        folder: of results; those in folders below it count, too.
-        most_pairs: pairs of images per section.
+        folder: results, also those in subfolders.
+        most_pairs: maximum number of image pairs per section.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -115,7 +115,7 @@ def _pairs(file: Path) -> Iterator[tuple[Path, Path, str, str, str]]:
 
 
 def _settings(file: Path) -> str:
-    """What was asked for; empty where that is not known."""
+    """The requested settings; empty if they are not known."""
     config = _json(file.with_name("results.json")).get("config") if file.name == "results.md" else None
     return "" if config is None else json.dumps(config, indent=1)
 
@@ -157,8 +157,8 @@ def _template() -> jinja2.Template:
 
 
 def from_markdown(text: str) -> str:
-    """HTML of the Markdown that flexclear writes: headings, tables, lists, lines of text. Anything else in it, HTML, links and
-    emphasis, is text: names of variants and of layers are."""
+    """HTML of the Markdown that flexclear writes: headings, tables, lists, lines of text. Everything else in it, such as HTML,
+    links and emphasis, is plain text, because it comes from names of variants and layers."""
     parser = MarkdownIt("zero", {"breaks": True}).enable(["table", "heading", "list", "escape", "newline"])
     parser.add_render_rule("table_open", lambda self, *rest: '<div class="wide"><table>\n')
     parser.add_render_rule("table_close", lambda self, *rest: "</table></div>\n")
@@ -168,6 +168,6 @@ def from_markdown(text: str) -> str:
 
 
 def _as_third(self: Any, tokens: Any, number: int, options: Any, environment: Any) -> str:
-    """Headings of a file are below that of its section."""
+    """Put a file's headings one level below that of its section."""
     tokens[number].tag = "h3"
     return self.renderToken(tokens, number, options, environment)

@@ -1,4 +1,4 @@
-"""The conditions of the paper's ControlNets, computed from an image: what a controlled image must agree with."""
+"""The conditions of the paper's ControlNets, computed from an image, which a controlled image must match."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 BLUR = 64
-"""The blur's standard deviation is the longer side over this."""
+"""The blur's standard deviation is the longer side divided by this."""
 
 TILE = 8
-"""A tile condition has 1 / this of the image's sides."""
+"""A tile condition's sides are the image's divided by this."""
 
 
 def _grey(picture: Image.Image) -> Image.Image:
@@ -28,16 +28,16 @@ def _tile(picture: Image.Image) -> Image.Image:
 
 
 CONDITIONS: Mapping[str, Callable[[Image.Image], Image.Image]] = {"grey": _grey, "blur": _blur, "tile": _tile}
-"""By name: ``grey``: luminance; ``blur``: Gaussian; ``tile``: scaled down and up again."""
+"""Conditions by name. ``grey``: luminance; ``blur``: Gaussian; ``tile``: scaled down and up again."""
 
 
 def distance_to_condition(picture: Image.Image, condition: Image.Image, kind: str) -> float:
-    """RMSE, of values from 0 to 1, of the image's condition to the one that it was drawn from.
+    """RMSE between the image's own condition and the one that it was drawn from, for values from 0 to 1.
 
     Args:
         picture: RGB.
         condition: RGB; scaled to the image's size.
-        kind: of ``CONDITIONS``.
+        kind: a key of ``CONDITIONS``.
     """
     own = CONDITIONS[kind](picture.convert("RGB"))
     if condition.size != own.size:

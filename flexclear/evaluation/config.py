@@ -1,4 +1,4 @@
-"""Settings of ``flexclear eval run``: a YAML file; every mistake is named before anything is drawn."""
+"""Settings of ``flexclear eval run``, a YAML file. Every mistake is reported before anything is drawn."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class VariantConfig:
     """One row of the tables.
 
     Attributes:
-        name: of the row and its folder of images: letters, digits, ``.``, ``_``, ``-``.
-        r: window radius in tokens, or ``"dense"``: the plain model. None: the weights' own, or 16.
+        name: name of the row and of its image folder: letters, digits, ``.``, ``_``, ``-``.
+        r: window radius in tokens, or ``"dense"`` for the original model. None: the weights' own, or 16.
         down_factor: side of the pooled cells in tokens, or None.
         weights: file of distilled weights, or None.
         attention: ``"clear"``, or a name from ``flexclear.alternatives`` instead of CLEAR.
-        sizes: its sizes, such as ``size: 8``.
-        pictures: a folder of images drawn elsewhere, named like those of the reference; nothing is drawn then.
+        sizes: that mechanism's sizes, such as ``size: 8``.
+        pictures: a folder of images drawn elsewhere, named like those of the reference; then nothing is drawn.
     """
 
     name: str
@@ -77,23 +77,23 @@ class VariantConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is drawn, what it is compared with, and which tables are filled.
+    """What to draw, what to compare it with, and which tables to fill.
 
     Attributes:
         output: folder for images and results.
         variants: the rows.
         model: pipeline folder, hub id or ``"embedded"``; None if all images are already drawn.
-        prompts: text file with one prompt per line; None if all images are already drawn and carry theirs.
+        prompts: text file with one prompt per line; None if all images are already drawn and contain their prompts.
         reference: name of the variant that the others are compared with; the first by default.
-        tables: the paper's numbers.
-        columns: further columns for every table.
-        sizes: ``HEIGHTxWIDTH``; empty: the pipeline's own. seeds: of the noise, for each prompt and size.
+        tables: numbers of the paper's tables.
+        columns: additional columns for every table.
+        sizes: ``HEIGHTxWIDTH``; empty: the pipeline's own. seeds: noise seeds for each prompt and size.
         steps, guidance, text_len: None: the pipeline's own.
         dtype, device, backend: as in ``flexclear generate``.
         networks: locations of networks by name. download: whether CLIP and DINO may be downloaded.
         real: folder of real images, or None. LPIPS needs one for each image, in the order of names.
         conditions: folder of the conditions that a ControlNet was given, named like the images, or None.
-        condition: which kind of condition they are.
+        condition: the kind of these conditions.
         batch: images per batch in the networks.
     """
 
@@ -178,7 +178,7 @@ class EvalConfig:
 
 
 def read_eval_config(path: str | Path) -> EvalConfig:
-    """The settings of a YAML file; relative paths in it are relative to the file. Checked.
+    """Read and check the settings of a YAML file. Relative paths in it are relative to the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -194,14 +194,14 @@ def read_eval_config(path: str | Path) -> EvalConfig:
 
 
 def from_mapping(found: Mapping[str, Any], folder: Path | None = None) -> EvalConfig:
-    """Settings from what YAML holds, not checked.
+    """Make unchecked settings from parsed YAML.
 
     Raises:
         TypeError, ValueError: settings are unknown, missing, or of another type.
     """
     known = dict(found)
     if isinstance(known.get("variants"), list):
-        # A radius is a number or "dense"; one kind of type is what a field has.
+        # A radius is a number or "dense", but a field has only one type.
         known["variants"] = [
             {**entry, "r": str(entry["r"])} if isinstance(entry, Mapping) and _whole(entry.get("r")) else entry
             for entry in known["variants"]

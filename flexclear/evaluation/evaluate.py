@@ -1,4 +1,4 @@
-"""``flexclear eval``: every metric of one folder of images against another."""
+"""``flexclear eval``: metrics of one folder of images compared with another."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Evaluation:
 
     Attributes:
         a, b: the folders.
-        size: what all images were scaled to first, or None.
-        scores: in the order asked for.
+        size: the size that all images were scaled to first, or None.
+        scores: in the requested order.
     """
 
     a: str
@@ -44,7 +44,7 @@ class Evaluation:
         return {"a": self.a, "b": self.b, "size": self.size, "versions": versions(), "scores": told}
 
     def markdown(self) -> str:
-        """The scores as a table, and what is behind them."""
+        """The scores as a table, and how they were computed."""
         lines = [
             f"A: {self.a}",
             f"B: {self.b}",
@@ -75,7 +75,7 @@ class Evaluation:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """Write ``scores.json`` and ``scores.md``; returns their paths."""
+        """Write ``scores.json`` and ``scores.md``; return their paths."""
         data, page = folder / "scores.json", folder / "scores.md"
         with whole_file(data) as beside:
             beside.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -102,21 +102,21 @@ def evaluate(
     >>> flexclear.evaluation.evaluate("clear", "dense", "psnr,ssim,lpips", out="scores")     # doctest: +SKIP
 
     Args:
-        a: folder of the images that are judged.
-        b: folder of what they are compared with.
-        metrics: names, of ``flexclear.evaluation.METRICS``.
-        prompts: for the images of ``a``, for CLIP-T; see ``read_captions``.
+        a: folder of the images to score.
+        b: folder of the images to compare with.
+        metrics: names from ``flexclear.evaluation.METRICS``.
+        prompts: prompts of the images in ``a``, for CLIP-T; see ``read_captions``.
         size: (height, width) in pixels to which every image is scaled first.
         networks: where networks come from; the user's caches by default.
         batch: images per batch.
-        out: folder for ``scores.json``, ``scores.md``, and each image's intermediate results: the same call then resumes
-            where it was stopped, and a call with more images only computes the new ones.
+        out: folder for ``scores.json``, ``scores.md``, and each image's intermediate results. The same call then resumes where
+            it was stopped, and a call with more images only computes the new ones.
         common: measure the existing pairs if an image lacks its partner.
         on_progress: see ``OnProgress``.
 
     Returns:
-        The scores. A metric whose network is missing has no value and a reason; so has, of all metrics at once, one whose
-        package is missing or that cannot look at images so small.
+        The scores. A metric whose network is missing has no value, but a reason. If all metrics are requested, so does one
+        whose package is missing or that needs larger images.
 
     Raises:
         FileNotFoundError: a folder or file is missing.

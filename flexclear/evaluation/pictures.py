@@ -1,4 +1,4 @@
-"""Folders of images: which there are, which belong together, and their pixels."""
+"""Folders of images: finding, pairing and reading them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Folder:
-    """The images of a folder and those below it.
+    """The images of a folder and its subfolders.
 
     Attributes:
         path: the folder.
-        files: by name: the path inside the folder without its ending, in the order of names.
+        files: files by name, which is the path inside the folder without its suffix; sorted by name.
     """
 
     path: Path
@@ -41,11 +41,11 @@ class Folder:
 
 
 def read_folder(path: str | Path) -> Folder:
-    """Find the images of a folder; files and folders whose names begin with a dot are left out.
+    """Find the images of a folder. Files and folders whose names begin with a dot are skipped.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is a file, holds no image, or two that differ only in their ending.
+        ValueError: it is a file, holds no images, or holds two that differ only in their suffix.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -73,7 +73,7 @@ def pair_names(a: Folder, b: Folder, common: bool = False) -> list[str]:
 
     Args:
         a, b: the folders.
-        common: whether images without a partner may be left out.
+        common: whether to ignore images without a partner.
 
     Raises:
         ValueError: there is no pair, or an image lacks its partner.
@@ -96,16 +96,16 @@ def pair_names(a: Folder, b: Folder, common: bool = False) -> list[str]:
 
 
 def content_key(path: Path) -> str:
-    """Names an image by what is in its file."""
+    """A name for an image derived from its file's contents."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
 
 
 def read_picture(path: Path, size: Size | None = None) -> Tensor:
-    """An image as uint8 ``[3, height, width]``, transparent parts on white.
+    """Read an image as uint8 ``[3, height, width]``, with transparent parts on white.
 
     Args:
         path: the file.
-        size: scale to it by PIL's Lanczos filter, which averages where it shrinks; None: as it is.
+        size: scale to it with PIL's Lanczos filter, which averages when it shrinks; None: unscaled.
 
     Raises:
         ValueError: the file is not an image, or has more pixels than Pillow accepts.
@@ -117,17 +117,17 @@ def read_picture(path: Path, size: Size | None = None) -> Tensor:
 
 
 def read_captions(file: str | Path | None, folder: Folder) -> dict[str, str]:
-    """The prompt of every image, by its name.
+    """Read the prompts by image name.
 
     Args:
-        file: ``.json``: an object of names (with or without ending) and prompts; ``.jsonl``: lines with ``file_name``
-            and ``text``; any other: a text file with one prompt per line, in the order of the pictures' names. None: the
-            images carry their prompts, as those of ``flexclear generate`` do.
+        file: ``.json``: an object of names (with or without suffix) and prompts; ``.jsonl``: lines with ``file_name`` and
+            ``text``; any other: a text file with one prompt per line, in the order of the images' names. None: the images
+            contain their prompts, as those of ``flexclear generate`` do.
         folder: the images.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it does not say what every image shows.
+        ValueError: it does not have a prompt for every image.
     """
     if file is None:
         found = {}
@@ -181,7 +181,7 @@ def _bare(name: str) -> str:
 
 
 def batches(paths: Sequence[tuple[Path, ...]], size: Size | None, most: int) -> list[list[tuple[Path, ...]]]:
-    """Groups of at most ``most`` rows of images whose sizes agree, in the order given."""
+    """Group rows of images of equal size into batches of at most ``most``, in the given order."""
     groups: list[list[tuple[Path, ...]]] = []
     last: object = None
     for row in paths:

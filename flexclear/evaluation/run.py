@@ -48,18 +48,18 @@ SHEET_ROWS = 6
 
 @dataclass(frozen=True)
 class Run:
-    """What ``run`` has found.
+    """The result of ``run``.
 
     Attributes:
-        config: what was asked for.
-        scores: by variant and column of ``COLUMNS``.
+        config: the settings.
+        scores: by variant and by column of ``COLUMNS``.
     """
 
     config: EvalConfig
     scores: Mapping[str, Mapping[str, Score]]
 
     def markdown(self) -> str:
-        """The tables, and what is behind them."""
+        """The tables, and how their numbers were computed."""
         config = self.config
         values = {title: {column: score.value for column, score in row.items()} for title, row in self.scores.items()}
         parts = [
@@ -85,7 +85,7 @@ class Run:
         return "\n".join([*parts, *notes]) + "\n"
 
     def write(self) -> tuple[Path, Path]:
-        """Write ``results.json`` and ``results.md`` into the output folder; returns their paths."""
+        """Write ``results.json`` and ``results.md`` into the output folder; return their paths."""
         data, page = self.config.output / "results.json", self.config.output / "results.md"
         told = {
             "config": json.loads(json.dumps(asdict(self.config), default=str)),
@@ -173,7 +173,7 @@ def run(
 
 
 def picture_folder(config: EvalConfig, variant: VariantConfig) -> Path:
-    """Where the images of a variant are drawn to."""
+    """Folder for the images of a variant."""
     return config.output / "pictures" / variant.name
 
 
@@ -200,7 +200,7 @@ def _against_real(metric: str, folder: Any, config: EvalConfig, judge_of: Callab
         return Score(metric, None, reason=f"{len(real)} real images for {len(folder)} drawn ones; one each is needed")
     pairs = dict(zip(folder.files, zip(folder.files.values(), real.files.values(), strict=True), strict=True))
     first = read_picture(next(iter(folder.files.values())))
-    # Photographs have sizes of their own.
+    # Photographs have their own sizes.
     return judge_of("real", (first.shape[1], first.shape[2])).pairs(metric, pairs)
 
 
@@ -220,7 +220,7 @@ def _to_condition(metric: str, folder: Any, config: EvalConfig) -> Score:
 def draw_variants(
     config: EvalConfig, say: Callable[[str], None], on_progress: OnProgress = lambda metric, done, total: None
 ) -> dict[str, float]:
-    """Draw the images that are missing; returns the GFLOPs per layer of attention of each variant, their mean.
+    """Draw the missing images; return each variant's mean GFLOPs of attention per layer.
 
     Raises:
         See ``run``.
@@ -271,12 +271,12 @@ def draw_variants(
 
 
 def _model_identity(model: str, setup: Setup) -> str:
-    """Tells models apart, those in folders also by their files, which change as a model is trained further."""
+    """Distinguishes models. Those in folders also differ by their files, which change with further training."""
     return " ".join([model, *setup.fingerprints])
 
 
 def _check_folder(config: EvalConfig, variant: VariantConfig, base: GenerateSettings, identity: str) -> None:
-    """Images of other settings in the variant's folder are an error; its own settings are written beside them."""
+    """Raise if the variant's folder holds images with other settings; write its own settings into the folder."""
     left_out = ("out", "overwrite", "resume", "r", "weights")
     drawn = {name: value for name, value in asdict(base).items() if name not in left_out}
     weights = None
@@ -287,7 +287,7 @@ def _check_folder(config: EvalConfig, variant: VariantConfig, base: GenerateSett
 
 
 def _gflops(pipe: Any, settings: Mapping[str, Any]) -> float:
-    """GFLOPs of attention per layer, their mean over layers, in the size that an image says."""
+    """GFLOPs of attention per layer, averaged over layers, at the size in an image's settings."""
     model = model_of(pipe)
     text_len = 512 if settings["text_len"] is None else settings["text_len"]
     explained = explain_model(
@@ -304,7 +304,7 @@ def _gflops(pipe: Any, settings: Mapping[str, Any]) -> float:
 
 @contextlib.contextmanager
 def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iterator[None]:
-    """Inside the block a dense pipeline is the variant; after it, what it was.
+    """Turn a dense pipeline into the variant inside the block, and restore it afterwards.
 
     Raises:
         TypeError, ValueError: the variant does not fit the model.
@@ -327,7 +327,7 @@ def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iter
         if variant.weights is not None:
             load_weights(pipe, variant.weights)
             if variant.r is not None:
-                transform(pipe, **options)  # The file brings its own window; this one was asked for.
+                transform(pipe, **options)  # The file brings its own window; this restores the requested one.
             elif backend != "auto":
                 entry = entry_hook_of(model)
                 assert entry is not None
@@ -336,7 +336,7 @@ def as_variant(pipe: Any, variant: VariantConfig, backend: str = "auto") -> Iter
 
 
 def _sheet(config: EvalConfig, folders: Mapping[str, Any]) -> None:
-    """A contact sheet of the first images that all variants have."""
+    """Write a contact sheet of the first images that all variants have."""
     from flexclear.images.sheet import contact_sheet
 
     names = [n for n in folders[config.reference_name].files if all(n in f.files for f in folders.values())][

@@ -1,7 +1,7 @@
 """ST-LPIPS, the shift-tolerant LPIPS (Ghildyal and Liu, arXiv 2207.13686), for the weights of the package stlpips-pytorch.
 
-The package's own modules need torchvision. These are written after the paper and the names and shapes in the package's files.
-Where AlexNet and VGG-16 halve their maps, these blur them first, so that an image moved by a pixel keeps its maps.
+The package's own modules need torchvision. These follow the paper and the names and shapes in the package's files. Where
+AlexNet and VGG-16 halve their maps, these modules blur them first, so that maps barely change when an image moves by a pixel.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from flexclear.evaluation.lpips import FeatureDistance
 
 IN_FILE = re.compile(r"net\.slice\d\.(\d+\.(?:weight|bias|filt))")
-"""A tensor of a layer; the files count layers through over the slices."""
+"""Name of a layer's tensor; the files number layers consecutively across slices."""
 
 
 class Blur(nn.Module):
-    """Halves maps ``[B, channels, height, width]`` by the binomial filter 1 2 1 in both directions, borders mirrored."""
+    """Halves maps ``[B, channels, height, width]`` with the binomial filter 1 2 1 in both directions and mirrored borders."""
 
     filt: Tensor
 
@@ -58,14 +58,14 @@ NETWORKS = {"alex": _alexnet, "vgg": _vgg}
 
 
 class ShiftTolerantDistance(FeatureDistance):
-    """ST-LPIPS of images with values from -1 to 1.
+    """ST-LPIPS for images with values from -1 to 1.
 
     Args:
         kind: ``"alex"`` or ``"vgg"``.
-        state: what the package's file for it holds.
+        state: contents of the package's file for it.
 
     Raises:
-        RuntimeError, KeyError: the state is of another network.
+        RuntimeError, KeyError: the state belongs to another network.
     """
 
     def __init__(self, kind: str, state: Mapping[str, Tensor]) -> None:

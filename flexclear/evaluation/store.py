@@ -15,7 +15,7 @@ AT_ONCE = 500
 
 
 class Store:
-    """Arrays of float32 by key, in one SQLite file; in memory without a path.
+    """float32 arrays by key, in one SQLite file, or in memory if there is no path.
 
     >>> store = Store()
     >>> store.put({"a": np.array([1.0, 2.0])})
@@ -24,11 +24,11 @@ class Store:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """Open the store, or make it.
+        """Open or create the store.
 
         Raises:
-            OSError: the file cannot be opened or written, such as on a full disk, or another process keeps it locked.
-            ValueError: the file exists, but is not a store or is damaged.
+            OSError: the file cannot be opened or written, for example on a full disk, or another process keeps it locked.
+            ValueError: the file exists but is not a store, or is damaged.
         """
         self._path = path
         if path is not None:
@@ -41,7 +41,7 @@ class Store:
                 )
 
     def get(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
-        """The arrays of those keys that are known.
+        """Return the arrays of the known keys.
 
         Raises:
             OSError, ValueError: see ``Store``.
@@ -59,7 +59,7 @@ class Store:
         return found
 
     def put(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep them; they are on disk when this returns.
+        """Store arrays. They are on disk when this returns.
 
         Raises:
             OSError, ValueError: see ``Store``.
@@ -91,7 +91,7 @@ def _checksum(key: str, value: bytes) -> bytes:
 
 
 def fingerprint(*parts: str) -> str:
-    """A short name of some texts; other texts, other names."""
+    """A short name for some texts. Different texts have different names."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode())

@@ -1,4 +1,4 @@
-"""The paper's tables of quality: which columns each has, and what a column is."""
+"""The paper's quality tables: the columns of each, and what a column is."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Column:
     """One column.
 
     Attributes:
-        title: as the tables have it.
-        metric: of ``flexclear.evaluation.METRICS``; None: not of images.
-        against: what the images are compared with: those of the reference variant (``REFERENCE``), real ones
-            (``REAL``), their prompts, their conditions, or nothing (``ITSELF``); ``MODEL``: of the cost model.
-        digits: after the point.
+        title: heading in the tables.
+        metric: a key of ``flexclear.evaluation.METRICS``; None: not computed from images.
+        against: what the images are compared with: those of the reference variant (``REFERENCE``), real ones (``REAL``), their
+            prompts, their conditions, or nothing (``ITSELF``); ``MODEL``: from the cost model.
+        digits: decimal places.
     """
 
     title: str
@@ -56,7 +56,7 @@ PATCHES = ("fid_orig", "lpips_orig", "clip_i", "dino", "fid_real", "lpips_real")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: what it is of, and its columns."""
+    """A table of the paper: its title and columns."""
 
     title: str
     columns: tuple[str, ...]
@@ -71,11 +71,11 @@ TABLES: Mapping[int, Table] = {
     8: Table("text to image, SD3.5", QUALITY),
     9: Table("ControlNet, tile and blurred images, FLUX.1-dev", CONTROLLED),
 }
-"""By the paper's number. The titles say what the paper filled them with; here they are filled for the model at hand."""
+"""Tables by the paper's number. Titles say what the paper measured; here the tables are filled for the given model."""
 
 
 def cell(name: str, value: float | None) -> str:
-    """A column's value as the tables have it; of small models' costs two digits that are not zero."""
+    """Format a column's value for the tables. Costs of small models keep two significant digits."""
     if value is None:
         return "-"
     text = f"{value:.{COLUMNS[name].digits}f}"
@@ -92,7 +92,7 @@ def markdown(table: Table, rows: Mapping[str, Mapping[str, float | None]], more:
     Args:
         table: its columns.
         rows: values by row title and column; None or missing: not computed.
-        more: further columns.
+        more: additional columns.
     """
     columns = [*table.columns, *(name for name in more if name not in table.columns)]
     lines = ["| | " + " | ".join(COLUMNS[name].title for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]

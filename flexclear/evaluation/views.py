@@ -1,4 +1,4 @@
-"""What each metric makes of pixels: features of images, or distances of pairs. Judges of files and of tensors share it."""
+"""What each metric computes from pixels: features of images, or distances of pairs. Used for files and for tensors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from flexclear.images.reading import image_size
 
 
 class TooSmall(ValueError):
-    """A metric cannot look at images of this size."""
+    """A metric cannot process images this small."""
 
 
 class View(NamedTuple):
-    """What a metric looks through.
+    """How a metric computes features or distances.
 
     Attributes:
-        compute: of one batch of uint8 images (features), or of two (distances).
-        identity: tells results of other networks apart; ``""`` without one.
-        title: of the network, or None.
+        compute: takes one batch of uint8 images (features), or two (distances).
+        identity: distinguishes results of different networks; ``""`` without one.
+        title: the network's title, or None.
     """
 
     compute: Callable[..., Tensor]
@@ -35,10 +35,10 @@ class View(NamedTuple):
 
 
 def view_of(metric: Metric, networks: Networks) -> View:
-    """``PIXELS`` and ``OWN``: distances ``[B]`` of two batches; ``SCORE``: logarithms of probabilities; else: features.
+    """The view of a metric. ``PIXELS``, ``OWN``: distances ``[B]`` of two batches; ``SCORE``: log-probabilities; else: features.
 
     Raises:
-        ImportError, NetworkMissing: the network cannot be had.
+        ImportError, NetworkMissing: the network is not available.
     """
     if metric.formula == PIXELS:
         return View(getattr(formulas, metric.name), "", None)
@@ -49,12 +49,12 @@ def view_of(metric: Metric, networks: Networks) -> View:
 
 
 def check_sizes(asked: Sequence[str], height: int, width: int, what: str) -> None:
-    """Raise unless these metrics can look at images of this size.
+    """Raise unless these metrics can process images of this size.
 
     Args:
         asked: names of metrics.
-        height, width: in pixels.
-        what: names the images in the message.
+        height, width: image size in pixels.
+        what: how the message names the images.
 
     Raises:
         TooSmall: a side is too short for one of them.
@@ -69,7 +69,7 @@ def check_sizes(asked: Sequence[str], height: int, width: int, what: str) -> Non
 
 
 def check_pictures(asked: Sequence[str], paths: Iterable[Path], size: Size | None) -> None:
-    """Raise unless these metrics can look at these images, scaled to ``size`` if there is one.
+    """Raise unless these metrics can process these images, scaled to ``size`` if it is given.
 
     Raises:
         TooSmall: one is too small.
@@ -91,23 +91,23 @@ def score_tensors(
     networks: Networks | None = None,
     batch: int = 16,
 ) -> dict[str, float]:
-    """Metrics of images in memory, without a store.
+    """Compute metrics of images in memory, without a store.
 
     >>> score_tensors(judged, reference, "psnr,stlpips-alex,fd-lite0")                     # doctest: +SKIP
     {'psnr': 21.4, 'stlpips-alex': 0.113, 'fd-lite0': 8.1}
 
     Args:
-        judged, reference: uint8 ``[n, 3, height, width]``, pairs by number. A score of classes needs no reference.
-        metrics: names, of ``flexclear.evaluation.METRICS``, of pairs or of sets.
+        judged, reference: uint8 ``[n, 3, height, width]``, paired by index. A class score needs no reference.
+        metrics: names of pair or set metrics from ``flexclear.evaluation.METRICS``.
         networks: where networks come from; the user's caches by default.
-        batch: images at once.
+        batch: images per batch.
 
     Returns:
-        The score by metric; of pairs, their mean.
+        The score by metric; for pair metrics, the mean.
 
     Raises:
-        ImportError, NetworkMissing: a network cannot be had.
-        TypeError, ValueError: these are not such images, or a metric cannot be computed of them.
+        ImportError, NetworkMissing: a network is not available.
+        TypeError, ValueError: the images are not in this form, or a metric cannot be computed for them.
     """
     asked, networks = parse_metrics(metrics), networks or Networks()
     other = judged if reference is None else reference

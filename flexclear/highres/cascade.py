@@ -1,4 +1,4 @@
-"""``upscale_cascade``: one image, stage by stage, each larger than the one before."""
+"""``upscale_cascade``: draw one image in stages, each larger than the one before."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from flexclear.runtime.switches import Switches, in_force, override
 OnStep = Callable[[Stage, int, int], None]
 
 PerStage = Any
-"""One value for every stage, or a sequence with one per stage, in which None is the default."""
+"""One value for all stages, or a sequence with one per stage, in which None means the default."""
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """What a cascade has drawn.
+    """The result of a cascade.
 
     Attributes:
         images: the image of every stage.
-        stages: what each stage ran with.
-        files: where the images are, with a folder; else empty.
-        resumed: how many stages were finished before.
+        stages: the settings of each stage.
+        files: paths of the images if there is a folder; else empty.
+        resumed: number of stages that were already finished.
     """
 
     images: tuple[Image.Image, ...]
@@ -80,26 +80,26 @@ def upscale_cascade(
     progress: bool | None = None,
     on_step: OnStep | None = None,
 ) -> Cascade:
-    """Draw an image at the first size, then enlarge it to every further one (method, section 7).
+    """Draw an image at the first size, then enlarge it to each of the others (method, section 7).
 
     Each stage enlarges the previous stage's image with PIL's bicubic filter and runs the pipeline again:
 
-    - ``"sdedit"`` (SDEdit, arXiv 2108.01073, section 3; the cascade is CLEAR's): noises it and denoises it, through
-      diffusers' image-to-image pipeline. Released settings: 20 steps, strength 0.7, guidance 7.5, shift 3, NTK factor 10,
-      proportional attention. (The released notebook also sets a ``time_shift`` of 10, which nothing reads: it runs at 3.)
-      As in diffusers, ``strength`` is the share of the *steps* that are run: the noise level at the start follows from
-      the shift (0.7 and shift 3: level 0.875).
-    - ``"imax"`` (I-Max, arXiv 2410.07536, sections 3.2 and 4): starts from noise; the velocity's low frequencies are those
-      of the straight flow towards the image, with a weight that falls as a half cosine. Released settings: 30 steps,
-      guidance 7, shift 6, NTK factor 10 clipped at linear interpolation, proportional attention; first stage 30 steps,
-      guidance 3.5, shift 3. Two parts of the released code are left out: its text duplication (the prompt once more for
-      every 64 x 64 tokens, each copy with its own position ids) and its shifted latents (a border of one latent, added
-      before every other step and cut off before the next, which moves tokens by half a token); both are for dense models.
+    - ``"sdedit"`` (SDEdit, arXiv 2108.01073, section 3; the cascade is CLEAR's): noises and denoises the image with diffusers'
+      image-to-image pipeline. Released settings: 20 steps, strength 0.7, guidance 7.5, shift 3, NTK factor 10, proportional
+      attention. (The released notebook also sets a ``time_shift`` of 10, which nothing reads: it runs at 3.)
+        As in diffusers, ``strength`` is the fraction of the *steps* that are run: the noise level at the start follows from the
+        shift (0.7 and shift 3: level 0.875).
+    - ``"imax"`` (I-Max, arXiv 2410.07536, sections 3.2 and 4): starts from noise; the velocity's low frequencies are those of
+      the straight flow towards the image, with a weight that decays as a half cosine. Released settings: 30 steps, guidance 7,
+      shift 6, NTK factor 10 clipped at linear interpolation, proportional attention; first stage 30 steps, guidance 3.5, shift
+      3. Two parts of the released code are left out, since they are for dense models: its text duplication (another copy of the
+      prompt for every 64 x 64 tokens, each with its own position ids), and its shifted latents (a border of one latent, added
+      before every other step and removed before the next, which moves tokens by half a token).
 
-    The windows are those of an earlier ``flexclear.transform``, or those set through ``r``; a plain pipeline runs dense. Text
-    is encoded once, and the VAE runs in tiles. Stages pass on 8-bit images, and each has its own noise: the same arguments
-    give the same image, resumed or not. Everything a stage changes on the pipeline (windows, scheduler, VAE tiling) is
-    restored, after errors too; nothing else may use the pipeline meanwhile.
+    The windows are those of an earlier ``flexclear.transform``, or those set with ``r``; a plain pipeline runs dense. Text is
+    encoded once, and the VAE runs in tiles. Stages pass on 8-bit images, and each has its own noise: the same arguments give
+    the same image, resumed or not. Everything that a stage changes on the pipeline (windows, scheduler, VAE tiling) is
+    restored, also after errors. Nothing else may use the pipeline in the meantime.
 
     >>> done = upscale_cascade(pipe, "a small blue plane", sizes=[1024, 2048, 4096], r=[16, 16, 8])  # doctest: +SKIP
     >>> upscale_cascade(pipe, "a photo of a plane", sizes=[4096], image=photo, strength=0.5)         # doctest: +SKIP
@@ -109,27 +109,27 @@ def upscale_cascade(
         prompt: one prompt.
         sizes: the longer side in pixels, or (height, width), one per stage.
         method: how images are enlarged.
-        image: an image to begin with, which every stage then enlarges. Without it, the first size is drawn from the prompt.
+        image: an image to start from, which every stage enlarges. Without it, the first size is drawn from the prompt.
         r: a radius as in ``transform``, ``"keep"`` for the current windows, or a sequence with one per stage (radii per layer:
             as a mapping).
-        steps: one value for every stage, or a sequence with one per stage; None is the released setting, or the pipeline's
-            own. The same holds for the next five.
-        strength: share of the steps that are run. The first stage from a prompt has none.
+        steps: one value for all stages, or a sequence with one per stage; None is the released setting, or the pipeline's own.
+            The same holds for the next five.
+        strength: fraction of the steps that are run. A first stage that draws from the prompt has none.
         guidance: guidance scale.
-        shift: a constant time shift, or ``"own"`` for the scheduler as it is. FLUX.1's dynamic shift is extrapolated in the
-            number of tokens and leaves nothing but noise above 2048 px.
+        shift: a constant time shift, or ``"own"`` for the scheduler as it is. FLUX.1's dynamic shift is an extrapolation above
+            2048 px, and leaves nothing but noise there.
         ntk_factor: see ``transform``. The first stage from a prompt is drawn with the pipeline's own switches.
         proportional_attention: likewise.
         negative_prompt: for classifier-free guidance: SD3, and FLUX.1 models without a guidance input.
-        seed: of the noise, which is made on the CPU; stage n uses ``seed + n - 1``.
-        max_sequence_length: text tokens (T5); by default the pipeline's.
-        native: side in pixels of the images that the model was trained on, the reference for NTK's clipping and proportional
-            attention; by default the pipeline's default size.
+        seed: seed of the noise, which is made on the CPU; stage n uses ``seed + n - 1``.
+        max_sequence_length: number of T5 text tokens; by default the pipeline's.
+        native: side in pixels of the images that the model was trained on, used as the reference for NTK's clipping and
+            proportional attention; by default the pipeline's default size.
         tile: side of the VAE's tiles in pixels; see ``flexclear.highres.tiled``.
-        wavelet_level: of the Haar transform whose approximation is I-Max's low band.
+        wavelet_level: level of the Haar transform whose approximation is I-Max's low band.
         folder: keep every stage's image there, and resume after the last finished one, whose settings must be the same.
         progress: a progress bar per stage; None: as the pipeline is configured.
-        on_step: called with the stage, the number of the step from 1, and all steps of the stage.
+        on_step: called with the stage, the step's number from 1, and the stage's total steps.
 
     Raises:
         TypeError: an unsupported pipeline or an argument of the wrong type.
@@ -218,7 +218,7 @@ def _check(pipe: Any, prompt: Any, method: Any, image: Any, negative_prompt: Any
 
 
 class _Planner:
-    """Makes stages of what was asked for."""
+    """Makes stages from the requested settings."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class _Planner:
         is_base: bool,
         windows: dict[str, Window | None],
     ) -> Stage:
-        """One stage; raises for what this model cannot do.
+        """Make one stage. Raises for what this model cannot do.
 
         Raises:
             TypeError, ValueError: see ``upscale_cascade``.
@@ -324,7 +324,7 @@ class _Planner:
 
 
 class _Run:
-    """Draws stages; encodes the text when the first one needs it, then never again."""
+    """Draws stages. Encodes the text once, when the first stage needs it."""
 
     def __init__(
         self,
@@ -420,7 +420,7 @@ class _Run:
 
 
 def _identity(pipe: Any) -> dict[str, Any]:
-    """What a manifest keeps of a pipeline besides its weights."""
+    """What a manifest records about a pipeline besides its weights."""
     return {
         "model": str(pipe.config.get("_name_or_path", "")),
         "transformer": _digest(pipe.transformer.config),
@@ -431,9 +431,9 @@ def _identity(pipe: Any) -> dict[str, Any]:
 
 
 def _weights(pipe: Any) -> str:
-    """Of some numbers of each parameter; those that are elsewhere (sequential offload) count by their names.
+    """Digest of a few numbers per parameter. Parameters that are elsewhere (sequential offload) count by name.
 
-    Pooling weights belong to the windows, which each stage names.
+    Pooling weights are left out: they belong to the windows, which each stage names.
     """
     models = (("transformer", pipe.transformer), ("vae", pipe.vae))
     return _digest(

@@ -21,15 +21,15 @@ FORMAT = 1
 
 
 class Folder:
-    """What is finished of one cascade. Files appear whole or not at all; the manifest names an image after it is there."""
+    """The finished part of a cascade. Files are atomic; the manifest names an image only once it exists."""
 
     def __init__(self, path: str | Path, common: dict[str, Any], stages: list[Stage]) -> None:
-        """Open a folder, made if missing, for a cascade.
+        """Open a folder for a cascade; make it if it is missing.
 
         Args:
             path: the folder.
-            common: what all stages share, in JSON.
-            stages: of the cascade. Those that are finished in the folder must be the same; later ones may differ.
+            common: what all stages share, in a form that JSON can hold.
+            stages: those of the cascade. The ones finished in the folder must be the same; later ones may differ.
 
         Raises:
             ValueError: the folder holds another cascade, or images that would be replaced.
@@ -52,11 +52,11 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def file(self, stage: Stage) -> Path:
-        """Where a stage's image goes."""
+        """Path of a stage's image."""
         return self.path / f"stage_{stage.number}_{stage.height}x{stage.width}.png"
 
     def load(self, stage: Stage) -> Image.Image | None:
-        """The image of a finished stage; None if there is none, or its file was removed: it is drawn again then.
+        """Load the image of a finished stage. None if there is none or its file was removed: then it is drawn again.
 
         Raises:
             ValueError: the file is not the one that the manifest was written for.

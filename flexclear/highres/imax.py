@@ -1,4 +1,4 @@
-"""I-Max's projected flow (arXiv 2410.07536, section 3.2): a scheduler whose steps follow an image in the low frequencies."""
+"""I-Max's projected flow (arXiv 2410.07536, section 3.2): a scheduler whose low frequencies follow an image."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def check_level(level: int) -> None:
 
 
 def low_band(latents: Tensor, level: int = 1) -> Tensor:
-    """The approximation band of the Haar wavelet transform, transformed back: every cell of 2 x 2 latents by its mean.
+    """The approximation band of the Haar wavelet transform, transformed back: each cell of 2 x 2 latents becomes its mean.
 
-    A side that is odd ends in a cell of half the size, as the transform with symmetric extension has it.
+    An odd side ends in a cell of half the size, as in the transform with symmetric extension.
 
     Args:
         latents: ``[..., height, width]``, any sides.
-        level: how many times the approximation is split again: cells of ``2**level`` latents a side.
+        level: number of transforms; cells have ``2**level`` latents a side.
 
     Returns:
         The same shape, type and device, computed there in float32 or wider.
@@ -59,13 +59,13 @@ def projected_velocity(
         guide: g, the latents of the enlarged image.
         sigma: t, above 0.
         weight: c.
-        band: low; linear, so that it is taken once, of p - v.
+        band: low. It is linear, so it is applied once, to p - v.
     """
     return velocity + weight * band((sample - guide) / sigma - velocity)
 
 
 def decay(step: int, steps: int) -> float:
-    """c at a step from 0: a half cosine from 1 towards 0, which the end of the last step reaches."""
+    """c at a step, counted from 0: a half cosine from 1 to 0, reached at the end of the last step."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -75,8 +75,8 @@ def projected_scheduler(scheduler: Any, guide: Tensor, to_picture: Reshape, to_t
     Args:
         scheduler: a ``FlowMatchEulerDiscreteScheduler``.
         guide: g, ``[B, channels, height, width]``.
-        to_picture: the pipeline's latents, as its steps get them, to that shape.
-        to_tokens: back.
+        to_picture: reshapes the pipeline's latents, as its steps get them, to that shape.
+        to_tokens: reshapes back.
         band: see ``low_band``.
     """
     made = _projected_class().from_config(scheduler.config)
@@ -86,11 +86,11 @@ def projected_scheduler(scheduler: Any, guide: Tensor, to_picture: Reshape, to_t
 
 @functools.cache
 def _projected_class() -> Any:
-    # Made on first use: importing flexclear.highres imports no diffusers.
+    # Made on first use, so that importing flexclear.highres does not import diffusers.
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     class ProjectedFlowScheduler(FlowMatchEulerDiscreteScheduler):
-        """Euler steps along I-Max's velocity in place of the model's."""
+        """Euler steps along I-Max's velocity instead of the model's."""
 
         guide: Tensor
         to_picture: Reshape

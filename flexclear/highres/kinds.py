@@ -1,4 +1,4 @@
-"""What differs between FLUX.1 and SD3.5: their pipelines, how text and guidance reach them, the shape of their latents."""
+"""Differences between FLUX.1 and SD3.5: pipelines, how text and guidance reach them, and the shape of latents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Kind(ABC):
-    """One sort of pipeline. Holds no state."""
+    """One kind of pipeline. Holds no state."""
 
     text_to_image: str
     image_to_image: str
@@ -21,15 +21,15 @@ class Kind(ABC):
     """Whether the released settings of a first stage were made for it."""
 
     def matches(self, pipe: Any) -> bool:
-        """Whether a pipeline is of this kind; does not import diffusers."""
+        """Whether a pipeline is of this kind. Does not import diffusers."""
         names = (self.text_to_image, self.image_to_image)
         return any(base.__name__ in names and base.__module__.startswith("diffusers.") for base in type(pipe).__mro__)
 
     def pipeline(self, pipe: Any, name: str) -> Any:
-        """A pipeline of class ``name`` on the parts of ``pipe``, which stay as and where they are."""
+        """A pipeline of class ``name`` with the components of ``pipe``, which stay as and where they are."""
         import diffusers
 
-        # Not from_pipe: it converts the parts to float32 unless told their type.
+        # Not from_pipe: it converts components to float32 unless it is given their type.
         made = getattr(diffusers, name)
         known = inspect.signature(made.__init__).parameters
         return made(**{part: value for part, value in pipe.components.items() if part in known})
@@ -42,25 +42,25 @@ class Kind(ABC):
 
     @abstractmethod
     def px_per_token(self, pipe: Any) -> int:
-        """Pixels per token and side: what sides of images must be divisible by."""
+        """Side of a token in pixels, which must divide the sides of images."""
 
     @abstractmethod
     def largest(self, pipe: Any) -> int | None:
-        """Tokens per side that the model's position embedding ends at, None where it goes on."""
+        """Tokens per side at which the model's position embedding ends; None if it is unlimited."""
 
     @abstractmethod
     def takes_guidance(self, pipe: Any, negative_prompt: str | None) -> bool:
         """Whether a guidance scale has an effect.
 
         Raises:
-            ValueError: a negative prompt for a model that was distilled not to need one.
+            ValueError: there is a negative prompt, but the model is guidance-distilled.
         """
 
     @abstractmethod
     def encode(
         self, pipe: Any, prompt: str, negative_prompt: str | None, guided: bool, max_sequence_length: int
     ) -> dict[str, Any]:
-        """Arguments of the pipelines' calls that stand for the prompts.
+        """Encode the prompts into arguments of the pipelines' calls.
 
         Args:
             guided: whether any stage compares with the negative prompt.
@@ -72,7 +72,7 @@ class Kind(ABC):
 
     @abstractmethod
     def to_picture(self, latents: Tensor, height: int, width: int, pipe: Any) -> Tensor:
-        """Latents as the scheduler gets them to ``[B, channels, height, width]``; sizes are of the image in pixels."""
+        """Reshape latents from the scheduler's form to ``[B, channels, height, width]``; sizes are the image's in pixels."""
 
     @abstractmethod
     def to_tokens(self, latents: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Kind(ABC):
 
     @torch.no_grad()
     def encode_picture(self, pipe: Any, picture: Image.Image, generator: torch.Generator) -> Tensor:
-        """Latents ``[1, channels, height, width]`` of an image, scaled as the model knows them."""
+        """Latents ``[1, channels, height, width]`` of an image, scaled as the model expects."""
         vae = pipe.vae
         pixels = pipe.image_processor.preprocess(picture, height=picture.height, width=picture.width)
         latents = vae.encode(pixels.to(pipe._execution_device, vae.dtype)).latent_dist.sample(generator)

@@ -6,16 +6,16 @@ from torch import Tensor
 
 
 def seam_ratio(picture: Tensor, period: int) -> float:
-    """Mean absolute step across the borders at multiples of ``period``, over that between all other neighbours.
+    """Mean absolute step across borders at multiples of ``period``, divided by that between all other neighbors.
 
-    1 is no seam: pixels on both sides of a border differ as much as any neighbours do. Rows and columns count alike.
+    1 means no seam: pixels on both sides of a border differ as much as any neighbors do. Rows and columns count equally.
 
     Args:
         picture: ``[channels, height, width]``, any scale.
-        period: distance of the borders in pixels, 2 or more, smaller than a side.
+        period: distance between borders in pixels, 2 or more, and smaller than a side.
 
     Raises:
-        ValueError: the image has no border or no shape of an image.
+        ValueError: the image has no border, or does not have the shape of an image.
     """
     if picture.ndim != 3 or period < 2 or period >= min(picture.shape[1:]):
         raise ValueError(

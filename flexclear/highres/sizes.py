@@ -1,4 +1,4 @@
-"""Sizes of the stages: any aspect ratio, the same one in all of them, each larger than the one before."""
+"""Sizes of the stages: any aspect ratio, the same in all stages, each larger than the one before."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def stage_sizes(sizes: Sequence[Size], multiple: int, start: tuple[int, int] | N
     """(height, width) of every stage.
 
     Args:
-        sizes: what was asked for. One number is the longer side; the other follows from the aspect ratio of ``start``, or
-            of the first size that is a pair, else the image is square.
-        multiple: that every side must be divisible by.
-        start: (height, width) of the image to begin with, if there is one.
+        sizes: the requested sizes. One number is the longer side; the other side follows from the aspect ratio of ``start``, or
+            else of the first size that is a pair; otherwise the image is square.
+        multiple: number of pixels that must divide every side.
+        start: (height, width) of the image to start from, if there is one.
 
     Raises:
         TypeError: a size is neither a number nor a pair.
@@ -53,7 +53,7 @@ def _pair(size: Size, shape: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 def _check_growth(size: tuple[int, int], before: tuple[int, int], multiple: int, first: bool) -> None:
     (height, width), (old_height, old_width) = size, before
-    # Sides are rounded to tokens; what that did to the size before grows with it.
+    # Sides are rounded to tokens; the rounding of the size before grows with the enlargement.
     slack = multiple if first else multiple * max(1.0, max(size) / max(before))
     if abs(width - height * old_width / old_height) > slack and abs(height - width * old_height / old_width) > slack:
         raise ValueError(

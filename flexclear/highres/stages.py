@@ -1,4 +1,4 @@
-"""What each stage of a cascade runs with: the released settings of its method, or what was asked for."""
+"""Settings of each stage of a cascade: the requested ones, or the released settings of its method."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from flexclear.runtime.schedule import Radii
 
 BASE = "base"
-"""Method of the first stage of a cascade from a prompt: the pipeline itself."""
+"""Method of a first stage that draws from the prompt: the pipeline itself."""
 
 KEEP = "keep"
-"""In place of a radius: the windows that the model has, or dense attention where it has none."""
+"""Instead of a radius: the model's current windows, or dense attention if it has none."""
 OWN = "own"
-"""In place of a shift: the scheduler as it is, with its dynamic shift if it has one."""
+"""Instead of a shift: the scheduler as it is, with its dynamic shift if it has one."""
 
 RELEASED: dict[str, dict[str, Any]] = {
     "sdedit": {
@@ -35,7 +35,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "proportional_attention": True,
     },
 }
-"""Settings of enlarging stages in the code that was released with CLEAR and with I-Max (method, section 7)."""
+"""Settings of enlarging stages in the code released with CLEAR and with I-Max (method, section 7)."""
 
 RELEASED_BASE: dict[str, dict[str, Any]] = {
     "sdedit": {"steps": None, "guidance": None, "shift": OWN},
@@ -48,19 +48,19 @@ _ENLARGING_ONLY = ("strength", "ntk_factor", "proportional_attention")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, with nothing left to choose.
+    """One stage with all settings resolved.
 
     Attributes:
-        number: from 1.
+        number: counted from 1.
         method: ``"base"``, ``"sdedit"`` or ``"imax"``.
         height, width: in pixels.
-        windows: the window's name of each attention layer, ``"dense"`` where there is none.
-        steps: of the schedule; SDEdit runs the last ``strength`` of them.
-        strength: of SDEdit, else None.
-        guidance: None where the model takes none.
+        windows: the window's name for each attention layer; ``"dense"`` without one.
+        steps: steps of the schedule, of which SDEdit runs the last ``strength``.
+        strength: SDEdit's strength, else None.
+        guidance: None if the model takes none.
         shift: the constant time shift; None: the scheduler as it is.
         ntk_factor, ntk_floor, proportional_attention, training_tokens: see ``flexclear.override``.
-        seed: of the stage's noise: the cascade's plus number - 1, so that a stage does not depend on what ran before it.
+        seed: seed of the stage's noise: the cascade's plus number - 1, so that a stage does not depend on earlier runs.
     """
 
     number: int
@@ -85,12 +85,12 @@ class Stage:
         return {name: getattr(self, name) for name in names}
 
     def as_json(self) -> dict[str, Any]:
-        """What a manifest keeps."""
+        """The stage as a manifest records it."""
         return {**asdict(self), "windows": list(self.windows)}
 
 
 def per_stage(name: str, value: Any, stages: int, has_base: bool) -> list[Any]:
-    """One value per stage: a sequence as it is, anything else for all.
+    """Return one value per stage: a sequence as it is, anything else repeated.
 
     Raises:
         ValueError: the sequence has another length, or sets something for the first stage that does not apply to it.
@@ -109,7 +109,7 @@ def per_stage(name: str, value: Any, stages: int, has_base: bool) -> list[Any]:
 
 
 def check_radii(r: Any, stages: int) -> list[Radii | str]:
-    """The radius of each stage; see ``per_stage``.
+    """Return the radius of each stage; see ``per_stage``.
 
     Raises:
         ValueError: the sequence has another length, or contains an unknown word.
@@ -122,10 +122,10 @@ def check_radii(r: Any, stages: int) -> list[Radii | str]:
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
-    """Raise for invalid steps, strength, guidance or shift of one stage; None is left to be chosen.
+    """Raise for invalid steps, strength, guidance or shift of one stage. None means not chosen yet.
 
     Raises:
-        TypeError, ValueError: one does not.
+        TypeError, ValueError: one is invalid.
     """
     steps, strength = settings["steps"], settings["strength"]
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
@@ -150,10 +150,10 @@ def settings_of(method: str, is_base: bool, asked: Mapping[str, Any], follow_rel
     """One stage's settings: those requested, else the released ones, else None for the pipeline's own.
 
     Args:
-        method: of the cascade.
+        method: the cascade's method.
         is_base: whether the stage draws from the prompt.
-        asked: None where nothing was.
-        follow_released_base: whether the released settings for the first stage are for this model.
+        asked: the requested settings; None for those not requested.
+        follow_released_base: whether the released first-stage settings apply to this model.
 
     Raises:
         TypeError, ValueError: see ``check_numbers``; or a strength for I-Max, which starts from noise.

@@ -1,4 +1,4 @@
-"""What a stage changes on a pipeline, and how all of it comes back, after an error too."""
+"""What a stage changes on a pipeline, and how it is restored, also after an error."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flexclear.runtime.schedule import Radii, resolve
 
 
 def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
-    """The window of each attention layer under ``r``, by name; of the pipeline as it is for ``"keep"``.
+    """The window of each attention layer under ``r``, by layer name; for ``"keep"``, the pipeline's current ones.
 
-    Down-sampled keys stay where all layers have them with one factor and ``r`` says nothing of them.
+    Down-sampled keys stay if all layers have them with the same factor and ``r`` does not mention them.
 
     Raises:
         TypeError, ValueError: see ``flexclear.runtime.schedule.resolve``; or other windows for a model that shares its images
@@ -48,12 +48,12 @@ def windows_of(pipe: Any, r: Radii | str = KEEP) -> dict[str, Window | None]:
 
 @contextlib.contextmanager
 def windowed(pipe: Any, windows: Mapping[str, Window | None] | None, hooks: bool) -> Iterator[None]:
-    """The pipeline's transformer under other windows inside a ``with`` block, then exactly as it was.
+    """Put the pipeline's transformer under other windows inside a ``with`` block, then restore it exactly.
 
     Args:
         pipe: a pipeline, transformed or not.
-        windows: by layer name; None leaves them.
-        hooks: whether per-call switches are needed, which a plain model does not know: it is transformed, densely.
+        windows: windows by layer name; None leaves them unchanged.
+        hooks: whether per-call switches are needed. A plain model does not have them, so it is transformed with dense layers.
     """
     model = model_of(pipe)
     entry = entry_hook_of(model)
@@ -64,7 +64,7 @@ def windowed(pipe: Any, windows: Mapping[str, Window | None] | None, hooks: bool
     if not other:
         yield
         return
-    # The very same processors afterwards: other windows need not have the trained pooling weights.
+    # Restore the same processor objects: other windows may lack the trained pooling weights.
     with as_before(model):
         if entry is None:
             transform(pipe, windows)  # type: ignore[arg-type]
@@ -74,14 +74,14 @@ def windowed(pipe: Any, windows: Mapping[str, Window | None] | None, hooks: bool
 
 
 def shifted(scheduler: Any, shift: float | None) -> Any:
-    """A scheduler of the same settings with a constant time shift; a copy of it as it is for None."""
+    """A scheduler with the same settings and a constant time shift; for None, an unchanged copy."""
     changed = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
     return type(scheduler).from_config(scheduler.config, **changed)
 
 
 @contextlib.contextmanager
 def scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """Another scheduler on the pipeline inside a ``with`` block: what counts its steps looks there."""
+    """Give the pipeline another scheduler inside a ``with`` block: code that counts steps looks there."""
     before = pipe.scheduler
     with afterwards(lambda: setattr(pipe, "scheduler", before)):
         pipe.scheduler = scheduler

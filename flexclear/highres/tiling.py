@@ -1,4 +1,4 @@
-"""The VAE in tiles, for some calls: its memory then grows with the image itself, not with its feature maps."""
+"""Run the VAE in tiles for some calls: its memory then grows with the image, not with the feature maps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flexclear.compile.undoing import afterwards
 _STATE = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
 
 OVERLAP = 0.25
-"""Share of a tile that is blended with the next one, diffusers' own."""
+"""Fraction of a tile that is blended with the next one, as in diffusers."""
 
 
 def tile_size(vae: Any, tile: int | None = None) -> int:
     """Side in pixels of the VAE's tiles; see ``tiled``.
 
     Raises:
-        TypeError: a VAE that diffusers does not tile.
-        ValueError: a tile that its latents do not divide.
+        TypeError: diffusers does not tile this VAE.
+        ValueError: the tile is not a multiple of what the VAE needs.
     """
     if not all(hasattr(vae, name) for name in _STATE):
         raise TypeError(f"a {type(vae).__name__} has no square tiles; AutoencoderKL, the VAE of FLUX.1 and SD3.5, does")
@@ -42,12 +42,12 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[int]:
     """Encode and decode in overlapping, blended tiles inside a ``with`` block, then restore the VAE's own settings. Several
     blocks on one VAE may end in any order.
 
-    Images up to one tile are not cut. Larger ones differ slightly from what the whole VAE makes of them, because
-    group norms see one tile at a time.
+    Images up to one tile are not cut. Larger ones differ slightly from the untiled result, because group norms see one tile at
+    a time.
 
     Args:
         vae: an ``AutoencoderKL``.
-        tile: side of a tile in pixels; by default what the VAE was trained with, 1024 for FLUX.1 and SD3.5.
+        tile: side of a tile in pixels; by default the VAE's training size, 1024 for FLUX.1 and SD3.5.
 
     Yields:
         The side of a tile in pixels.
@@ -72,7 +72,7 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[int]:
 
 
 _open: WeakKeyDictionary[Any, list[dict[str, Any]]] = WeakKeyDictionary()
-"""Settings of the VAEs that blocks are open on: their own, then each block's."""
+"""Settings of VAEs with open blocks: the VAE's own, then each block's."""
 
 
 def _set(vae: Any, state: dict[str, Any]) -> None:
