@@ -1,4 +1,4 @@
-"""Attention alone at a model's shapes: dense SDPA and windows on the same tensors in turns, each beside its error to float32."""
+"""Attention alone at a model's shapes: dense SDPA and windows on the same tensors in turn, each with its error to float32."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from flexclear.runtime.attention import windowed_attention
 from flexclear.runtime.plan import build_plan
 
 SAMPLED = 64
-"""Query rows of each kind, text and image, that are compared with float32."""
+"""Number of query rows of each kind, text and image, that are compared with float32."""
 
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Relative errors from which on a result is wrong: twice what rounding weights, values and results to the type can give, and TF32
-of float32 on GPUs."""
+"""Relative errors from which on a result counts as wrong: twice what rounding weights, values and results to the type can
+cause, and TF32 for float32 on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Attention:
 
     Attributes:
         layout: the sequence.
-        radius: of the window; None: dense.
-        kernel: its blocks and options; None: dense.
-        cost: of the window; of the dense layer as its pairs.
-        seconds: of each call.
-        first_s: of the first call, which may compile.
-        error: relative, of sampled rows, to float32 under the window's own inequality.
+        radius: the window's radius; None: dense.
+        kernel: the window's blocks and options; None: dense.
+        cost: the window's cost; for dense attention, all pairs.
+        seconds: time of each call.
+        first_s: time of the first call, which may compile.
+        error: relative error of sampled rows, compared with float32 under the window's own inequality.
     """
 
     layout: Layout
@@ -55,7 +55,7 @@ class Attention:
 
 
 def inputs(layout: Layout, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Query, key and value as projections give them, ``[1, heads, N, head_dim]``, with heads side by side in memory."""
+    """Query, key and value ``[1, heads, N, head_dim]`` in the memory layout of projections: heads side by side."""
     generator = torch.Generator(device).manual_seed(0)
     size = (1, layout.seq_len, heads, head_dim)
     return [torch.randn(size, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
@@ -76,14 +76,14 @@ def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window:
 
 
 def relative_error(out: Tensor, tensors: list[Tensor], layout: Layout, window: Window | None) -> float:
-    """Relative error of sampled rows of ``out``, text and image, to float32."""
+    """Relative error of sampled text and image rows of ``out``, compared with float32."""
     generator = torch.Generator().manual_seed(0)
     image = layout.image_start + torch.randperm(layout.image_len, generator=generator)[:SAMPLED]
     start = 0 if layout.text_first else layout.image_len
     text = start + torch.randperm(layout.text_len, generator=generator)[:SAMPLED]
     rows = torch.cat([image, text])
     query, key, value = tensors
-    # A head at a time: float32 copies of all heads are several times what is measured.
+    # One head at a time: float32 copies of all heads would take several times the memory that is measured.
     square = difference = 0.0
     for head in range(query.shape[1]):
         one = slice(head, head + 1)
@@ -95,14 +95,14 @@ def relative_error(out: Tensor, tensors: list[Tensor], layout: Layout, window: W
 
 
 def windowed(layout: Layout, radius: int, kernel: Kernel, tensors: list[Tensor]) -> Callable[[], Tensor]:
-    """A call of windowed attention as a transformed model makes it."""
+    """A call of windowed attention, made as in a transformed model."""
     query, key, value = tensors
     mask = build_plan(layout, Disc(radius), "flex", kernel, query.device, backward=False).mask
     return lambda: windowed_attention(query, key, value, mask)
 
 
 def first_call(run: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    """Seconds of a first call, and its result."""
+    """Time a first call in seconds; return its result too."""
     start = time.perf_counter()
     out = run()
     synchronize(device)
@@ -110,10 +110,10 @@ def first_call(run: Callable[[], Tensor], device: torch.device) -> tuple[float, 
 
 
 def check_error(error: float, dtype: torch.dtype, what: str) -> None:
-    """Raise for a result that is wrong: its time would mean nothing.
+    """Raise for a wrong result, whose time would mean nothing.
 
     Raises:
-        ArithmeticError: it is.
+        ArithmeticError: the result is wrong.
     """
     if not error <= LARGEST_ERROR[dtype]:
         raise ArithmeticError(f"{what} is wrong here: relative error {error:.1e} to float32")
@@ -132,7 +132,7 @@ def measure_attention(
     seconds: float,
     on_round: Callable[[], None] = lambda: None,
 ) -> list[Attention]:
-    """Dense attention, then the window of each radius, over ``layout``.
+    """Measure dense attention, then the window of each radius, over ``layout``.
 
     Raises:
         ArithmeticError: a result is wrong.

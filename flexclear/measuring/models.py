@@ -1,4 +1,4 @@
-"""Transformers of published shapes with random weights, few blocks of each kind, and the calls that their pipelines make."""
+"""Transformers of published shapes with random weights and few blocks of each kind, and their pipelines' calls of them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Model:
     """A transformer to measure.
 
     Attributes:
-        name: what it is called in tables.
-        transformer: without weights, on the meta device, all blocks.
+        name: name in tables.
+        transformer: all blocks, without weights, on the meta device.
         family: its family.
         text_len: text tokens.
         px: pixels per token and side.
@@ -55,15 +55,15 @@ class Model:
 
 
 def find_model(name: str, dtype: torch.dtype, text_len: int | None = None) -> Model:
-    """The model of a name of ``CONFIGS``, or of a folder with a ``config.json``; nothing is downloaded, no weight is read.
+    """Find a model by a name in ``CONFIGS`` or a folder with a ``config.json``. Downloads nothing and reads no weights.
 
     Args:
         name: name or path.
-        dtype: type of its weights.
+        dtype: type of the weights.
         text_len: text tokens; the pipeline's number by default.
 
     Raises:
-        ValueError: the calls of its class are not known.
+        ValueError: it is not known how to call its class.
         FileNotFoundError: there is no such folder.
     """
     known = CONFIGS.get(name)
@@ -77,7 +77,7 @@ def find_model(name: str, dtype: torch.dtype, text_len: int | None = None) -> Mo
     if known.model_class not in CALLS or made is None:
         raise ValueError(f"{name} is a {known.model_class}; flexclear bench supports {', '.join(sorted(CALLS))}")
     with torch.device("meta"):
-        # Not diffusers' own .to, which speaks of modules that are to stay in float32, where there are none.
+        # Not diffusers' own .to, which warns about modules that should stay in float32, though there are none.
         transformer = nn.Module.to(made.from_config(known.config), dtype).eval().requires_grad_(False)
     length = known.text_len if text_len is None else text_len
     return Model(name, transformer, family_of(transformer), length, known.px or px_per_token(transformer))
@@ -96,7 +96,7 @@ def _from_folder(folder: Path) -> Published:
 
 
 def few_blocks(model: Model, blocks: int | None) -> nn.Module:
-    """A copy of the model's transformer, still without weights, with at most ``blocks`` blocks of each kind; None: all."""
+    """Copy the model's transformer, still without weights, with at most ``blocks`` blocks of each kind; None: all."""
     from copy import deepcopy
 
     transformer = deepcopy(model.transformer)
@@ -110,9 +110,9 @@ def few_blocks(model: Model, blocks: int | None) -> nn.Module:
 
 
 def with_random_weights(transformer: nn.Module, device: torch.device, seed: int = 0) -> nn.Module:
-    """Give a transformer of the meta device random weights on ``device``, which never exist in another type or place.
+    """Give a transformer on the meta device random weights, made directly on ``device`` in their final type.
 
-    Every layer has some, the gates among them: a gate of zero would hide what attention computes.
+    Every layer gets some, including the gates: a gate of zero would hide what attention computes.
     """
     transformer = transformer.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -127,7 +127,7 @@ def with_random_weights(transformer: nn.Module, device: torch.device, seed: int 
 
 
 def call_of(model: Model, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of one step over ``grid`` (rows, columns of image tokens), one sample, as the pipeline makes them."""
+    """Arguments of one step over ``grid`` (rows, columns of image tokens) for one sample, as the pipeline would make them."""
     generator = torch.Generator(device).manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -196,4 +196,4 @@ CALLS: dict[str, Callable[[Any, tuple[int, int], int, Noise], dict[str, Any]]] =
     "SD3Transformer2DModel": _sd3,
     "QwenImageTransformer2DModel": _qwen,
 }
-"""By class: what its pipelines hand over besides the timestep."""
+"""What pipelines pass besides the timestep, by transformer class."""

@@ -1,4 +1,4 @@
-"""Models that ``flexclear bench`` knows by name; without torch, so that a mistyped name is refused at once."""
+"""Models that ``flexclear bench`` knows by name. Does not import torch, so that a mistyped name fails at once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Published:
     """A published transformer.
 
     Attributes:
-        model_class: its class of diffusers.
-        config: where it differs from the class's defaults.
-        text_len: text tokens that its pipeline pads or cuts to.
+        model_class: its class in diffusers.
+        config: settings that differ from the class's defaults.
+        text_len: number of text tokens that its pipeline pads or truncates to.
         px: pixels per token and side; None: the family's.
     """
 

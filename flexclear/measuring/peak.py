@@ -1,4 +1,4 @@
-"""Peak memory of a step on a CPU: resident memory of a process of its own, above what it had before the step.
+"""Peak memory of a step on a CPU: resident memory of a separate process, above that before the step.
 
 python -m flexclear.measuring.peak < job.json        # one variant; ``peaks`` starts it
 """
@@ -26,10 +26,10 @@ def peaks(
     grids: list[tuple[int, int]],
     radius: int | None,
 ) -> list[int]:
-    """Peak bytes above weights and what else was there, of a step over each grid; one process for all.
+    """Peak bytes of a step over each grid, above weights and other earlier memory. One process measures all grids.
 
     Raises:
-        RuntimeError: the process failed, as where memory does not suffice.
+        RuntimeError: the process failed, for example because memory ran out.
     """
     job = {
         "model": model,
@@ -54,9 +54,9 @@ def peaks(
 
 
 def peak_of(run: Callable[[], Any]) -> int:
-    """Most bytes resident while ``run`` is called, above those before.
+    """Peak resident bytes while ``run`` is called, above those before.
 
-    Where this is Linux with glibc, memory that is freed goes back at once, so that what is counted is in use.
+    On Linux with glibc, freed memory is returned at once, so that only memory in use is counted.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
@@ -70,11 +70,11 @@ def peak_of(run: Callable[[], Any]) -> int:
 
 
 _MMAP_THRESHOLD = -3
-"""glibc's M_MMAP_THRESHOLD: larger allocations are given back when they are freed."""
+"""glibc's M_MMAP_THRESHOLD: larger allocations are returned to the system when they are freed."""
 
 
 def measure(job: dict[str, Any]) -> list[int]:
-    """What ``peaks`` returns, in this process."""
+    """Measure in this process what ``peaks`` returns."""
     import torch
 
     from flexclear.measuring.models import call_of, find_model

@@ -9,7 +9,7 @@ from flexclear.measuring.run import Found
 
 
 def table(found: Found) -> str:
-    """Markdown: hardware, a row for each size and window, the rates that follow, and where all of it is kept."""
+    """Markdown: hardware, a row for each size and window, the fitted rates, and where everything is kept."""
     about, rates = found.about, found.rates
     lines = [
         ", ".join(f"{name} {value}" for name, value in about.items()),
@@ -44,7 +44,7 @@ def table(found: Found) -> str:
 
 
 def plot(found: Found, path: Path) -> Path:
-    """Attention's and the step's time against image tokens, dense and by radius; needs matplotlib."""
+    """Plot times of attention and of a step against image tokens, dense and by radius. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     from flexclear.compile.files import whole_file

@@ -24,11 +24,11 @@ from flexclear.rates import kept
 from flexclear.rates.rates import Rates, fit_windows
 
 SMALL = (16, 16)
-"""Image tokens of a layout so small that windowed attention takes hardly more time than its call."""
+"""Image tokens of a layout so small that windowed attention takes hardly longer than its launch."""
 
 
 TUNED_SIDE = 128
-"""Largest side in tokens of the layout that kernels are tuned at: blocks are as full there as above."""
+"""Largest side in tokens of the layout used for tuning kernels: larger layouts have equally full blocks."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Job:
         text_len: text tokens; None: the model's.
         blocks: blocks of each kind that are run; the others are extrapolated. None: all are run.
         repeats: rounds of each measurement.
-        seconds: time per size after which no further round of a measurement begins.
+        seconds: time per size after which no further round of a measurement starts.
         compiled: whether blocks are compiled.
         memory: whether peak memory is measured.
     """
@@ -61,7 +61,7 @@ class Job:
     memory: bool = True
 
     def check(self) -> Model:
-        """The model; what cannot be measured is refused.
+        """Return the model; raise for what cannot be measured.
 
         Raises:
             ValueError: this machine or a size cannot be measured.
@@ -89,8 +89,8 @@ class Found:
     Attributes:
         about: hardware, versions and settings.
         rows: a dictionary for each measurement, dense ones first at each size.
-        rates: that follow.
-        file: where it is kept; None: nowhere yet.
+        rates: rates fitted to the measurements.
+        file: file that holds them; None: not kept yet.
     """
 
     about: dict[str, Any]
@@ -104,14 +104,14 @@ class Found:
 
 
 def layout_to_tune(model: Model, sizes: tuple[tuple[int, int], ...]) -> Layout:
-    """The largest of the sizes up to ``TUNED_SIDE`` tokens a side; the smallest where all are larger."""
+    """Layout of the largest size up to ``TUNED_SIDE`` tokens a side, or of the smallest size if all are larger."""
     grids = sorted((grid_of(size, model) for size in sizes), key=math.prod)
     grid = next((grid for grid in reversed(grids) if max(grid) <= TUNED_SIDE), grids[0])
     return Layout(*grid, model.text_len, model.family.text_first)
 
 
 def measure(job: Job, on: Callable[[str], None] = lambda what: None) -> Found:
-    """Measure everything of a job; ``on`` is called with what is being done.
+    """Measure everything in a job; call ``on`` with what is being done.
 
     Raises:
         ValueError: see ``Job.check``.
@@ -138,7 +138,7 @@ def measure(job: Job, on: Callable[[str], None] = lambda what: None) -> Found:
     for size, layout in zip(job.sizes, layouts, strict=True):
         on(f"step, {size[0]} x {size[1]} px")
         grid = layout.height, layout.width
-        # Without compiled blocks, attention's graph serves all sizes.
+        # Without compiled blocks, one attention graph serves all sizes.
         warm_up = job.compiled or not steps
         steps += measure_steps(variants, grid, job.device, job.dtype, warm_up=warm_up, **pace)
         if job.memory and job.device.type == "cuda":
@@ -169,25 +169,25 @@ def measure(job: Job, on: Callable[[str], None] = lambda what: None) -> Found:
 
 
 def keep(found: Found) -> Found:
-    """Keep what was measured for ``explain``."""
+    """Store the measurements for ``explain``."""
     file = kept.keep(found.about["model"], found.about, {"rates": kept.as_json(found.rates), "rows": found.rows})
     return Found(found.about, found.rows, found.rates, file)
 
 
 def fit(variants: Variants, layers: list[Attention], calls: list[Attention], steps: list[Step], linear: float) -> Rates:
-    """The rates that explain what was measured: attention, and of the dense steps what is not attention.
+    """Fit rates to the measurements: of attention, and of everything else in the dense steps.
 
     Args:
-        variants: the model with few blocks, whose steps they are.
+        variants: the model with few blocks that made the steps.
         layers: attention at the sizes of the steps.
-        calls: at a small size.
-        steps: of the model with few blocks.
-        linear: FLOP/s of linears.
+        calls: attention at a small size.
+        steps: steps of the model with few blocks.
+        linear: FLOP/s of linear layers.
     """
     dense = [one for one in layers if one.radius is None]
     windows = [(one.cost, one.median_s) for one in [*calls, *layers] if one.radius is not None]
     full, partial, call = fit_windows(windows)
-    # Least squares of relative errors, of one number.
+    # Least squares of relative errors, for one number.
     speeds = [one.cost.dense_flops / one.median_s for one in dense]
     rate = sum(speed**2 for speed in speeds) / sum(speeds)
     model = variants.model
@@ -206,7 +206,7 @@ def fit(variants: Variants, layers: list[Attention], calls: list[Attention], ste
 
 
 def _linear_rate(model: Model, layouts: list[Layout], device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the two linears of an MLP at the model's width, over the largest of the sequences."""
+    """FLOP/s of an MLP's two linear layers at the model's width, over the longest sequence."""
     channels = model.heads * model.head_dim
     tokens = max(layout.seq_len for layout in layouts)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One step of a transformer with random weights and few blocks, dense and windowed in turns; the rest is extrapolated."""
+"""One step of a transformer with random weights and few blocks, dense and windowed in turn; the rest is extrapolated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHECKED = 64
 """Largest side in tokens at which a windowed step is compared with masked SDPA."""
 
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative errors of a step from which on it is wrong; forgetting the window gives several tenths."""
+"""Relative errors from which on a step counts as wrong. Forgetting the window gives several tenths."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Step:
 
     Attributes:
         grid: rows and columns of image tokens.
-        radius: of the windows; None: dense.
-        seconds: of each step of the model with few blocks.
+        radius: the windows' radius; None: dense.
+        seconds: time of each step of the model with few blocks.
         blocks: median seconds of a block, by stack.
-        whole_s: of a step of the whole model: the median step, and a block's median for each block that was left out.
-        error: relative to the same model under masked SDPA; None where it was not compared.
+        whole_s: time of a step of the whole model: the median step plus a block's median for each omitted block.
+        error: relative to the same model under masked SDPA; None if it was not compared.
     """
 
     grid: tuple[int, int]
@@ -52,9 +52,9 @@ class Step:
 
 
 class _Clock:
-    """Hooks of a block that remember how long its calls take. On a GPU nothing waits for them.
+    """Hooks of a block that record how long its calls take, without synchronizing the GPU.
 
-    They run around the block, and around its graph where it is compiled.
+    They run around the block, and around its graph if it is compiled.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,7 +76,7 @@ class _Clock:
         return event
 
     def seconds(self) -> list[float]:
-        """Of each call; what it asked of a GPU is done."""
+        """Seconds of each call. The GPU must have finished its work."""
         marks = zip(self.starts, self.ends, strict=True)
         if self.device.type == "cuda":
             return [start.elapsed_time(end) / 1000 for start, end in marks]
@@ -88,9 +88,9 @@ class Variants:
     """A model with few blocks in several variants that share its weights: dense, and transformed by radius.
 
     Attributes:
-        model: what it is of.
+        model: the model that they are made from.
         few: the dense one.
-        by_radius: all of them; None: dense.
+        by_radius: all variants by radius; None: dense.
     """
 
     model: Model
@@ -99,12 +99,12 @@ class Variants:
 
     @property
     def few_counts(self) -> dict[str, int]:
-        """Blocks by stack that there are."""
+        """Number of blocks present, by stack."""
         return {path: len(blocks_of(self.few, path)) for path in self.model.family.stacks}
 
     @property
     def left_out_bytes(self) -> int:
-        """Bytes of the weights of blocks that are left out."""
+        """Bytes of the omitted blocks' weights."""
         return weight_bytes(self.model.transformer) - weight_bytes(self.few)
 
 
@@ -117,7 +117,7 @@ def build(
     compiled: bool,
     dense: bool = True,
 ) -> Variants:
-    """The variants, with random weights on ``device``; ``blocks`` of each kind at most."""
+    """Build the variants, with random weights on ``device`` and at most ``blocks`` blocks of each kind."""
     few = with_random_weights(few_blocks(model, blocks), device)
     found = Variants(model, few)
     for radius in [*([None] if dense else []), *radii]:
@@ -131,14 +131,14 @@ def build(
 
 
 def _sharing(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that has its tensors."""
+    """A copy of ``model`` that shares its tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 @contextmanager
 def clocks(model: nn.Module, paths: Iterable[str], device: torch.device) -> Iterator[dict[str, list[_Clock]]]:
-    """Inside, the blocks of these stacks are timed."""
+    """Time the blocks of these stacks inside the ``with`` block."""
     found: dict[str, list[_Clock]] = {}
     with ExitStack() as hooks:
         for path in paths:
@@ -162,12 +162,12 @@ def measure_steps(
     seconds: float,
     warm_up: bool = True,
 ) -> list[Step]:
-    """A step of each variant over ``grid``; up to ``CHECKED`` tokens a side it is compared with masked SDPA first.
+    """Measure a step of each variant over ``grid``. Up to ``CHECKED`` tokens a side, compare it with masked SDPA first.
 
     Args:
         variants: what to run.
         grid: rows and columns of image tokens.
-        device, dtype: of the call.
+        device, dtype: those of the call.
         repeats, seconds: see ``in_turns``.
         warm_up: whether something may be compiled for this size, or for the first one.
 
@@ -210,14 +210,14 @@ def measure_steps(
 
 
 def _error(few: nn.Module, radius: int, arguments: dict[str, Any], out: Tensor) -> float:
-    """Relative error of a step's output to masked SDPA."""
+    """Relative error of a step's output, compared with masked SDPA."""
     plain = _sharing(few)
     expected = transform(plain, r=radius, backend="sdpa")(**arguments)[0].float()
     return float((out.float() - expected).norm() / expected.norm())
 
 
 def peak_on_gpu(variants: Variants, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> dict[Any, int]:
-    """Peak bytes of GPU memory of a step by radius, the weights of all blocks included."""
+    """Peak bytes of GPU memory of a step by radius, including the weights of all blocks."""
     arguments = call_of(variants.model, grid, device, dtype)
     found = {}
     for radius, one in variants.by_radius.items():
@@ -231,5 +231,5 @@ def peak_on_gpu(variants: Variants, grid: tuple[int, int], device: torch.device,
 
 
 def grid_of(px: tuple[int, int], model: Model) -> tuple[int, int]:
-    """Rows and columns of image tokens of a size (height, width) in pixels."""
+    """Rows and columns of image tokens for a size (height, width) in pixels."""
     return px[0] // model.px, px[1] // model.px

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 LEAST_S = 0.01
-"""Seconds that one measurement lasts at least on a GPU, whose launches a short call would be timed with."""
+"""Minimum seconds of one measurement on a GPU, since a short call's time would include launches."""
 
 
 def timed(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """Seconds of one call, of so many in a row."""
+    """Seconds of one call, measured over ``calls`` calls in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -23,7 +23,7 @@ def timed(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -35,14 +35,14 @@ def in_turns(
     seconds: float,
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Times of each run; they take turns, so that all have the same neighbours. They have been called before.
+    """Time each run. Runs take turns, so that all share the same conditions. All must have been called before.
 
     Args:
         runs: what to call, by name.
         device: where it runs.
         repeats: rounds.
-        seconds: after which no further round is begun.
-        on_round: called after each.
+        seconds: time after which no further round starts.
+        on_round: called after each round.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     calls = dict.fromkeys(runs, 1)

@@ -1,4 +1,4 @@
-"""``flexclear bench --tune``: blocks and kernel options tried on this machine; the fastest is kept for ``transform``."""
+"""``flexclear bench --tune``: try blocks and kernel options on this machine, and keep the fastest for ``transform``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from flexclear.measuring.attention import check_error, first_call, inputs, relat
 from flexclear.measuring.timing import timed
 
 LEAST_GAIN = 1.02
-"""Smallest gain over the table's choice for which another one is kept: below, it may be noise."""
+"""Smallest gain over the table's choice for which another kernel is kept. Smaller gains may be noise."""
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
 FAR_BEHIND = 1.15
-"""Candidates this many times slower than the fastest after ``LEAST_ROUNDS`` are given up."""
+"""Candidates this many times slower than the fastest after ``LEAST_ROUNDS`` are dropped."""
 
 BLOCKS = ((64, 64), (128, 64), (128, 128), (64, 128), (64, 32), (32, 64), (32, 32))
 """Blocks that are tried, on every device."""
@@ -38,10 +38,10 @@ TILES: tuple[tuple[tuple[int, int], int, int], ...] = (
     ((128, 128), 8, 2),
     ((64, 64), 4, 4),
 )
-"""(queries, keys) of a tile, warps and stages that are tried on GPUs, with the blocks that each divides."""
+"""(queries, keys) of a tile, warps and stages to try on GPUs, with the blocks that each tile divides."""
 
 CPU_HEADS = 2
-"""Heads on a CPU, where time grows with them and the choice does not depend on them."""
+"""Heads to use on a CPU, where time grows with them but the choice does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Trial:
 
     Attributes:
         kernel: blocks and options.
-        seconds: of each call; fewer than others' where it was given up, none where it did not run.
-        why_not: why it did not run, or is wrong; None otherwise.
+        seconds: time of each call; fewer than others' if it was dropped, none if it did not run.
+        why_not: why it did not run, or how it is wrong; None otherwise.
     """
 
     kernel: Kernel
@@ -62,7 +62,7 @@ class Trial:
 def candidates(
     device: torch.device, dtype: torch.dtype, head_dim: int, seq_len: int, defaults: list[Kernel]
 ) -> Iterator[Kernel]:
-    """The table's choices, then others by the order in which they are worth the time; what a GPU cannot take is left out."""
+    """The table's choices, then others, most promising first; without those that the GPU does not support."""
     given = dict.fromkeys(defaults)
     yield from given
     tiles: tuple[Any, ...] = (None,) if device.type != "cuda" else (None, *TILES)
@@ -94,17 +94,18 @@ def try_kernels(
     on: Callable[[str], None] = lambda what: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, list[Trial]]:
-    """Compile, check and time kernels by turns until the time is over; what one radius compiles serves the others.
+    """Compile, check and time kernels in turn until time runs out. All radii share compiled kernels.
 
-    Two thirds of the time are for first calls, the rest for rounds. After three of them, what is far behind is given up.
+    Two thirds of the time are for first calls, the rest for rounds. After three rounds, kernels that are far behind are
+    dropped.
 
     Args:
-        kernels: candidates, those of ``defaults`` first, which always run, and in every round.
-        defaults: what the others are compared with, by radius.
+        kernels: candidates, starting with those of ``defaults``, which always run and take part in every round.
+        defaults: kernels to compare the others with, by radius.
         layout: the sequence.
         tensors: query, key and value.
-        seconds: for all of it.
-        on: called with what is tried.
+        seconds: time for everything.
+        on: called with what is being tried.
         clock: seconds.
 
     Returns:
@@ -123,14 +124,14 @@ def try_kernels(
             try:
                 run = windowed(layout, radius, kernel, tensors)
                 _check(run, layout, radius, tensors)
-            except Exception as error:  # a kernel that does not fit is one candidate fewer
+            except Exception as error:  # a kernel that does not fit is just one candidate fewer
                 if kernel == default:
                     raise
                 first = next((line for line in str(error).splitlines() if line.strip()), "")
                 failed[radius].append(Trial(kernel, [], f"{type(error).__name__}: {first.strip()}"))
                 continue
             ready[radius, kernel] = run
-        if spent:  # the very first has imports and the like besides
+        if spent:  # the very first also has imports and the like
             longest = max(longest, clock() - begun - spent)
     times: dict[tuple[int, Kernel], list[float]] = {one: [] for one in ready}
     for number in range(MOST_ROUNDS):
@@ -155,7 +156,7 @@ def _check(run: Callable[[], Tensor], layout: Layout, radius: int, tensors: list
     """Raise if what ``run`` returns is wrong.
 
     Raises:
-        ArithmeticError: it is.
+        ArithmeticError: it is wrong.
     """
     _, out = first_call(run, tensors[0].device)
     check_error(relative_error(out, tensors, layout, Disc(radius)), tensors[0].dtype, f"attention, r = {radius},")
@@ -185,7 +186,7 @@ class Outcome:
     Attributes:
         radius: of the window.
         trials: all candidates that were tried; the first is the table's choice.
-        gain: how many times as fast as that the best is, by the median of ratios in the same rounds.
+        gain: how many times as fast as that the best one is, by the median of ratios within rounds.
         kept: the entry that ``transform`` uses from now on; None: the table's choice stays.
     """
 
@@ -219,9 +220,9 @@ def tune(
 def settle(
     trials: list[Trial], layout: Layout, radius: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Outcome:
-    """Choose among trials, of which the first is the table's, and keep or drop the entry.
+    """Choose among trials, the first of which is the table's, and keep or drop the entry.
 
-    The winner was in every round, and faster than the table's choice in three of four: on a machine that others use too, the
+    To win, a trial must be in every round, and faster than the table's choice in three of four rounds: on a shared machine, the
     median alone may be luck.
     """
     first = trials[0]

@@ -1,1 +1,1 @@
-"""``flexclear play``: a page on this machine on which a model draws, dense beside windows."""
+"""``flexclear play``: a local page on which a model draws images, dense and windowed side by side."""

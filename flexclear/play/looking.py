@@ -12,10 +12,10 @@ from flexclear.masks import Disc, Layout
 from flexclear.masks.pictures import QUERY, SEEN, UNSEEN, window_picture
 
 LEAST_SIDE = 512
-"""Pixels that the longer side of an image has at least on the page."""
+"""Minimum pixels of an image's longer side on the page."""
 
 FADED = 0.72
-"""Share of white over tokens that are not seen."""
+"""Opacity of the white over tokens that are not seen."""
 
 Place = tuple[int, int]
 """Row and column of a token."""
@@ -28,7 +28,7 @@ class Grid:
     Attributes:
         height, width: in tokens.
         px: side of a token in pixels of the image.
-        scale: pixels on the page for one of the image, along either side.
+        scale: pixels on the page per image pixel, along either side.
     """
 
     height: int
@@ -38,25 +38,25 @@ class Grid:
 
     @classmethod
     def of(cls, image: Image.Image, layout: Layout) -> Grid | None:
-        """That of an image of the tokens of ``layout``; None where they do not lie over it as squares."""
+        """The grid of an image with the tokens of ``layout``; None if they do not cover it as squares."""
         px = image.height // layout.height
         if (layout.height * px, layout.width * px) != (image.height, image.width):
             return None
         return cls(layout.height, layout.width, px, scale_of(image))
 
     def token_at(self, x: int, y: int) -> Place:
-        """The token at a pixel of the page's image, counted from its upper left corner."""
+        """The token at a pixel of the image on the page, counted from the upper left corner."""
         side = self.px * self.scale
         return min(max(y // side, 0), self.height - 1), min(max(x // side, 0), self.width - 1)
 
 
 def scale_of(image: Image.Image) -> int:
-    """Pixels on the page for one of the image."""
+    """Pixels on the page per image pixel."""
     return max(1, -(-LEAST_SIDE // max(image.size)))
 
 
 def shown(image: Image.Image) -> Image.Image:
-    """The image as large as it is on the page."""
+    """The image at its size on the page."""
     size = (image.width * scale_of(image), image.height * scale_of(image))
     return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
@@ -68,13 +68,13 @@ def seen_from(grid: Grid, token: Place, radius: int) -> np.ndarray:
 
 
 def with_window(image: Image.Image, grid: Grid, token: Place, radius: int | None) -> Image.Image:
-    """The image on the page with what a token sees: the token in red, the rest of the image faded, a blue line between.
+    """Draw what a token sees: the token in red, a blue line around its window, the rest of the image faded.
 
     Args:
-        image: as it was drawn.
-        grid: its own.
+        image: the image as it was drawn.
+        grid: the image's grid.
         token: row and column of the query.
-        radius: of its window in tokens; None: dense attention, which sees everything.
+        radius: its window's radius in tokens; None: dense attention, which sees everything.
     """
     pixels = np.array(shown(image))
     side = grid.px * grid.scale
@@ -85,7 +85,7 @@ def with_window(image: Image.Image, grid: Grid, token: Place, radius: int | None
         whole[~inside] = (whole[~inside] * (1 - FADED) + 255 * FADED).astype(np.uint8)
         whole[inside & ~_shrunk(inside, line)] = SEEN
     top, left = token[0] * side, token[1] * side
-    for inner, colour in ((0, (255, 255, 255)), (line, QUERY)):  # On whatever colours the image has there.
+    for inner, colour in ((0, (255, 255, 255)), (line, QUERY)):  # Visible on any color of the image.
         square = pixels[top + inner : top + side - inner, left + inner : left + side - inner]
         rim = np.ones(square.shape[:2], bool)
         rim[line:-line, line:-line] = False
@@ -94,7 +94,7 @@ def with_window(image: Image.Image, grid: Grid, token: Place, radius: int | None
 
 
 def _shrunk(inside: np.ndarray, by: int) -> np.ndarray:
-    """What is left of an area if so many pixels go along its border; the image's own border is none."""
+    """Shrink an area by this many pixels along its border. The image's edge does not count as a border."""
     padded = np.pad(inside, by, constant_values=True)
     left = inside.copy()
     height, width = inside.shape

@@ -1,4 +1,4 @@
-"""The page: what is drawn is chosen on the left, both images are on the right. Gradio's part of ``flexclear play``."""
+"""The page, made with Gradio: settings on the left, both images on the right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPT = "a red apple on a blue background"
 MOST_STEPS = 50
 
 PROGRESS = gr.Progress()
-"""As a default it has Gradio hand over one that reports to the visitor's page."""
+"""As a default value, it makes Gradio pass an object that reports progress to the visitor's page."""
 
 CSS = """
 .gradio-container { max-width: 1240px !important; }
@@ -31,7 +31,7 @@ CSS = """
 
 @dataclass(frozen=True)
 class Pair:
-    """What one visitor's page shows: both images, for the windows of their tokens."""
+    """Both images on one visitor's page, kept for drawing the windows of their tokens."""
 
     dense: Drawn
     windowed: Windowed
@@ -39,11 +39,11 @@ class Pair:
 
 
 def make_page(studio: Studio, describe: Callable[[Exception], str]) -> gr.Blocks:
-    """The page, not served yet.
+    """Make the page, without serving it.
 
     Args:
-        studio: what draws.
-        describe: an error in words, for the visitor.
+        studio: draws the images.
+        describe: turns an error into words for the visitor.
     """
     sizes = {f"{height} x {width}": (height, width) for height, width in studio.sizes}
     weights = {choice.label: choice for choice in studio.weights}
@@ -51,7 +51,7 @@ def make_page(studio: Studio, describe: Callable[[Exception], str]) -> gr.Blocks
 
     @contextlib.contextmanager
     def told() -> Iterator[None]:
-        """An error of drawing is a message on the page."""
+        """Show errors of drawing as messages on the page."""
         try:
             yield
         except Stopped as error:
@@ -160,7 +160,7 @@ def make_page(studio: Studio, describe: Callable[[Exception], str]) -> gr.Blocks
             steps: int,
             progress: Any = PROGRESS,
         ) -> Iterator[Any]:
-            if at_once and seed is not None:  # It is empty while it is typed anew.
+            if at_once and seed is not None:  # It is empty while it is being retyped.
                 yield from draw(prompt, size, radius, label, seed, steps, progress)
             else:
                 yield tuple(gr.skip() for _ in results)

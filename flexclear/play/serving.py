@@ -1,4 +1,4 @@
-"""Serving the page: on this machine alone unless told otherwise, and without a request to any other."""
+"""Serves the page, only to this machine unless told otherwise, without requests to other machines."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flexclear.play.studio import Studio
 
 LOCALHOST = "localhost"
 MOST_WAITING = 64
-"""Requests that wait at once, over all visitors."""
+"""Maximum number of waiting requests, over all visitors."""
 
 UPLOADS = "1kb"
-"""Largest file that is accepted: the page takes none, and Gradio's server takes all."""
+"""Largest file that is accepted: the page takes none, but Gradio's server takes any."""
 
 LAST_STEP = 60.0
-"""Seconds that the end waits for the step that is being computed."""
+"""Seconds that shutting down waits for the current step."""
 
 
 def check_place(host: str, port: int) -> str | None:
@@ -30,14 +30,14 @@ def check_place(host: str, port: int) -> str | None:
 
     Args:
         host: an address of this machine, or ``"localhost"``.
-        port: of TCP.
+        port: a TCP port.
 
     Returns:
-        A warning where it can be reached from elsewhere.
+        A warning if other machines can reach it.
 
     Raises:
         OSError: the port is taken, or not permitted, or the address is not this machine's.
-        ValueError: the host is no address.
+        ValueError: the host is not an address.
     """
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == LOCALHOST else host)
@@ -73,8 +73,8 @@ def _why_not(host: str, port: int, error: OSError) -> str:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """What Gradio reads from the environment, for this run only: no analytics, no share link, nothing of the hub's, files in a
-    folder that is deleted, and no proxy before the loopback."""
+    """Set the environment that Gradio reads, for this run only: no analytics, no share link, nothing from the hub, files in a
+    folder that is deleted, and no proxy for the loopback."""
     with tempfile.TemporaryDirectory(prefix="flexclear-play-") as folder:
         ours: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GRADIO_")}
         ours |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": folder}
@@ -98,7 +98,7 @@ def _put(values: dict[str, str | None]) -> None:
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[Callable[[], None]]:
-    """Yields what waits for Ctrl-C, or for SIGTERM, which counts as one here."""
+    """Yield a function that waits for Ctrl-C, or for SIGTERM, which is treated alike."""
 
     def wait() -> None:
         threading.Event().wait()
@@ -125,14 +125,14 @@ def serve(
     """Serve the page until Ctrl-C.
 
     Args:
-        studio: what draws.
-        host, port: of ``check_place``.
-        describe: an error of a drawing in words, for the visitor.
-        ready: called with the page's address once it is there.
+        studio: draws the images.
+        host, port: checked by ``check_place``.
+        describe: turns an error of drawing into words for the visitor.
+        ready: called with the page's address once it is up.
 
     Raises:
         KeyboardInterrupt: at the end, when nothing is being drawn any more.
-        OSError: the port was taken meanwhile.
+        OSError: the port was taken in the meantime.
     """
     name = f"[{host}]" if ":" in host else host
     with _environment(), _until_interrupted() as wait:
@@ -161,7 +161,7 @@ def serve(
                 css=CSS,
             )
         except OSError:
-            check_place(host, port)  # Someone else has taken it since.
+            check_place(host, port)  # Another process has taken it since.
             raise
         try:
             ready(f"http://{name}:{port}/")

@@ -1,4 +1,4 @@
-"""What ``flexclear play`` is asked for, checked before a weight is read."""
+"""Settings of ``flexclear play``, checked before any weights are read."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from flexclear.weights import metadata
 from flexclear.weights.files import read_header
 
 OF_IMAGES = ("control_image", "mask_image", "strength")
-"""Arguments of pipelines that draw from an image, even where the image itself has a default."""
+"""Arguments of pipelines that draw from an image, even if the image itself has a default."""
 
 
 @dataclass(frozen=True)
 class PlaySettings:
-    """What is drawn with, and what the page offers.
+    """What to draw with, and what the page offers.
 
     Attributes:
         model: a local pipeline folder, a hub id whose files are in the cache, or ``"embedded"``.
         sizes: (height, width) in pixels; empty: some around the pipeline's own.
-        r: window radius in tokens that the page begins with; None: the first weights', or else 16.
-        weights: files that the page offers, each as ``GenerateSettings.weights`` has it.
-        steps, text_len: of ``GenerateSettings``.
-        dtype, device, backend: of ``GenerateSettings``.
+        r: initial window radius in tokens; None: the first weights', or else 16.
+        weights: files that the page offers, each in the form of ``GenerateSettings.weights``.
+        steps, text_len: as in ``GenerateSettings``.
+        dtype, device, backend: as in ``GenerateSettings``.
     """
 
     model: str = EMBEDDED
@@ -43,7 +43,7 @@ class PlaySettings:
     backend: str = "auto"
 
     def as_generate(self) -> GenerateSettings:
-        """What ``flexclear generate`` is asked for to draw the same, dense; prompt and place of the images do not matter."""
+        """Settings for ``flexclear generate`` to draw the same, dense. Prompt and output path do not matter."""
         return GenerateSettings(
             model=self.model,
             prompts=("-",),
@@ -63,10 +63,10 @@ class Weights:
     """Weights that a window can be drawn with.
 
     Attributes:
-        label: what the page calls them.
-        path: the file; None: those of the pipeline.
-        radius, down_factor: of the window that they were trained for, None where the file says none.
-        stated: whether the file says its window.
+        label: name on the page.
+        path: the file; None: the pipeline's own weights.
+        radius, down_factor: those of the window that they were trained for; None if the file names none.
+        stated: whether the file names its window.
     """
 
     label: str
@@ -81,7 +81,7 @@ PLAIN = Weights("the model's own")
 
 @dataclass(frozen=True)
 class Ready:
-    """What ``check_play`` has found out."""
+    """What ``check_play`` found out."""
 
     settings: PlaySettings
     setup: Setup
@@ -89,12 +89,12 @@ class Ready:
 
 
 def check_play(settings: PlaySettings) -> Ready:
-    """Everything that can be known before weights are read; nothing is asked of the network.
+    """Check everything that can be known before weights are read, without using the network.
 
     Raises:
         FileNotFoundError: there is no such model or weights file on this machine.
-        TypeError, ValueError: a setting makes no sense, or does not go with the model or the device, or the pipeline draws
-            videos, or from images.
+        TypeError, ValueError: a setting is invalid, or does not fit the model or the device, or the pipeline draws videos, or
+            draws from images.
     """
     settings.as_generate().check()
     settings = replace(settings, model=_on_this_machine(settings.model))
@@ -113,7 +113,7 @@ def check_play(settings: PlaySettings) -> Ready:
 
 
 def load_play(ready: Ready) -> Any:
-    """The pipeline, dense, where it runs.
+    """Load the pipeline, dense, onto its device.
 
     Raises:
         OSError: it cannot be loaded.
@@ -129,7 +129,7 @@ def load_play(ready: Ready) -> Any:
 
 
 def _on_this_machine(model: str) -> str:
-    """A folder for a hub id, from the cache of huggingface_hub.
+    """Folder of a hub id in the cache of huggingface_hub.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -150,7 +150,7 @@ def _on_this_machine(model: str) -> str:
 
 
 def _check_draws_from_text(model: str) -> None:
-    """Raise for a pipeline that takes more than a prompt.
+    """Raise for a pipeline that needs more than a prompt.
 
     Raises:
         TypeError: it does.

@@ -1,4 +1,4 @@
-"""One pipeline that draws the same noise dense and under a window, one request after the other."""
+"""One pipeline that draws from the same noise dense and under a window, one request at a time."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ from flexclear.runtime.exchange import as_before
 from flexclear.weights import keys
 
 OnStep = Callable[[int, int], None]
-"""Called after each denoising step with its number from 1, and that of all."""
+"""Called after each denoising step with its number from 1 and the total."""
 
 RADIUS, EMBEDDED_RADIUS = 16, 4
-"""Of the window that a page begins with, in tokens."""
+"""Initial window radius of a page, in tokens."""
 
 SIDES = ((1.0, 1.0), (0.5, 0.5), (0.8, 1.25), (1.25, 0.8), (1.5, 1.5), (2.0, 2.0))
-"""Sizes that are offered where none was asked for: height and width by the pipeline's own side."""
+"""Sizes offered if none was requested: height and width as multiples of the pipeline's own side."""
 
 
 class Stopped(Exception):
-    """The server ends, and with it the image that was being drawn."""
+    """The server is shutting down, so the current image is abandoned."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is drawn, dense and under a window.
+    """What to draw, dense and under a window.
 
     Attributes:
-        prompt: of both.
+        prompt: the prompt of both images.
         height, width: in pixels.
-        seed: of the noise, which both begin with.
+        seed: seed of the noise that both start from.
         steps: denoising steps.
     """
 
@@ -70,10 +70,10 @@ class Drawn:
     """One image.
 
     Attributes:
-        image: as the pipeline returned it.
-        seconds: of the call, from prompt to image; a first one holds what is compiled in it.
-        pace: median seconds of a step, the first one left out; None where there is one step only.
-        counted: steps that ``pace`` is the median of.
+        image: the image as the pipeline returned it.
+        seconds: time of the call, from prompt to image, including compilation in a first call.
+        pace: median seconds of a step, without the first; None if there is only one step.
+        counted: number of steps in ``pace``.
     """
 
     image: Image.Image
@@ -84,15 +84,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Work:
-    """What attention does in one step under windows, of one sample.
+    """What attention does in one step under windows, for one sample.
 
     Attributes:
-        layout: the sequence, as the model was called with it.
+        layout: the sequence that the model was called with.
         allowed: pairs of query and key inside the windows, as a share of dense attention's.
-        executed: pairs that are computed, as a share of dense attention's: those in the blocks of FlexAttention, padding
-            included, or all of them.
+        executed: pairs that are computed, as a share of dense attention's: those in FlexAttention's blocks, including padding,
+            or all of them.
         masked: whether masked SDPA ran, which computes all pairs.
-        flops, dense_flops: of all layers, counted over allowed pairs and over all.
+        flops, dense_flops: FLOPs of all layers, over allowed pairs and over all pairs.
     """
 
     layout: Layout
@@ -105,14 +105,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Windowed:
-    """An image that was drawn under windows, and what it is compared with.
+    """An image drawn under windows, and its comparison with the dense one.
 
     Attributes:
         drawn: the image.
-        radius: in tokens.
-        weights: that it was drawn with.
-        work: of attention.
-        psnr: to the dense image, in dB.
+        radius: window radius in tokens.
+        weights: the weights that it was drawn with.
+        work: what attention did.
+        psnr: PSNR to the dense image, in dB.
     """
 
     drawn: Drawn
@@ -124,11 +124,11 @@ class Windowed:
 
 @dataclass
 class Studio:
-    """Draws by one pipeline, which is dense between calls. Calls of several threads wait for each other.
+    """Draws with one pipeline, which is dense between calls. Calls from several threads wait for each other.
 
     Attributes:
-        ready: what was asked for, checked.
-        pipe: of ``load_play``.
+        ready: the checked settings.
+        pipe: from ``load_play``.
     """
 
     ready: Ready
@@ -138,7 +138,7 @@ class Studio:
     _kept: tuple[Wish, Drawn] | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a radius to begin with that is beyond all sizes."""
+        """Raises ValueError for an initial radius that is beyond all sizes."""
         asked = self.ready.settings.r
         if asked is not None and asked > self.largest_radius:
             raise ValueError(
@@ -147,7 +147,7 @@ class Studio:
 
     @property
     def name(self) -> str:
-        """The model's, as it was asked for."""
+        """The model's name as requested."""
         return self.ready.settings.model
 
     @property
@@ -157,19 +157,19 @@ class Studio:
 
     @property
     def weights(self) -> tuple[Weights, ...]:
-        """What a window can be drawn with; the pipeline's own first."""
+        """Weights that a window can be drawn with, the pipeline's own first."""
         return self.ready.weights
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) in pixels of what is offered, each of which the pipeline draws; the one to begin with first."""
+        """(height, width) in pixels of the offered sizes, all of which the pipeline can draw; the initial one first."""
         if self.ready.settings.sizes:
             return list(dict.fromkeys(self.ready.settings.sizes))
         side, px = self._own_side(), self.px
         return list(dict.fromkeys(tuple(max(1, round(f * side / px)) * px for f in pair) for pair in SIDES))  # type: ignore[misc]
 
     def _own_side(self) -> int:
-        """Side in pixels of the square that the pipeline draws by itself."""
+        """Side in pixels of the square that the pipeline draws by default."""
         stated = parameters_of(type(self.pipe)).get("height")
         if isinstance(stated, int):
             return stated
@@ -178,12 +178,12 @@ class Studio:
 
     @property
     def largest_radius(self) -> int:
-        """From which on a window is the whole image at every size."""
+        """Radius from which on a window covers the whole image at every size."""
         return max(math.isqrt((h // self.px - 1) ** 2 + (w // self.px - 1) ** 2) + 1 for h, w in self.sizes)
 
     @property
     def first(self) -> tuple[int, Weights]:
-        """Radius and weights that a page begins with: weights for the radius where there are some."""
+        """Initial radius and weights of a page: weights for that radius if there are any."""
         asked = self.ready.settings.r
         given = self.weights[1:]
         if asked is None and self.ready.settings.weights:
@@ -195,7 +195,7 @@ class Studio:
 
     @property
     def steps(self) -> int:
-        """Denoising steps that a page begins with."""
+        """Initial number of denoising steps of a page."""
         return int(self._fixed["num_inference_steps"])
 
     @property
@@ -206,10 +206,10 @@ class Studio:
         return call_arguments(kind, self.ready.settings.as_generate(), defaults)
 
     def check(self, wish: Wish, radius: int = 1) -> None:
-        """Raise for what the pipeline does not draw.
+        """Raise for what the pipeline cannot draw.
 
         Raises:
-            ValueError: see there.
+            ValueError: it cannot draw this.
         """
         if not wish.prompt.strip():
             raise ValueError("write a prompt first: it is empty")
@@ -226,11 +226,11 @@ class Studio:
             raise ValueError(f"the window radius must be from 1 to {self.largest_radius} tokens, got {radius}")
 
     def dense(self, wish: Wish, on_step: OnStep = lambda step, steps: None) -> Drawn:
-        """The image with dense attention. The last one is kept, since it does not depend on the window.
+        """Draw the image with dense attention. The last one is cached, since it does not depend on the window.
 
         Raises:
-            ValueError: the pipeline does not draw it.
-            Stopped: the server ends.
+            ValueError: the pipeline cannot draw it.
+            Stopped: the server is shutting down.
         """
         self.check(wish)
         with self._lock:
@@ -241,18 +241,18 @@ class Studio:
     def windowed(
         self, wish: Wish, dense: Drawn, radius: int, weights: Weights, on_step: OnStep = lambda step, steps: None
     ) -> Windowed:
-        """The image with a window in every layer, and what that does. The pipeline is dense again afterwards.
+        """Draw the image with a window in every layer, and compare. The pipeline is dense again afterwards.
 
         Args:
-            wish: what is drawn.
-            dense: the same, by ``dense``.
-            radius: in tokens.
+            wish: what to draw.
+            dense: the same wish drawn by ``dense``.
+            radius: window radius in tokens.
             weights: one of ``weights``.
-            on_step: see there.
+            on_step: see ``OnStep``.
 
         Raises:
-            ValueError: the pipeline does not draw it, or the weights do not fit it.
-            Stopped: the server ends.
+            ValueError: the pipeline cannot draw it, or the weights do not fit it.
+            Stopped: the server is shutting down.
         """
         self.check(wish, radius)
         with self._lock, self._with(radius, weights), self._watched() as seen:
@@ -261,10 +261,10 @@ class Studio:
         return Windowed(drawn, radius, weights, work, _psnr(drawn.image, dense.image))
 
     def stop(self, wait: float) -> bool:
-        """End what is being drawn after its present step, and draw nothing more.
+        """End the current drawing after its current step, and draw nothing more.
 
         Args:
-            wait: seconds for that step.
+            wait: seconds to wait for that step.
 
         Returns:
             Whether it has ended.
@@ -272,12 +272,12 @@ class Studio:
         self._stopping.set()
         ended = self._lock.acquire(timeout=wait)
         if ended:
-            self._lock.release()  # for those that wait, who draw nothing
+            self._lock.release()  # for waiting threads, which draw nothing
         return ended
 
     @contextlib.contextmanager
     def _with(self, radius: int, weights: Weights) -> Iterator[None]:
-        """Windows and weights inside the block; afterwards the pipeline is as it was."""
+        """Apply windows and weights inside the block, and restore the pipeline afterwards."""
         with contextlib.ExitStack() as undo:
             for model in models_of(self.pipe):
                 undo.enter_context(as_before(model))
@@ -285,7 +285,7 @@ class Studio:
                     undo.enter_context(_weights_as_before(model))
             backend = self.ready.settings.backend
             if weights.path is not None and weights.stated:
-                # The file's own window comes with it; the one that was asked for follows, and keeps pooling weights.
+                # Loading the file sets its own window. Then set the requested one, which keeps pooling weights.
                 flexclear.load_weights(self.pipe, weights.path)
             flexclear.transform(self.pipe, r=radius, down_factor=weights.down_factor, backend=backend)
             if weights.path is not None and not weights.stated:
@@ -294,7 +294,7 @@ class Studio:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[list[tuple[Layout, bool]]]:
-        """Yields a list that gets the layout of each call, and whether its mask is one for masked SDPA."""
+        """Yield a list that collects the layout of each call, and whether its mask is for masked SDPA."""
         seen: list[tuple[Layout, bool]] = []
 
         def note(model: Any, args: Any, kwargs: Any) -> None:
@@ -308,7 +308,7 @@ class Studio:
             yield seen
 
     def _work(self, layout: Layout, masked: bool) -> Work:
-        """What attention does in a call over ``layout``; ``masked``: by masked SDPA."""
+        """What attention does in a call over ``layout``; ``masked``: with masked SDPA."""
         told = flexclear.explain(
             self.pipe, height=layout.height * self.px, width=layout.width * self.px, text_len=layout.text_len
         )
@@ -354,7 +354,7 @@ class Studio:
 
 @contextlib.contextmanager
 def _weights_as_before(model: Any) -> Iterator[None]:
-    """Restore what ``flexclear.load_weights`` writes after a ``with`` block."""
+    """Restore everything that ``flexclear.load_weights`` writes, after a ``with`` block."""
     kept = [(place, place.keep()) for place in keys.places(model, list(family_of(model).layers(model))).values()]
 
     def put_back() -> None:

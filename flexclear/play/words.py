@@ -1,4 +1,4 @@
-"""What the page says of images and of a token, in Markdown."""
+"""What the page says about images and about a token, in Markdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from flexclear.play.studio import Drawn, Windowed
 
 
 def table(dense: Drawn, windowed: Windowed) -> str:
-    """Times and work of both images."""
+    """Table of times and work of both images."""
     work = windowed.work
     of_weights = "" if windowed.weights.path is None else f", {windowed.weights.label}"
     rows = [
@@ -49,7 +49,7 @@ def _flops(flops: int) -> str:
 
 
 def of_token(grid: Grid, token: Place, windowed: Windowed) -> str:
-    """What a token sees."""
+    """Describe what a token sees."""
     seen, tokens = int(seen_from(grid, token, windowed.radius).sum()), grid.height * grid.width
     text = windowed.work.layout.text_len
     beside = f" and all {text} text tokens" if text else ""

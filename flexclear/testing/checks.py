@@ -20,12 +20,12 @@ from flexclear.testing import oracle, sequence
 from flexclear.testing.lists import assert_lists
 
 Builder = Callable[..., BlockMask]
-"""Called as ``block_mask`` is: ``(layout, window, *, block_size, device, backward) -> BlockMask``; with lists in both
-directions where ``backward`` is True."""
+"""Called like ``block_mask``: ``(layout, window, *, block_size, device, backward) -> BlockMask``. The mask has lists in
+both directions if ``backward`` is True."""
 
 HEADS, HEAD_DIM = 2, 16
 MAX_DENSE_PAIRS = 1 << 22
-"""Queries times keys up to which every pair is checked."""
+"""Number of pairs (queries times keys) up to which every pair is checked."""
 
 
 def assert_matches_dense(
@@ -43,14 +43,14 @@ def assert_matches_dense(
 ) -> None:
     """Assert that the block mask of ``window`` over ``layout`` agrees with the dense reference.
 
-    Checks the ``mask_mod`` on every pair, the block lists in both directions (no needed block missing, no full block
-    wrong, none named twice), and compiled FlexAttention against masked SDPA in float32 (float32: 1e-5 absolute; other
-    types: twice the error of masked SDPA in that type). On CUDA also the log-sum-exp and the gradients.
+    Checks the ``mask_mod`` on every pair, the block lists in both directions (no needed block missing, no full block wrong,
+    none listed twice), and compiled FlexAttention against masked SDPA in float32 (float32: 1e-5 absolute; other types: twice
+    the error of masked SDPA in that type). On CUDA, also checks the log-sum-exp and the gradients.
 
-    The windows of ``flexclear.masks`` are compared with their definitions (``flexclear.testing.oracle``), and so is
-    everything else that is derived from a layout and a window: token order and its inverse, pooled keys, padded text, the
-    dense mask, costs, masked SDPA, and the masks of ranks that share an image. Beyond 4,194,304 pairs, only the rows of some
-    query blocks are compared, and attention is left out.
+    The windows of ``flexclear.masks`` are compared with their definitions (``flexclear.testing.oracle``). So is everything else
+    that is derived from a layout and a window: token order and its inverse, pooled keys, padded text, the dense mask, costs,
+    masked SDPA, and the masks of ranks that share an image. Beyond 4,194,304 pairs, only the rows of some query blocks are
+    compared, and attention is skipped.
 
     >>> from flexclear.masks import Disc
     >>> assert_matches_dense(Layout(9, 14, text_len=5), Disc(3), block_size=32, attention=False)
@@ -59,10 +59,10 @@ def assert_matches_dense(
         layout: the sequence.
         window: a window, or a ``mask_mod`` of your own over the layout's sequence positions.
         block_size: tokens per block, or a (query, key-value) pair.
-        dtype, head_dim: of query, key and value.
-        device: where it runs.
+        dtype, head_dim: those of query, key and value.
+        device: where to run.
         attention: whether to run compiled attention as well.
-        around: whether to check what is derived besides the mask; without it and without attention, a small case takes
+        around: whether to check what is derived besides the mask. Without it and without attention, a small case takes
             milliseconds.
         reference: the correct mask, bool ``[seq_len, keys]`` in sequence order. By default the window's definition; for your
             own windows and ``mask_mod`` functions, ``dense_mask``: pass a reference that is not derived from them.
@@ -103,7 +103,7 @@ def _check_mask(mask: BlockMask, reference: Tensor) -> None:
 
 
 def _check_around(layout: Layout, window: Window, mask: BlockMask, reference: Tensor | None) -> None:
-    """What is around the mask, on CPU; in a small case, which has a dense reference, more of it."""
+    """Check what is derived besides the mask, on CPU; more of it in a small case, which has a dense reference."""
     size = (mask.BLOCK_SIZE[0], mask.BLOCK_SIZE[1])
     if layout.references:
         sequence.check_reach(layout, window)
@@ -123,7 +123,7 @@ def _check_around(layout: Layout, window: Window, mask: BlockMask, reference: Te
 
 
 def _check_some_rows(layout: Layout, window: Window, mask: BlockMask) -> None:
-    """The rows of some query blocks: the first and last, those where image and text meet and where 16 bits end."""
+    """Check the rows of some query blocks: the first and last, and those where image and text meet and where 16 bits end."""
     length, size = mask.seq_lengths[0], mask.BLOCK_SIZE[0]
     generator = torch.Generator().manual_seed(length)
     places = [0, length - 1, layout.image_start, min(1 << 16, length - 1)]
@@ -139,7 +139,7 @@ def _check_some_rows(layout: Layout, window: Window, mask: BlockMask) -> None:
 
 
 def _check_mask_mod(mask: BlockMask, reference: Tensor, first: int = 0) -> None:
-    """The ``mask_mod`` for the reference's queries, which begin with query ``first``, and all keys."""
+    """Check the ``mask_mod`` for the reference's queries, starting with query ``first``, and all keys."""
     queries, keys = (torch.arange(length, device=reference.device) for length in reference.shape)
     wrong = torch.nonzero(ask(mask.mask_mod, first + queries[:, None], keys[None, :]) != reference)
     if len(wrong):
@@ -174,7 +174,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, reference: Tensor) -> Tenso
 
 
 def _check_near(what: str, ours: Tensor, expected: Tensor, allowance: Tensor) -> None:
-    """Near in absolute terms for float32; else no further from float32 than twice what the type's own SDPA is."""
+    """For float32, check the absolute error; otherwise allow twice the error that SDPA in the same type has to float32."""
     error = (ours.float() - expected).abs().max()
     if ours.dtype == torch.float32 and ours.device.type == "cpu":
         assert error <= 1e-5, f"{what} of compiled attention is off by {error:.2e}"

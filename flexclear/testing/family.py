@@ -23,11 +23,11 @@ from flexclear.runtime.hooks import entry_hook_of
 from flexclear.testing import oracle
 
 TOLERANCE = 2.0**-16
-"""Of the largest output or gradient. Both sides are float32 and sum in another order: some sixteen operations a block, each
-rounding to 2^-24 of its largest value, in eight blocks, are 2^-17."""
+"""Relative to the largest output or gradient. Both sides are float32 and sum in different orders: some sixteen operations a
+block, each rounding to 2^-24 of its largest value, in eight blocks, are 2^-17."""
 
 MATTERS = 2.0**-12
-"""Of the largest output: what makes no more difference than this cannot be told from rounding."""
+"""Relative to the largest output: smaller differences cannot be told from rounding."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class FamilyReport:
     """What ``check_family`` found.
 
     Attributes:
-        family: of the model.
-        errors: by what was compared, the greatest difference in units of the largest value.
+        family: the model's family.
+        errors: greatest difference of each comparison, relative to the largest value.
         left_out: what could not be compared, and why.
     """
 
@@ -55,22 +55,22 @@ def check_family(
 ) -> FamilyReport:
     """Assert that ``transform`` does to a model what its family declares.
 
-    The plain model is run with scaled-dot-product attention replaced by the same under the dense mask of the window, in
-    raster order, wherever its sequence is as long as the family says: projections, positions and padding masks remain the
-    model's own, and none of flexclear's attention code is used. The transformed model must give the same output in both token
-    orders, and the same gradients, also with gradient checkpointing; blocks must compile to whole graphs; a window one token
-    wider must make a difference; and ``restore`` must bring the plain model back bit by bit.
+    The plain model runs with scaled-dot-product attention replaced by the same under the dense mask of the window, in raster
+    order, wherever its sequence is as long as the family says. Projections, positions and padding masks remain the model's own,
+    and none of flexclear's attention code is used. The transformed model must give the same output in both token orders, and
+    the same gradients, also with gradient checkpointing. Blocks must compile to whole graphs, a window one token wider must
+    make a difference, and ``restore`` must bring the plain model back bit by bit.
 
     >>> flexclear.testing.check_family(model, call, grid=(9, 13))      # doctest: +SKIP
 
     Args:
         model: small, with random weights, in float32; not transformed. A model whose last layer is initialized with zeros
             shows nothing: use other weights.
-        call: arguments of one call by name. Best are a grid that is not square, two samples, and padded text if the model
-            supports it.
+        call: arguments of one call by name. Preferably with a grid that is not square, two samples, and padded text if the
+            model supports it.
         grid: the correct height and width in tokens of that call's image, or of the image and each reference image; for a
             video model, frames, height and width in tokens. The family has to read the same from the call.
-        r: radius of the window; the grid must be larger. In a video, the previous and the next frame are seen too.
+        r: radius of the window; the grid must be larger. In a video, the previous and the next frame are also seen.
 
     Returns:
         The differences found.
@@ -104,7 +104,7 @@ class _Checks:
         self.left_out: dict[str, str] = {}
 
     def outputs(self) -> None:
-        """The window's output in both orders, that it matters, and the way back."""
+        """Check the window's output in both orders, that the window matters, and ``restore``."""
         processors = _processors(self.model)
         dense = _run(self.model, self.call)
         with _under(self.family, self.facts, self.window):
@@ -126,7 +126,7 @@ class _Checks:
         assert _processors(self.model) == processors, "restore has not brought every attention processor back"
 
     def gradients(self) -> None:
-        """Gradients of all parameters, with and without checkpointing."""
+        """Check gradients of all parameters, with and without checkpointing."""
         training, checkpointing = self.model.training, getattr(self.model, "is_gradient_checkpointing", False)
         try:
             with _under(self.family, self.facts, self.window):
@@ -148,7 +148,7 @@ class _Checks:
                 self.model.disable_gradient_checkpointing()  # type: ignore[operator]
 
     def graphs(self) -> None:
-        """Blocks as whole graphs; traced by Dynamo, and run as they were traced."""
+        """Check that blocks are whole graphs: traced by Dynamo, and run as traced."""
         with _under(self.family, self.facts, self.window):
             right = _run(self.model, self.call)
         names = [layer.name for layer in self.family.layers(self.model)]
@@ -178,7 +178,7 @@ class _Checks:
             restore(self.model)
 
     def _plain_does(self, name: str, what: Callable[[], Any]) -> bool:
-        """Whether the plain model can do something; what it cannot, no window can be checked under."""
+        """Whether the plain model can do something. If it cannot, there is nothing to check windows against."""
         try:
             what()
         except Exception as error:
@@ -218,10 +218,10 @@ CHECKPOINTING = (
 
 @contextlib.contextmanager
 def _under(family: Family, facts: Call, window: Window) -> Iterator[None]:
-    """Scaled-dot-product attention under the window's dense mask, where a sequence is one of the family's.
+    """Put scaled-dot-product attention under the window's dense mask, for sequences of the family.
 
     Raises:
-        AssertionError: of those sequences one was not attended over.
+        AssertionError: the model did not attend over one of these sequences.
     """
     masks: dict[int, Tensor] = {}
     for scope, text_len in facts.text_lens.items():
@@ -237,10 +237,10 @@ def _under(family: Family, facts: Call, window: Window) -> Iterator[None]:
 
     def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any):
         mask = masks.get(key.shape[-2])
-        # Attention of something else over the video, such as sound, is not windowed.
+        # Attention from something else to the video, such as from sound, is not windowed.
         if mask is not None and (family.joins or query.shape[-2] == key.shape[-2]):
             used.add(key.shape[-2])
-            mask = mask[..., -query.shape[-2] :, :].to(query.device)  # or of the last rows alone
+            mask = mask[..., -query.shape[-2] :, :].to(query.device)  # or only the last rows
             if attn_mask is None:
                 attn_mask = mask
             else:

@@ -1,7 +1,7 @@
 """A fuzzer for users: it keeps trying masks, shrinks a failure, and prints it as Python that reproduces it.
 
-Layouts are small ones, ones with reference grids, long ones, and large ones; see ``ROUNDS``. What is right comes from
-``oracle.py``, never from the code that is tried.
+Layouts are small, with reference grids, long, or large; see ``ROUNDS``. Correct results come from ``oracle.py``, never from the
+code under test.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from flexclear.testing.strategies import (
 )
 
 ATTENTION_BLOCKS = ((128, 64), (64, 64))
-"""Block sizes under which attention runs too. Each is a compile of its own; the mask alone is checked under all."""
+"""Block sizes for which attention also runs. Each needs a separate compilation; masks alone are checked for all sizes."""
 
 SHRINKING = 20
-"""Seconds that a failure is shrunk at most."""
+"""Maximum seconds for shrinking a failure."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Some tries of one kind of layout; kinds take turns, so that a short run sees all of them.
+    """Some tries with one kind of layout. Kinds take turns, so that a short run covers all of them.
 
     Attributes:
-        layouts: what they are drawn from.
-        block_sizes: with which block sizes.
-        examples: how many tries.
+        layouts: strategy that draws the layouts.
+        block_sizes: block sizes to use.
+        examples: number of tries.
         attention: whether compiled attention may run.
-        around: whether what is made besides a mask is checked too, which takes ten times as long.
+        around: whether to check what is derived besides the mask, which takes ten times as long.
     """
 
     layouts: st.SearchStrategy[Layout]
@@ -67,16 +67,16 @@ ROUNDS = {
     "references": Round(layouts(st.integers(1, 24), most_references=2)),
     "long": Round(long_layouts(most_references=1)),
     "clips": Round(clips()),
-    # More than 2^20 pairs of blocks of 16: they are searched in groups.
+    # More than 2^20 pairs of blocks of 16, which are searched in groups.
     "grouped": Round(large_layouts(16_500), st.just(16), examples=6),
-    # More tokens than 16 bits count: FLUX at 4096 px.
+    # More tokens than 16 bits can count: FLUX at 4096 px.
     "large": Round(large_layouts(66_000), st.sampled_from([(128, 64), 64, 128]), examples=3),
 }
 
 
 @dataclass(frozen=True)
 class Own:
-    """A user's ``mask_mod`` factory in place of a window: ``layout -> mask_mod``."""
+    """A user's ``mask_mod`` factory instead of a window: ``layout -> mask_mod``."""
 
     factory: Callable[[Layout], MaskMod]
 
@@ -112,10 +112,10 @@ class Report:
     """What a run found.
 
     Attributes:
-        examples: cases tried, those of shrinking included.
+        examples: number of cases tried, including those of shrinking.
         seconds: how long it took.
         failure: the smallest failing case, or None.
-        error: what it raises, or None.
+        error: the error that it raises, or None.
     """
 
     examples: int
@@ -160,17 +160,17 @@ def fuzz(
     seed: int | None = None,
     on_example: Callable[[int], None] = lambda count: None,
 ) -> Report:
-    """Try cases for ``seconds``; a failure ends the run and is shrunk, for 20 seconds, to a small case that still fails.
+    """Try cases for ``seconds``. A failure ends the run and is shrunk, for up to 20 seconds, to a small case that still fails.
 
     Args:
         seconds: how long to try, not counting shrinking and a compile in progress. At least one case is tried.
         kinds: kinds of windows.
-        device: ``"cpu"`` (mask and output) or ``"cuda"`` (log-sum-exp and gradients too).
-        attention: whether compiled attention runs too, after a third of the time; False checks the masks alone.
-        build: what makes the block masks.
-        own: a ``mask_mod`` factory to try in place of windows: ``layout -> mask_mod`` over the layout's sequence
-            positions, its tensors on ``device``. Then its classification and the attention under it are checked.
-        seed: of the random choices; None uses a different one each time.
+        device: ``"cpu"`` (mask and output) or ``"cuda"`` (also log-sum-exp and gradients).
+        attention: whether compiled attention also runs, after a third of the time; False checks only the masks.
+        build: function that makes the block masks.
+        own: a ``mask_mod`` factory to try instead of windows: ``layout -> mask_mod`` over the layout's sequence positions, with
+            its tensors on ``device``. Then its classification and the attention under it are checked.
+        seed: seed of the random choices; None uses a different one each time.
         on_example: called with the number of cases so far.
 
     Raises:
@@ -204,13 +204,13 @@ def fuzz(
                 around=case.around,
                 build=build,
             )
-        except Exception as error:  # whatever a case raises is a finding
+        except Exception as error:  # anything that a case raises is a finding
             errors[case] = error
             found_at = min(found_at, time.monotonic())
             return True
         return False
 
-    # A factory of one's own need not know of reference grids, and its reference asks every pair.
+    # A user's factory may not support reference grids, and its reference evaluates every pair.
     turns = itertools.cycle([ROUNDS["masks"]] if own else ROUNDS.values())
     while not count or time.monotonic() - start <= seconds:
         turn = next(turns)
@@ -221,7 +221,7 @@ def fuzz(
             phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         )
-        # One compile takes as long as hundreds of masks: they come first.
+        # One compilation takes as long as hundreds of masks, so the masks come first.
         compiled = attention and time.monotonic() - start > seconds / 3
         strategy = cases(kinds, compiled, Own(own) if own else None, turn)
         try:

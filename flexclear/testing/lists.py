@@ -16,7 +16,7 @@ def blocks_of(mask: Tensor, block_size: tuple[int, int]) -> Tensor:
 
 
 def listed_blocks(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
-    """The blocks that a BlockMask's lists name: bool ``[rows, columns]``."""
+    """The blocks in a BlockMask's lists: bool ``[rows, columns]``."""
     counts, indices = counts[0, 0].cpu(), indices[0, 0].cpu().long()
     named = torch.arange(indices.shape[-1])[None, :] < counts[:, None]
     found = torch.zeros(len(counts), columns, dtype=torch.bool)
@@ -26,7 +26,7 @@ def listed_blocks(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
 
 
 def both_lists(mask: BlockMask, by: str) -> tuple[Tensor, Tensor]:
-    """Partial and full blocks that a BlockMask names, bool ``[q blocks, kv blocks]`` each.
+    """The partial and the full blocks that a BlockMask lists, bool ``[q blocks, kv blocks]`` each.
 
     Args:
         mask: the block mask.
@@ -43,13 +43,13 @@ def both_lists(mask: BlockMask, by: str) -> tuple[Tensor, Tensor]:
 
 
 def assert_lists(mask: BlockMask, reference: Tensor, where: str = "", first_block: int = 0) -> None:
-    """No needed block is missing, no full one is wrong, none is named twice, and both directions name the same.
+    """Assert that no needed block is missing, no full one is wrong, none is listed twice, and both directions agree.
 
     Args:
         mask: the block mask.
-        reference: what is right, bool ``[queries, keys]``, of whole query blocks from ``first_block`` on.
-        where: end of the messages.
-        first_block: number of the query block that the reference begins with.
+        reference: the correct mask, bool ``[queries, keys]``, for whole query blocks from ``first_block`` on.
+        where: appended to the messages.
+        first_block: number of the reference's first query block.
     """
     blocks = blocks_of(reference.cpu(), mask.BLOCK_SIZE)
     every = both_lists(mask, "kv")

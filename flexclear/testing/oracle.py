@@ -1,7 +1,7 @@
-"""What masks should be, in NumPy and from the definitions alone: shares no code with ``flexclear.masks``.
+"""The correct masks, in NumPy and from the definitions alone. Shares no code with ``flexclear.masks``.
 
-Of a layout and a window only the fields are read (sizes, radii, parts), and the layout's choice of a token order, which
-``sequence.check_order`` checks. Whole numbers are int64 throughout, so that nothing overflows at any size.
+Of a layout and a window, only the fields are read (sizes, radii, parts), and the layout's choice of a token order, which
+``sequence.check_order`` checks. Integers are int64 throughout, so that nothing overflows at any size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIMPLE = (Disc, Square, Neighborhood, Swin, Strided, Full, Tube, TileWindow, Anc
 
 
 def knows(window: object) -> bool:
-    """Whether the definition of ``window`` is written down here; not that of a subclass, which may be another."""
+    """Whether ``window`` has a definition here. Subclasses do not, since theirs may differ."""
     if type(window) in (Both, Either):
         return all(map(knows, window.parts))  # type: ignore[attr-defined]
     if type(window) is Downsampled:
@@ -49,7 +49,7 @@ def knows(window: object) -> bool:
 
 
 def sees(window: Window, layout: Layout, query: Places, key: Places) -> Truths:
-    """Whether image queries see image keys, by the definition of the window; broadcast."""
+    """Whether image queries see image keys by the definition of the window. Broadcasts."""
     (t_q, y_q, x_q), (t_k, y_k, x_k) = query, key
     match window:
         case Disc(radius):
@@ -72,14 +72,14 @@ def sees(window: Window, layout: Layout, query: Places, key: Places) -> Truths:
             seen = np.ones((), dtype=bool)
             for axis, side, size, count in _each_axis(layout, tile, tiles):
                 cells = range(-(-side // size))
-                # Of the runs of so many tiles, that whose middle is the query's own or, at the border, the nearest.
+                # The run of this many tiles whose middle is the query's own tile, or the nearest one at the border.
                 middle = np.clip(query[axis] // size, count // 2, max(len(cells) - 1 - count // 2, count // 2))
                 seen = seen & (abs(key[axis] // size - middle) <= count // 2)
             return seen & (y_q == y_q) & (y_k == y_k)
         case Anchors(frames):
             return np.isin(t_k, frames) & (t_q == t_q)
         case Swin(side, shift):
-            # Rolled back by the shift and cut into windows; what was rolled around is a window of its own, number -1.
+            # Rolled back by the shift and cut into windows. What wraps around is a separate window, number -1.
             return ((y_q - shift) // side == (y_k - shift) // side) & ((x_q - shift) // side == (x_k - shift) // side)
         case Strided(stride):
             return ((y_q - y_k) % stride == 0) & ((x_q - x_k) % stride == 0)
@@ -95,7 +95,7 @@ def sees(window: Window, layout: Layout, query: Places, key: Places) -> Truths:
 
 
 def _each_axis(layout: Layout, *given: int | tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Number and side of each axis that the numbers of a window are of, and these."""
+    """Number and side of each axis that a window's numbers refer to, and these numbers."""
     sides = (layout.frames, layout.height, layout.width)
     tuples = [len(numbers) for numbers in given if not isinstance(numbers, int)]
     axes = range(3 - tuples[0], 3) if tuples else range(0 if layout.frames > 1 else 1, 3)
@@ -113,7 +113,7 @@ def _neighbours(
     *,
     shifted: bool,
 ) -> Truths:
-    """NATTEN's neighborhoods, an axis at a time: for every place of the axis, the list of those that it sees."""
+    """NATTEN's neighborhoods along one axis: for every place on the axis, the list of places that it sees."""
     seen = np.ones((), dtype=bool)
     for axis, side, keys, step, phases in _each_axis(layout, width, stride, dilation):
         table = np.zeros((side, side), dtype=bool)
@@ -130,7 +130,7 @@ def _neighbours(
 
 
 def raster_places(layout: Layout) -> Places:
-    """Frame, row and column, each in its own grid, of every image token in raster order, grid after grid."""
+    """Frame, row and column within its own grid of every image token, in raster order, grid after grid."""
     grids: list[Places] = []
     for height, width in [(layout.height, layout.width), *layout.references]:
         place, x = np.divmod(np.arange(layout.frames * height * width, dtype=np.int64), width)
@@ -145,7 +145,7 @@ def _places(axes: Iterable[Numbers]) -> Places:
 
 
 def cell_counts(layout: Layout, window: object) -> tuple[int, int]:
-    """Rows and columns of pooled keys: as many cells as begin on the grid."""
+    """Rows and columns of pooled keys: the number of cells that begin on the grid."""
     if not isinstance(window, Downsampled):
         return 0, 0
     return len(range(0, layout.height, window.factor)), len(range(0, layout.width, window.factor))

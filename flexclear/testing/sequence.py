@@ -1,4 +1,4 @@
-"""Checks of what is around a mask: token order, pooled keys, padded text, plans, costs, ranks. All against the oracle."""
+"""Checks of everything besides the mask: token order, pooled keys, padded text, plans, costs, ranks; all against the oracle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADS, HEAD_DIM = 2, 8
 
 
 def check_order(layout: Layout) -> None:
-    """The image order holds every token once, grid after grid, and coordinates and ways back belong to it."""
+    """The image order has every token once, grid after grid, and coordinates and inverses match it."""
     order, t, y, x = layout.permutation().numpy(), *oracle.raster_places(layout)
     start = 0
     for height, width in [(layout.height, layout.width), *layout.references]:
@@ -56,7 +56,7 @@ def check_order(layout: Layout) -> None:
 
 
 def check_pooling(layout: Layout, factor: int) -> None:
-    """Every token is pooled once, into its own cell and at its own place, and equal weights give a mean."""
+    """Every token is pooled once, into its own cell at its own place, and equal weights give a mean."""
     window = Downsampled(oracle.Full(), factor)
     rows, columns = oracle.cell_counts(layout, window)
     assert window.pooled_grid(layout) == (rows, columns), (
@@ -76,7 +76,7 @@ def check_pooling(layout: Layout, factor: int) -> None:
 
 
 def text_masks(layout: Layout) -> Tensor:
-    """Three samples of text, bool ``[3, text_len]``: padded on the right, on the left, and here and there."""
+    """Three samples of text, bool ``[3, text_len]``: padded on the right, on the left, and in scattered places."""
     generator = torch.Generator().manual_seed(layout.seq_len)
     places = torch.arange(layout.text_len)
     least = layout.text_len // 3
@@ -87,12 +87,12 @@ def text_masks(layout: Layout) -> Tensor:
 def check_padding(
     layout: Layout, window: Window, block_size: int | tuple[int, int] | None, queries: Tensor, whole: bool
 ) -> None:
-    """No query sees padded text, and all else stays.
+    """No query sees padded text, and nothing else changes.
 
     Args:
         layout, window, block_size: the case.
-        queries: sequence positions to ask about.
-        whole: whether these are all, so that block lists and dense masks are checked too.
+        queries: sequence positions to check.
+        whole: whether these are all positions, so that block lists and dense masks are also checked.
     """
     keep = text_masks(layout)
     mask = with_text_mask(block_mask(layout, window, block_size=block_size, text_padded=True), layout, keep)
@@ -119,7 +119,7 @@ def _pooled(layout: Layout, window: Window) -> int:
 
 
 def check_scan(layout: Layout, right: Tensor, block_size: int | tuple[int, int] | None) -> None:
-    """A ``mask_mod`` of one's own, here a table, is classified exactly."""
+    """A user's ``mask_mod``, here a table lookup, is classified exactly."""
     pairs = block_pairs(layout, lambda b, h, q_idx, kv_idx: right[q_idx, kv_idx], block_size)
     blocks = blocks_of(right, pairs.block_size)
     found, full = torch.zeros(2, pairs.q_blocks, pairs.kv_blocks, dtype=torch.bool)
@@ -136,7 +136,7 @@ def check_cost(layout: Layout, window: Window, right: Tensor, block_size: int | 
 
 
 def check_attend(layout: Layout, window: Window, right: Tensor) -> None:
-    """Attention of a plan with masked SDPA, pooled keys included, against softmax in NumPy for some queries."""
+    """Attention of a plan with masked SDPA, including pooled keys, matches softmax in NumPy for some queries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = build_plan(layout, window, "sdpa", Kernel((16, 16)), CPU, backward=False)
@@ -157,15 +157,15 @@ def check_attend(layout: Layout, window: Window, right: Tensor) -> None:
     exponents = np.exp(scores - scores.max(-1, keepdims=True))
     expected = exponents / exponents.sum(-1, keepdims=True) @ values
     error = abs(ours[:, some] - expected).max()
-    # Shares of cells are float32, the rest is float64: keys and values may be off by one rounding, and scores by as much
-    # as the rounded keys can move them, which moves the output by twice that of the largest value.
+    # Shares of cells are float32, everything else is float64. So keys and values may be off by one rounding, and scores by as
+    # much as the rounded keys can move them, which moves the output by up to twice that times the largest value.
     largest = (abs(query[0].numpy()[:, some]) @ abs(keys).swapaxes(1, 2)).max() / HEAD_DIM**0.5
     allowance = np.finfo(np.float32).eps / 2 * abs(values).max() * (1 + 2 * largest)
     assert error <= allowance, f"attention of a plan is off by {error:.2e}, more than {allowance:.0e}"
 
 
 def _with_pooled(layout: Layout, tokens: np.ndarray, factor: int, weight: np.ndarray) -> np.ndarray:
-    """Keys or values ``[heads, N, head_dim]`` with the pooled ones behind, cell by cell."""
+    """Keys or values ``[heads, N, head_dim]``, followed by the pooled ones, cell by cell."""
     first = layout.text_len if layout.text_first else 0
     image = tokens[:, first : first + layout.height * layout.width]
     grid = np.empty((layout.height, layout.width, *tokens.shape[::2]))
@@ -182,7 +182,7 @@ def _with_pooled(layout: Layout, tokens: np.ndarray, factor: int, weight: np.nda
 
 
 def check_ranks(layout: Layout, window: Window, block_size: int | tuple[int, int]) -> None:
-    """A rank's mask is its rows of the whole mask, and what it lacks no query of it sees."""
+    """A rank's mask equals its rows of the whole mask, and none of its queries sees a key that it lacks."""
     longest = max(sides(layout, long_axis(layout)))
     if longest < 16:
         return
@@ -218,9 +218,9 @@ def check_ranks(layout: Layout, window: Window, block_size: int | tuple[int, int
 
 
 def check_reach(layout: Layout, window: Window) -> None:
-    """There is a warning for each reference grid of which the image's far corner sees nothing."""
+    """There is a warning for each reference grid that the image's far corner does not see at all."""
     if not isinstance(window, oracle.SIMPLE):
-        return  # Composed windows are asked from boxes, which may be too wide.
+        return  # Composed windows are evaluated on boxes, which may be too wide.
     hidden = 0
     zero = np.array(0)
     corner = zero, np.array(layout.height - 1), np.array(layout.width - 1)

@@ -1,7 +1,7 @@
 """Hypothesis strategies: layouts, windows that fit them, radii, block sizes, dtypes.
 
-Layouts are rectangles of any sides, in both orders, with text first or last and of lengths that no block divides, and
-with reference grids where that is asked for.
+Layouts are rectangles with any sides, in both orders, with text first or last, text lengths that no block divides, and
+reference grids if requested.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from flexclear.masks.orders import ORDERS
 
 sides = st.integers(1, 40)
 narrow = st.integers(1, 3)
-"""Sides of strips, on which spans of blocks often equal a radius."""
+"""Sides of strips, on which block spans often equal a radius."""
 
 text_lens = st.sampled_from([0, 1, 5, 16, 31, 64, 77])
 orders = st.sampled_from(sorted(ORDERS))
@@ -52,10 +52,10 @@ KINDS = (
 """Names of the windows that ``windows`` draws."""
 
 ON_ONE_GRID = ("neighborhood", "tilewindow", "downsampled")
-"""Those that have no meaning on layouts with reference grids."""
+"""Windows that have no meaning on layouts with reference grids."""
 
 OF_IMAGES = ("disc", "swin", "strided", "downsampled")
-"""Those that have no meaning on layouts of several frames."""
+"""Windows that have no meaning on layouts with several frames."""
 
 
 @st.composite
@@ -67,7 +67,7 @@ def layouts(draw: st.DrawFn, side: st.SearchStrategy[int] = sides, most_referenc
 
 @st.composite
 def clips(draw: st.DrawFn) -> Layout:
-    """Layouts of several frames with sides of up to 16 tokens, in raster order, in bands of any size, or as it suits a window."""
+    """Layouts of several frames with sides of up to 16 tokens, in raster order, in bands of any size, or chosen for a window."""
     count, height, width = draw(st.integers(2, 9)), draw(st.integers(1, 14)), draw(st.integers(1, 16))
     bands = st.tuples(st.integers(1, count), st.integers(1, height + 1))
     order = draw(orders | bands)
@@ -76,7 +76,7 @@ def clips(draw: st.DrawFn) -> Layout:
 
 @st.composite
 def long_layouts(draw: st.DrawFn, most_references: int = 0) -> Layout:
-    """Layouts with a side of 41 to 400 tokens across 1 to 12, so that radii and distances can be large."""
+    """Layouts with sides of 41 to 400 and 1 to 12 tokens, so that radii and distances can be large."""
     grids = draw(
         st.lists(st.tuples(st.integers(1, 12), st.integers(41, 400)), min_size=1, max_size=1 + most_references)
     )
@@ -86,7 +86,7 @@ def long_layouts(draw: st.DrawFn, most_references: int = 0) -> Layout:
 
 @st.composite
 def large_layouts(draw: st.DrawFn, tokens: int) -> Layout:
-    """Layouts of ``tokens`` image tokens or a few more, of any shape from long strips to squares, and 1 to 512 of text."""
+    """Layouts of ``tokens`` or slightly more image tokens, from long strips to squares, and 1 to 512 text tokens."""
     height = draw(st.integers(-(-tokens // MAX_SIDE), int(tokens**0.5) + 1))
     width = -(-tokens // height)
     sides = (width, height) if draw(st.booleans()) else (height, width)
@@ -94,7 +94,7 @@ def large_layouts(draw: st.DrawFn, tokens: int) -> Layout:
 
 
 def _by_kind(layout: Layout) -> dict[str, st.SearchStrategy[Window]]:
-    """The windows that are no composition, small ones and some that are as large as the layout."""
+    """Windows that are not compositions, small ones and some that are as large as the layout."""
     side, longest = min(layout.height, layout.width), max(map(max, layout.grids))
 
     def up_to(usual: int, most: int) -> st.SearchStrategy[int]:
@@ -128,7 +128,7 @@ def _by_kind(layout: Layout) -> dict[str, st.SearchStrategy[Window]]:
 
 @st.composite
 def tubes(draw: st.DrawFn, longest: int = 16) -> Tube:
-    """Tubes by each way of making one."""
+    """Tubes made in each possible way."""
     r, frames = draw(st.integers(1, 9) | st.integers(1, 3 * longest // 2)), draw(st.integers(0, 6))
     squares = draw(st.lists(st.integers(1, 2 * longest**2), min_size=1, max_size=5))
     kinds = (
@@ -143,7 +143,7 @@ def tubes(draw: st.DrawFn, longest: int = 16) -> Tube:
 
 @st.composite
 def _stepped(draw: st.DrawFn, layout: Layout, kind: Callable[..., Window]) -> Window:
-    """Squares and neighborhoods with another size, stride and dilation along each axis."""
+    """Squares and neighborhoods with a different size, stride and dilation along each axis."""
     sides = layout.shape if layout.frames > 1 else layout.shape[1:]
     dilation = tuple(draw(st.integers(1, min(3, side))) for side in sides)
     most = [side // phases for side, phases in zip(sides, dilation, strict=True)]
@@ -161,13 +161,13 @@ def _tiles(draw: st.DrawFn, layout: Layout) -> Window:
 
 
 def simple_windows(layout: Layout) -> st.SearchStrategy[Window]:
-    """Windows that fit the layout, neither composed nor with pooled keys."""
+    """Windows that fit the layout, without compositions and pooled keys."""
     return st.one_of(*_by_kind(layout).values())
 
 
 def windows(layout: Layout, kinds: Sequence[str] = KINDS) -> st.SearchStrategy[Window]:
-    """Windows of the given kinds that fit the layout, see ``KINDS``; on reference grids without ``ON_ONE_GRID``, over several
-    frames without ``OF_IMAGES``.
+    """Windows of the given kinds that fit the layout; see ``KINDS``. Leaves out ``ON_ONE_GRID`` on reference grids, and
+    ``OF_IMAGES`` on several frames.
 
     Raises:
         ValueError: a kind is unknown, or none fits the layout.
