@@ -1,6 +1,6 @@
 """Nodes for ComfyUI: windows on the attention of FLUX, Qwen-Image and Wan. See docs/guide/comfyui.md.
 
-ComfyUI loads this folder from its ``custom_nodes``. Nothing of ComfyUI is imported or contained here.
+ComfyUI loads this folder from its ``custom_nodes``. Nothing here imports or contains code of ComfyUI.
 """
 
 try:

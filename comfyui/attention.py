@@ -1,8 +1,8 @@
-"""Windows on a ComfyUI model, by the means that ComfyUI has for it.
+"""Windows on a ComfyUI model, through ComfyUI's own extension points.
 
 ``windowed`` sets two things on a copy of the model (``ModelPatcher.clone``). A wrapper around each call of the transformer
-reads the call's tokens. The attention override is then asked for every attention in that call. It puts queries, keys and
-values into the window's order, attends, and puts the result back: to all other code of the model tokens are where they were.
+reads the call's tokens. The attention override then handles every attention in that call: it puts queries, keys and values into
+the window's order, attends, and restores the order. To all other code of the model, tokens are where they were.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flexclear.runtime.plan import Plan, get_plan
 from .calls import Read, Tokens, bound, by_name, reader
 
 NAME = "flexclear"
-"""Key of what is ours in ComfyUI's dictionaries."""
+"""Key of our entries in ComfyUI's dictionaries."""
 
 OVERRIDE = "optimized_attention_override"
 TORCH_COMPILE = "torch.compile"
@@ -47,13 +47,13 @@ logger = logging.getLogger(NAME)
 
 
 def windowed(model: Any, window: Window, video: bool, dense_steps: tuple[int, int] = (0, 0)) -> Any:
-    """A copy of a model whose self-attention has a window; a window that the model had before is replaced.
+    """Copy a model and give the copy's self-attention a window, replacing any earlier window.
 
     Args:
-        model: ComfyUI's ``ModelPatcher``, which stays as it is.
-        window: over the image's tokens.
-        video: whether it is one over frames.
-        dense_steps: (first, last): so many of the sampler's steps at either end are dense.
+        model: ComfyUI's ``ModelPatcher``, which is not changed.
+        window: window over the image's tokens.
+        video: whether the window is over frames.
+        dense_steps: (first, last): number of the sampler's steps at either end that stay dense.
 
     Raises:
         TypeError: windows are not known for the model.
@@ -78,10 +78,10 @@ def windowed(model: Any, window: Window, video: bool, dense_steps: tuple[int, in
 
 
 class Windows:
-    """What ComfyUI calls: the wrappers around the model, and, as the object itself, in place of attention.
+    """What ComfyUI calls: its methods wrap the model, and the object itself replaces attention.
 
     Args:
-        read: reads the calls of the model's class.
+        read: reads calls of the model's class.
         window, dense_steps: see ``windowed``.
     """
 
@@ -89,7 +89,7 @@ class Windows:
         self.read, self.window, self.dense_steps = read, window, dense_steps
 
     def around_apply(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around ``BaseModel.apply_model``, outside of what TorchCompileModel compiles.
+        """Wraps ``BaseModel.apply_model``, outside of what TorchCompileModel compiles.
 
         Raises:
             ValueError: the model is compiled.
@@ -100,11 +100,11 @@ class Windows:
         return executor(*args, **kwargs)
 
     def around_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around the transformer: reads its tokens, for the attention inside.
+        """Wraps the transformer: reads the call's tokens for the attention inside.
 
         Raises:
-            ValueError: the call is one that windows are not defined for, or another node has replaced them.
-            RuntimeError: no attention came to them.
+            ValueError: windows are not defined for this call, or another node has replaced them.
+            RuntimeError: no attention reached the window.
         """
         model = executor.class_obj
         arguments = bound(type(model).forward, model, args, kwargs)
@@ -117,7 +117,7 @@ class Windows:
         if self._is_dense(options):
             return executor(*args, **kwargs)
         call = WindowedCall(self.read(model, by_name(arguments)), self.window)
-        # A dictionary of its own: what is outside the transformer never sees the call.
+        # A separate dictionary, so that nothing outside the transformer ever sees the call.
         arguments.arguments["transformer_options"] = {**options, NAME: call}
         out = executor(*arguments.args[1:], **arguments.kwargs)
         if call.attended == 0:
@@ -128,17 +128,17 @@ class Windows:
         return out
 
     def __call__(self, attention: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """In place of ComfyUI's ``attention``; what is not in a windowed call (a ControlNet, a dense step) stays as it is."""
+        """Replaces ComfyUI's ``attention``. Anything outside a windowed call (a ControlNet, a dense step) stays as it is."""
         call = (kwargs.get("transformer_options") or {}).get(NAME)
         if call is None:
             return attention(*args, **kwargs)
         return call.attend(attention, *args, **kwargs)
 
     def _is_dense(self, options: dict[str, Any]) -> bool:
-        """Whether this is one of the dense steps, by its noise level among the sampler's.
+        """Whether this is a dense step, judging by its noise level among the sampler's.
 
         Raises:
-            ValueError: the sampler does not say where it is.
+            ValueError: the sampler does not report its noise levels.
         """
         first, last = self.dense_steps
         if not first and not last:
@@ -148,7 +148,7 @@ class Windows:
             raise ValueError(
                 f"dense_first={first} and dense_last={last} need a sampler that says its noise levels (sample_sigmas)"
             )
-        # Samplers that evaluate between two levels are in the step that leads to the lower one.
+        # An evaluation between two levels belongs to the step that leads to the lower one.
         passed = int((levels[:-1].double().cpu() > now.double().max().cpu() * (1 + 1e-6)).sum())
         steps = len(levels) - 1
         return passed < first or passed >= steps - last
@@ -158,7 +158,7 @@ class WindowedCall:
     """One call of a transformer.
 
     Attributes:
-        attended: number of times that attention was windowed.
+        attended: number of windowed attention calls.
     """
 
     def __init__(self, tokens: Tokens, window: Window) -> None:
@@ -167,7 +167,7 @@ class WindowedCall:
         self._mask: Mask = None
         self._held = Held()
 
-    @torch.compiler.disable  # blocks that other nodes compile break off here: attention has its own compiled code
+    @torch.compiler.disable  # blocks compiled by other nodes break here: attention has its own compiled code
     def attend(
         self,
         attention: Callable[..., Tensor],
@@ -180,7 +180,7 @@ class WindowedCall:
         skip_output_reshape: bool = False,
         **others: Any,
     ) -> Tensor:
-        """Self-attention under the window, cross-attention as it is.
+        """Run self-attention under the window, and cross-attention unchanged.
 
         Args:
             attention: ComfyUI's function.
@@ -192,7 +192,7 @@ class WindowedCall:
             ``[B, tokens, heads * head_dim]``, or with ``skip_output_reshape`` ``[B, heads, tokens, head_dim]``.
 
         Raises:
-            ValueError: tokens, mask or options are not those of the call.
+            ValueError: tokens, mask or options do not match the call.
         """
         count, keys, expected = query.shape[-2], key.shape[-2], self.tokens.layout.seq_len
         if count == expected and keys in self.tokens.beside:
@@ -233,7 +233,7 @@ class WindowedCall:
             raise ValueError(f"attention under a window has no {', '.join(unknown)}; another node asks for it")
 
     def _prepare(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Get the plan of these tokens on this device, which all layers share."""
+        """Get the plan for these tokens on this device, which all layers share."""
         device, dtype, keep = value.device, value.dtype, self.tokens.keep
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         backend = choose_backend("auto", device, dtype, needs_grad)

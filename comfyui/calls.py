@@ -1,4 +1,4 @@
-"""What one call of a model says about its tokens: where they lie, what text is padding, what else is attended to."""
+"""Facts about the tokens of one model call: where they lie, what text is padding, what else is attended to."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flexclear.masks import Layout
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """The sequence that a model's self-attention is over.
+    """The sequence of a model's self-attention.
 
     Attributes:
-        layout: its grids and its text, which comes first.
-        masked: whether attention is given a mask, which says no more than ``keep``.
+        layout: the sequence's grids and its text, which comes first.
+        masked: whether attention gets a mask, which carries no more than ``keep``.
         keep: bool ``[B, text_len]``, False for text that is padding; None: there is no padding.
-        beside: numbers of keys of cross-attention, which stays as it is.
+        beside: key counts of cross-attention, which stays as it is.
     """
 
     layout: Layout
@@ -34,10 +34,10 @@ Read = Callable[[Any, Mapping[str, Any]], Tokens]
 
 
 def _sides(latent: Tensor, patch: Sequence[int], name: str) -> tuple[int, ...]:
-    """Sides in tokens of a latent whose last sides are cut into patches; the model pads them.
+    """Sides in tokens of a latent whose last axes are cut into patches. The model pads them.
 
     Raises:
-        ValueError: it has another number of axes.
+        ValueError: it has the wrong number of axes.
     """
     if latent.ndim != 2 + len(patch):
         axes = "batch, channels, " + ("frames, " if len(patch) == 3 else "") + "height, width"
@@ -77,10 +77,10 @@ def _qwen(model: Any, given: Mapping[str, Any]) -> Tokens:
 
 
 def _kept(mask: Tensor, text: Tensor) -> Tensor:
-    """Which text a mask keeps, bool ``[B, text_len]``: 1 and 0, or what is added to the scores of kept and of hidden keys.
+    """Which text a mask keeps, bool ``[B, text_len]``. The mask has 1 and 0, or is added to scores of kept and hidden keys.
 
     Raises:
-        ValueError: it weighs text, or is not one over the text.
+        ValueError: it weights text, or is not a mask over the text.
     """
     if mask.ndim != 2 or mask.shape[1] != text.shape[1] or mask.shape[0] not in (1, text.shape[0]):
         raise ValueError(
@@ -99,11 +99,11 @@ def _kept(mask: Tensor, text: Tensor) -> Tensor:
 
 
 def _wan(model: Any, given: Mapping[str, Any]) -> Tokens:
-    """Wan 2.1, 2.2 and VACE: self-attention is over the video alone.
+    """Wan 2.1, 2.2 and VACE: self-attention is only over the video.
 
     Raises:
-        ValueError: tokens of other images are beside the video's, or the number of keys does not tell self-attention from
-            cross-attention.
+        ValueError: there are tokens of other images beside the video's, or the number of keys does not distinguish
+            self-attention from cross-attention.
     """
     for name, reason in (
         ("reference_latent", "a reference image in front of the video (Wan Fun)"),
@@ -144,14 +144,14 @@ VIDEOS: dict[str, Read] = {
 
 
 def reader(model: Any, video: bool) -> Read:
-    """What reads the calls of a model.
+    """Return the function that reads the calls of a model.
 
     Args:
         model: ComfyUI's transformer.
         video: whether the window has frames.
 
     Raises:
-        TypeError: its class is none that is known, or is for the other node.
+        TypeError: its class is not known, or belongs to the other node.
     """
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     own, other = (VIDEOS, IMAGES) if video else (IMAGES, VIDEOS)
@@ -175,6 +175,6 @@ def bound(forward: Callable[..., Any], model: Any, args: Sequence[Any], kwargs: 
 
 
 def by_name(arguments: Any) -> dict[str, Any]:
-    """All arguments in one dictionary."""
+    """Merge all arguments into one dictionary."""
     found = dict(arguments.arguments)
     return {**found, **found.pop("kwargs", {})}

@@ -1,4 +1,4 @@
-"""The nodes: a window for an image model, and one for a video model. Each returns a copy of the model that it is given."""
+"""The nodes: a window for an image model, and one for a video model. Each returns a copy of the given model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ImageWindow(_Node):
 
 
 class VideoWindow(_Node):
-    """Wan: each token attends to the disc around it in its own frame and in those nearby. Text reaches it as ever."""
+    """Wan: each token attends to the disc around it in its own frame and in those nearby. Cross-attention is unchanged."""
 
     DESCRIPTION = (
         "Tokens of Wan attend to a disc around them, in their frame and in those nearby: long videos take less time."

@@ -1,4 +1,4 @@
-"""A small, really trained text-to-image pipeline with FLUX.1's parts, shipped inside the package."""
+"""A small trained text-to-image pipeline with FLUX.1's architecture, shipped with the package."""
 
 from flexclear.common.shipped import model_directory
 from flexclear.embedded.control import controlnet

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 EMPTY_SHARE = 0.05
 """Share of training images whose caption is empty."""
 BARE_SHARE = 0.08
-"""Share of training images whose caption names the emoji and leaves the background open."""
+"""Share of training images whose caption names the emoji but not the background."""
 FULL_STOP_SHARE = 0.1
 """Share of the other captions that end with a full stop."""
 

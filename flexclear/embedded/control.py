@@ -21,7 +21,7 @@ FACTS_NAME = "training.json"
 def controlnet(
     torch_dtype: torch.dtype | None = None, device: torch.device | str | None = None, folder: Path | None = None
 ) -> FluxControlNetModel:
-    """Return the embedded model's ControlNet: one net for grey, blurred and tiled images, told apart by ``MODES``.
+    """Return the embedded model's ControlNet: one network for gray, blurred and tiled images, selected by ``MODES``.
 
     >>> from diffusers import FluxControlNetPipeline                             # doctest: +SKIP
     >>> pipe = embedded.pipeline()                                               # doctest: +SKIP
@@ -32,11 +32,11 @@ def controlnet(
     Args:
         torch_dtype: the weights' data type; float32 when not given.
         device: where to put it; left on the CPU when not given.
-        folder: another folder than the package's.
+        folder: a folder other than the package's.
 
     Raises:
         FileNotFoundError: the folder holds no ControlNet.
-        ValueError: it was trained with other weights than those of the embedded model.
+        ValueError: it was trained with weights other than the embedded model's.
     """
     import torch
     from diffusers import FluxControlNetModel

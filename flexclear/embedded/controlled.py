@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def controlled_pipeline(pipe: FluxPipeline, model: FluxControlNetModel) -> FluxControlNetPipeline:
-    """Return diffusers' ControlNet pipeline of the embedded pipeline's parts and this ControlNet."""
+    """Return diffusers' ControlNet pipeline made of the embedded pipeline's components and this ControlNet."""
     from diffusers import FluxControlNetPipeline
 
     made = FluxControlNetPipeline(**pipe.components, controlnet=model)
@@ -33,12 +33,12 @@ def controlled_pipeline(pipe: FluxPipeline, model: FluxControlNetModel) -> FluxC
 def originals(
     requests: Sequence[Request], bitmaps: Sequence[Image.Image], vocabulary: Vocabulary, pixels: int = SCENE_PIXELS
 ) -> list[Image.Image]:
-    """Return a clean drawing for each request; its seed decides place, size and direction.
+    """Return a clean drawing for each request. The request's seed determines place, size and direction.
 
     Args:
         requests: what to draw.
         bitmaps: one RGBA image per emoji index.
-        vocabulary: has the backgrounds' colours.
+        vocabulary: contains the backgrounds' colors.
         pixels: side, a multiple of 128.
     """
     colours = list(vocabulary.backgrounds.values())
@@ -58,16 +58,16 @@ def generate_controlled(
     max_sequence_length: int = 32,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
-    """Return the images that the pipeline draws for the requests from their conditions, in the conditions' size.
+    """Return the images that the pipeline draws for the requests from their conditions, at the conditions' size.
 
     Args:
         pipe: see :func:`controlled_pipeline`.
         vocabulary: the names that the requests' indices stand for.
         requests: what to draw; each has its own noise, whatever the batch.
         conditions: one RGB image per request, all of one size.
-        kind: which condition they are, of ``MODES``.
+        kind: kind of these conditions, a key of ``MODES``.
         steps: denoising steps.
-        scale: of the ControlNet's residuals; 0 draws without it.
+        scale: factor on the ControlNet's residuals; 0 draws without it.
         batch: images drawn at once.
         max_sequence_length: T5 tokens, padding included.
         on_done: called with the number of images after each batch.

@@ -32,8 +32,8 @@ class Score:
 
     Attributes:
         pictures: how many images there were.
-        emoji: share, 0 to 1, whose nearest clean drawing shows the emoji that was asked for.
-        background: share whose nearest background colour is the one that was asked for.
+        emoji: share, 0 to 1, whose nearest clean drawing shows the requested emoji.
+        background: share whose nearest background color is the requested one.
         both: share with both right.
         error: mean squared difference to the nearest clean drawing, averaged over the images.
     """
@@ -58,7 +58,7 @@ def trained_requests(vocabulary: Vocabulary, count: int, seed: int) -> list[Requ
 
 
 def held_out_requests(vocabulary: Vocabulary, repeats: int, seed: int) -> list[Request]:
-    """Return ``repeats`` requests, with different noise, for every pair that was kept out of training."""
+    """Return ``repeats`` requests, with different noise, for every pair that was held out of training."""
     pairs = _held_out_indices(vocabulary) * repeats
     return [Request(e, b, seed * 1_000_000 + 500_000 + number) for number, (e, b) in enumerate(pairs)]
 

@@ -1,4 +1,4 @@
-"""Fingerprints that tell the embedded model from earlier ones, whose students and ControlNet do not fit it."""
+"""Fingerprints that distinguish the embedded model from earlier ones, whose students and ControlNet do not fit it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flexclear.common.shipped import model_directory
 
 
 def teacher_fingerprint(folder: Path | None = None) -> str:
-    """A fingerprint of the weights of the embedded model, or of a pipeline folder: what a student was distilled from.
+    """A fingerprint of the weights of the embedded model or a pipeline folder. It identifies a student's teacher.
 
     Raises:
         FileNotFoundError: the folder holds no weights.

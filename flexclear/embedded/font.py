@@ -1,4 +1,4 @@
-"""Read the colour bitmaps of emoji out of the Noto Color Emoji font."""
+"""Read the color bitmaps of emoji from the Noto Color Emoji font."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def extract_bitmaps(code_points: Sequence[int], font_path: Path | None = None) -
 
     Args:
         code_points: Unicode code points, such as ``0x1F34E`` (red apple).
-        font_path: a font with CBDT colour bitmaps; by default, where Debian installs Noto Color Emoji.
+        font_path: a font with CBDT colour bitmaps; by default, Debian's Noto Color Emoji.
 
     Raises:
         EmojiFontError: the font file or the fontTools library is missing, the font has no colour bitmaps,

@@ -1,7 +1,7 @@
-"""Recognize which emoji and which background a generated image shows, by comparing with clean drawings.
+"""Recognize which emoji and background a generated image shows, by comparison with clean drawings.
 
-A clean drawing is ``T = a E + (1 - a) b``: emoji colours E and coverage a, moved, scaled and maybe mirrored,
-over a flat background b. The squared distance to an image is found for every place at once by correlation.
+A clean drawing is ``T = a E + (1 - a) b``: emoji colors E and coverage a, moved, scaled and possibly mirrored, over a flat
+background b. Correlation gives the squared distance to an image for every position at once.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Match:
     """What an image shows.
 
     Attributes:
-        emoji: index of the emoji whose nearest clean drawing is nearest.
+        emoji: index of the emoji with the nearest clean drawing.
         background: index of the nearest background colour.
-        error: mean squared difference, of values 0 to 1, to that drawing.
+        error: mean squared difference to that drawing, for values 0 to 1.
         runner_up: index of the second nearest emoji.
-        runner_up_error: its mean squared difference.
+        runner_up_error: mean squared difference to that emoji's nearest drawing.
     """
 
     emoji: int
@@ -74,7 +74,7 @@ class Retriever:
             pictures: shape (images, 3, side, side), values 0 to 1, side a multiple of 64.
 
         Raises:
-            ValueError: the shape is another one.
+            ValueError: the shape is different.
         """
         _, channels, height, width = pictures.shape
         if channels != 3 or height != width or height % WORKING_PIXELS:
@@ -118,7 +118,7 @@ def _template(bitmap: Image.Image, size: int, flipped: bool) -> torch.Tensor:
 
 
 def _allowed_places(size: int) -> torch.Tensor:
-    """Return which top left corners, shape (64, 64), keep an emoji of this size inside the image."""
+    """Return which top left corners keep an emoji of this size inside the image, shape (64, 64)."""
     room = (SCENE_PIXELS - size) * WORKING_PIXELS // SCENE_PIXELS
     allowed = torch.zeros(WORKING_PIXELS, WORKING_PIXELS, dtype=torch.bool)
     allowed[: room + 1, : room + 1] = True

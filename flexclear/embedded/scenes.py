@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 SCENE_PIXELS = 128
-"""Side of the base canvas; positions and sizes of a scene are in its pixels, whatever size is drawn."""
+"""Side of the base canvas. Positions and sizes of a scene are in its pixels, whatever size is drawn."""
 EMOJI_SIZES = {96: 0.3, 104: 0.7}
 """Sides of the square that an emoji is scaled into, and how often each is drawn."""
 SMALLEST_EMOJI, LARGEST_EMOJI = min(EMOJI_SIZES), max(EMOJI_SIZES)
 SHIFTS = {-8: 0.25, 0: 0.5, 8: 0.25}
-"""Distances of an emoji to the right of the middle of the canvas, whole tokens, and how often each is drawn."""
+"""Offsets of an emoji from the canvas center, whole tokens, and how often each is drawn."""
 FLIPPED_SHARE = 0.3
 """Share of mirrored images."""
 
@@ -24,7 +24,7 @@ Colour: TypeAlias = tuple[int, int, int]
 Pair: TypeAlias = tuple[int, int]
 
 UNNAMED = -1
-"""Background index of a scene whose background has a colour of its own, which no caption names."""
+"""Background index of a scene whose background color has no name in captions."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides an image; lengths in pixels of the 128-pixel base canvas.
+    """Everything that determines an image. Lengths are in pixels of the 128-pixel base canvas.
 
     Attributes:
         emoji: index of the emoji.
@@ -46,7 +46,7 @@ class Scene:
         left: x of that square's left edge.
         top: y of that square's top edge.
         flipped: whether the emoji is mirrored left to right.
-        colour: of a background without a name; None where ``background`` tells it.
+        colour: color of an unnamed background; None if ``background`` determines it.
     """
 
     emoji: int

@@ -1,4 +1,4 @@
-"""Students of the embedded model: attention weights that were distilled for a window, shipped beside the teacher."""
+"""Students of the embedded model: attention weights distilled for a window, shipped with the teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flexclear.weights import keys, load_weights
 
 INDEX = "students.json"
 LARGEST_BYTES = 5_000_000
-"""What all students together may take in the package."""
+"""Maximum size of all students together in the package."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Student:
 
     Attributes:
         path: the file.
-        radius: of the window, in tokens.
-        down_factor: side of the pooled cells in tokens, None where there are none.
+        radius: the window's radius, in tokens.
+        down_factor: side of the pooled cells in tokens; None without them.
     """
 
     path: Path
@@ -45,12 +45,12 @@ class Student:
 
 
 def file_name(radius: int, down_factor: int | None = None) -> str:
-    """The released file's name for such a window."""
+    """Name of the released file for this window."""
     return f"clear_local_{radius}{'' if down_factor is None else f'_down_{down_factor}'}.safetensors"
 
 
 def write_index(folder: Path, students: Sequence[Student], teacher: str) -> Path:
-    """Write the index of the students in ``folder`` and their teacher; files that only an older index names are deleted.
+    """Write the index of the students in ``folder`` and their teacher. Delete files that only an older index names.
 
     Args:
         folder: holds the students' files.
@@ -74,12 +74,12 @@ def write_index(folder: Path, students: Sequence[Student], teacher: str) -> Path
 
 
 def read_students(folder: Path | None = None, of_any_teacher: bool = False) -> tuple[Student, ...]:
-    """The students in a folder, those of the package by default, by radius; none where there is no folder.
+    """The students in a folder (by default the package's), sorted by radius. Empty if there is no folder.
 
-    ``of_any_teacher`` reads those of an earlier embedded model, too, to distil them again.
+    ``of_any_teacher`` also reads students of an earlier embedded model, to distill them again.
 
     Raises:
-        ValueError: they were distilled from another teacher than the embedded model, or the index is damaged.
+        ValueError: they were distilled from a teacher other than the embedded model, or the index is damaged.
         FileNotFoundError: the index names a file that is missing.
     """
     folder = students_directory() if folder is None else folder
@@ -102,7 +102,7 @@ def read_students(folder: Path | None = None, of_any_teacher: bool = False) -> t
 
 @contextlib.contextmanager
 def as_student(pipe: Any, student: Student) -> Iterator[None]:
-    """Inside the block a dense pipeline of the embedded model runs the student's window and weights; after it, its own.
+    """Run a dense embedded pipeline with the student's window and weights inside the block; restore it afterwards.
 
     Raises:
         ValueError: the file does not fit the model.

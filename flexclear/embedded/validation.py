@@ -1,4 +1,4 @@
-"""Images whose right answer is certain, to check the retriever itself before it judges a model."""
+"""Images with known correct answers, to check the retriever itself before it judges a model."""
 
 from __future__ import annotations
 

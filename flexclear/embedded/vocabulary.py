@@ -78,8 +78,8 @@ def held_out_pairs() -> list[tuple[str, str]]:
 def unknown_words(prompt: str) -> list[str]:
     """Return the words of a prompt that never occurred in a training caption.
 
-    They come as they are written in the prompt, in order, each spelling once; case and punctuation do not
-    matter. An empty list means that every word is known, not that the model has seen their combination.
+    They come as written in the prompt, in order, each spelling once; case and punctuation do not matter. An empty list means
+    that every word is known, not that the model has seen their combination.
     """
     known = read_vocabulary(model_directory()).words
     return [word for word in dict.fromkeys(split_words(prompt)) if word.lower() not in known]

@@ -1,1 +1,1 @@
-"""``flexclear generate``: settings, what is checked before a weight is read, drawing, and resuming a set."""
+"""``flexclear generate``: settings, checks before weights are read, drawing, and resuming a set."""

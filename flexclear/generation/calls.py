@@ -1,4 +1,4 @@
-"""Arguments of the pipeline's call, by the names that each pipeline has for them."""
+"""Arguments of the pipeline's call, under the names that each pipeline uses."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from flexclear.generation.settings import GenerateSettings
 
 
 def call_arguments(kind: Any, settings: GenerateSettings, defaults: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Arguments of a pipeline's call that all images share.
+    """Make the arguments of a pipeline's call that all images share.
 
     Args:
         kind: the pipeline's class.
-        settings: what was asked for.
-        defaults: of the call; None: those of its signature.
+        settings: the requested settings.
+        defaults: default arguments of the call; None: those of its signature.
 
     Raises:
-        ValueError: the pipeline has no such argument, or heeds it only with another one.
+        ValueError: the pipeline has no such argument, or uses it only together with another one.
     """
     defaults = parameters_of(kind) if defaults is None else defaults
     asked: dict[str, Any] = {"num_inference_steps": settings.steps, "max_sequence_length": settings.text_len}
     asked |= {"num_frames": settings.num_frames}
-    if "frame_rate" in defaults:  # LTX, whose positions in time depend on it
+    if "frame_rate" in defaults:  # LTX: positions in time depend on it
         asked |= {"frame_rate": settings.fps}
     if settings.image is not None and not settings.highres:
         asked["strength"] = settings.strength
@@ -49,7 +49,7 @@ def _guidance(kind: Any, settings: GenerateSettings, defaults: dict[str, Any]) -
     if settings.true_cfg_scale is not None and ("true_cfg_scale" not in defaults or true_only):
         raise ValueError(f"--true-cfg-scale: --guidance is the weight of a negative prompt in {name}; give that")
     if true_only:
-        # Qwen-Image: guidance is between a prompt and another one, of which there must be some.
+        # Qwen-Image: guidance is relative to a negative prompt, so there must be one.
         scale: Any = settings.guidance
         asked: dict[str, Any] = {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": " "}
         option, scale = "--guidance", defaults["true_cfg_scale"] if scale is None else scale
@@ -71,7 +71,7 @@ def _guidance(kind: Any, settings: GenerateSettings, defaults: dict[str, Any]) -
 
 
 def _guides(kind: Any, scale: float) -> bool:
-    """Whether a pipeline has classifier-free guidance of this scale, by its own rule where it can be asked."""
+    """Whether a pipeline applies classifier-free guidance at this scale, by its own rule if it exposes one."""
     rule = getattr(kind, "do_classifier_free_guidance", None)
     if isinstance(rule, property) and rule.fget is not None and "true_cfg_scale" not in parameters_of(kind):
         try:

@@ -1,4 +1,4 @@
-"""What can be wrong with a ``flexclear generate``, looked for before a weight is read."""
+"""Checks of ``flexclear generate`` before any weights are read."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from flexclear.masks import Disc, Downsampled
 
 @dataclass(frozen=True)
 class Setup:
-    """What ``check`` has found out: settings with nothing left to choose.
+    """What ``check`` found out: settings with nothing left to choose.
 
-    ``fingerprints``: of the model's files, where it is a folder, and of other files that images depend on. ``sizes``: as asked
-    for, or that of the image that is drawn from where none was. ``kind``: the pipeline's class, None where diffusers has none
-    of its name. ``controlnet``: folder or hub id; empty: none.
+    ``fingerprints``: of the model's files, if it is a folder, and of other files that images depend on. ``sizes``: the
+    requested ones, or else the size of the input image. ``kind``: the pipeline's class; None if diffusers has none of its name.
+    ``controlnet``: folder or hub id; empty: none.
     """
 
     folder: str
@@ -50,15 +50,15 @@ class Setup:
 
 
 def check(settings: GenerateSettings, videos: bool = False) -> Setup:
-    """Everything that can be known before weights are read; makes the folder for the images.
+    """Check everything that can be known before weights are read; make the folder for the images.
 
     Args:
         settings: what to draw.
-        videos: whether a model of videos will do.
+        videos: whether video models are accepted.
 
     Raises:
         FileNotFoundError: there is no such model or weights file.
-        TypeError, ValueError: a setting makes no sense, or does not go with another, the model or the device.
+        TypeError, ValueError: a setting is invalid, or conflicts with another one, the model or the device.
     """
     settings.check()
     if settings.down_factor is not None:
@@ -86,10 +86,10 @@ def check(settings: GenerateSettings, videos: bool = False) -> Setup:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``--device`` names.
+    """Return the device that ``--device`` names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,14 +104,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The data type that ``--dtype`` names; ``"auto"``: bfloat16 on CUDA, float32 elsewhere."""
+    """Return the data type that ``--dtype`` names; ``"auto"``: bfloat16 on CUDA, float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
 
 
 def _recipe(name: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The recipe's name. ``"best"``: the first FP8 one that runs; ``RECIPES`` has the fastest first."""
+    """Return the recipe's name. ``"best"``: the first FP8 recipe that runs; ``RECIPES`` lists the fastest first."""
     if name is None:
         return None
     from flexclear.compile import RECIPES, runnable_recipes, why_not_recipe
@@ -132,8 +132,8 @@ def _recipe(name: str | None, device: torch.device, dtype: torch.dtype) -> str |
 
 
 def _check_model(folder: str, settings: GenerateSettings, videos: bool) -> tuple[dict[str, Any], Any]:
-    """What the configuration files say, before the weights are read: a few kilobytes, on the hub too. Returns the pipeline's
-    configuration and the class that draws."""
+    """Check what the configuration files say, before the weights are read: a few kilobytes, also from the hub. Return the
+    pipeline's configuration and the class that draws."""
     import diffusers
 
     with loading(settings.model):
@@ -161,7 +161,7 @@ def _check_model(folder: str, settings: GenerateSettings, videos: bool) -> tuple
 
 
 def _check_inputs(folder: str, config: dict[str, Any], kind: Any, settings: GenerateSettings) -> GenerateSettings:
-    """Images, sizes and numbers of tokens and frames; returns the settings with the size of the image that is drawn from."""
+    """Check images, sizes and numbers of tokens and frames; return the settings with the input image's size."""
     if kind is not None:
         Inputs(kind, settings, None)
         size = own_size(kind, settings)
@@ -186,7 +186,7 @@ def _check_inputs(folder: str, config: dict[str, Any], kind: Any, settings: Gene
 
 
 def _transformer_config(folder: str, config: dict[str, Any]) -> Any:
-    """The configuration of a pipeline's transformer; an empty one where diffusers does not know the class."""
+    """The configuration of a pipeline's transformer; empty if diffusers does not know the class."""
     import diffusers
 
     library, name = (config.get("transformer") or (None, None))[:2]
@@ -195,12 +195,12 @@ def _transformer_config(folder: str, config: dict[str, Any]) -> Any:
 
 
 def skeleton_of(folder: str, config: dict[str, Any], kind: Any = None) -> Any:
-    """The pipeline without weights, which knows which sizes it draws; None for one that needs more to be made.
+    """Make the pipeline without weights, which suffices for checking sizes. None if the pipeline needs more.
 
     Args:
-        folder: of the pipeline, or its hub id.
-        config: of the pipeline.
-        kind: class to make instead of the configuration's.
+        folder: the pipeline's folder or hub id.
+        config: the pipeline's configuration.
+        kind: class to make instead of the one in the configuration.
     """
     import diffusers
 
@@ -219,15 +219,15 @@ def skeleton_of(folder: str, config: dict[str, Any], kind: Any = None) -> Any:
     try:
         return kind(**{**dict.fromkeys(needed), "vae": vae})
     except (AttributeError, TypeError, ValueError):
-        return None  # It looks into a part that is not there yet; sizes are checked again after loading.
+        return None  # It uses a component that is not loaded yet; sizes are checked again after loading.
 
 
 def check_sizes(pipe: Any, settings: GenerateSettings) -> None:
     """Raise for a size that the pipeline would refuse or round.
 
     Raises:
-        TypeError: --highres with a pipeline that has none.
-        ValueError: there is one.
+        TypeError: the pipeline does not support --highres.
+        ValueError: there is such a size.
     """
     if settings.highres:
         from flexclear.highres.kinds import kind_of
@@ -247,10 +247,10 @@ def check_sizes(pipe: Any, settings: GenerateSettings) -> None:
 
 
 def check_text_len(pipe: Any, text_len: int) -> None:
-    """Raise for more text tokens than the pipeline takes, by its own rule, which its ``check_inputs`` has.
+    """Raise for more text tokens than the pipeline takes, by the rule in its own ``check_inputs``.
 
     Raises:
-        ValueError: there are more.
+        ValueError: there are too many.
     """
     check = getattr(pipe, "check_inputs", None)
     parameters = {} if check is None else inspect.signature(check).parameters
@@ -263,7 +263,7 @@ def check_text_len(pipe: Any, text_len: int) -> None:
         for name, one in parameters.items()
         if name in known or one.default is inspect.Parameter.empty
     }
-    with contextlib.suppress(AttributeError, TypeError):  # It looks for parts that are not there yet.
+    with contextlib.suppress(AttributeError, TypeError):  # It uses components that are not loaded yet.
         try:
             check(**arguments)  # type: ignore[misc]
         except ValueError as error:
@@ -272,7 +272,7 @@ def check_text_len(pipe: Any, text_len: int) -> None:
 
 
 def weights_file(text: str) -> Path:
-    """The weights file; from the hub it is downloaded. Raises for what is no whole safetensors file."""
+    """Return the weights file, downloaded if it is on the hub. Raises if it is not a complete safetensors file."""
     from flexclear.weights.files import locate, read_header
 
     place, _, name = text.rpartition(":")
@@ -289,7 +289,7 @@ def weights_file(text: str) -> Path:
 
 @contextlib.contextmanager
 def loading(model: str) -> Iterator[None]:
-    """What goes wrong with files or the network names the model."""
+    """Name the model in errors about files or the network."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is peculiar to videos in ``flexclear generate``: how many frames, which of them a window sees, how they are written."""
+"""Videos in ``flexclear generate``: number of frames, which of them a window sees, and how they are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexclear.generation.settings import DENSE, GenerateSettings
 from flexclear.images.videos import check_video
 
 FPS = 16
-"""Frames per second unless told otherwise: what Wan was trained on."""
+"""Default frames per second: those that Wan was trained on."""
 
 
 def draws_videos(kind: Any) -> bool:
@@ -19,7 +19,7 @@ def draws_videos(kind: Any) -> bool:
 
 
 def format_of(settings: GenerateSettings) -> str:
-    """What a video is written as: as asked for, else as ``out`` ends, else a GIF."""
+    """File format of a video: the requested one, else by the suffix of ``out``, else GIF."""
     if settings.format is not None:
         return settings.format
     ending = settings.out.suffix.lower().removeprefix(".")
@@ -27,7 +27,7 @@ def format_of(settings: GenerateSettings) -> str:
 
 
 def suffix_of(settings: GenerateSettings) -> str:
-    """Ending of a video's file; none of a folder of frames."""
+    """Suffix of a video's file; empty for a folder of frames."""
     kind = format_of(settings)
     return "" if kind == "png" else f".{kind}"
 
@@ -37,14 +37,14 @@ def fps_of(settings: GenerateSettings) -> float:
 
 
 def check_images(name: str, settings: GenerateSettings) -> None:
-    """Raise for settings of videos where images are drawn.
+    """Raise for video settings when images are drawn.
 
     Args:
-        name: of the pipeline's class.
-        settings: what was asked for.
+        name: name of the pipeline's class.
+        settings: the requested settings.
 
     Raises:
-        ValueError: there are some.
+        ValueError: there are such settings.
     """
     asked = {
         "--num-frames": settings.num_frames,
@@ -58,11 +58,11 @@ def check_images(name: str, settings: GenerateSettings) -> None:
 
 
 def check_videos(name: str, settings: GenerateSettings) -> None:
-    """Raise for settings that a video model cannot have, or lacks.
+    """Raise for settings that a video model does not support or needs.
 
     Raises:
-        ImportError: MP4, and PyAV is not installed.
-        ValueError: there are some.
+        ImportError: MP4 is requested, but PyAV is not installed.
+        ValueError: a setting is unsupported or missing.
     """
     if settings.highres:
         raise ValueError(f"--highres enlarges images, and {name} draws videos; give --size")
@@ -77,15 +77,15 @@ def check_videos(name: str, settings: GenerateSettings) -> None:
 
 
 def check_clip(pipe: Any, config: Any, settings: GenerateSettings) -> None:
-    """Raise for a size or a number of frames that a video pipeline would round, or a window that is deeper than the clip.
+    """Raise for a size or a number of frames that a video pipeline would round, or a window deeper than the clip.
 
     Args:
         pipe: a pipeline, with weights or without.
-        config: of its transformer.
-        settings: what was asked for.
+        config: configuration of its transformer.
+        settings: the requested settings.
 
     Raises:
-        ValueError: there is one.
+        ValueError: one of these is found.
     """
     name, factor = type(pipe).__name__, temporal_factor(pipe)
     multiple = _side_multiple(pipe, config)
@@ -118,7 +118,7 @@ def check_clip(pipe: Any, config: Any, settings: GenerateSettings) -> None:
 
 
 def _side_multiple(pipe: Any, config: Any) -> int | None:
-    """Pixels that a side is a multiple of: those of a latent times those of a patch; None where it is not known."""
+    """Pixels that must divide a side: those per latent times latents per patch. None if not known."""
     names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio")
     latent = next((factor for name in names if (factor := getattr(pipe, name, None)) is not None), None)
     patch = config.get("patch_size")
@@ -128,13 +128,13 @@ def _side_multiple(pipe: Any, config: Any) -> int | None:
 
 
 def _frames_of_patch(config: Any) -> int:
-    """Frames of latents that are one token."""
+    """Number of latent frames in one token."""
     patch = config.get("patch_size")
     return patch[0] if isinstance(patch, list | tuple) and len(patch) == 3 else config.get("patch_size_t") or 1
 
 
 def temporal_factor(pipe: Any) -> int | None:
-    """Frames that the VAE makes one of, after the first; None where the pipeline does not say."""
+    """Number of frames that the VAE merges into one, after the first; None if the pipeline does not say."""
     for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
         if (factor := getattr(pipe, name, None)) is not None:
             return factor

@@ -1,4 +1,4 @@
-"""What tells the files that images depend on apart: their contents."""
+"""Fingerprints of the contents of files that images depend on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from flexclear.generation.settings import GenerateSettings
 
 
 def fingerprints_of(settings: GenerateSettings, folder: str, weights: Path | None, controlnet: str) -> tuple[str, ...]:
-    """Of the model's files, where it is a folder, and of the other files that images depend on.
+    """Fingerprint the model's files, if it is a folder, and the other files that images depend on.
 
     Args:
-        settings: what was asked for.
-        folder: of the pipeline, or its hub id.
-        weights: the file, or None.
-        controlnet: its folder or hub id; empty: none.
+        settings: the requested settings.
+        folder: the pipeline's folder or hub id.
+        weights: the weights file, or None.
+        controlnet: the ControlNet's folder or hub id; empty: none.
 
     Raises:
         OSError: a file cannot be read.

@@ -1,7 +1,7 @@
-"""``flexclear generate``: images from a pipeline, windowed and quantized as asked, each with its settings and times.
+"""``flexclear generate``: images from a pipeline, windowed and quantized as requested, with their settings and times.
 
-Everything that can be wrong is looked for before a weight is read: ``check``. Then ``load``, then ``draw``;
-``generate`` is all three.
+``check`` looks for everything that can be wrong before weights are read. Then come ``load`` and ``draw``; ``generate`` does all
+three.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from flexclear.images.videos import video_content
 __all__ = ["Drawn", "GenerateSettings", "Setup", "check", "draw", "generate", "load"]
 
 EMBEDDED_DEFAULTS = {"num_inference_steps": 16, "max_sequence_length": 64}
-"""Of the embedded pipeline, where FLUX.1's own defaults take longer and draw nothing better."""
+"""Defaults for the embedded pipeline: FLUX.1's own take longer without improving its images."""
 
 OnStep = Callable[[int, int, int], None]
 
@@ -46,14 +46,14 @@ class Drawn:
 
     Attributes:
         path: the file, or the folder of a video's frames.
-        prompt, height, width, seed, steps: what it is.
-        seconds: of the pipeline's call, from prompt to image; a first one holds what is compiled in it.
-        step_seconds: of each denoising step but the first.
-        peak_memory_bytes: of the CUDA device's allocator while this image was drawn; elsewhere of the whole process, where
-            that was asked for (``memory``), or None.
+        prompt, height, width, seed, steps: settings of the image.
+        seconds: time of the pipeline's call, from prompt to image, including compilation in a first call.
+        step_seconds: time of each denoising step but the first.
+        peak_memory_bytes: peak of the CUDA device's allocator while this image was drawn; on other devices, of the whole
+            process if requested (``memory``), else None.
         peak_memory_of: ``"device"``, ``"process"``, or None.
-        frames: of a video; None of an image.
-        batch: images that the same call drew; times and memory are those of the call.
+        frames: number of frames of a video; None for an image.
+        batch: number of images that the same call drew; times and memory are those of the call.
     """
 
     path: Path
@@ -71,11 +71,11 @@ class Drawn:
 
     @property
     def median_step_seconds(self) -> float | None:
-        """None where there is one step only."""
+        """None if there is only one step."""
         return statistics.median(self.step_seconds) if self.step_seconds else None
 
     def as_json(self) -> str:
-        """All of it on one line."""
+        """Everything on one line of JSON."""
         told = {
             **asdict(self),
             "path": str(self.path),
@@ -92,20 +92,19 @@ def draw(
     on_step: OnStep = lambda picture, step, steps: None,
     on_kept: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[Drawn]:
-    """Draw and write the images in their order; what was yielded is on disk. Of several processes that share images
-    (``parallel``), the first one writes and yields.
+    """Draw and write the images in order. What was yielded is on disk. If several processes share images (``parallel``),
+    only the first one writes and yields.
 
     Args:
-        pipe: of ``load``.
+        pipe: from ``load``.
         settings: what to draw.
-        setup: of ``check``.
-        on_step: called after each denoising step with the number of the image, of several the last one's, from 1, the step's
-            number from 1, and all steps of the image.
-        on_kept: called with the path of each image of the set that is finished already (``resume``), before the first
-            one is drawn.
+        setup: from ``check``.
+        on_step: called after each denoising step with the image's number from 1 (the last one's in a batch), the step's number
+            from 1, and the image's total steps.
+        on_kept: called with the path of each already finished image of the set (``resume``), before the first one is drawn.
 
     Raises:
-        ValueError: the pipeline has no such option, or cannot draw this; or ``resume``, and the images there are of
+        ValueError: the pipeline has no such option, or cannot draw this; or, with ``resume``, the existing images belong to
             other sets.
     """
     drawer = Drawer(pipe, settings, setup)
@@ -132,20 +131,20 @@ class Wish:
 
     @property
     def told(self) -> dict[str, Any]:
-        """What is known of its file before it is drawn."""
+        """The settings in its file that are known before it is drawn."""
         size = {} if self.size is None else {"height": self.size[0], "width": self.size[1]}
         return {"prompt": self.prompt, **size, "seed": self.seed}
 
 
 def wishes_of(settings: GenerateSettings, setup: Setup) -> list[Wish]:
-    """The images of a set, in their order."""
+    """The images of a set, in order."""
     sizes = settings.sizes or setup.sizes or (None,)
     combinations = itertools.product(settings.prompts, sizes, settings.seeds)
     return [Wish(number, prompt, size, seed) for number, (prompt, size, seed) in enumerate(combinations, 1)]
 
 
 def in_calls(wishes: Sequence[Wish], batch: int) -> Iterator[list[Wish]]:
-    """Images that one call draws: up to ``batch`` that follow one another and have one size."""
+    """Group images into calls: up to ``batch`` consecutive ones of the same size."""
     for _, alike in itertools.groupby(wishes, key=lambda wish: wish.size):
         together = list(alike)
         for first in range(0, len(together), batch):
@@ -154,12 +153,12 @@ def in_calls(wishes: Sequence[Wish], batch: int) -> Iterator[list[Wish]]:
 
 @dataclass(frozen=True)
 class Made:
-    """One image or video that is drawn and not written yet.
+    """One image or video that is drawn but not written yet.
 
     Attributes:
-        wish: what was asked for.
-        content: of its file, or by name of the files of its folder.
-        facts: of ``Drawn``, but for the path.
+        wish: the request.
+        content: contents of its file, or of the files of its folder by name.
+        facts: arguments of ``Drawn``, except for the path.
     """
 
     wish: Wish
@@ -167,20 +166,20 @@ class Made:
     facts: Mapping[str, Any]
 
     def at(self, path: Path) -> Drawn:
-        """What is told of it once it is written."""
+        """What to report once it is written."""
         return Drawn(path=path, **self.facts)
 
 
 class Drawer:
-    """Draws images of one set by a loaded pipeline.
+    """Draws images of one set with a loaded pipeline.
 
     Args:
-        pipe: of ``load``.
+        pipe: from ``load``.
         settings: what to draw.
-        setup: of ``check``.
+        setup: from ``check``.
 
     Attributes:
-        told: the settings that all images share, as their files carry them.
+        told: the settings that all images share, as stored in their files.
 
     Raises:
         ValueError: the pipeline has no such option.
@@ -195,7 +194,7 @@ class Drawer:
         self._inputs = Inputs(kind, settings, setup.control_mode)
 
     def draw(self, wishes: Sequence[Wish], on_step: OnStep = lambda picture, step, steps: None) -> Iterator[Made]:
-        """Draw images of one size in one call; of several processes that share images, the others yield none.
+        """Draw images of one size in one call. If several processes share images, only the first one yields them.
 
         Raises:
             ValueError: the pipeline cannot draw this.
@@ -230,10 +229,10 @@ class _Call:
     """One call of the pipeline, with its times and its peak of memory.
 
     Attributes:
-        ends: when each step ended.
-        steps: that ran.
-        seconds: of all.
-        peak: of memory.
+        ends: end time of each step.
+        steps: number of steps that ran.
+        seconds: total time.
+        peak: peak memory.
     """
 
     def __init__(
@@ -254,7 +253,7 @@ class _Call:
         self._on_step(self._wishes[-1].number, step, steps)
 
     def run(self, fixed: dict[str, Any], inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
-        """Images, or lists of frames, and what their files tell besides.
+        """Run the call. Returns images, or lists of frames, and additional settings for their files.
 
         Args:
             fixed: arguments that all calls share.
@@ -280,7 +279,7 @@ class _Call:
         total = fixed["num_inference_steps"]
 
         def step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-            # From an image, some of the steps run only.
+            # When drawing from an image, only some of the steps run.
             ran = getattr(pipe, "_num_timesteps", None) if "strength" in fixed else None
             self._ended(step + 1, ran or total)
             return tensors
@@ -309,7 +308,7 @@ def _cascade(
     image: Any,
     ended: Callable[[int, int], None],
 ) -> tuple[Any, dict[str, Any]]:
-    """An image of ``--highres`` and what its file tells of its stages."""
+    """Draw an image of ``--highres``; return it with the settings of its stages for its file."""
     from flexclear.highres import upscale_cascade
 
     done = upscale_cascade(
@@ -337,11 +336,11 @@ def generate(
     say: Say = lambda text: None,
     on_step: OnStep = lambda picture, step, steps: None,
 ) -> Iterator[Drawn]:
-    """Check, load, draw; see there. Nothing happens before the first image is asked for.
+    """Call ``check``, ``load`` and ``draw``. Nothing happens before the first image is requested.
 
     Args:
         settings: what to draw.
-        say: called with lines for people.
+        say: called with messages for the user.
         on_step: see ``draw``.
     """
     setup = check(settings, videos=True)

@@ -1,4 +1,4 @@
-"""What an image says of itself, as the options of ``flexclear generate`` that draw it again."""
+"""The settings in an image, as the options of ``flexclear generate`` that draw it again."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ SAME = (
         "vae_tiling",
     ),
 )
-"""Settings that are called like their options."""
+"""Settings with the same names as their options."""
 
 FOUND = ("pipeline", "window", "fingerprints", "stages", "frame")
-"""Settings that were not asked for, but found out."""
+"""Settings that are not options but results of checks."""
 
 FILES = ("model", "weights", "lora", "image", "control_image", "controlnet")
-"""Options that name files, whose contents ``fingerprints`` tells."""
+"""Options that name files, whose contents are in ``fingerprints``."""
 
 
 def options_of(settings: Mapping[str, Any], name: object) -> dict[str, Any]:
-    """Options by the names of their parameters; those that were not given are left out.
+    """Return options by parameter name, without those that were not given.
 
     Args:
-        settings: of ``flexclear.images.files.read_settings``.
-        name: of the file, for the message.
+        settings: from ``flexclear.images.files.read_settings``.
+        name: name of the file, for the message.
 
     Raises:
-        ValueError: a setting is missing, or none that this version knows.
+        ValueError: a setting is missing, or this version does not know it.
     """
     left = {key: value for key, value in settings.items() if key not in FOUND}
     try:
@@ -88,7 +88,7 @@ def read_options(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it carries no settings.
+        ValueError: it contains no settings.
     """
     from flexclear.images.files import read_settings
 
@@ -96,12 +96,12 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def changed_since(path: Path, fingerprints: tuple[str, ...], versions: Mapping[str, str]) -> list[str]:
-    """Why an image might not be drawn again as it was: one line for each cause.
+    """Why an image might not be reproduced exactly, one line per cause.
 
     Args:
-        path: of the image.
-        fingerprints: of ``flexclear.generation.check.Setup``, of the same options.
-        versions: of the libraries.
+        path: the image.
+        fingerprints: those of ``flexclear.generation.check.Setup`` for the same options.
+        versions: versions of the libraries.
     """
     from flexclear.images.files import read_settings
 

@@ -1,4 +1,4 @@
-"""Images that are drawn from: read before weights are, scaled and cut to what is drawn."""
+"""Input images: read before the weights, then scaled and cropped to the drawn size."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ Size = tuple[int, int]
 
 
 def own_size(kind: Any, settings: GenerateSettings) -> Size | None:
-    """(height, width) of the image that is drawn from, where the pipeline draws at its size; None where it need not, or a size
-    was asked for.
+    """(height, width) of the input image, if the pipeline draws at its size; None if it need not, or a size was requested.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no image.
+        ValueError: it is not an image.
     """
     given = [path for path in (settings.image, settings.control_image) if path is not None]
     if not given:
@@ -34,16 +33,16 @@ def own_size(kind: Any, settings: GenerateSettings) -> Size | None:
 
 
 class Inputs:
-    """What a call gets besides the prompt, for every size.
+    """What a call gets in addition to the prompt, for every size.
 
     Args:
         kind: the pipeline's class.
-        settings: what was asked for.
-        mode: of the ControlNet.
+        settings: the requested settings.
+        mode: the ControlNet's mode.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: it is no image.
+        ValueError: it is not an image.
     """
 
     def __init__(self, kind: Any, settings: GenerateSettings, mode: int | None) -> None:
@@ -52,14 +51,14 @@ class Inputs:
 
     @property
     def image(self) -> Image.Image | None:
-        """The image as it was given, in RGB."""
+        """The given image, in RGB."""
         return self._image
 
     def arguments(self, size: Size | None, count: int) -> dict[str, Any]:
-        """Arguments of a call for so many images of a size; None: the pipeline's own.
+        """Make the arguments of a call for ``count`` images of a size; None: the pipeline's own.
 
         Raises:
-            ValueError: an image is so narrow that scaled to the size it would be huge.
+            ValueError: an image is so narrow that it would be huge when scaled to the size.
         """
         has = parameters_of(self._kind)
         if size is None and isinstance(has.get("height"), int) and isinstance(has.get("width"), int):

@@ -1,4 +1,4 @@
-"""Which of diffusers' pipelines draws: a model's own, or the one of its family for a given image or a ControlNet."""
+"""Chooses the diffusers pipeline that draws: a model's own, or its family's for an input image or a ControlNet."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CONTROLNETS = {
     "StableDiffusion3Pipeline": ("StableDiffusion3ControlNetPipeline", "SD3ControlNetModel"),
     "QwenImagePipeline": ("QwenImageControlNetPipeline", "QwenImageControlNetModel"),
 }
-"""The pipeline with a ControlNet, and its ControlNet's class, by the pipeline without one."""
+"""Pipelines with a ControlNet and the ControlNet's class, by the pipeline without one."""
 
 NEEDS_IMAGE = ("Edit", "ImageToVideo", "Layered", "Refiner")
-"""Parts of the names of pipelines that cannot do without an image, whether or not their signature says so."""
+"""Parts of the names of pipelines that require an image, whether or not their signature says so."""
 
 
 def parameters_of(kind: Any) -> dict[str, Any]:
@@ -27,15 +27,15 @@ def parameters_of(kind: Any) -> dict[str, Any]:
 
 
 def needs_image(name: str, has: dict[str, Any]) -> bool:
-    """Whether a pipeline of class ``name`` with these arguments cannot do without an image."""
+    """Whether a pipeline of class ``name`` with these arguments requires an image."""
     return has.get("image") is inspect.Parameter.empty or ("image" in has and any(x in name for x in NEEDS_IMAGE))
 
 
 def drawing_kind(name: str, settings: GenerateSettings) -> Any:
-    """The class of diffusers that draws what is asked for with the parts of a pipeline of class ``name``.
+    """The diffusers class that draws what is requested with the components of a pipeline of class ``name``.
 
     Raises:
-        ValueError: there is none, or one that needs what was not given; the message names the option.
+        ValueError: there is none, or it needs something that was not given; the message names the option.
     """
     import diffusers
 
@@ -69,10 +69,10 @@ def drawing_kind(name: str, settings: GenerateSettings) -> Any:
 
 
 def check_cleaning(kind: Any) -> None:
-    """Raise where a pipeline cannot read a prompt: some of diffusers' clean prompts by ftfy without asking whether it is there.
+    """Raise if a pipeline cannot process prompts. Some of diffusers' clean prompts with ftfy without checking for it.
 
     Raises:
-        ImportError: it is not.
+        ImportError: ftfy is missing.
     """
     module = sys.modules[kind.__module__]
     clean = getattr(getattr(module, "basic_clean", None), "__code__", None)
@@ -100,7 +100,7 @@ def _controlled(kind: Any, settings: GenerateSettings) -> Any:
 
 
 def _from_image(kind: Any) -> Any:
-    """The pipeline of the same parts that takes an image."""
+    """The pipeline with the same components that takes an image."""
     import diffusers
 
     name, has = kind.__name__, parameters_of(kind)
@@ -115,23 +115,23 @@ def _from_image(kind: Any) -> Any:
 
 
 def own_image(kind: Any) -> bool:
-    """Whether a pipeline takes an image beside the prompt, at the image's own size and possibly several, as Kontext, FLUX.2 and
-    Qwen-Image-Edit do; not one to begin with."""
+    """Whether a pipeline takes an image in addition to the prompt, at the image's own size and possibly several, as Kontext,
+    FLUX.2 and Qwen-Image-Edit do, rather than an image to start from."""
     has = parameters_of(kind)
     return "image" in has and "strength" not in has and "num_frames" not in has
 
 
 def check_controlnet(kind: Any, folder: str, settings: GenerateSettings) -> int | None:
-    """Whether a ControlNet is of the class that ``kind`` takes, and its mode.
+    """Check that a ControlNet has the class that ``kind`` takes; return its mode.
 
     Args:
         kind: the pipeline with a ControlNet, or one that follows an image by itself.
-        folder: of the ControlNet, or its hub id; empty where ``kind`` brings its own.
-        settings: what was asked for.
+        folder: the ControlNet's folder or hub id; empty if ``kind`` brings its own.
+        settings: the requested settings.
 
     Raises:
         OSError: its configuration cannot be read.
-        ValueError: it is of another class, or its mode is missing or none of its own.
+        ValueError: it has another class, or its mode is missing or unknown to it.
     """
     import diffusers
 
@@ -183,14 +183,14 @@ def _mode(text: str | None) -> int | None:
 
 
 def load_pipeline(kind: Any, settings: GenerateSettings, folder: str, controlnet: str, dtype: Any) -> Any:
-    """The pipeline with its weights, in main memory.
+    """Load the pipeline with its weights into main memory.
 
     Args:
-        kind: of ``drawing_kind``; None: whatever the folder says.
-        settings: what was asked for.
-        folder: of the pipeline, or its hub id.
-        controlnet: folder or hub id; empty: none besides the pipeline's own.
-        dtype: of the weights.
+        kind: from ``drawing_kind``; None: whatever the folder says.
+        settings: the requested settings.
+        folder: the pipeline's folder or hub id.
+        controlnet: folder or hub id; empty: none other than the pipeline's own.
+        dtype: type of the weights.
     """
     import diffusers
 

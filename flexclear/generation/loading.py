@@ -1,4 +1,4 @@
-"""The pipeline of ``flexclear generate``: loaded, windowed, quantized, compiled and put where it runs, in this order."""
+"""The pipeline of ``flexclear generate``: loaded, windowed, quantized, compiled and moved to its device, in this order."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from flexclear.generation.memory import offload
 from flexclear.generation.settings import DENSE, GenerateSettings
 
 RADIUS = 16
-"""Of the window unless told otherwise."""
+"""Default radius of the window."""
 
 Say = Callable[[str], None]
 
 
 def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None) -> Any:
-    """The pipeline, ready to draw: loaded, transformed, with its weights and LoRA, quantized, moved, compiled,
-    offloaded.
+    """Make the pipeline ready to draw: loaded, transformed, with its weights and LoRA, quantized, moved, compiled, offloaded.
 
     Raises:
         OSError: it cannot be loaded.
-        TypeError, ValueError: the parts do not fit each other.
+        TypeError, ValueError: the components do not fit together.
     """
     settings = replace(settings, sizes=settings.sizes or setup.sizes)
     with loading(settings.model):
         pipe = load_pipeline(setup.kind, settings, setup.folder, setup.controlnet, setup.dtype)
     check_sizes(pipe, settings)
     if draws_videos(type(pipe)):
-        # Wan 2.2's may have either transformer alone.
+        # Wan 2.2's may have only one of the two transformers.
         model = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
         check_clip(pipe, getattr(model, "config", {}), settings)
     pipe.set_progress_bar_config(disable=True)
@@ -47,7 +46,7 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
         from flexclear.families.target import models_of
 
         try:
-            # Before the pipeline is moved: the original weights need not fit the device.
+            # Before moving the pipeline: the original weights may not fit the device.
             reports = [
                 quantize(model, setup.recipe, min_features=min_features_of(settings), device=setup.device)
                 for model in models_of(pipe)
@@ -78,7 +77,7 @@ def load(settings: GenerateSettings, setup: Setup, say: Say = lambda text: None)
 
 
 def min_features_of(settings: GenerateSettings) -> int:
-    """Features below which a linear is not quantized."""
+    """Number of features below which a linear layer is not quantized."""
     from flexclear.compile.quantize import MIN_FEATURES
 
     return MIN_FEATURES if settings.min_features is None else settings.min_features
@@ -101,7 +100,7 @@ def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> No
         loaded = load_weights(pipe, setup.weights)
     say(f"weights {setup.weights.name}: {loaded.tensors} tensors for {window_names(pipe)}")
     if asked:
-        # The file's window came with it; this one was asked for. Pooling weights stay where the factor is the same.
+        # Loading set the file's window; now set the requested one. Pooling weights stay if the factor is the same.
         factor = loaded.down_factor if down_factor is None else down_factor
         transform(pipe, r, down_factor=factor, **options)  # type: ignore[arg-type]
         if loaded.radius is not None and loaded.radius != r:
@@ -111,16 +110,16 @@ def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> No
 
 
 def windows_of(pipe: Any) -> dict[Any, Any]:
-    """The window of each layer; empty where none was asked for."""
+    """The window of each layer; empty if none was requested."""
     from flexclear.families.target import models_of
     from flexclear.runtime.hooks import entry_hook_of
 
-    # A second transformer has those of the first.
+    # A second transformer has the same windows as the first.
     entry = entry_hook_of(models_of(pipe)[0]) if hasattr(pipe, "transformer") else None
     return {} if entry is None else dict(entry.settings.windows)
 
 
 def window_names(pipe: Any) -> str:
-    """Names of the windows that layers have."""
+    """Names of the layers' windows."""
     names = dict.fromkeys("dense" if window is None else window.name for window in windows_of(pipe).values())
     return ", ".join(names) or DENSE

@@ -1,4 +1,4 @@
-"""LoRA files of ``flexclear generate``: looked into before the model's weights are read, then fused into them."""
+"""LoRA files of ``flexclear generate``: checked before the model's weights are read, then fused into them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 
 def check_loras(kind: Any, config: dict[str, Any], loras: Sequence[tuple[Path, float]]) -> None:
-    """Raise for what ``load_loras`` could not load, as far as that is known without the model's weights.
+    """Raise for LoRA that ``load_loras`` could not load, as far as that is known without the model's weights.
 
     Args:
-        kind: the pipeline's class; None: not of diffusers.
-        config: of the pipeline.
+        kind: the pipeline's class; None: not from diffusers.
+        config: the pipeline's configuration.
         loras: file and scale of each.
 
     Raises:
-        ValueError: a file is none of LoRA, or the pipeline loads none.
+        ValueError: a file is not a LoRA, or the pipeline loads none.
     """
     if not loras:
         return
@@ -43,7 +43,7 @@ def load_loras(pipe: Any, loras: Sequence[tuple[Path, float]], say: Callable[[st
     """Load LoRA files, each with its scale, and fuse them into the weights.
 
     Raises:
-        ValueError: one fits nothing in the transformer; or what diffusers refuses.
+        ValueError: a file fits nothing in the transformer, or diffusers refuses it.
     """
     if not loras:
         return
@@ -59,7 +59,7 @@ def load_loras(pipe: Any, loras: Sequence[tuple[Path, float]], say: Callable[[st
                 pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
             except ValueError as error:
                 raise ValueError(f"--lora: {path} does not fit the {type(model).__name__}: {error!s:.200}") from error
-        # diffusers goes on without them.
+        # diffusers continues without them.
         if left := next((line for line in said if "unexpected keys" in line or "missing keys" in line), None):
             raise ValueError(f"--lora: {path} fits the {type(model).__name__} in part only: {left:.300}")
         layers = [
@@ -86,7 +86,7 @@ class _Kept(logging.Handler):
 
 @contextlib.contextmanager
 def _said_by_diffusers() -> Iterator[list[str]]:
-    """What diffusers logs inside the block, not printed: nothing for a text encoder is a warning, too."""
+    """Collect what diffusers logs inside the block without printing it: a LoRA without text encoder keys is a warning, too."""
     logger, kept = logging.getLogger("diffusers"), _Kept()
     before = logger.handlers
     logger.handlers = [kept]

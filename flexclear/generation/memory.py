@@ -1,4 +1,4 @@
-"""Where a pipeline's weights are while it draws, and how much memory that takes at most."""
+"""Where a pipeline's weights are while it draws, and peak memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from flexclear.generation.settings import GenerateSettings
 
 
 def check_offload(config: dict[str, Any], settings: GenerateSettings, device: torch.device) -> None:
-    """Raise for an ``--offload`` that would do nothing, or that a part of the pipeline does not take.
+    """Raise for an ``--offload`` that would do nothing, or that a component of the pipeline does not support.
 
     Args:
-        config: of the pipeline.
-        settings: what was asked for.
-        device: where it runs.
+        config: the pipeline's configuration.
+        settings: the requested settings.
+        device: the device to run on.
 
     Raises:
-        ValueError: see there.
+        ValueError: it is such an ``--offload``.
     """
     if settings.offload is None:
         return
@@ -39,17 +39,17 @@ def check_offload(config: dict[str, Any], settings: GenerateSettings, device: to
 
 
 def offload(pipe: Any, how: str, device: torch.device) -> None:
-    """Keep a pipeline's weights in main memory and bring to ``device`` what runs.
+    """Keep a pipeline's weights in main memory and move to ``device`` what runs.
 
-    Last of all: after windows, weights, LoRA, quantizing and compiling.
+    Call this last: after windows, weights, LoRA, quantization and compilation.
 
     Args:
         pipe: the pipeline.
-        how: ``"model"``: one model at a time; ``"sequential"``: one layer at a time; ``"group"``: of transformers one block at
-            a time, of the rest one layer.
-        device: where it runs.
+        how: ``"model"``: one model at a time; ``"sequential"``: one layer at a time; ``"group"``: one block of a transformer at
+            a time, one layer of everything else.
+        device: the device to run on.
     """
-    pipe.to("cpu")  # where quantizing has left parts on the device
+    pipe.to("cpu")  # quantization may have left parts on the device
     if how == "model":
         pipe.enable_model_cpu_offload(device=device)
         return
@@ -63,7 +63,7 @@ def offload(pipe: Any, how: str, device: torch.device) -> None:
     for name, part in pipe.components.items():
         if not isinstance(part, torch.nn.Module):
             continue
-        # Blocks may have been compiled, into which no hook goes. Encoders and VAEs have no blocks that diffusers finds.
+        # Compiled blocks accept no hooks inside. Encoders and VAEs have no blocks that diffusers finds.
         blocks = name in TRANSFORMERS
         options: dict[str, Any] = {"offload_type": "block_level" if blocks else "leaf_level"}
         if blocks:
@@ -72,14 +72,14 @@ def offload(pipe: Any, how: str, device: torch.device) -> None:
 
 
 class Peak:
-    """Most memory in use while something is done.
+    """Measures peak memory.
 
     Args:
-        device: whose. On CUDA, bytes of the device's allocator; elsewhere, bytes of the process that are resident.
-        process: whether to measure where the device is not CUDA.
+        device: device to measure. On CUDA, bytes of the device's allocator; elsewhere, resident bytes of the process.
+        process: whether to measure if the device is not CUDA.
 
     Attributes:
-        bytes_seen: between ``begin`` and ``end``; None where nothing is measured.
+        bytes_seen: peak between ``begin`` and ``end``; None if nothing is measured.
     """
 
     def __init__(self, device: torch.device, process: bool) -> None:

@@ -1,4 +1,4 @@
-"""The settings that all images of a run share, as each carries them."""
+"""The settings that all images of a run share, as stored in each of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexclear.masks import Disc, Downsampled
 
 
 def metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The settings that all images share, as they are kept in each file."""
+    """Return the settings that all images share, as stored in each file."""
     distinct = set(windows_of(pipe).values())
     window = distinct.pop() if len(distinct) == 1 else None
     inner = window.window if isinstance(window, Downsampled) else window
@@ -45,7 +45,7 @@ def metadata(pipe: Any, settings: GenerateSettings, setup: Setup, arguments: dic
 
 
 def _asked(settings: GenerateSettings) -> dict[str, Any]:
-    """What most images have nothing of."""
+    """Settings that most images do not have."""
     told = {
         "negative_prompt": settings.negative_prompt,
         "true_cfg_scale": settings.true_cfg_scale,
@@ -64,7 +64,7 @@ def _asked(settings: GenerateSettings) -> dict[str, Any]:
 
 
 def _asked_radius(settings: GenerateSettings) -> int | str | None:
-    """The radius of a video's window, which has others in further frames; None where the weights file says it."""
+    """The requested radius of a video's window, which may have others in distant frames; None if the weights file sets it."""
     return RADIUS if settings.r is None and settings.weights is None else settings.r
 
 
@@ -78,7 +78,7 @@ def _clip(settings: GenerateSettings, arguments: dict[str, Any]) -> dict[str, An
 
 
 def _highres(settings: GenerateSettings) -> dict[str, Any]:
-    """What was asked of all stages; None is each stage's own."""
+    """Requested settings for all stages; None is each stage's own."""
     asked = {
         "sizes": settings.highres,
         "method": settings.highres_method,

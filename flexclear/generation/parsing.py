@@ -11,10 +11,10 @@ from flexclear.generation.settings import DENSE
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of ``"i/n"``, the i-th of n parts from 0 on.
+    """(i, n) from ``"i/n"``: the i-th of n parts, counted from 0.
 
     Raises:
-        ValueError: it is no shard.
+        ValueError: it is not a shard.
     """
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
     if match is None:
@@ -23,7 +23,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def parse_radius(text: str) -> int | str:
-    """The radius, or ``"dense"``.
+    """Return the radius, or ``"dense"``.
 
     Raises:
         ValueError: it is neither.
@@ -36,13 +36,13 @@ def parse_radius(text: str) -> int | str:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt per line of a UTF-8 file; blank lines and lines that begin with ``#`` are left out.
+    """Read one prompt per line of a UTF-8 file. Blank lines and lines that begin with ``#`` are skipped.
 
     Lines end at newlines only: a prompt may hold U+2028 or U+0085.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a folder, no UTF-8 text, or holds no prompt.
+        ValueError: it is a folder, is not UTF-8 text, or holds no prompt.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -60,11 +60,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """(file, scale) of ``"FILE"`` or ``"FILE:SCALE"``; a file whose whole name is ``text`` has the scale 1.
+    """(file, scale) from ``"FILE"`` or ``"FILE:SCALE"``. If a file named ``text`` exists, it has scale 1.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a folder, or the scale is no finite number.
+        ValueError: it is a folder, or the scale is not a finite number.
     """
     place, _, scale = text.rpartition(":")
     if not place or Path(text).expanduser().exists():

@@ -1,4 +1,4 @@
-"""``flexclear generate --resume``: which images of a set are finished, told by the settings that each carries."""
+"""``flexclear generate --resume``: find the finished images of a set by the settings stored in each."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from flexclear.images.folder_settings import differences
 def find_finished(
     target: Target, wanted: Sequence[Mapping[str, Any]], versions: Mapping[str, str]
 ) -> tuple[dict[int, Path], Target]:
-    """The images of a set that are there, and where the others go.
+    """Find the existing images of a set, and where the others go.
 
-    An image is of the set if its settings are those wanted and the same versions drew it. Images under other names or of
-    other sets stay as they are.
+    An image belongs to the set if its settings are the wanted ones and the same versions drew it. Images with other names or
+    from other sets are not touched.
 
     Args:
-        target: of the set.
-        wanted: settings of every image; those that are known after drawing only are left out.
-        versions: of the libraries.
+        target: target of the set.
+        wanted: settings of every image, without those that are known only after drawing.
+        versions: versions of the libraries.
 
     Returns:
-        Paths by the image's number in the set, from 1; and the target under which a missing image gets the number that it
-        would have had.
+        Paths by the image's number in the set, from 1; and a target that gives each missing image the number that it would have
+        had.
 
     Raises:
-        ValueError: there are images, and none of them is of this set.
+        ValueError: there are images, but none of them belongs to this set.
     """
     told = [{"settings": json.loads(json.dumps(entry)), "versions": dict(versions)} for entry in wanted]
     single = [(1, target.path)] if target.is_file and target.path.exists() else []
@@ -42,7 +42,7 @@ def find_finished(
         try:
             known[path] = read_settings(path)
         except (OSError, ValueError):
-            continue  # of another program, or damaged
+            continue  # from another program, or damaged
         candidates[_key(known[path])].append((place, path))
     kept: dict[int, Path] = {}
     first = None
@@ -50,7 +50,7 @@ def find_finished(
         near = candidates[_key(entry)]
         found = next((one for one in near if not _differing(known[one[1]], entry)), None)
         if found is not None:
-            near.remove(found)  # one image is not two of a set that asks twice for the same
+            near.remove(found)  # one image does not count twice if the set contains the same request twice
             place, kept[number] = found
             first = place - number + 1 if first is None else first
     if places and not kept:
@@ -65,13 +65,13 @@ def _key(entry: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What an image says of itself otherwise than wanted; what it says besides is not compared."""
+    """Settings of an image that differ from the wanted ones. Additional settings are not compared."""
     settings = {name: found["settings"].get(name) for name in wanted["settings"]}
     return differences({"settings": settings, "versions": found.get("versions")}, wanted)
 
 
 def _stranger(path: Path, known: Mapping[Path, dict[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> str:
-    """Why the last image that is there is none of the set."""
+    """Why the last existing image does not belong to the set."""
     if path not in known:
         cause = "it carries no settings"
     else:

@@ -1,4 +1,4 @@
-"""What ``flexclear generate`` is asked for, and how sizes, radii and prompt files are written."""
+"""Settings of ``flexclear generate``."""
 
 from __future__ import annotations
 
@@ -37,43 +37,43 @@ class GenerateSettings:
         prompts: one or more.
         out: a folder, or a ``.png`` file for one image.
         sizes: (height, width) in pixels; empty: the pipeline's own size.
-        seeds: of the noise, which is made on the CPU: the same on every device.
-        r: window radius in tokens; ``"dense"``: the plain model; None: what the weights say, or else 16.
+        seeds: seeds of the noise, which is made on the CPU and so is the same on every device.
+        r: window radius in tokens; ``"dense"``: the original model; None: the weights' radius, or else 16.
         down_factor: side of the pooled cells in tokens, or None.
-        weights: for ``flexclear.load_weights``: a file, or ``PLACE:FILE`` in a folder or hub repository, or of those that
-            ship with the embedded model: ``embedded:clear_local_8.safetensors``.
+        weights: for ``flexclear.load_weights``: a file, ``PLACE:FILE`` in a folder or hub repository, or one of those that ship
+            with the embedded model: ``embedded:clear_local_8.safetensors``.
         recipe: a name of ``flexclear.compile.RECIPES``, ``"best"`` for the best FP8 one here, or None.
-        min_features: linears smaller than this are not quantized; None: as ``flexclear.compile.quantize`` has it.
+        min_features: linear layers smaller than this are not quantized; None: the default of ``flexclear.compile.quantize``.
         steps, guidance, text_len: None: the pipeline's own.
         dtype: a name of ``flexclear.common.choices.DTYPES``, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
-        device: as torch names it, or ``"auto"``: CUDA where there is one.
-        backend: of ``flexclear.transform``.
+        device: a torch device, or ``"auto"``: CUDA if available.
+        backend: as in ``flexclear.transform``.
         compile: compile the blocks (``flexclear.optimize``); the first image of each size takes longer.
         overwrite: see ``flexclear.images.files.Target``.
         resume: keep the finished images of this set in ``out`` and draw the missing ones under their own numbers.
-        highres: sizes of the stages of ``flexclear.highres.upscale_cascade``, in place of ``sizes``; empty: none.
-        highres_method, shift: of it.
-        strength: share of the steps that run: of ``image``, or of SDEdit's stages.
-        stages: folder in which the stages of each image are kept, and from which they resume; or None.
+        highres: sizes of the stages of ``flexclear.highres.upscale_cascade``, instead of ``sizes``; empty: none.
+        highres_method, shift: arguments of ``upscale_cascade``.
+        strength: fraction of the steps that run, with ``image`` or in SDEdit's stages.
+        stages: folder that keeps the stages of each image, and from which they resume; or None.
         parallel: share each image among the processes that torchrun has started (``flexclear.parallel``); the first one
             writes it.
-        text, exchange: of ``flexclear.parallel.enable``.
-        num_frames: of a video; None: the pipeline's own number.
-        frame_radius: of ``flexclear.transform``, for a video model: frames of the latents on either side, or ``"all"``.
-        fps: frames per second that a video is written with; None: 16.
-        format: a name of ``flexclear.common.choices.VIDEO_FORMATS``; None: as ``out`` ends, or else a GIF.
-        negative_prompt: what images keep away from, by classifier-free guidance.
-        true_cfg_scale: of that guidance, of pipelines whose ``guidance`` is something else (FLUX.1, HunyuanVideo).
-        image: file of an image to begin with; of image-to-image and image-to-video pipelines.
+        text, exchange: as in ``flexclear.parallel.enable``.
+        num_frames: number of frames of a video; None: the pipeline's own.
+        frame_radius: as in ``flexclear.transform``, for a video model: latent frames on either side, or ``"all"``.
+        fps: frames per second of the video file; None: 16.
+        format: a name of ``flexclear.common.choices.VIDEO_FORMATS``; None: by the suffix of ``out``, or else a GIF.
+        negative_prompt: what images should avoid, by classifier-free guidance.
+        true_cfg_scale: scale of that guidance, for pipelines whose ``guidance`` is something else (FLUX.1, HunyuanVideo).
+        image: file of an image to start from, for image-to-image and image-to-video pipelines.
         control_image: file of the image that a ControlNet follows.
         controlnet: a folder, a hub id, or ``"embedded"``; None: the pipeline's own.
-        control_mode: of a ControlNet for several kinds of images: a number, or of the embedded one a name.
-        control_scale: of the ControlNet's residuals; None: the pipeline's own.
-        loras: (file, scale) of LoRA that are fused into the weights.
+        control_mode: mode of a ControlNet for several kinds of images: a number, or a name for the embedded one.
+        control_scale: factor on the ControlNet's residuals; None: the pipeline's own.
+        loras: (file, scale) of each LoRA to fuse into the weights.
         offload: a name of ``flexclear.common.choices.OFFLOADS``, or None.
-        batch: images of one size that a call draws.
+        batch: number of images of one size per call.
         vae_tiling: encode and decode in tiles.
-        memory: measure the peak of memory on every device, not on CUDA only.
+        memory: measure peak memory on every device, not only on CUDA.
     """
 
     model: str
@@ -125,11 +125,11 @@ class GenerateSettings:
         return len(self.prompts) * max(1, len(self.sizes)) * len(self.seeds)
 
     def check(self) -> None:
-        """Everything that can be known without torch and without the model's files.
+        """Check everything that can be known without torch and without the model's files.
 
         Raises:
             FileNotFoundError: there is no such model.
-            ValueError: a setting makes no sense, or does not go with another.
+            ValueError: a setting is invalid, or conflicts with another one.
         """
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ValueError(f"a prompt is needed for every image, got {list(self.prompts)}")
@@ -181,7 +181,7 @@ class GenerateSettings:
             raise ValueError(f"--stages must be a folder, {self.stages} is a file")
 
     def _check_inputs(self) -> None:
-        """What can be wrong with what is drawn from, besides a prompt."""
+        """Check the inputs other than the prompt."""
         if self.negative_prompt is not None:
             check_unicode(self.negative_prompt, "--negative-prompt")
         elif self.true_cfg_scale is not None:
@@ -232,7 +232,7 @@ class GenerateSettings:
             raise ValueError("--highres encodes and decodes in tiles by itself; leave --vae-tiling out")
 
     def _check_parallel(self) -> None:
-        """What can be wrong with --parallel before there are other processes."""
+        """Check --parallel, as far as possible before there are other processes."""
         check_choice("--parallel-text", self.text, TEXTS)
         check_choice("--exchange", self.exchange, EXCHANGES)
         changed = (self.text, self.exchange) != ("exact", "sync")
@@ -285,7 +285,7 @@ def controlnet_folder(controlnet: str, model: str) -> str:
 
     Raises:
         FileNotFoundError: it is neither, or the folder holds no model.
-        ValueError: it is a file, or the embedded one for another model.
+        ValueError: it is a file, or it is the embedded one but the model is not.
     """
     if controlnet == EMBEDDED:
         if model != EMBEDDED:

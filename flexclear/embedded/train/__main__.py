@@ -42,9 +42,9 @@ def vae(folder: Folder = Path(".train"), font: Font = None, threads: Threads = 2
 def begin(
     folder: Folder = Path(".train"),
     source: Annotated[Path | None, typer.Option(help="A folder that export wrote; the package's by default.")] = None,
-    run: Annotated[Path | None, typer.Option(help="A file that pack wrote, to go on with its run.")] = None,
+    run: Annotated[Path | None, typer.Option(help="A file that pack wrote, to continue its run.")] = None,
 ) -> None:
-    """Write checkpoints that resume from an exported model, or from a packed run, for ``transformer`` and ``export``."""
+    """Write checkpoints for ``transformer`` and ``export`` that resume from an exported model or a packed run."""
     from flexclear.embedded import model_directory
     from flexclear.embedded.train.assembly import begin_with
     from flexclear.embedded.train.carried import unpack_run
@@ -71,9 +71,9 @@ def transformer(
     compiled: Annotated[bool, typer.Option(help="Compile the transformer's blocks.")] = True,
     small_pictures: Annotated[int, typer.Option("--small-images", help="Images of 128 pixels to encode.")] = 18_000,
     large_pictures: Annotated[int, typer.Option("--large-images", help="Images of 256 pixels to encode.")] = 2_000,
-    still: Annotated[bool, typer.Option(help="Images without jitter: first, so that names are learned.")] = False,
+    still: Annotated[bool, typer.Option(help="Images without jitter; use them first, to learn names.")] = False,
     faint: Annotated[
-        float, typer.Option(min=0, help="Show pairs of little contrast more often: the power of their weight.")
+        float, typer.Option(min=0, help="Show low-contrast pairs more often: the power of their weight.")
     ] = 0.0,
     unnamed: Annotated[
         float,
@@ -85,7 +85,7 @@ def transformer(
     ] = None,
     matrix_rate: Annotated[float, typer.Option(help="Muon's learning rate.")] = 7e-3,
     guided_from: Annotated[
-        int | None, typer.Option(help="First step that learns to do without classifier-free guidance.")
+        int | None, typer.Option(help="First step that trains for use without classifier-free guidance.")
     ] = None,
 ) -> None:
     """Train the transformer and the text encoders (over an hour on two CPU cores); SIGTERM stops it."""
@@ -117,10 +117,10 @@ def measure(
     font: Font = None,
     threads: Threads = 2,
     pictures: Annotated[int, typer.Option("--images", help="Images to draw, spread over the emoji.")] = 512,
-    strength: Annotated[float, typer.Option(help="What an emoji that is never right gains in weight.")] = 4.0,
+    strength: Annotated[float, typer.Option(help="Weight gained by an emoji that is never right.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Backgrounds and noise; not the seed of the results.")] = 5,
 ) -> None:
-    """Draw every emoji and write how often ``transformer`` shall show each from now on."""
+    """Draw every emoji, and write how often ``transformer`` should show each from now on."""
     import torch
 
     from flexclear.embedded.font import extract_bitmaps

@@ -34,9 +34,9 @@ def load_vae(folder: Path) -> AutoencoderKL:
 def assemble(
     folder: Path, vae: AutoencoderKL, shift: float, scaling: float, seed: int
 ) -> tuple[FluxPipeline, Learners]:
-    """Return a pipeline of the autoencoder and freshly initialized models, and those models.
+    """Return a pipeline of the autoencoder and freshly initialized models, and these models.
 
-    The CLIP tokenizer is the one in ``folder``, made if it is not there.
+    The CLIP tokenizer is the one in ``folder``; it is made if it is missing.
     """
     torch.manual_seed(seed)
     captions = corpus_captions()
@@ -58,9 +58,9 @@ def assemble(
 
 
 def kept_normalization(folder: Path) -> tuple[float, float] | None:
-    """Return the latents' shift and scaling of the run in ``folder``, None where there is none yet.
+    """Return the latents' shift and scaling of the run in ``folder``; None if there is no run yet.
 
-    A run keeps them: other ones would change what the model has learned to expect.
+    A run keeps them: other values would change what the model has learned to expect.
     """
     path = folder / CHECKPOINT_NAME
     state = load_checkpoint(path) if path.is_file() else {}
@@ -76,7 +76,7 @@ def begin_with(source: Path, folder: Path) -> Path:
 
     Raises:
         FileExistsError: ``folder`` holds a run already.
-        FileNotFoundError: ``source`` is no pipeline folder.
+        FileNotFoundError: ``source`` is not a pipeline folder.
     """
     if (folder / CHECKPOINT_NAME).exists():
         raise FileExistsError(f"{folder} holds a run already; name another --folder, or resume it")
@@ -95,10 +95,10 @@ def begin_with(source: Path, folder: Path) -> Path:
 
 
 def load_trained(folder: Path) -> FluxPipeline:
-    """Return the pipeline that the checkpoints in ``folder`` hold, in float32.
+    """Return the pipeline stored in the checkpoints of ``folder``, in float32.
 
-    Latents are shifted and scaled as in the last stage of training. The checkpoint keeps those values; for one
-    that does not, they come from the jittered latents in ``folder``.
+    Latents are shifted and scaled as in the last stage of training. The checkpoint keeps these values; if it does not, they
+    come from the jittered latents in ``folder``.
     """
     state = load_checkpoint(folder / CHECKPOINT_NAME)
     values = state if "shift" in state else load_checkpoint(folder / "latents.pt")

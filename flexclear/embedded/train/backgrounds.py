@@ -1,7 +1,7 @@
-"""Backgrounds that no caption names: any colour, or one of the emoji itself.
+"""Backgrounds that no caption names: any color, or one of the emoji's own.
 
-Meant for pairs that the model was never shown and draws too faintly, such as a yellow trumpet on yellow; as the last
-thousands of steps they did not mend those (RECORD.md). From the start of a training they have not been tried.
+Meant for pairs that the model never saw and draws too faintly, such as a yellow trumpet on yellow. Used in the last few
+thousand steps, they did not fix those (RECORD.md). They have not been tried from the start of training.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from PIL import Image
 from flexclear.embedded.scenes import UNNAMED, Colour, Pair, Scene
 
 OWN_SHARE = 0.7
-"""Share of these backgrounds that have a colour between the emoji's mean and one of its own pixels."""
+"""Share of these backgrounds whose color lies between the emoji's mean and one of its pixels."""
 OWN_SPREAD = 16
 """Largest difference from that colour, per channel, of 255."""
 KEPT_AWAY = 64.0
-"""Distance in RGB, of 255 a channel, that a background keeps from the named colour of a held-out pair of its emoji."""
+"""Minimum RGB distance, 255 per channel, between a background and the named color of its emoji's held-out pair."""
 TRIES = 200
 
 
@@ -33,18 +33,18 @@ def unname(
     held_out: Sequence[Pair],
     seed: int,
 ) -> list[Scene]:
-    """Return the scenes, about ``share`` of them with a background colour that has no name.
+    """Return the scenes, about ``share`` of them with an unnamed background color.
 
-    A colour that is nearer than ``KEPT_AWAY`` to one that makes a held-out pair with the emoji is never taken: the pair stays
-    unseen, both in words and to the eye.
+    A color nearer than ``KEPT_AWAY`` to one that forms a held-out pair with the emoji is never used, so the pair stays unseen,
+    both in words and visually.
 
     Args:
-        scenes: on named backgrounds.
+        scenes: scenes with named backgrounds.
         share: 0 to 1.
         bitmaps: one RGBA image per emoji index.
-        colours: the named ones, RGB of 0 to 255.
+        colours: the named colors, RGB from 0 to 255.
         held_out: pairs of emoji and named background.
-        seed: of which scenes, and which colours.
+        seed: determines the scenes and the colors.
 
     Raises:
         ValueError: the share is not between 0 and 1.

@@ -84,9 +84,9 @@ class Batch:
 class BatchMaker:
     """Makes the batch of any step number, the same one every time.
 
-    ``emphasis``, shape (emoji, backgrounds), is how often each pair is drawn relative to the others; all the same without it.
-    An image whose background has no name counts as its emoji does on average. ``noisier`` is added to the noise levels' logits;
-    ``large_share`` is the share of batches at 256 pixels, where it is not that of ``BATCH_KINDS``.
+    ``emphasis``, shape (emoji, backgrounds), says how often each pair is drawn relative to the others; without it, all are
+    equal. An image with an unnamed background counts like its emoji's average. ``noisier`` is added to the noise levels'
+    logits. ``large_share`` is the share of batches at 256 pixels, if it differs from that of ``BATCH_KINDS``.
     """
 
     cache: LatentCache
@@ -133,10 +133,10 @@ class BatchMaker:
 
     @cached_property
     def _shares(self) -> dict[bool, list[float]]:
-        """Running sums of how often each image is drawn, of the small and of the large ones."""
+        """Running sums of how often each image is drawn, for the small and for the large ones."""
         assert self.emphasis is not None
         sets = {False: self.cache.small, True: self.cache.large}
-        # The last column, which UNNAMED reaches.
+        # UNNAMED indexes the last column.
         emphasis = torch.cat([self.emphasis, self.emphasis.mean(1, keepdim=True)], dim=1)
         return {
             large: list(accumulate(emphasis[shown.emoji, shown.backgrounds].tolist())) for large, shown in sets.items()

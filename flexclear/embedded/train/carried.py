@@ -1,4 +1,4 @@
-"""A run of the transformer's training in one small file, so that another machine can go on with it."""
+"""A training run of the transformer in one small file, so that another machine can continue it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MOST_BYTES = 10 * 2**20
 def pack_run(folder: Path, file: Path) -> Path:
     """Write weights and Muon's momentum of the run in ``folder`` to ``file``, in bfloat16, and return ``file``.
 
-    AdamW's moments, twice its weights' size, are left out: they are found again within some hundred steps. The autoencoder
-    and the tokenizers are those of the exported model that the run began with.
+    AdamW's moments, twice as large as its weights, are left out: they recover within some hundred steps. The autoencoder and
+    the tokenizers are those of the exported model that the run began with.
 
     Raises:
         FileNotFoundError: no run in ``folder``.
@@ -40,21 +40,21 @@ def pack_run(folder: Path, file: Path) -> Path:
 
 
 def unpack_run(file: Path, source: Path, folder: Path) -> Path:
-    """Write checkpoints to ``folder`` that go on with the run in ``file``, which ``pack_run`` wrote, and return ``folder``.
+    """Write checkpoints to ``folder`` that continue the run in ``file``, written by ``pack_run``. Return ``folder``.
 
     Args:
-        file: of the run.
+        file: the packed run.
         source: the exported model that the run began with: its autoencoder and tokenizers.
         folder: for the checkpoints.
 
     Raises:
         FileExistsError: ``folder`` holds a run already.
         FileNotFoundError: ``file`` or the model is not there.
-        ValueError: the run's latents are normalized in another way than the model's.
+        ValueError: the run's latents are normalized differently from the model's.
     """
     carried = load_checkpoint(file)
     config = source / "vae" / "config.json"
-    if config.is_file():  # else begin_with says that there is no model
+    if config.is_file():  # otherwise begin_with reports the missing model
         vae = json.loads(config.read_text(encoding="utf-8"))
         ours, theirs = (carried["shift"], carried["scaling"]), (vae["shift_factor"], vae["scaling_factor"])
         if ours != theirs:
@@ -69,7 +69,7 @@ def unpack_run(file: Path, source: Path, folder: Path) -> Path:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same nested dictionaries with their floating-point tensors in another type."""
+    """Cast the floating-point tensors in nested dictionaries to another type."""
     if isinstance(value, dict):
         return {key: _cast(one, dtype) for key, one in value.items()}
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

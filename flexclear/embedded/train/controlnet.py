@@ -1,4 +1,4 @@
-"""Train one ControlNet for the embedded model's three conditions, by flow matching through the frozen model."""
+"""Train one ControlNet for the embedded model's three conditions, with flow matching through the frozen model."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 CHECKPOINT_NAME = "controlnet.pt"
 LOG_EVERY = 25
 LARGEST_BYTES = 3_000_000
-"""What the ControlNet may take in the package."""
+"""Maximum size of the ControlNet in the package."""
 
 
 def build_controlnet(transformer: FluxTransformer2DModel, layers: int, single_layers: int) -> FluxControlNetModel:
-    """Return a ControlNet that begins with the transformer's first blocks, and with no effect.
+    """Return a ControlNet initialized with the transformer's first blocks, and without effect yet.
 
-    Conditions are images in the latent space of the transformer's own, so it reads them as the transformer reads those
-    from the start; only its outputs begin at zero.
+    Conditions are images in the transformer's own latent space, so the ControlNet can read them from the start; only its
+    outputs begin at zero.
     """
     heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     plain = FluxControlNetModel.from_transformer(transformer, layers, single_layers, width, heads)
-    # Without the transformer's own entries, and without diffusers' notes, which would set the modes back.
+    # Leave out entries of the transformer only, and diffusers' private ones, which would reset the modes.
     config = {
         name: value for name, value in plain.config.items() if name != "out_channels" and not name.startswith("_")
     }
@@ -99,15 +99,15 @@ def train_controlnet(
         maker: makes the batches.
         folder: for the checkpoint, ``controlnet.jsonl`` and ``sheets/``.
         teacher: fingerprint of the pipeline's weights.
-        stop: asked after each step whether to end now, with a checkpoint.
+        stop: called after each step; True ends the run with a checkpoint.
         sheet: draws a contact sheet.
-        start: folder of a ControlNet of the same blocks to begin with, such as one trained for an earlier model.
+        start: folder of a ControlNet with the same blocks to start from, for example one for an earlier model.
 
     Returns:
         The ControlNet in training precision, and the number of steps done so far.
 
     Raises:
-        ValueError: the checkpoint is of other settings or another teacher.
+        ValueError: the checkpoint has other settings or another teacher.
     """
     torch.manual_seed(recipe.seed)
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
@@ -163,18 +163,18 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def export_controlnet(model: FluxControlNetModel, target: Path, facts: dict[str, Any]) -> Path:
-    """Write a trained ControlNet as a diffusers folder in bfloat16, complete before it takes an old one's place.
+    """Write a trained ControlNet as a diffusers folder in bfloat16. It replaces an old one only when complete.
 
     Args:
-        model: is left as it is.
+        model: the ControlNet, which is not changed.
         target: the folder.
-        facts: for ``training.json``; ``teacher`` among them.
+        facts: contents of ``training.json``, including ``teacher``.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the weights are larger than ``LARGEST_BYTES``; nothing is written then.
+        ValueError: the weights are larger than ``LARGEST_BYTES``; then nothing is written.
     """
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     shipped = FluxControlNetModel.from_config(config).to(torch.bfloat16)

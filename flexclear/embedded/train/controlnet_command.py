@@ -28,7 +28,7 @@ def controlnet(
     font: Annotated[Path | None, typer.Option(help="A NotoColorEmoji.ttf with CBDT bitmaps.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     steps: Annotated[
-        int, typer.Option(min=1, help="Steps in all; the rate falls to zero at the last.")
+        int, typer.Option(min=1, help="Total steps; the rate decays to zero at the last.")
     ] = DEFAULT.steps,
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = DEFAULT.batch,
     pictures: Annotated[
@@ -42,11 +42,11 @@ def controlnet(
     compiled: Annotated[bool, typer.Option(help="Compile the blocks.")] = DEFAULT.compiled,
     seed: Annotated[int, typer.Option(help="Of everything.")] = DEFAULT.seed,
     begin_with: Annotated[
-        Path | None, typer.Option(help="Folder of a ControlNet to begin with, trained for an earlier model, say.")
+        Path | None, typer.Option(help="Folder of a ControlNet to start from, for example one for an earlier model.")
     ] = None,
     target: Annotated[Path | None, typer.Option(help="The folder to write; the package's by default.")] = None,
 ) -> None:
-    """Train the ControlNet of the embedded model as it is shipped (minutes); SIGTERM stops it, the same call resumes."""
+    """Train the shipped embedded model's ControlNet (takes minutes). SIGTERM stops it, and the same call resumes."""
     import torch
 
     from flexclear import embedded
@@ -103,7 +103,7 @@ def controlnet(
 
 
 def _sheet(pipeline: FluxPipeline, bitmaps: Sequence[Image.Image]) -> Callable[[FluxControlNetModel], Image.Image]:
-    """What draws held-out scenes from each of their conditions."""
+    """Return a function that draws held-out scenes from each of their conditions."""
     from flexclear.embedded.control import MODES
     from flexclear.embedded.controlled import controlled_pipeline, generate_controlled, originals
     from flexclear.embedded.evaluation import held_out_requests

@@ -1,4 +1,4 @@
-"""What the ControlNet learns from: images with their conditions, encoded once, and the batch of every step."""
+"""Training data of the ControlNet: images with their conditions, encoded once, and the batch of every step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def conditioned_set(
     path: Path,
     identity: str,
 ) -> ConditionedSet:
-    """Return the encoded scenes, from ``path`` when it holds those of the same identity, else made and saved there.
+    """Return the encoded scenes, from ``path`` if it holds those with the same identity; else encode and save them.
 
     Args:
         vae: the embedded model's autoencoder.
@@ -61,7 +61,7 @@ def conditioned_set(
         bitmaps: one RGBA image per emoji index.
         colours: one RGB triple per background index.
         path: the cache.
-        identity: of all that decides the result; another one in the cache means to encode anew.
+        identity: identifies everything that determines the result; if the cache has another one, scenes are encoded again.
     """
     if path.is_file():
         state = load_checkpoint(path)
@@ -95,7 +95,7 @@ def _posterior(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> tuple[tor
     """Normalized mean and deviation of the pictures' latents, float32, each of shape (images, 8, side, side)."""
     pixels = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures])
     values = pixels.view(len(pictures), PIXELS, PIXELS, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-    # Four times as fast as float32 here, and off by less than a hundredth of the posterior's deviation.
+    # Four times as fast as float32 here; the error is below a hundredth of the posterior's deviation.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         posterior = vae.encode(values.contiguous()).latent_dist
     scaling = vae.config.scaling_factor

@@ -1,4 +1,4 @@
-"""Settings of the ControlNet's training; apart from it, so that the command line need not import torch."""
+"""Settings of the ControlNet's training, in a separate module so that the command line need not import torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ class ControlRecipe:
     """Settings of the training.
 
     Attributes:
-        steps: in all.
+        steps: total steps.
         batch: images per step.
-        pictures: different images, each with every condition.
+        pictures: number of different images, each with every condition.
         layers: double blocks. single_layers: single blocks.
         matrix_rate: learning rate of Muon, for matrices in blocks. other_rate: of AdamW, for the rest.
         noise_logit: median of the noise levels' logit; a condition matters most where noise hides the image.
         half_precision: bfloat16 autocast.
         compiled: compile the blocks of both models: a tenth faster on CPU, after a minute or two of compiling.
         save_every, sheet_every: steps between checkpoints, and between contact sheets.
-        seed: of everything.
+        seed: seed of everything random.
     """
 
     steps: int = 600
@@ -39,5 +39,5 @@ class ControlRecipe:
     seed: int = 11
 
     def schedule(self) -> Schedule:
-        """Return the learning rate's course: a short rise, then down to zero."""
+        """Return the learning rate's schedule: a short warm-up, then a decay to zero."""
         return Schedule(min(20, self.steps // 4), self.steps // 4, self.steps)

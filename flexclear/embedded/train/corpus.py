@@ -1,4 +1,4 @@
-"""What the embedded model is taught: which emoji, which background colours, which pairs it never sees."""
+"""What the embedded model learns: emoji, background colors, and the pairs that it never sees."""
 
 from __future__ import annotations
 

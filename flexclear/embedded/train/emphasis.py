@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 EMPHASIS_NAME = "emphasis.json"
 LARGEST_ERROR_WEIGHT = 2.0
-"""What an emoji that is drawn badly gains at most."""
+"""Maximum weight of an emoji for being drawn badly."""
 
 
 def measure_emphasis(
     pipeline: FluxPipeline, retriever: Retriever, vocabulary: Vocabulary, pictures: int, strength: float, seed: int
 ) -> dict[str, float]:
-    """Return how often to show each emoji: 1 where every image of it is right, 1 + ``strength`` where none is.
+    """Return how often to show each emoji: 1 if all of its images are right, 1 + ``strength`` if none is.
 
     Args:
         pipeline: the model so far.
         retriever: finds the nearest clean drawing.
         vocabulary: the emoji and backgrounds.
         pictures: images to draw, spread evenly over the emoji; at least one each.
-        strength: what an emoji that is never right gains.
+        strength: gain of an emoji that is never right.
         seed: chooses backgrounds and noise; not the seed that the results are measured with.
     """
     if pictures < len(vocabulary.emoji):
@@ -50,11 +50,11 @@ def measure_emphasis(
 def weigh(
     vocabulary: Vocabulary, requests: Sequence[Request], matches: Sequence[Match], strength: float
 ) -> dict[str, float]:
-    """Return what each emoji, by name, gains by being wrong and by being drawn badly.
+    """Return each emoji's weight, by name, for being wrong and for being drawn badly.
 
-    The first factor is 1 + ``strength`` times the share of wrong images. The second is the emoji's mean squared difference
-    to its nearest clean drawing over the median emoji's, between 1 and ``LARGEST_ERROR_WEIGHT``: details that do not matter
-    to retrieval on most backgrounds decide it where the emoji has nearly the background's colour.
+    The first factor is 1 + ``strength`` times the share of wrong images. The second is the emoji's mean squared difference to
+    its nearest clean drawing divided by the median emoji's, between 1 and ``LARGEST_ERROR_WEIGHT``. Details that do not affect
+    retrieval on most backgrounds decide it if the emoji has nearly the background's color.
     """
     drawn = Counter(request.emoji for request in requests)
     wrong: Counter[int] = Counter()
@@ -74,14 +74,14 @@ def weigh(
 
 
 def faintness(bitmaps: Sequence[Image.Image], colours: Sequence[Colour], power: float) -> torch.Tensor:
-    """Return how often to show each pair for how little it differs from its plain background.
+    """Return how often to show each pair, depending on how little it differs from its plain background.
 
-    A yellow trumpet on yellow leaves the loss almost nothing to see, and is learned last.
+    A yellow trumpet on yellow contributes almost nothing to the loss, and is learned last.
 
     Args:
-        bitmaps: of the emoji, RGBA.
-        colours: of the backgrounds, 0 to 255.
-        power: weights are ``(median contrast / contrast) ** power``, between 1 and 4; all 1 at 0.
+        bitmaps: RGBA images of the emoji.
+        colours: colors of the backgrounds, 0 to 255.
+        power: weights are ``(median contrast / contrast) ** power``, between 1 and 4; 0 makes all weights 1.
 
     Returns:
         Shape (emoji, backgrounds), float32.
@@ -104,7 +104,7 @@ def write_emphasis(folder: Path, weights: dict[str, float]) -> Path:
 
 
 def read_emphasis(folder: Path, names: Sequence[str]) -> list[float] | None:
-    """Return the weight of each name, or None where ``folder`` holds none.
+    """Return the weight of each name, or None if ``folder`` holds none.
 
     Raises:
         ValueError: the file is about other emoji.

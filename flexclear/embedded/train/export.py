@@ -1,4 +1,4 @@
-"""Write the trained parts as a pipeline folder, with its vocabulary, reference sheet and licence."""
+"""Write the trained parts as a pipeline folder, with its vocabulary, reference sheet and license."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LICENCE_NAME = "OFL-1.1.txt"
 def export_model(folder: Path, target: Path, font: Path | None = None) -> Path:
     """Write the model of the checkpoints in ``folder`` to ``target`` in bfloat16 and return ``target``.
 
-    The new folder is complete before it takes the place of an old one.
+    The new folder replaces an old one only when it is complete.
     """
     partial = target.with_name(target.name + ".partial")
     if partial.exists():

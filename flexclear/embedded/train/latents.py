@@ -23,7 +23,7 @@ class LatentSet:
     Attributes:
         latents: shape (images, 8, side, side), dtype float16, mean about 0 and deviation about 1.
         emoji: shape (images,), int64 emoji indices.
-        backgrounds: shape (images,), int64 background indices, ``UNNAMED`` among them.
+        backgrounds: shape (images,), int64 background indices, which may include ``UNNAMED``.
     """
 
     latents: torch.Tensor
@@ -49,18 +49,18 @@ def build_cache(
     path: Path,
     shift_and_scaling: tuple[float, float] | None = None,
 ) -> LatentCache:
-    """Return the cached latents, from ``path`` when they are there, else drawn, encoded and saved to it.
+    """Return the cached latents from ``path`` if they exist; else draw, encode and save them.
 
     Args:
-        vae: encodes.
-        scenes: of the 128-pixel and of the 256-pixel images.
+        vae: the encoder.
+        scenes: scenes of the 128-pixel and of the 256-pixel images.
         bitmaps: one RGBA image per emoji index.
-        colours: one per background index.
-        path: of the cache.
-        shift_and_scaling: what latents are normalized with; without it they come out with mean 0 and deviation 1.
+        colours: one color per background index.
+        path: the cache file.
+        shift_and_scaling: normalization of the latents; without it they get mean 0 and deviation 1.
 
     Raises:
-        ValueError: the latents at ``path`` are normalized in another way.
+        ValueError: the latents at ``path`` are normalized differently.
     """
     if path.is_file():
         kept = _from_state(load_checkpoint(path))

@@ -33,18 +33,18 @@ def run_steps(
     draw: Callable[[int], None],
     stop: Callable[[], bool],
 ) -> int:
-    """Train until the schedule ends or ``stop`` says so, and return the steps done; the last one is always kept and drawn.
+    """Train until the schedule ends or ``stop`` says so; return the steps done. The last step is always saved and drawn.
 
     Args:
-        name: of what is trained; the log is ``folder/NAME.jsonl``, and is resumed.
-        folder: is made.
-        schedule: of the learning rate; with ``total`` None only ``stop`` ends the run.
+        name: name of what is trained; the log is ``folder/NAME.jsonl``, which is continued.
+        folder: output folder, made if missing.
+        schedule: learning-rate schedule; with ``total`` None only ``stop`` ends the run.
         done: steps before this run.
         every: see ``Intervals``.
-        train: does step number n, from 0, at this factor of the learning rate, and returns its loss.
-        save: keeps everything after so many steps.
-        draw: draws a contact sheet after so many steps.
-        stop: asked once after each step.
+        train: does step number n, from 0, at this factor of the learning rate, and returns the loss.
+        save: saves everything after this many steps.
+        draw: draws a contact sheet after this many steps.
+        stop: called once after each step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

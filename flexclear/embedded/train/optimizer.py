@@ -40,7 +40,7 @@ class SplitOptimizer:
         return [part.state_dict() for part in self._parts]
 
     def load_state_dict(self, states: list[dict[str, Any] | None]) -> None:
-        """Restore what :meth:`state_dict` returned; an optimizer whose state is None begins anew."""
+        """Restore what :meth:`state_dict` returned; an optimizer whose state is None starts afresh."""
         for part, state in zip(self._parts, states, strict=True):
             if state is not None:
                 part.load_state_dict(state)

@@ -34,15 +34,13 @@ def run_transformer(
 ) -> int:
     """Train the transformer with checkpoints in ``folder`` and return the number of steps done so far.
 
-    ``still`` trains on images without jitter. Under jitter an emoji's name explains a tenth of the latents' variance
-    only, too little to be noticed at the start; on still images it explains nearly all of it. Where ``folder`` holds
-    an ``emphasis.json``, the emoji that it favours are shown more often; ``faint`` favours pairs of little contrast.
-    ``unnamed`` is the share of images on backgrounds of other colours, see :mod:`backgrounds`; ``noisier`` moves the
-    noise levels up, to where place, size and direction of an emoji are decided; ``large_share`` is the share of
-    batches at 256 pixels.
+    ``still`` trains on images without jitter. Under jitter, an emoji's name explains only a tenth of the latents' variance, too
+    little to be noticed at the start; on still images it explains nearly all of it. If ``folder`` holds an ``emphasis.json``,
+    the emoji that it favors are shown more often; ``faint`` favors pairs with little contrast. ``unnamed`` is the share of
+    images on backgrounds of other colors, see :mod:`backgrounds`. ``noisier`` raises the noise levels, towards where an emoji's
+    place, size and direction are decided. ``large_share`` is the share of batches at 256 pixels.
 
-    Latents are kept, in a file for each ``still`` and ``unnamed``. A run that is resumed keeps the normalization that
-    it began with.
+    Latents are cached, in one file for each ``still`` and ``unnamed``. A resumed run keeps its original normalization.
     """
     emoji = corpus.emoji()
     names = list(corpus.BACKGROUNDS)

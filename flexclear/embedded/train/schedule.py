@@ -11,8 +11,8 @@ class Schedule:
 
     Attributes:
         warmup: steps over which the factor rises linearly from nearly 0 to 1.
-        decay_from: step at which the linear decay begins; None while the end is not decided.
-        total: step at which the factor is 0 and training ends; None while the end is not decided.
+        decay_from: step at which the linear decay begins; None while the end is undecided.
+        total: step at which the factor is 0 and training ends; None while the end is undecided.
     """
 
     warmup: int
@@ -33,14 +33,14 @@ class Schedule:
         return rising * max(0.0, (self.total - step) / (self.total - self.decay_from))
 
     def finished(self, step: int) -> bool:
-        """Return whether ``step`` steps are all there is to do."""
+        """Return whether training is complete after ``step`` steps."""
         return self.total is not None and step >= self.total
 
 
 def decide_end(warmup: int, done: int, total: int | None, decay_from: int | None) -> Schedule:
-    """Return the schedule of a run that has done ``done`` steps and shall end at ``total``, if that is known.
+    """Return the schedule of a run that has done ``done`` steps and should end at ``total``, if known.
 
-    Without ``decay_from`` the last 40 % of the steps decay, or all that are left when fewer are.
+    Without ``decay_from``, the last 40 % of the steps decay, or all remaining ones if there are fewer.
     """
     if total is None:
         return Schedule(warmup)

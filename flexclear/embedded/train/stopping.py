@@ -1,4 +1,4 @@
-"""Stop a training run after the step that a signal falls into."""
+"""Stop a training run after the step in which a signal arrives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class StopFlag:
-    """Inside its block, SIGTERM and SIGINT are noted in place of ending the process at once; calling it tells."""
+    """Inside its block, SIGTERM and SIGINT set a flag instead of ending the process. Calling the object returns the flag."""
 
     def __init__(self) -> None:
         self._raised = False

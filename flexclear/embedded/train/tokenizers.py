@@ -42,10 +42,10 @@ def build_clip_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
 
 
 def kept_clip_tokenizer(file: Path, captions: Sequence[str]) -> CLIPTokenizer:
-    """Return the CLIP tokenizer in ``file``; the first call builds it and writes the file.
+    """Return the CLIP tokenizer in ``file``. The first call builds it and writes the file.
 
-    BPE training breaks ties between pairs that are equally frequent by chance, so that a second build may number some
-    pieces in another way: a run that is resumed, and its export, must use the first one.
+    BPE training breaks ties between equally frequent pairs at random, so a second build may number some pieces differently. A
+    resumed run and its export must use the first one.
     """
     if not file.is_file():
         keep_clip_tokenizer(file, build_clip_tokenizer(captions))
@@ -62,7 +62,7 @@ def keep_clip_tokenizer(file: Path, tokenizer: CLIPTokenizer) -> None:
 
 
 def build_t5_tokenizer(captions: Sequence[str]) -> T5TokenizerFast:
-    """Return a unigram tokenizer: one piece per word of the captions, and letters to spell any other word."""
+    """Return a unigram tokenizer: one piece per word of the captions, and letters for spelling other words."""
     words = _words_by_frequency(captions)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(_SPACE + word, -3.0) for word in words]

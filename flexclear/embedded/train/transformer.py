@@ -26,7 +26,7 @@ LOG_EVERY = 50
 class TransformerRecipe:
     """Settings of the joint training.
 
-    From step ``guided_from`` the model learns to do without classifier-free guidance: see :func:`flow_loss`.
+    From step ``guided_from`` on, the model learns to work without classifier-free guidance; see :func:`flow_loss`.
     """
 
     matrix_rate: float = 7e-3
@@ -41,7 +41,7 @@ class TransformerRecipe:
     guided_from: int | None = None
 
     def guidance_at(self, step: int) -> float:
-        """Return how far the target of a step is pushed away from the empty caption's prediction."""
+        """Return how far a step's target is pushed away from the prediction for the empty caption."""
         return 0.0 if self.guided_from is None or step < self.guided_from else self.guidance
 
 
@@ -71,9 +71,9 @@ class Learners:
 def flow_loss(learners: Learners, batch: Batch, half_precision: bool, guidance: float = 0.0) -> torch.Tensor:
     """Return the mean squared error of the predicted velocity, noise minus latents, as a scalar.
 
-    With ``guidance`` g between 0 and 1 the target is pushed along the model's own difference between the caption and
-    the empty caption, g (v(caption) - v("")), without gradients. Where that is learned, one call predicts what
-    classifier-free guidance of scale 1 / (1 - g) would ("model guidance", arXiv 2502.12154).
+    With ``guidance`` g between 0 and 1 the target is pushed along the model's own difference between the caption and the empty
+    caption, g (v(caption) - v("")), without gradients. Once that is learned, one call predicts what classifier-free guidance of
+    scale 1 / (1 - g) would predict ("model guidance", arXiv 2502.12154).
     """
     pictures, channels, height, width = batch.latents.shape
     sigmas = batch.sigmas.view(-1, 1, 1, 1)
@@ -122,8 +122,8 @@ def train_transformer(
 ) -> int:
     """Train, or resume from ``folder/transformer.pt``, and return the number of steps done so far.
 
-    Without ``total`` the learning rate stays flat and training runs until SIGTERM or SIGINT, which save a
-    checkpoint first; a later call with ``total`` resumes there and decays the rate to zero.
+    Without ``total`` the learning rate stays flat and training runs until SIGTERM or SIGINT, which first save a checkpoint. A
+    later call with ``total`` resumes there and decays the rate to zero.
     """
     optimizer = SplitOptimizer(
         learners.transformer, [learners.clip, learners.t5], recipe.matrix_rate, recipe.other_rate
@@ -134,7 +134,7 @@ def train_transformer(
     if path.is_file():
         state = load_checkpoint(path)
         learners.load_state_dict(state["learners"])
-        if state["optimizer"] is not None:  # It is in a run that begins with exported weights.
+        if state["optimizer"] is not None:  # None in a run that starts from exported weights.
             optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
         kept = state["schedule"]

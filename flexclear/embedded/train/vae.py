@@ -82,7 +82,7 @@ def train_vae(
     colours: Sequence[Colour],
     folder: Path,
 ) -> AutoencoderKL:
-    """Train, or resume from ``folder/vae.pt``, and return the autoencoder; sheets go there too."""
+    """Train, or resume from ``folder/vae.pt``, and return the autoencoder. Contact sheets also go into the folder."""
     torch.manual_seed(recipe.seed)
     model = build_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=1e-3)
