@@ -1,12 +1,12 @@
 """Distil a window into a model, then draw with the new weights.
 
     flexclear data generate black-forest-labs/FLUX.1-dev --prompts prompts.txt --count 10000 --out images
-    flexclear data cache pictures --model black-forest-labs/FLUX.1-dev --out cache
+    flexclear data cache images --model black-forest-labs/FLUX.1-dev --out cache
     accelerate launch examples/distil.py --data cache --output runs/r16
 
-Images that the model drew itself teach best; a folder of your own images with captions (``NAME.png`` beside ``NAME.txt``) will do
-in place of the cache, and is encoded first. A run that is stopped goes on when the same command is given again.
-``flexclear distill settings.yaml`` is the same from a file.
+Images drawn by the model itself teach best. A folder of your own images with captions (``NAME.png`` beside ``NAME.txt``) also
+works instead of the cache, and is encoded first. A run that was stopped resumes with the same command.
+``flexclear distill settings.yaml`` does the same from a file.
 """
 
 import argparse
@@ -28,18 +28,18 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16, help="window radius in tokens")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=2, help="images per device and forward pass")
-    parser.add_argument("--held-out", type=int, default=32, help="images that are measured and not trained on")
+    parser.add_argument("--held-out", type=int, default=32, help="images that are held out of training and measured")
     parser.add_argument("--optimizer", default="prodigy", choices=["prodigy", "adamw"])
     parser.add_argument(
-        "--prompt", default="a red apple on a blue background", help="of the image that is drawn at the end"
+        "--prompt", default="a red apple on a blue background", help="prompt of the image drawn at the end"
     )
-    parser.add_argument("--sample", type=int, default=1024, help="its side in pixels")
+    parser.add_argument("--sample", type=int, default=1024, help="side of that image in pixels")
     parser.add_argument("--sample-steps", type=int, default=28, help="its denoising steps")
     parser.add_argument("--backend", default="auto", choices=["auto", "flex", "sdpa"])
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
 
-    config = DistillConfig(  # what is not named here is as published
+    config = DistillConfig(  # everything else is as published
         model=args.model,
         data=args.data,
         output=args.output,

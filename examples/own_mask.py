@@ -3,8 +3,8 @@
     python examples/own_mask.py                  # needs the extra testing: pip install 'flexclear[testing]'
 
 The mask is a cross: an image query sees the image keys whose row or whose column is closer than ``reach``, and all text.
-A plain ``mask_mod`` is enough for your own FlexAttention. ``flexclear.transform`` takes a ``Window``, which can also say what
-holds for whole boxes of tokens; block masks are built from that in time linear in the number of blocks.
+A plain ``mask_mod`` is enough for your own FlexAttention. ``flexclear.transform`` takes a ``Window``, which also answers for
+whole boxes of tokens, so that block masks are built in time linear in the number of blocks.
 """
 
 import argparse
@@ -45,10 +45,10 @@ class Cross(Window):
 
     @property
     def reads(self) -> str:
-        return "integers"  # what the rule computes with; "offsets" allows floats, and differences alone
+        return "integers"  # what the rule computes with; "offsets" would allow floats, but only differences
 
     def rule(self, layout: Layout, number):
-        size = number(self.size)  # a tensor: another size then needs no other graph
+        size = number(self.size)  # a tensor, so that another size needs no new graph
 
         def inside(query, key):
             return ((query[1] - key[1]).abs() < size) | ((query[2] - key[2]).abs() < size)
@@ -63,7 +63,7 @@ class Cross(Window):
 
 
 def cross_by_definition(layout: Layout, reach: int) -> Tensor:
-    """The dense mask in raster order, written without anything of the above; then brought into the layout's order."""
+    """The dense mask, written in raster order independently of the above, then permuted into the layout's order."""
     y, x = torch.meshgrid(torch.arange(layout.height), torch.arange(layout.width), indexing="ij")
     y, x = y.flatten(), x.flatten()
     allowed = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool)
@@ -78,9 +78,7 @@ def main() -> None:
     parser.add_argument("--size", default="24x40", help="HEIGHTxWIDTH in tokens")
     parser.add_argument("--reach", type=int, default=3, help="in tokens")
     parser.add_argument("--text", type=int, default=77, help="text tokens")
-    parser.add_argument(
-        "--no-attention", action="store_true", help="leave out compiled attention, which takes a compiler"
-    )
+    parser.add_argument("--no-attention", action="store_true", help="skip compiled attention, which needs a compiler")
     args = parser.parse_args()
     height, width = map(int, args.size.split("x"))
 

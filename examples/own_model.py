@@ -2,8 +2,8 @@
 
     python examples/own_model.py                 # needs the extra testing: pip install 'flexclear[testing]'
 
-Replace ``MyTransformer2DModel`` with your own class, and change the declaration until ``check_family`` passes. What each field
-of a declaration says is in docs/families.md.
+Replace ``MyTransformer2DModel`` with your own class, and change the declaration until ``check_family`` passes. docs/families.md
+explains each field of a declaration.
 """
 
 import flexclear
@@ -18,7 +18,7 @@ WIDTH = HEADS * HEAD_DIM
 
 
 class MyAttnProcessor:
-    """Attention over text and image together, as diffusers' processors are called."""
+    """Attention over text and image together, called like diffusers' processors."""
 
     def __call__(self, attn: nn.Module, tokens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         query, key, value = (
@@ -26,7 +26,7 @@ class MyAttnProcessor:
             for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        out = F.scaled_dot_product_attention(query, key, value)  # flexclear puts its own in this place
+        out = F.scaled_dot_product_attention(query, key, value)  # flexclear replaces this function
         return attn.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -38,7 +38,7 @@ def rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class MyAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.heads, self.head_dim = HEADS, HEAD_DIM  # flexclear chooses blocks by them
+        self.heads, self.head_dim = HEADS, HEAD_DIM  # flexclear chooses blocks by these
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.processor = MyAttnProcessor()
 
@@ -89,9 +89,9 @@ class MyTransformer2DModel(nn.Module):
 
 DECLARATION = TokensFamily(
     model_class="MyTransformer2DModel",
-    processors=("MyAttnProcessor",),  # whose code attends
+    processors=("MyAttnProcessor",),  # the classes whose code attends
     stacks={"transformer_blocks": "attn"},  # the blocks, and the attention module in each
-    carriers=("pos_embed",),  # its output reaches every block as an argument: the plan of a call rides on it
+    carriers=("pos_embed",),  # its output reaches every block as an argument and carries a call's plan
     text_first=True,
 )
 
@@ -112,8 +112,8 @@ def main() -> None:
     register(DECLARATION)
     model = MyTransformer2DModel().eval()
 
-    # Against the plain model under the window's dense mask: outputs, gradients, compiled blocks, and the way back.
-    # A grid that is not square and two samples, so that mixed-up axes and batches show.
+    # Compares outputs, gradients, compiled blocks and ``restore`` with the plain model under the window's dense mask.
+    # A grid that is not square and two samples reveal mixed-up axes and batches.
     print(check_family(model, example_call(9, 13), grid=(9, 13)))
 
     flexclear.transform(model, r=4)

@@ -1,4 +1,4 @@
-"""Serve requests of many sizes from several GPUs with Ray Serve: a request goes to a replica that has compiled its size.
+"""Serve requests of many sizes from several GPUs with Ray Serve. Each goes to a replica that has compiled its size.
 
     pip install 'ray[serve]'
     python examples/serve_cluster.py --replicas 4 --weights clear_local_16.safetensors --fp8    # FLUX.1-dev, until Ctrl-C
@@ -6,7 +6,7 @@
     python examples/serve_cluster.py --model embedded --r 4 --steps 4 --sizes 64x64 96x64 128x128 --requests 50
 
 Replicas are Ray actors on the GPUs of this machine, or of the cluster that RAY_ADDRESS names, each with a windowed pipeline. At
-first every size is compiled by one of them, and by another only when that one has too much to do. ``--requests`` sends some.
+first each size is compiled by one replica, and by another only when that one is overloaded. ``--requests`` sends some requests.
 """
 
 import argparse
@@ -36,30 +36,30 @@ PROMPTS = ["a red apple on a blue background", "a small blue plane over the sea"
 
 
 class SizeRouter(MultiplexMixin, RequestRouter):
-    """Sends a request to the replica that has its size compiled, of several to the one with the fewest pixels waiting; to
-    another one if that many fewer wait there that compiling is worth it. A new size goes where the fewest wait.
+    """Sends a request to the replica that has compiled its size; of several, to the one with the fewest pixels waiting. It
+    chooses another one if so many fewer pixels wait there that compiling is worth it. A new size goes where the fewest wait.
 
-    A size is a multiplexed model id of Serve, which tells what each replica has. What waits there is known of the requests that
-    this router has sent: those of one ingress.
+    A size is a multiplexed model id of Serve, which reports what each replica has. What waits there is known from the requests
+    that this router has sent, those of one ingress.
     """
 
     queue_len_response_deadline_s = 1  # seconds; while it compiles, a replica answers late
 
     def initialize_state(self, compiling: float) -> None:
-        """``compiling``: what making a size's masks and graphs costs, in pixels that could be drawn in that time."""
+        """``compiling``: cost of making a size's masks and graphs, in pixels that could be drawn in that time."""
         self._compiling = compiling
         self._unfinished = {}  # by request's id: the request, its replica, its pixels
-        self._given = defaultdict(set)  # by replica: sizes, before Serve tells
+        self._given = defaultdict(set)  # by replica: sizes given to it, before Serve reports them
 
     async def choose_replicas(self, candidate_replicas, pending_request=None):
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas]
-        pending_request.routing_context.should_backoff = True  # where the chosen one does not take it
+        pending_request.routing_context.should_backoff = True  # if the chosen one does not take it
         request_id = pending_request.metadata.internal_request_id
         size = pending_request.metadata.multiplexed_model_id
         self._unfinished.pop(request_id, None)
         waiting = Counter()
-        for other, (request, replica_id, pixels) in list(self._unfinished.items()):  # another thread takes some out
+        for other, (request, replica_id, pixels) in list(self._unfinished.items()):  # another thread removes some
             if request.future.cancelled():
                 self._unfinished.pop(other, None)
             else:
@@ -78,7 +78,7 @@ class SizeRouter(MultiplexMixin, RequestRouter):
         self._unfinished.pop(internal_request_id, None)
 
 
-@serve.deployment(max_ongoing_requests=1000)  # a request waits where its size is
+@serve.deployment(max_ongoing_requests=1000)  # a request waits at its size's replica
 class Painter:
     """A pipeline, which draws one image at a time."""
 
@@ -93,17 +93,17 @@ class Painter:
             flexclear.load_weights(self._pipe, args.weights)
         flexclear.optimize(self._pipe, fp8=args.fp8, compile=not args.no_compile)
         self._steps = args.steps
-        self._thread = ThreadPoolExecutor(1)  # beside Serve's own, which must go on answering
+        self._thread = ThreadPoolExecutor(1)  # separate from Serve's own, which must keep answering
 
     async def draw(self, prompt: str, height: int, width: int, seed: int) -> tuple[bytes, str]:
-        """PNG of an image, and which replica has drawn it."""
+        """Draw an image; return its PNG and the replica's name."""
         await self._have(f"{height}x{width}")
         png = await self._call(prompt, height, width, self._steps, seed)
         return png, serve.get_replica_context().replica_id.unique_id
 
     @serve.multiplexed(max_num_models_per_replica=-1)
     async def _have(self, size: str) -> str:
-        """Make masks and graphs of a size, once; Serve then tells routers that this replica has it."""
+        """Make a size's masks and graphs once; Serve then tells routers that this replica has it."""
         await self._call(PROMPTS[0], *map(int, size.split("x")), 1, 0)
         return size
 
@@ -120,7 +120,7 @@ class Painter:
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 class Front:
-    """Takes JSON over HTTP: ``prompt``, ``height``, ``width``, and ``seed`` if wanted. Answers with a PNG."""
+    """Takes JSON over HTTP: ``prompt``, ``height``, ``width``, and optionally ``seed``. Answers with a PNG."""
 
     def __init__(self, painters, sizes: list[tuple[int, int]]) -> None:
         self._painters, self._sizes = painters, sizes
@@ -131,7 +131,7 @@ class Front:
             prompt, size, seed = str(wanted["prompt"]), (wanted["height"], wanted["width"]), int(wanted.get("seed", 0))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             return JSONResponse({"error": f"not a request: {error!r}"}, 400)
-        if size not in self._sizes:  # or anyone could have any number of sizes compiled
+        if size not in self._sizes:  # otherwise anyone could have any number of sizes compiled
             return JSONResponse({"error": f"size {size} is not served; sizes are {self._sizes}"}, 400)
         painters = self._painters.options(multiplexed_model_id="{}x{}".format(*size))
         png, replica = await painters.draw.remote(prompt, *size, seed)
@@ -151,7 +151,7 @@ def application(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> serve
 
 
 def ask(prompt: str, height: int, width: int, seed: int) -> tuple[bytes, str, float]:
-    """An image over HTTP: PNG, replica, and seconds."""
+    """Request an image over HTTP; return PNG, replica, and seconds."""
     body = json.dumps({"prompt": prompt, "height": height, "width": width, "seed": seed})
     begin = time.perf_counter()
     with urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8000/", body.encode())) as answer:
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["1024x1024", "1536x1024", "2048x2048"], help="HEIGHTxWIDTH")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument(
-        "--compiling", type=float, default=10, help="what a size costs to compile, in images of the largest"
+        "--compiling", type=float, default=10, help="cost of compiling a size, in images of the largest size"
     )
     parser.add_argument("--r", type=int, default=16, help="window radius in tokens")
     parser.add_argument("--weights", help="safetensors file distilled for this radius")
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--backend", default="auto", choices=["auto", "flex", "sdpa"])
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--requests", type=int, help="send so many at once, and end")
+    parser.add_argument("--requests", type=int, help="send this many at once, then exit")
     parser.add_argument("--out", type=Path, default=Path("served"))
     args = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]

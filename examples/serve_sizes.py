@@ -1,9 +1,9 @@
-"""Serve requests of many sizes: everything is compiled before the first of them, and what is compiled later is seen.
+"""Serve requests of many sizes: compile everything before the first one, and log what is compiled later.
 
     python examples/serve_sizes.py --weights clear_local_16.safetensors --fp8        # FLUX.1-dev on a GPU
     python examples/serve_sizes.py --model embedded --r 8 --steps 4 --sizes 128x128 96x160
 
-Each size has graphs of its own, prompts of every length share them. ``optimize(dynamic=True)`` makes one set for all sizes.
+Each size has its own graphs, which prompts of every length share. ``optimize(dynamic=True)`` makes one set for all sizes.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
         print(f"{number}.png: {height} x {width}, {time.perf_counter() - started:.2f} s")
 
     late = flexclear.compile.report().since(warmed)
-    print(f"compiled while serving: {len(late.graphs)} graphs")  # 0: warming was complete
+    print(f"compiled while serving: {len(late.graphs)} graphs")  # 0: warm-up was complete
     if on_gpu:
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

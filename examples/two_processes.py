@@ -1,9 +1,9 @@
-"""Draw one image on several GPUs: each process has a band of it, and every process gets the whole image.
+"""Draw one image on several GPUs: each process computes a band, and every process gets the whole image.
 
     torchrun --nproc-per-node 2 examples/two_processes.py                       # FLUX.1-dev at 4096 px, NCCL
     torchrun --nproc-per-node 2 examples/two_processes.py --model embedded --size 128x128 --radius 4 --steps 4
 
-The second line runs on CPUs, by gloo. ``python examples/two_processes.py ...`` draws the same image in one process.
+The second line runs on CPUs, with gloo. ``python examples/two_processes.py ...`` draws the same image in one process.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--size", default="4096x4096", help="HEIGHTxWIDTH in pixels")
     parser.add_argument(
         "--radius", type=int, default=16, help="window radius in tokens"
-    )  # torchrun takes --r for its own
+    )  # torchrun takes --r as its own
     parser.add_argument("--weights", help="safetensors file distilled for this radius")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--seed", type=int, default=0)
@@ -46,9 +46,9 @@ def main() -> None:
     if args.weights:
         flexclear.load_weights(pipe, args.weights)
     if world > 1:
-        flexclear.parallel.enable(pipe)  # makes the process group, too
+        flexclear.parallel.enable(pipe)  # also makes the process group
 
-    generator = torch.Generator().manual_seed(args.seed)  # the same on every rank, or the first step says who differs
+    generator = torch.Generator().manual_seed(args.seed)  # the same on every rank; else the first step reports it
     image = pipe(args.prompt, height=height, width=width, num_inference_steps=args.steps, generator=generator).images[0]
     if rank == 0:
         image.save(args.out)

@@ -1,4 +1,4 @@
-"""What CLEAR is compared with (method, section 6): other ways to make attention cheaper, through the same ``transform``.
+"""Mechanisms that CLEAR is compared with (method, section 6): other cheaper attention, through the same ``transform``.
 
 >>> flexclear.transform(model, attention="swin")                                        # doctest: +SKIP
 >>> flexclear.transform(model, attention=alternatives.SwinAttention(size=4))          # doctest: +SKIP

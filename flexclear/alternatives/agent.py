@@ -27,12 +27,12 @@ class AgentAttention(Formula):
     .. math:: V_A = \mathrm{softmax}(A K_{img}^T / \sqrt d) V_{img}, \quad
         O_{img} = \mathrm{softmax}(Q_{img} [K_{txt}; A]^T / \sqrt d) [V_{txt}; V_A]
 
-    Agents read image keys only, image queries see all text keys and the agents in one softmax, text queries see
-    everything: with 256 agents these pairs make the published 80.5 GFLOPs at 1024 px. Nothing is trained besides the
-    projections; the biases and the depth-wise convolution of the source are left out.
+    Agents read image keys only, image queries see all text keys and the agents in one softmax, and text queries see everything.
+    With 256 agents these pairs make the published 80.5 GFLOPs at 1024 px. Only the projections are trained; the source's biases
+    and depth-wise convolution are left out.
 
-    The grid is cut into ``side`` x ``side`` cells by adaptive average pooling, whatever its size: cell i of n over h rows
-    holds rows floor(i h / n) to ceil((i + 1) h / n) - 1. A grid with fewer rows or columns has one agent for each.
+    Adaptive average pooling cuts the grid into ``side`` x ``side`` cells, whatever its size: cell i of n over h rows holds rows
+    floor(i h / n) to ceil((i + 1) h / n) - 1. If the grid has fewer rows or columns, there is one agent for each.
 
     Args:
         side: agents along each axis; published: 16.

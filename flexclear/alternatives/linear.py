@@ -1,4 +1,4 @@
-"""Linear attention: kernel feature maps in place of softmax, in time linear in the number of tokens."""
+"""Linear attention: kernel feature maps instead of softmax, in time linear in the number of tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def feature_map(tokens: Tensor) -> Tensor:
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The formula over ``[B, heads, N, head_dim]``; sums over tokens are taken in float32 at least."""
+    """The formula over ``[B, heads, N, head_dim]``. Sums over tokens are computed at least in float32."""
     exact = torch.promote_types(value.dtype, torch.float32)
     query, key = feature_map(query.to(exact)), feature_map(key.to(exact))
     state = key.transpose(2, 3) @ value.to(exact)

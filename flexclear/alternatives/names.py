@@ -32,7 +32,7 @@ NAMES = (CLEAR, *_KINDS)
 
 
 def named(attention: Any, **sizes: int) -> Mechanism | None:
-    """The mechanism of that name, with its published sizes or others; a mechanism is returned as it is; None for CLEAR.
+    """The mechanism of that name, with its published or the given sizes. Mechanisms are returned as they are; None for CLEAR.
 
     >>> named("swin", size=8)
     SwinAttention(size=8)

@@ -27,16 +27,15 @@ class PixArtAttention(Formula):
 
     .. math:: \tilde k_c = \sum_{p \in c} w_p \odot k_p, \quad \tilde v_c = \sum_{p \in c} w_p \odot v_p
 
-    A strided depth-wise convolution, initialized as the mean, one for keys and values as in PixArt-Sigma: the parameter
-    ``<block>.attn.processor.compression_weight``, ``[channels, 1, factor, factor]``, without bias and without the norm
-    that PixArt-Sigma puts behind it, so that it starts as the mean. Keys are taken after QK-norm and RoPE, like CLEAR's
-    down-sampled ones.
+    A strided depth-wise convolution, initialized as the mean, is shared by keys and values as in PixArt-Sigma: the parameter
+    ``<block>.attn.processor.compression_weight``, ``[channels, 1, factor, factor]``. It has no bias, and is not followed by
+    PixArt-Sigma's norm, so that it starts as the mean. Keys are taken after QK-norm and RoPE, like CLEAR's down-sampled ones.
 
-    Text queries see everything in original form. The published FLOPs say so: text queries that see compressed keys, too,
-    would make 43.5 GFLOPs of the 67.7.
+    Text queries see everything uncompressed, which agrees with the published FLOPs: if text queries also saw compressed keys,
+    43.5 GFLOPs would remain of the 67.7.
 
-    A cell that the border cuts off shares its weights among the tokens that it has: they grow by cell over present, so
-    that equal weights stay a mean.
+    A cell that is cut off by the border spreads its weights over the tokens that it has: they are scaled by cell size over
+    tokens present, so that equal weights stay a mean.
 
     Args:
         factor: side of a cell in tokens; published: 4, so 256 keys at 1024 px.
@@ -77,10 +76,10 @@ def _pooling(layout: Layout, factor: int, device: torch.device) -> Pooling:
 
 
 def compress(image: Tensor, weight: Tensor, pooling: Pooling) -> Tensor:
-    """Keys or values ``[B, heads, image_len, head_dim]`` as one per cell, ``[B, heads, cells, head_dim]``.
+    """Compress keys or values ``[B, heads, image_len, head_dim]`` to one per cell, ``[B, heads, cells, head_dim]``.
 
     Args:
-        image: in image order.
+        image: keys or values in image order.
         weight: ``[heads * head_dim, 1, d, d]``.
         pooling: the cells.
     """

@@ -1,8 +1,8 @@
-"""What the paper's Table 1 says of each mechanism, as measured facts: locality, softmax, rank, token integrity.
+"""Measures what the paper's Table 1 says about each mechanism: locality, softmax, rank, token integrity.
 
-One attention layer is run on the queries and keys that it has in a call. Every mechanism here is linear in the values, so
-values that are 1 in one token and 0 in all others bring out its attention map, whatever its formula; everything below is
-read off such maps.
+One attention layer is run on the queries and keys of a real call. Every mechanism here is linear in the values, so values that
+are 1 in one token and 0 in all others reveal its attention map, whatever its formula. Everything below is computed from such
+maps.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ RANK_TOLERANCE = 1e-10
 """Singular values below this share of the largest count as zero."""
 
 PROPORTION_TOLERANCE = 1e-6
-"""How far the weights of all other tokens may leave proportion, relatively, when one key changes."""
+"""Relative deviation from proportionality allowed for the weights of all other tokens when one key changes."""
 
 MAX_NUMBERS = 1 << 24
-"""Most numbers of probing values at a time."""
+"""Maximum size of the probing values at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Captured:
     """What one attention layer worked on in one call.
 
     Attributes:
-        plan: the call's.
-        slot: which of its masks is the layer's.
+        plan: the call's plan.
+        slot: index of the layer's mask in the plan.
         query, key: after norms and rotary embedding, float64 ``[1, heads, N, head_dim]``, in sequence order.
-        weight: of a layer with down-sampled or compressed keys, else None.
+        weight: weight of a layer with down-sampled or compressed keys, else None.
     """
 
     plan: CallPlan
@@ -64,16 +64,16 @@ class Properties:
     Attributes:
         mass_by_distance: share of the attention mass on image keys at distances [0, 1), [1, 2), ... tokens.
         uniform_by_distance: the same if all image keys had equal weight.
-        mean_distance: of the mass on image keys, in tokens.
-        relative_distance: that over the mean distance under equal weights; 1 is no locality.
+        mean_distance: mean distance of the mass on image keys, in tokens.
+        relative_distance: that divided by the mean distance under equal weights; 1 means no locality.
         text_share: share of the mass that is on text keys.
-        softmax_error: how far weights are from softmax over the original keys that they are on: mean total variation,
-            0 where the formulation is kept, at most 1 for weights that sum to 1, more for others (sigmoid).
-        numerical_rank: of the image-to-image map, singular values above ``RANK_TOLERANCE``; mean over heads.
+        softmax_error: how far weights are from softmax over the original keys that they are on: mean total variation, 0 if the
+            formulation is kept, at most 1 for weights that sum to 1, more for others (sigmoid).
+        numerical_rank: rank of the image-to-image map, singular values above ``RANK_TOLERANCE``; mean over heads.
         effective_rank: exponential of the entropy of its normalized singular values; mean over heads.
         rank_limit: the number of image tokens.
-        intact: share of image tokens that are weighed in their original form: some image query sees the token, and when
-            its key changes all other weights of every query stay in proportion. Pooled tokens drag others along.
+        intact: share of image tokens that are weighted in their original form: some image query sees the token, and when its
+            key changes, all other weights of every query stay in proportion. Pooled tokens drag others along.
     """
 
     mass_by_distance: tuple[float, ...]
@@ -152,13 +152,13 @@ def _captured(plan: CallPlan, slot: int, query: Tensor, key: Tensor, weight: Ten
 
 @torch.no_grad()
 def attention_map(captured: Captured, key: Tensor | None = None) -> Tensor:
-    """The weight of each token's value in each token's output: float64 ``[heads, N, N]``, text first, then raster order.
+    """Weight of each token's value in each token's output: float64 ``[heads, N, N]``, text first, then raster order.
 
-    Compressed values have weights of their own in every channel; the map is then the mean of some channels.
+    Compressed values have separate weights in every channel; the map is then the mean over some channels.
 
     Args:
         captured: the layer.
-        key: other keys than it had.
+        key: keys to use instead of the captured ones.
     """
     key = captured.key if key is None else key
     heads, n, channels = captured.query.shape[1:]
@@ -190,7 +190,7 @@ def measure(captured: Captured, tokens: int = 16) -> Properties:
 
     Args:
         captured: the layer; see ``capture``.
-        tokens: how many image tokens, evenly spread, are tried for integrity; each costs a map.
+        tokens: number of evenly spread image tokens to test for integrity; each costs a map.
     """
     check_int("tokens", tokens, 1, None, "to try for integrity")
     layout, start = captured.layout, captured.layout.image_start
@@ -234,7 +234,7 @@ def _ranks(to_image: Tensor) -> dict[str, Any]:
 
 
 def _in_raster(captured: Captured, tokens: Tensor) -> Tensor:
-    """``[1, heads, N, head_dim]`` in sequence order as ``[heads, N, head_dim]``, text first, then raster order."""
+    """Reorder ``[1, heads, N, head_dim]`` from sequence order to ``[heads, N, head_dim]``, text first, then raster order."""
     text, image = tokens[0].tensor_split([captured.layout.image_start], dim=1)
     return torch.cat([text, captured.plan.to_raster(image, dim=1)], dim=1)
 
@@ -257,7 +257,7 @@ def _intact(captured: Captured, whole: Tensor, tokens: int) -> float:
         key[:, :, start + int(place[token])] *= -1
         after = attention_map(captured, key)[:, start:]
         seen = bool((before[..., start + token].abs().amax() > 0) | (after[..., start + token].abs().amax() > 0))
-        # Of all other keys: those that have weight, and by what factor it changed. In proportion: the same for all.
+        # For all other keys with weight: the factor by which it changed. In proportion means the same factor for all.
         others = before.abs() > 1e-12 * before.abs().amax(-1, keepdim=True)
         others[..., start + token] = False
         factor = after / torch.where(others, before, 1)
@@ -271,10 +271,10 @@ def _intact(captured: Captured, whole: Tensor, tokens: int) -> float:
 def compare(
     model: nn.Module, call: Mapping[str, Any], layer: str, rows: Mapping[str, Mapping[str, Any]], tokens: int = 16
 ) -> dict[str, Properties]:
-    """Measure several mechanisms on the queries and keys that one layer of the dense model has in one call.
+    """Measure several mechanisms on the queries and keys of one layer of the dense model in one call.
 
     Args:
-        model: not transformed, or transformed; stays as it is.
+        model: transformed or not; it is not changed.
         call: keyword arguments of the model's call, one sample.
         layer: path of the attention module.
         rows: arguments of ``flexclear.transform`` by the row's title; ``{"r": None}`` is dense attention.
@@ -293,7 +293,7 @@ def compare(
 
 
 def table(rows: Mapping[str, Properties], near: int = 4) -> str:
-    """Markdown of what ``compare`` returns; ``near`` is the distance in tokens that counts as near."""
+    """Format the result of ``compare`` as Markdown. ``near`` is the distance in tokens that counts as near."""
     lines = [
         f"| attention | mass nearer than {near} tokens | mean distance / uniform | distance from softmax | numerical rank | "
         "effective rank | tokens in original form |",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flexclear.runtime.plan import Plan
 
 MAX_SCORES = 1 << 28
-"""Most scores that are computed at a time; more are taken in parts along the queries."""
+"""Maximum number of scores computed at a time; more are split along the queries."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SigmoidAttention(Formula):
 
 
 def sigmoid_attention(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The formula over ``[B, heads, N, head_dim]``; scores are formed in full, ``MAX_SCORES`` at a time."""
+    """The formula over ``[B, heads, N, head_dim]``. All scores are computed, ``MAX_SCORES`` at a time."""
     shift = math.log(key.shape[2])
     query = query.to(value.dtype) / math.sqrt(query.shape[-1])
     turned = key.to(value.dtype).transpose(2, 3)

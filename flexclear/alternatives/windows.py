@@ -1,6 +1,6 @@
 """The alternatives that are masks: a window per layer.
 
-Their published settings give every image query 256 image keys at 1024 px, beside all text.
+Their published settings give every image query 256 image keys at 1024 px, in addition to all text.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SwinAttention(WindowMechanism):
     """An image query sees its own square of a partition, which is shifted by half a square in every other layer
     (``flexclear.masks.Swin``).
 
-    Layers are counted from 0 through the whole model; those of odd numbers are shifted. A square cut off by the border
-    stays a square of its own: what Swin's cyclic shift and its mask do.
+    Layers are counted from 0 through the whole model; odd ones are shifted. A square that is cut off by the border stays
+    separate, as with Swin's cyclic shift and mask.
 
     Args:
         size: side in tokens; published: 16.
@@ -58,7 +58,7 @@ class NeighborhoodAttention(WindowMechanism):
     """An image query sees a square around it that is shifted inwards at the border (``flexclear.masks.Neighborhood``).
 
     Args:
-        kernel: side in tokens. The paper names no setting (it is in its Table 1 only); 16 gives as many keys as the
+        kernel: side in tokens. The paper names no setting (the mechanism is only in its Table 1); 16 gives as many keys as the
             others have.
     """
 

@@ -21,17 +21,17 @@ from flexclear.common.versions import versions
 logger = logging.getLogger("flexclear")
 
 ANSWER_SECONDS = 300
-"""In which a node must have looked at its files."""
+"""Seconds within which a node must have checked its files."""
 
 REACH_SECONDS = 5
-"""In which a cluster's address must take a connection."""
+"""Seconds within which a cluster's address must accept a connection."""
 
 LOCAL, FOUND = "local", "auto"
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine: its id, address, and how many CPUs and GPUs of it the cluster has."""
+    """One machine: its id, address, and how many of its CPUs and GPUs the cluster has."""
 
     id: str
     address: str
@@ -49,7 +49,7 @@ class Cluster:
 
     Attributes:
         ray: the module, connected.
-        nodes: that have room for one.
+        nodes: nodes that have room for an actor.
         gpus: whether each actor has a GPU.
     """
 
@@ -62,20 +62,20 @@ class Cluster:
         return "cuda" if self.gpus else "cpu"
 
     def actors(self, asked: int | None) -> int:
-        """How many there are: as asked for; else one per GPU, without GPUs one per node."""
+        """Number of actors: as requested; else one per GPU, or one per node without GPUs."""
         if asked is not None:
             return asked
         return int(sum(node.gpus for node in self.nodes)) if self.gpus else len(self.nodes)
 
     def resources(self, actors: int) -> dict[str, float]:
-        """What each of so many actors takes: a GPU, or an equal share of the CPUs, which is its number of threads."""
+        """Resources of each of ``actors`` actors: a GPU, or an equal share of the CPUs, which is its number of threads."""
         if self.gpus:
             return {"num_gpus": 1, "num_cpus": 0}
         share = min(sum(node.cpus for node in self.nodes) // actors, min(node.cpus for node in self.nodes))
         return {"num_cpus": max(1, int(share))}
 
     def label(self, node_id: str) -> str:
-        """A node as messages name it, one that came later too."""
+        """Name of a node in messages, also if it joined later."""
         found = next((node for node in (*self.nodes, *_nodes(self.ray)) if node.id == node_id), None)
         return f"node {node_id[:8]}" if found is None else found.label
 
@@ -83,13 +83,13 @@ class Cluster:
         """Ask every node whether it can do a job.
 
         Raises:
-            ValueError: one cannot; all of them are named, with all that hinders.
+            ValueError: a node cannot; the message names all such nodes with all reasons.
         """
         from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
         from ray.exceptions import GetTimeoutError, RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-        # A worker process that has looked ends: what it imported without a GPU is not for an actor that has one.
+        # A worker process ends after the check: what it imported without a GPU is no use to an actor with one.
         task = self.ray.remote(num_cpus=0, max_calls=1, max_retries=0)(probe.examine)
         register_pickle_by_value(probe)
         try:
@@ -115,16 +115,16 @@ class Cluster:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """The module ``ray``, connected to a cluster; afterwards it is not any more.
+    """Yield the module ``ray``, connected to a cluster; disconnect afterwards.
 
     Args:
-        address: ``HOST:PORT``; ``"auto"``: of the cluster that this machine is a node of; ``"local"``: one of this machine alone,
+        address: ``HOST:PORT``; ``"auto"``: the cluster that this machine is a node of; ``"local"``: one on this machine alone,
             started for the job.
 
     Raises:
         ImportError: Ray is not installed.
         OSError: there is no such cluster.
-        ValueError: this is no address.
+        ValueError: this is not an address.
     """
     check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -134,7 +134,7 @@ def connected(address: str) -> Iterator[Any]:
         raise ValueError("--ray: this process is connected to a Ray cluster already")
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        # What workers print would go to standard output, where results are.
+        # Otherwise, workers' prints would go to standard output, where results are.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise OSError(f"--ray {address}: this cluster cannot be used: {first_line(error)}") from error
@@ -151,11 +151,11 @@ def connected(address: str) -> Iterator[Any]:
 
 
 class _WithoutRay:
-    """A stream without what Ray writes, in a thread of its own and when it ends: it prints the end of a lost node's log on
-    standard output, where results are. Those lines are log records for ``--verbose``.
+    """A stream without Ray's output, which comes from a separate thread and at the end: Ray prints the end of a lost node's
+    log on standard output, where results are. Those lines become log records for ``--verbose``.
 
     Attributes:
-        ending: whether all that is written now is Ray's.
+        ending: whether everything written from now on is Ray's.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -175,16 +175,16 @@ class _WithoutRay:
 
 @contextlib.contextmanager
 def cluster_at(address: str, device: str) -> Iterator[Cluster]:
-    """A cluster that is connected, for a job on ``device``; see ``connected`` and ``cluster_of``."""
+    """Connect to a cluster for a job on ``device``; see ``connected`` and ``cluster_of``."""
     with connected(address) as ray:
         yield cluster_of(ray, device)
 
 
 def cluster_of(ray: Any, device: str) -> Cluster:
-    """Where a job on ``device`` (``"auto"``, ``"cuda"`` or ``"cpu"``) goes: with ``"auto"`` to GPUs where there are some.
+    """Where a job on ``device`` (``"auto"``, ``"cuda"`` or ``"cpu"``) runs. ``"auto"``: on GPUs if there are any.
 
     Raises:
-        ValueError: to nowhere.
+        ValueError: there is no suitable node.
     """
     nodes = _nodes(ray)
     with_gpus = tuple(node for node in nodes if node.gpus >= 1)
@@ -199,7 +199,7 @@ def cluster_of(ray: Any, device: str) -> Cluster:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -217,7 +217,7 @@ def _nodes(ray: Any) -> list[Node]:
 
 
 def check_address(address: str) -> None:
-    """Raise where there is no cluster, as far as that is known without Ray being imported.
+    """Raise if there is no cluster, as far as that can be known without importing Ray.
 
     Raises:
         ImportError, OSError, ValueError: see ``connected``.

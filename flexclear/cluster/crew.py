@@ -17,10 +17,10 @@ from flexclear.cluster.worker import Worker
 from flexclear.images.folder_settings import differences
 
 LOSSES = 5
-"""Times that one call, or one after the other without a call that succeeds, an actor may be lost before the job ends."""
+"""How often one call may lose its actor, or actors may be lost in a row without a successful call, before the job ends."""
 
 PLACING_SECONDS = 10
-"""That a job waits for room for all its actors before it begins with those that have found some."""
+"""Seconds that a job waits for room for all its actors before it begins with those that have some."""
 
 PLACING, LOADING, IDLE, WORKING = "placing", "loading", "idle", "working"
 
@@ -36,14 +36,14 @@ class _Member:
 def crew_for(
     job: Job, cluster: Cluster, actors: int | None, calls: int, say: Callable[[str], None]
 ) -> Iterator[tuple[Crew, dict[str, Any]]]:
-    """Actors of a cluster that have loaded a job, and what all of them tell of it; afterwards they are gone.
+    """Yield actors of a cluster that have loaded a job, and what all of them report; stop them afterwards.
 
     Args:
-        job: what.
-        cluster: where.
-        actors: how many; None: see ``Cluster.actors``.
-        calls: how many there are at most; of further actors there would be no use.
-        say: called with lines for people.
+        job: the job.
+        cluster: the cluster.
+        actors: number of actors; None: see ``Cluster.actors``.
+        calls: maximum number of calls; more actors than calls would be useless.
+        say: called with messages for the user.
 
     Raises:
         OSError, TypeError, ValueError: a node or actor cannot do this.
@@ -58,29 +58,29 @@ def crew_for(
 
 
 class Crew:
-    """Actors that have one call each at most. A call whose actor is lost is done by another one; what comes from an actor that
-    was given up is not taken. So no call is lost, and none counts twice.
+    """Actors with at most one call each. If an actor is lost, another one does its call, and nothing is accepted from an actor
+    that was given up. So no call is lost, and none counts twice.
 
-    Ray's own retries are off. They would repeat a call for as long as it kills its actor, and hold back the calls of a node
-    that is gone until another one comes.
+    Ray's own retries are off. They would repeat a call for as long as it kills its actor, and hold back the calls of a lost
+    node until another one joins.
 
     Args:
-        cluster: where.
-        job: what.
-        actors: how many.
-        say: called with lines for people.
+        cluster: the cluster.
+        job: the job.
+        actors: number of actors.
+        say: called with messages for the user.
     """
 
     def __init__(self, cluster: Cluster, job: Job, actors: int, say: Callable[[str], None]) -> None:
         self._cluster, self._job, self._say = cluster, job, say
         self._ray = cluster.ray
-        # SPREAD: over nodes as far as there is room.
+        # SPREAD: across nodes as far as there is room.
         self._kind = self._ray.remote(
             max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **cluster.resources(actors)
         )(Worker)
         self._job_ref = self._ray.put(job)
         self._count = actors
-        self._asked: dict[Any, _Member] = {}  # by the answer that is awaited
+        self._asked: dict[Any, _Member] = {}  # by the pending answer
         self._members: list[_Member] = []
         self._queue = Queue(())
         self._losses: Counter[str] = Counter()
@@ -90,10 +90,10 @@ class Crew:
         self._why = ""
 
     def start(self) -> dict[str, Any]:
-        """Place the actors and have them load; returns what all of them tell of their work.
+        """Place the actors and have them load; return what all of them report about their work.
 
         Raises:
-            OSError, TypeError, ValueError: an actor cannot do this, or not as another does it.
+            OSError, TypeError, ValueError: an actor cannot do this, or not in the same way as another.
             RuntimeError: actors are lost over and over, or any other failure in one.
         """
         for _ in range(self._count):
@@ -117,10 +117,10 @@ class Crew:
         return self._told
 
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Any]]:
-        """Do all calls; yields each with what came of it, in the order in which they end.
+        """Do all calls; yield each with its result, in the order in which they finish.
 
         Raises:
-            Exception: what a call raised.
+            Exception: whatever a call raised.
             RuntimeError: a call has lost its actor ``LOSSES`` times, or any other failure in an actor.
         """
         self._queue = Queue(calls)
@@ -145,7 +145,7 @@ class Crew:
         self._asked[member.actor.place.remote()] = member
 
     def _turn(self) -> Iterator[tuple[Call, Any]]:
-        """Wait a while for an answer; yields what a call has come to."""
+        """Wait a while for an answer; yield the result of a call."""
         from ray.exceptions import RayError, RayTaskError
 
         ready, _ = self._ray.wait(list(self._asked), num_returns=1, timeout=1)
@@ -192,7 +192,7 @@ class Crew:
         self._leave_out(member, failure)
 
     def _leave_out(self, member: _Member, failure: Exception) -> None:
-        """An actor cannot do the job: an error before work has begun; later the others go on without it."""
+        """An actor cannot do the job. Before work has begun, that is an error; later, the others continue without it."""
         self._drop(member)
         if not self._begun or not self._members:
             raise failure

@@ -25,13 +25,13 @@ Say = Callable[[str], None]
 
 
 def draw_data(plan: DataPlan, address: str, actors: int | None = None, say: Say = lambda text: None) -> Iterator[Drawn]:
-    """``flexclear.distill.drawing.draw_data`` on a cluster: the same files, in the order in which they are finished.
+    """``flexclear.distill.drawing.draw_data`` on a cluster: yields the same files, in the order in which they finish.
 
     Args:
-        plan: which images.
-        address: of ``flexclear.cluster.connection.connected``.
-        actors: how many; None: one per GPU, or without GPUs one per node.
-        say: called with lines for people.
+        plan: which images to draw.
+        address: see ``flexclear.cluster.connection.connected``.
+        actors: number of actors; None: one per GPU, or one per node without GPUs.
+        say: called with messages for the user.
 
     Raises:
         OSError, TypeError, ValueError: the cluster cannot be reached, a node or worker cannot do this, or the folder holds
@@ -64,10 +64,10 @@ class CachingJob:
     """Images and captions to encode.
 
     Attributes:
-        source: where they are, which every node must see.
-        model: whose encoders.
-        size, text_len: of ``flexclear.distill.caching.cache``.
-        device, dtype: of the encoders.
+        source: path of the images, which every node must see.
+        model: model whose encoders are used.
+        size, text_len: as in ``flexclear.distill.caching.cache``.
+        device, dtype: those of the encoders.
         files: fingerprint of the encoders' files.
     """
 
@@ -80,10 +80,10 @@ class CachingJob:
     files: tuple[str, ...]
 
     def look(self) -> tuple[str, ...]:
-        """Fingerprint of the encoders here.
+        """Fingerprint the encoders on this node.
 
         Raises:
-            FileNotFoundError: they, or the images, are not here.
+            FileNotFoundError: the encoders or the images are missing.
         """
         if not Path(self.source).expanduser().exists():
             raise FileNotFoundError(f"no folder of images and no .tar file at {self.source}")
@@ -93,7 +93,7 @@ class CachingJob:
         """Load the encoders.
 
         Raises:
-            OSError, ValueError: it cannot be done.
+            OSError, ValueError: they cannot be loaded.
         """
         pipe = load_pipeline(self.model, pipeline_folder(self.model), self.dtype, True)
         pipe.to(self.device)
@@ -109,7 +109,7 @@ class _Encoding:
         self.remarks: list[str] = []
 
     def run(self, payload: Part) -> bytes:
-        """The contents of a part's file."""
+        """Make the contents of a part's file."""
         return part_bytes(payload, self._encoder)
 
 
@@ -128,12 +128,12 @@ def cache(
     on_item: Callable[[int, int], None] = lambda done, total: None,
     say: Say = lambda text: None,
 ) -> Cached:
-    """``flexclear.distill.caching.cache`` on a cluster: the same files. An actor encodes a file of the cache at a time.
+    """``flexclear.distill.caching.cache`` on a cluster: the same files. Each actor encodes one file of the cache at a time.
 
     Args:
-        source, model, out, size, text_len, shard_size, on_item, say: see there.
+        source, model, out, size, text_len, shard_size, on_item, say: as there.
         address, actors: see ``draw_data``.
-        device, dtype: as ``--device`` and ``--dtype`` name them.
+        device, dtype: as in ``--device`` and ``--dtype``.
 
     Raises:
         See there and ``draw_data``.

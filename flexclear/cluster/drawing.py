@@ -28,14 +28,14 @@ class DrawingJob:
 
     Attributes:
         settings: what to draw; the device is that of every worker.
-        files: of ``flexclear.generation.check.Setup.fingerprints``.
+        files: fingerprints, see ``flexclear.generation.check.Setup.fingerprints``.
     """
 
     settings: GenerateSettings
     files: tuple[str, ...]
 
     def look(self) -> tuple[str, ...]:
-        """Fingerprints of the files here.
+        """Fingerprint the files on this node.
 
         Raises:
             OSError, ValueError: one is missing or damaged.
@@ -63,7 +63,7 @@ class DrawingJob:
 
         remarks: list[str] = []
         with tempfile.TemporaryDirectory() as folder:
-            # Nothing is written here; a video's format depends on how its target is called.
+            # Nothing is written here, but a video's format depends on its target's name.
             out = Path(folder) / (self.settings.out.name or "images")
             out.mkdir()
             settings = replace(self.settings, out=out, overwrite=False, resume=False)
@@ -81,23 +81,23 @@ class _Drawing:
         self.told, self.remarks = drawer.told, remarks
 
     def run(self, payload: Sequence[Wish]) -> list[Any]:
-        """``flexclear.generation.generate.Made`` of each wish."""
+        """Draw the wishes; return a ``flexclear.generation.generate.Made`` for each."""
         return list(self._drawer.draw(payload))
 
 
 def job_of(settings: GenerateSettings, setup: Setup, cluster: Cluster) -> DrawingJob:
-    """Images as workers of a cluster draw them.
+    """Make the job for workers of a cluster.
 
     Args:
         settings: what to draw.
-        setup: of ``check_here``.
-        cluster: where.
+        setup: from ``check_here``.
+        cluster: the cluster.
     """
     return DrawingJob(replace(settings, device=cluster.device), setup.fingerprints)
 
 
 def calls_of(groups: Iterable[Sequence[Wish]]) -> list[Call]:
-    """Images that are drawn at once, as calls of ``DrawingJob``."""
+    """Turn groups of images that are drawn together into calls of ``DrawingJob``."""
     return [
         Call(_name(group), group[0].size, len(group) * math.prod(group[0].size or (1,)), tuple(group))
         for group in groups
@@ -110,10 +110,10 @@ def _name(wishes: Sequence[Wish]) -> str:
 
 
 def check_here(settings: GenerateSettings, videos: bool = True) -> Setup:
-    """``flexclear.generation.check.check`` for what other machines draw: here there need be no GPU.
+    """``flexclear.generation.check.check`` for images drawn on other machines: this one needs no GPU.
 
     Raises:
-        See there; and ValueError: an option does not go with a cluster.
+        See there; and ValueError: an option does not work with a cluster.
     """
     from flexclear.generation.check import check
 
@@ -126,10 +126,10 @@ def check_here(settings: GenerateSettings, videos: bool = True) -> Setup:
 
 
 def check_device(device: str) -> None:
-    """Raise for a ``--device`` that is not the cluster's to choose.
+    """Raise for a ``--device`` that leaves the cluster no choice.
 
     Raises:
-        ValueError: it names one of several, or another kind.
+        ValueError: it names one device of several, or another kind.
     """
     if device not in DEVICES:
         raise ValueError(
@@ -145,15 +145,15 @@ def draw(
     say: Callable[[str], None] = lambda text: None,
     on_kept: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[Drawn]:
-    """``flexclear.generation.generate.load`` and ``draw`` on a cluster: the same files, in the order in which they are finished.
+    """``flexclear.generation.generate.load`` and ``draw`` on a cluster: the same files, in the order in which they finish.
 
     Args:
         settings: what to draw.
-        setup: of ``check_here``.
-        address: of ``flexclear.cluster.connection.connected``.
-        actors: how many; None: one per GPU, or without GPUs one per node.
-        say: called with lines for people.
-        on_kept: called with the path of each image that is finished already.
+        setup: from ``check_here``.
+        address: see ``flexclear.cluster.connection.connected``.
+        actors: number of actors; None: one per GPU, or one per node without GPUs.
+        say: called with messages for the user.
+        on_kept: called with the path of each image that is already finished.
 
     Raises:
         OSError, TypeError, ValueError: the cluster cannot be reached, or a node or worker cannot do this.
@@ -175,7 +175,7 @@ def draw(
             for path in kept.values():
                 on_kept(path)
         elif not target.is_file and not target.overwrite:
-            # Images come in any order, and have the numbers that they would have had one after the other.
+            # Images arrive in any order, but have the numbers that they would have had in sequence.
             target = replace(target, first=max((number for number, _ in numbered(target.path)), default=0) + 1)
         left = [wish for wish in wishes if wish.number not in kept]
         for _, made in crew.run(calls_of(in_calls(left, settings.batch))):

@@ -1,4 +1,4 @@
-"""What a job is to the cluster: something that nodes can be asked about, and that a worker opens."""
+"""The interface of a job: nodes can check it, and a worker opens it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 
 class Work(Protocol):
-    """A job in a worker, its pipeline loaded.
+    """A job in a worker, with its pipeline loaded.
 
     Attributes:
-        told: what must be equal in all workers, as JSON can hold it.
-        remarks: lines for people.
+        told: what must be equal in all workers, in a form that JSON can hold.
+        remarks: messages for the user.
     """
 
     told: dict[str, Any]
@@ -21,17 +21,17 @@ class Work(Protocol):
 
 
 class Job(Protocol):
-    """A job as it travels to the nodes.
+    """A job as it is sent to the nodes.
 
     Attributes:
-        files: what ``look`` returns where the files are those of the process that has the job.
+        files: what ``look`` returns if a node's files match those of the process that owns the job.
     """
 
     @property
     def files(self) -> tuple[str, ...]: ...
 
     def look(self) -> tuple[str, ...]:
-        """Fingerprints of the files that the job reads, on a node; raises for what is missing there. Imports little."""
+        """Fingerprint the job's files on a node; raise if some are missing there. Imports little."""
 
     def open(self) -> Work:
         """Check what depends on the device, and load."""

@@ -1,4 +1,4 @@
-"""What a node says of itself. Its functions travel by value: the package need not be there."""
+"""Checks run on a node. The functions are sent by value, since the package may be missing there."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def examine(job: bytes, folder: str, wanted: dict[str, str]) -> list[str]:
-    """What hinders a job on this node; empty: nothing.
+    """Reasons why this node cannot do a job; empty if there are none.
 
     Args:
-        job: pickled.
-        folder: the working directory, from which relative paths count.
-        wanted: versions of the process that has the job.
+        job: the pickled job.
+        folder: the working directory, from which relative paths are resolved.
+        wanted: versions of the process that owns the job.
     """
     import pickle
     import sys

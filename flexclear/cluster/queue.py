@@ -1,4 +1,4 @@
-"""Calls that wait for a worker, by what masks and graphs depend on: a worker stays with the sizes that it has them for."""
+"""Calls that wait for a worker, grouped by what masks and graphs depend on, so that workers can reuse theirs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Call:
-    """What a worker does at once.
+    """What a worker does at a time.
 
     Attributes:
-        name: for people.
-        key: what masks and graphs depend on: of equal ones they are shared.
-        cost: relative to that of other calls.
-        payload: for the worker.
+        name: for messages.
+        key: what masks and graphs depend on; calls with equal keys share them.
+        cost: cost relative to other calls.
+        payload: input for the worker.
     """
 
     name: str
@@ -26,11 +26,11 @@ class Call:
 
 
 class Queue:
-    """Who does what next. Workers are any hashable objects.
+    """Decides who does what next. Workers are any hashable objects.
 
-    A worker keeps its key while calls with that key remain. Then it takes a key that nobody works on, the one with the most work
-    first. Only then does it help others, and not where each of them has at most one call left: they have compiled already, and it
-    would have to compile first.
+    A worker keeps its key while calls with that key remain. Then it takes a key that nobody works on, the one with the most
+    work first. Only then does it help others, unless each of them has at most one call left: they have already compiled, while
+    it would have to compile first.
     """
 
     def __init__(self, calls: Iterable[Call]) -> None:
@@ -43,11 +43,11 @@ class Queue:
 
     @property
     def unfinished(self) -> int:
-        """Calls that wait or are being done."""
+        """Number of calls that are waiting or running."""
         return sum(map(len, self._waiting.values())) + len(self._busy)
 
     def take(self, worker: Hashable) -> Call | None:
-        """The next call of an idle worker; None where there is nothing for it now. Later there may be: ask again."""
+        """The next call for an idle worker; None if there is nothing for it now. Ask again later."""
         key = self._choose(worker)
         if key is None:
             return None
@@ -58,13 +58,13 @@ class Queue:
         return call
 
     def finished(self, worker: Hashable) -> Call:
-        """A worker has done its call, which it returns."""
+        """Record that a worker has done its call; return the call."""
         call = self._busy.pop(worker)
         self._warm[worker].add(call.key)
         return call
 
     def lost(self, worker: Hashable) -> Call | None:
-        """A worker is gone; its call, which it returns, waits again and is the next of its key."""
+        """Record that a worker is lost. Its call, which is returned, waits again as the next one with its key."""
         self._warm.pop(worker, None)
         self._last.pop(worker, None)
         call = self._busy.pop(worker, None)

@@ -9,13 +9,13 @@ from flexclear.cluster.job import Job, Work
 
 
 def enter(folder: str) -> None:
-    """Make the driver's working directory this process's, where a node has it: relative paths then mean the same files."""
+    """Change to the driver's working directory if the node has it, so that relative paths mean the same files."""
     if os.path.isdir(folder):
         os.chdir(folder)
 
 
 class Worker:
-    """Holds a job with its pipeline, and does one call after the other.
+    """Holds a job with its pipeline, and does one call at a time.
 
     Args:
         folder: see ``enter``.
@@ -26,13 +26,13 @@ class Worker:
         self._work: Work | None = None
 
     def place(self) -> str:
-        """Id of the node; answered as soon as the cluster has found room."""
+        """Id of the node. Answers as soon as the cluster has room."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
 
     def prepare(self, job: Job) -> tuple[dict[str, Any], list[str]]:
-        """Load; returns what must be equal in all workers, and lines for people."""
+        """Load; return what must be equal in all workers, and messages for the user."""
         self._work = job.open()
         return self._work.told, self._work.remarks
 

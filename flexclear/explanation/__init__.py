@@ -40,15 +40,15 @@ def explain(
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
-    """Describe what will happen, before anything runs. ``print`` the result.
+    """Describe what will happen before anything runs. ``print`` the result.
 
-    ``explain(height, width, r)``: what a window of radius r costs for an image of that many pixels, or with ``num_frames=`` and
-    ``frame_radius=`` for a video; arguments as in ``flexclear.explanation.window.explain_window``.
+    ``explain(height, width, r)``: what a window of radius r costs for an image of that many pixels, or for a video with
+    ``num_frames=`` and ``frame_radius=``. For the arguments, see ``flexclear.explanation.window.explain_window``.
 
     ``explain(model_or_pipe)``: what each attention layer of a model does, transformed or not; with ``height=`` and
     ``width=`` in pixels (and ``text_len=``, 512 by default) also what that costs. The size of a token in pixels comes from a
-    pipeline's VAE, or for a model alone from the VAE that its family was published with (16 pixels a side). For a video model,
-    costs also need ``num_frames=``, the frames of the video. If a pipeline has two transformers, both are explained.
+    pipeline's VAE, or for a bare model from the VAE that its family was published with (16 pixels a side). For a video model,
+    costs also need ``num_frames=``. If a pipeline has two transformers, both are explained.
 
     >>> print(explain(1024, 1024, r=16))                            # doctest: +ELLIPSIS
     64 x 64 image tokens and 512 of text (text first), window radius 16, tiled order, blocks 128 x 64

@@ -28,9 +28,9 @@ class LayerExplanation:
         scope: which tokens it attends over (``"joint"``: text and image).
         window: its window; None: dense.
         processor: class of its attention processor.
-        cost: of its window at the requested size; None without a size, and for attention over reference images only.
+        cost: cost of the window at the requested size; None without a size, and for attention over reference images only.
         formula: the formula that replaces softmax over a mask (``flexclear.alternatives``), or None.
-        flops: of its attention at that size; 0 without one.
+        flops: FLOPs of its attention at that size; 0 without one.
     """
 
     name: str
@@ -51,13 +51,13 @@ class ModelExplanation:
     """What every attention layer of a model does. ``print`` it.
 
     Attributes:
-        model: class of the model.
+        model: the model's class.
         settings: lines about what applies to all layers; empty for a model that is not transformed.
         layers: in the order of the forward pass.
         size: the image that costs are for, as text; empty without one.
-        seconds: of a step at that size, predicted; None without a size, and where a formula attends.
+        seconds: predicted times of a step at that size; None without a size, or if a layer attends by a formula.
         rates: what the prediction is based on; None without one.
-        others: the same for the pipeline's second transformer, which runs in the steps that this one does not; else empty.
+        others: the same for the pipeline's second transformer, which runs in the other steps; empty if there is none.
     """
 
     model: str
@@ -121,7 +121,7 @@ def _title(run: list[LayerExplanation]) -> str:
 
 
 def _parts(path: str) -> tuple[str, str, str]:
-    """Stack, number of the block and name of the module, of an attention layer's path."""
+    """Split an attention layer's path into stack, block number and module name."""
     stack, number, name = path.rsplit(".", 2)
     return stack, number, name
 
@@ -137,11 +137,11 @@ def explain_model(
     num_frames: int | None = None,
     frames: int | None = None,
 ) -> ModelExplanation:
-    """The explanation of ``model``; ``height`` and ``width`` in pixels, both or neither, ``px`` of them per token and side, and
-    ``num_frames`` of a video, which are ``frames`` in tokens.
+    """Explain ``model``. ``height`` and ``width`` are in pixels, both or neither, with ``px`` per token and side. For a video,
+    ``num_frames`` are ``frames`` in tokens.
 
     Raises:
-        TypeError, ValueError: a size makes no sense, or only one is given.
+        TypeError, ValueError: a size is invalid, or only one is given.
     """
     if (height is None) != (width is None):
         raise ValueError(f"pass height and width in pixels, or neither; got height={height!r} and width={width!r}")
@@ -192,7 +192,7 @@ def explain_model(
 
 
 def _size(pixels: tuple[int | None, ...], tokens: tuple[int, ...], text_len: int, joins: bool) -> str:
-    """The size that costs are for, in words: frames of a video, height and width."""
+    """Describe the size that costs are for: frames of a video, height and width."""
     beside = f"{text_len} of text" + ("" if joins else " by cross-attention")
     frames, height, width = pixels
     if frames is None:
@@ -204,7 +204,7 @@ def _size(pixels: tuple[int | None, ...], tokens: tuple[int, ...], text_len: int
 def _predict(
     model: nn.Module, family: Any, layers: list[LayerExplanation], image_len: int, text_len: int
 ) -> tuple[Seconds | None, Rates | None]:
-    """A step of one sample, by the rates of where the model is; nothing where a formula attends, which has none."""
+    """Predict a step of one sample from the rates of the model's device; None if a formula attends, which has no rates."""
     spent = [layer for layer in layers if layer.cost is not None]
     if any(layer.formula is not None for layer in layers) or not spent:
         return None, None
@@ -221,7 +221,7 @@ def _predict(
 
 
 def _block_size(model: nn.Module, entry: EntryHook, layout: Layout) -> tuple[int, int]:
-    """The blocks that attention without gradients has where the model is."""
+    """Block size of attention without gradients on the model's device."""
     parameter = next(model.parameters())
     kernel = entry.settings.kernel("flex", parameter.device, parameter.dtype, layout.seq_len, backward=False)
     return kernel.block_size

@@ -1,4 +1,4 @@
-"""What a window does at one resolution, in numbers, before anything runs."""
+"""What a window does at one resolution, in numbers, without running anything."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CHANNELS, HEAD_DIM = 3072, 128
 """Of FLUX.1."""
 
 TEXT_LEN = 512
-"""Text tokens of FLUX.1. A video's are none, as in Wan, where text reaches a video by cross-attention."""
+"""Text tokens of FLUX.1. Videos have none, as in Wan, where text reaches a video by cross-attention."""
 
 FRAMES_PER_TOKEN = 4
-"""Frames that the VAE of Wan, HunyuanVideo and CogVideoX makes one of, after the first."""
+"""Number of frames that the VAE of Wan, HunyuanVideo and CogVideoX merges into one, after the first."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Explanation:
         layout: the sequence.
         window: the window.
         block_size: tokens per (query, key-value) block.
-        cost: in the layout's own order.
-        raster_cost: with tokens row by row in 128 x 128 blocks, as in the paper's code.
-        rates: what times are predicted from.
-        num_frames: of a video, before the VAE; None for an image.
+        cost: cost in the layout's own order.
+        raster_cost: cost with tokens row by row in 128 x 128 blocks, as in the paper's code.
+        rates: rates that times are predicted from.
+        num_frames: frames of a video, before the VAE; None for an image.
     """
 
     layout: Layout
@@ -57,7 +57,7 @@ class Explanation:
 
     @property
     def layer(self) -> Seconds:
-        """A layer of a step: attention, and the projections and MLP of a layer of this width, for text and image."""
+        """Predicted times of one layer: attention, and projections and MLP of this width, for text and image."""
         return layer_seconds(self.cost, self.rates)
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ class Explanation:
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> Path:
-        """Draw one query's window and the block map into a PNG file; returns its path."""
+        """Draw one query's window and the block map into a PNG file; return its path."""
         path = Path(path)
         pairs = block_pairs(self.layout, self.window, self.block_size)
         window = window_picture(self.layout, self.window)
@@ -121,7 +121,7 @@ def resolution_table(
     channels: int = CHANNELS,
     sides: Sequence[int] = (512, 1024, 2048, 4096, 8192),
 ) -> str:
-    """Density, work and predicted gain for square images as a Markdown table, and the size from which there is a gain.
+    """Density, work and predicted gain for square images as a Markdown table, and the size from which windows gain.
 
     Args:
         r: window radius in tokens.
@@ -161,7 +161,7 @@ def resolution_table(
 
 
 def layer_seconds(spent: Cost, rates: Rates) -> Seconds:
-    """A layer of a transformer under a window, by ``rates``: 12 parameters per squared channel besides attention."""
+    """Predict a transformer layer under a window: 12 parameters per squared channel besides attention."""
     tokens = math.isqrt(spent.dense_pairs)
     linears = 2 * LINEAR_PARAMETERS * spent.channels**2 * tokens
     return Seconds(rates.windowed_s(spent), rates.dense_s(spent), rates.rest_s(linears, tokens * spent.channels))
@@ -176,7 +176,7 @@ def _rates() -> Rates:
 
 
 def _block_size(layout: Layout, r: int, rates: Rates) -> tuple[int, int]:
-    """The blocks that attention without gradients has where the rates are of: here, or on a GPU."""
+    """Block size of attention without gradients on the device that the rates are for: this one, or a GPU."""
     if rates in PUBLISHED.values():
         return default_block_size(layout.seq_len)
     return choose_tuned(_device(), torch.bfloat16, HEAD_DIM, reach=r, seq_len=layout.seq_len).block_size
@@ -204,11 +204,11 @@ def explain_window(
     ...
 
     Args:
-        height, width: image size in pixels; a remainder below ``px_per_token`` is cut off, as pipelines do.
+        height, width: image size in pixels; a remainder below ``px_per_token`` is cut off, as in pipelines.
         r: window radius in tokens.
         num_frames: frames of a video, before the VAE; None: an image.
         frame_radius: for a video, as in ``flexclear.transform``: frames after the VAE on either side, or ``"all"``.
-        frames_per_token: how many frames after the first the VAE turns into one: 4, for LTX 8.
+        frames_per_token: number of frames after the first that the VAE merges into one: 4, or 8 for LTX.
         text_len: text tokens in attention's sequence: 512 for FLUX.1, 333 for SD3, none for Wan. By default 512, or 0 for a
             video.
         text_first: whether text precedes the image.
@@ -241,13 +241,13 @@ def explain_window(
 
 
 def frames_after_vae(num_frames: int, frames_per_token: int) -> int:
-    """Frames after a VAE that makes one of the first and one of every ``frames_per_token`` after it.
+    """Number of frames after a VAE that makes one of the first frame and one of every ``frames_per_token`` after it.
 
     >>> frames_after_vae(81, 4)
     21
 
     Raises:
-        TypeError, ValueError: it takes no such number; the message names the nearest ones.
+        TypeError, ValueError: it does not take this number; the message names the nearest ones.
     """
     check_int("frames_per_token", frames_per_token, 1, None)
     check_int("num_frames", num_frames, 1, None, "before the VAE")
@@ -262,10 +262,10 @@ def frames_after_vae(num_frames: int, frames_per_token: int) -> int:
 
 
 def _window(r: int, num_frames: int | None, frames: int, frame_radius: int | str | None) -> Window:
-    """The window of a radius, in the frames that it is seen in.
+    """Make the window of a radius, over the frames that it covers.
 
     Raises:
-        TypeError, ValueError: these are not said, or make no sense.
+        TypeError, ValueError: the frames are not given, or are invalid.
     """
     if num_frames is None:
         if frame_radius is not None:

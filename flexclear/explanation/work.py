@@ -1,4 +1,4 @@
-"""The work of a step outside attention, counted off a model's linears."""
+"""The work of a step outside attention, counted from a model's linear layers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _TEXT = re.compile(r"add_|_add|context|txt|encoder|caption|cap_", re.IGNORECASE)
 
 
 def linear_flops(model: nn.Module, family: Any, image_len: int, text_len: int) -> int:
-    """FLOPs of all linears in one step of one sample.
+    """FLOPs of all linear layers in one step of one sample.
 
-    A block with linears of their own for text has its other ones over image tokens alone, a block without has them over both.
-    Where text is reached by cross-attention, that has keys and values of it alone. What modulates blocks runs once a sample, and
-    sound, of which there is little, counts like it. Which is which is read off the names that diffusers gives. All experts of a
-    mixture count as if they ran.
+    In a block with separate linear layers for text, the others run over image tokens only; in a block without, over both. With
+    cross-attention to text, its keys and values are of text only. Layers that modulate blocks run once per sample. Sound counts
+    the same way, as there is little of it. The kind of each layer is read from diffusers' names. All experts of a mixture count
+    as if they ran.
 
     Args:
         model: the transformer, with weights or without.
         family: its family.
-        image_len, text_len: tokens.
+        image_len, text_len: numbers of tokens.
     """
     stacks = tuple(f"{path}." for path in family.stacks)
     total = 0
@@ -52,7 +52,7 @@ def linear_flops(model: nn.Module, family: Any, image_len: int, text_len: int) -
 
 
 def _block_of(name: str, stacks: tuple[str, ...]) -> str | None:
-    """Path of the block of a stack that a module is in, or None."""
+    """Path of the stack block that contains a module, or None."""
     stack = next((one for one in stacks if name.startswith(one)), None)
     if stack is None:
         return None

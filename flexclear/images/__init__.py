@@ -1,1 +1,1 @@
-"""Images on disk: read safely, written whole, numbered, put side by side."""
+"""Images on disk: safe reading, atomic writing, numbering, contact sheets."""

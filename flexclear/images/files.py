@@ -1,4 +1,4 @@
-"""Images and videos on disk that carry their settings: text chunks, file names, and no file overwritten by accident."""
+"""Images and videos on disk that contain their settings: text chunks, file names, and protection from overwriting."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CHUNK = "flexclear"
 """Name of the text chunk that holds settings and versions in JSON."""
 
 READABLE_CHUNK = "parameters"
-"""Name of the text chunk that holds the same for people; other programs write and show one of this name."""
+"""Name of the text chunk with the same in readable form, which other programs also write and show."""
 
 SUFFIXES = (".png", ".gif", ".mp4")
-"""Of files that carry settings: an image, and videos."""
+"""Suffixes of files that contain settings: an image's, and videos'."""
 
 FRAME = "frame_{:04d}.png"
-"""Name of a frame, from 1, of a video that is a folder of them."""
+"""Name of a frame, counted from 1, of a video that is a folder of frames."""
 
 OTHER_FORMATS = (
     ".jpg",
@@ -51,7 +51,7 @@ SLUG_LENGTH = 48
 
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file name: lower-case letters and digits of any script, joined by hyphens, cut at words."""
+    """A prompt as part of a file name: lower-case letters and digits of any script, joined by hyphens, truncated at a word."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
     text = ""
     for word in words:
@@ -62,12 +62,12 @@ def slug(prompt: str) -> str:
 
 
 def settings_text(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """What a file carries for ``read_settings``, in ASCII."""
+    """The text in a file that ``read_settings`` reads, in ASCII."""
     return json.dumps({"settings": dict(settings), "versions": dict(versions)})
 
 
 def png_bytes(picture: Image.Image, settings: Mapping[str, Any], versions: Mapping[str, str]) -> bytes:
-    """An image as PNG with its settings, among them ``prompt``, in text chunks. Equal arguments give equal bytes."""
+    """Encode an image as PNG with its settings, including ``prompt``, in text chunks. Equal arguments give equal bytes."""
     info = PngInfo()
     info.add_text(CHUNK, settings_text(settings, versions))
     rest = {name: value for name, value in settings.items() if name != "prompt" and value is not None}
@@ -83,12 +83,12 @@ def png_bytes(picture: Image.Image, settings: Mapping[str, Any], versions: Mappi
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """``{"settings": ..., "versions": ...}`` of a PNG, GIF or MP4 that flexclear wrote, or of a folder of a video's frames.
+    """Read ``{"settings": ..., "versions": ...}`` from a PNG, GIF or MP4 that flexclear wrote, or a folder of video frames.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: an MP4, and PyAV is not installed.
-        ValueError: it is of another kind, is damaged, or carries no settings of flexclear.
+        ImportError: it is an MP4, and PyAV is not installed.
+        ValueError: it is of another kind, is damaged, or contains no settings of flexclear.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -117,10 +117,10 @@ class Target:
     Attributes:
         path: a folder, or a file for one image.
         is_file: which of the two.
-        overwrite: replace files that are there. Without it a folder's images are numbered on from the highest number
-            in it, and a file that exists is an error.
-        first: number of a resumed set's first image in its folder; None: of no resumed set.
-        suffix: of each file in the folder; empty: a folder of frames each.
+        overwrite: replace existing files. Without it, numbers in a folder continue from its highest one, and an existing file
+            is an error.
+        first: number of a resumed set's first image in its folder; None if no set is resumed.
+        suffix: suffix of each file in the folder; empty: each is a folder of frames.
     """
 
     path: Path
@@ -131,7 +131,7 @@ class Target:
 
     @classmethod
     def of(cls, out: Path, pictures: int, overwrite: bool, resume: bool = False, suffix: str = ".png") -> Target:
-        """The target that ``out`` names: a file if it ends in ``suffix`` and is not a folder, else a folder, made if missing.
+        """The target that ``out`` names: a file if it ends in ``suffix`` and is not a folder; else a folder, made if missing.
 
         ``resume`` permits an existing file; ``flexclear.generation.resuming`` compares it with what was requested.
 
@@ -160,15 +160,15 @@ class Target:
         return cls(out, is_file, overwrite, suffix=suffix)
 
     def write(self, number: int, prompt: str, content: bytes | Mapping[str, bytes]) -> Path:
-        """Write image ``number`` of a run, from 1; it appears whole or not at all. Returns its path.
+        """Write image ``number`` of a run, counted from 1, atomically. Return its path.
 
         Args:
-            number: of the image.
-            prompt: for its name.
-            content: of a file, or by name of the files of a folder.
+            number: number of the image.
+            prompt: prompt for the file name.
+            content: contents of the file, or of the files of a folder by name.
 
         Raises:
-            FileExistsError: someone else has written the file ``path`` since.
+            FileExistsError: another process has written the file ``path`` since.
         """
         if self.is_file:
             return write_whole(self.path, content, self.overwrite)
@@ -189,15 +189,14 @@ class Target:
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Number and path of the images and videos of ``flexclear generate`` in a folder, by number."""
+    """Number and path of the images and videos of ``flexclear generate`` in a folder, sorted by number."""
     ours = (entry for entry in folder.iterdir() if entry.suffix in SUFFIXES or (entry / FRAME.format(1)).is_file())
     found = ((re.match(r"(\d+)_", entry.name), entry) for entry in ours)
     return sorted((int(match[1]), entry) for match, entry in found if match)
 
 
 def write_whole(path: Path, content: bytes | Mapping[str, bytes], overwrite: bool) -> Path:
-    """Write a file, or a folder of files by name, that appears whole or not at all; without ``overwrite`` a FileExistsError if
-    it is there already."""
+    """Write a file, or a folder of files by name, atomically. Without ``overwrite``, raise FileExistsError if it exists."""
     if isinstance(content, Mapping):
         with whole_folder(path, overwrite) as beside:
             for name, part in content.items():

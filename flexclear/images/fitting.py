@@ -1,15 +1,15 @@
-"""Images that are given to a model: on white, scaled and cut to a size."""
+"""Prepares images for a model: put on white, scaled and cropped to a size."""
 
 from __future__ import annotations
 
 from PIL import Image
 
 LARGEST_SCALED = 1 << 26
-"""Pixels that an image may have before it is cut, unless the cut is as large: a narrow one is enlarged without bounds."""
+"""Maximum pixels before cropping, unless the crop is as large, since a narrow image could grow without bounds."""
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """The image in RGB; what is transparent lies on white."""
+    """The image in RGB, with transparent parts on white."""
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -17,10 +17,10 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def fitted(picture: Image.Image, size: tuple[int, int] | None, multiple: int) -> Image.Image:
-    """Scaled to cover ``size`` and cut around the middle; None: cut to multiples of ``multiple``.
+    """Scale to cover ``size`` and center-crop; None: crop to multiples of ``multiple``.
 
     Raises:
-        ValueError: the image is smaller than ``multiple``, or so narrow that scaled it would be huge.
+        ValueError: the image is smaller than ``multiple``, or so narrow that it would be huge when scaled.
     """
     if size is None:
         height, width = (side // multiple * multiple for side in (picture.height, picture.width))

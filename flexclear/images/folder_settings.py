@@ -1,4 +1,4 @@
-"""The settings with which a folder's images were drawn, stored beside them: images with other settings are never mixed in."""
+"""The settings that a folder's images were drawn with, stored beside them, so that images are never mixed with others."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FILE = "settings.json"
 def keep_settings(folder: Path, settings: Mapping[str, Any], others: str) -> None:
     """Write ``settings.json`` into a folder that has none; an existing one must hold the same settings.
 
-    Of several processes that begin together, one writes it and the others compare.
+    If several processes begin together, one writes it and the others compare.
 
     Args:
         folder: for the images; made if missing.
-        settings: everything that the images depend on, as JSON can hold it or by ``str``.
-        others: what may be done instead, for the message.
+        settings: everything that the images depend on; stored as JSON, or with ``str``.
+        others: what the user can do instead, for the message.
 
     Raises:
         ValueError: the folder holds images with other settings, images without settings, or a damaged ``settings.json``.
@@ -46,7 +46,7 @@ def keep_settings(folder: Path, settings: Mapping[str, Any], others: str) -> Non
 
 
 def differences(known: Any, told: Any, where: str = "") -> list[str]:
-    """What differs between two objects of JSON: ``"base.steps was 4, is 5"``; long values are cut."""
+    """Differences between two JSON objects, as ``"base.steps was 4, is 5"``. Long values are shortened."""
     if not isinstance(known, Mapping) or not isinstance(told, Mapping):
         old, new = (text if len(text := json.dumps(value)) <= 80 else f"{text[:77]}..." for value in (known, told))
         return [f"{where.rstrip('.')} was {old}, is {new}"]

@@ -1,4 +1,4 @@
-"""Reads images that other programs wrote: any fault in a file is a single ``ValueError`` that names it."""
+"""Reads images that other programs wrote. Any fault in a file becomes one ``ValueError`` that names the file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flexclear.common.extras import require
 
 
 def read_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """A decoded image, in the mode that the file has.
+    """Decode an image, in the file's own mode.
 
     Args:
-        source: a file, or what is in one.
-        name: for the message; the path by default.
+        source: a file, or the contents of one.
+        name: name for the message; by default the path.
 
     Raises:
         MemoryError: it has more pixels than fit into memory.
@@ -32,19 +32,19 @@ def read_image(source: Path | bytes, name: str | None = None) -> Image.Image:
 
 
 def read_own_png(content: bytes, name: object) -> Image.Image:
-    """A PNG that is known to be our own, by its digest: it may have any number of pixels.
+    """Decode a PNG that its digest shows to be our own, so that it may have any number of pixels.
 
     Raises:
         ValueError: it is damaged.
     """
-    # Pillow's limit on pixels is that of Image.open.
+    # Pillow's limit on pixels applies only to Image.open.
     with _decoding(name), PngImageFile(io.BytesIO(content)) as opened:
         opened.load()
         return opened
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image, whose pixels are not decoded.
+    """(width, height) of an image, without decoding its pixels.
 
     Raises:
         OSError: the file cannot be read.
@@ -55,7 +55,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def png_text(path: Path, chunk: str) -> str | None:
-    """A text chunk of a PNG that comes before the pixels, which are not decoded; None if there is none.
+    """A text chunk before the pixels of a PNG, without decoding these; None if there is none.
 
     Raises:
         OSError: the file cannot be read.
@@ -67,7 +67,7 @@ def png_text(path: Path, chunk: str) -> str | None:
 
 
 def gif_comment(path: Path) -> str | None:
-    """The comment of a GIF that comes before its pixels, which are not decoded; None if there is none.
+    """The comment before the pixels of a GIF, without decoding these; None if there is none.
 
     Raises:
         OSError: the file cannot be read.
@@ -79,7 +79,7 @@ def gif_comment(path: Path) -> str | None:
 
 
 def mp4_comment(path: Path) -> str | None:
-    """The comment of an MP4 file, of which no frame is decoded; None if there is none.
+    """The comment of an MP4 file, without decoding frames; None if there is none.
 
     Raises:
         ImportError: PyAV is not installed.
@@ -103,7 +103,7 @@ def _stream(source: Path | bytes) -> Path | io.BytesIO:
 
 @contextlib.contextmanager
 def _decoding(name: object) -> Iterator[None]:
-    # Pillow's decoders raise whatever a damaged file leads them to: struct.error, zlib.error, IndexError, ...
+    # On a damaged file, Pillow's decoders may raise anything: struct.error, zlib.error, IndexError, ...
     try:
         yield
     except MemoryError as error:
@@ -112,6 +112,6 @@ def _decoding(name: object) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         cause = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # it names a stream's address, which differs from run to run
+        if isinstance(error, UnidentifiedImageError):  # it contains a stream's address, which differs from run to run
             cause = "it is of no known format"
         raise ValueError(f"{name} cannot be read as an image: {cause}") from error

@@ -1,4 +1,4 @@
-"""Labelled images: contact sheets with one row per prompt and one column per variant, and panels side by side."""
+"""Labeled images: contact sheets with one row per prompt and one column per variant, and panels side by side."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def contact_sheet(
     column_labels: Sequence[str],
     cell: int = 176,
 ) -> Image.Image:
-    """Images in a labelled grid on white, each scaled into ``cell`` x ``cell`` pixels, aspect ratio kept.
+    """Put images into a labeled grid on white, each scaled into ``cell`` x ``cell`` pixels, keeping its aspect ratio.
 
     Args:
         rows: images by row and column.
-        row_labels: one per row, wrapped to the label column at the left.
+        row_labels: one per row, wrapped to the width of the label column on the left.
         column_labels: one per column, with line breaks as given.
         cell: side of a cell in pixels.
 
@@ -64,12 +64,12 @@ def contact_sheet(
 def side_by_side(
     pictures: Sequence[Tensor], titles: Sequence[str], least_side: int = 448, columns: int | None = None
 ) -> Image.Image:
-    """Small uint8 ``[height, width, 3]`` tensors as titled panels, enlarged by whole factors so that pixels stay squares.
+    """Show small uint8 ``[height, width, 3]`` tensors as titled panels, enlarged by integer factors so that pixels stay square.
 
     Args:
         pictures: the panels.
         titles: one per panel, wrapped above it.
-        least_side: about how large a panel's longer side becomes, in pixels.
+        least_side: approximate length of a panel's longer side, in pixels.
         columns: panels per row; all in one row by default.
     """
     font = ImageFont.load_default(size=13)

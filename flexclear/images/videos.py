@@ -1,4 +1,4 @@
-"""Videos on disk that carry their settings: animated GIF and folders of PNG frames by Pillow, MP4 by PyAV."""
+"""Videos on disk that contain their settings: animated GIF and folders of PNG frames with Pillow, MP4 with PyAV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexclear.common.extras import require
 from flexclear.images.files import FRAME, png_bytes, settings_text
 
 FASTEST_GIF = 50
-"""Frames per second of a GIF: delays are in hundredths of a second, and programs show shorter ones than two as ten."""
+"""Maximum frames per second of a GIF: delays are in hundredths of a second, and programs show delays below two as ten."""
 
 
 def check_video(kind: str, fps: float, frames: int | None = None) -> None:
@@ -27,8 +27,8 @@ def check_video(kind: str, fps: float, frames: int | None = None) -> None:
         frames: number of frames, if known.
 
     Raises:
-        ImportError: MP4, and PyAV is not installed.
-        ValueError: it is.
+        ImportError: the format is MP4, and PyAV is not installed.
+        ValueError: the format or the frame rate is not supported.
     """
     check_choice("--format", kind, VIDEO_FORMATS)
     if not 0 < fps <= 240:
@@ -44,13 +44,13 @@ def check_video(kind: str, fps: float, frames: int | None = None) -> None:
 def video_content(
     kind: str, frames: Sequence[Image.Image], fps: float, settings: Mapping[str, Any], versions: Mapping[str, str]
 ) -> bytes | dict[str, bytes]:
-    """A video as the bytes of a file, or (``"png"``) of the files of a folder by name.
+    """Encode a video as the bytes of a file, or (``"png"``) of a folder's files by name.
 
     Args:
         kind: one of ``flexclear.common.choices.VIDEO_FORMATS``.
         frames: RGB, of one size.
-        fps: frames per second; in hundredths of a second for a GIF, whose delays differ so that the clip's length is right.
-        settings, versions: what the file carries, as ``flexclear.images.files.read_settings`` reads it.
+        fps: frames per second. GIF delays are hundredths of a second, and vary so that the clip's length is right.
+        settings, versions: contents of the file for ``flexclear.images.files.read_settings``.
 
     Raises:
         ImportError, ValueError: see ``check_video``.
@@ -66,7 +66,7 @@ def video_content(
 
 
 def gif_delays(frames: int, fps: float) -> list[int]:
-    """Milliseconds that each frame of a GIF is shown: whole hundredths of a second, which add up to the clip's length.
+    """Milliseconds to show each frame of a GIF: whole hundredths of a second that add up to the clip's length.
 
     >>> gif_delays(4, 16)
     [60, 60, 70, 60]
@@ -77,7 +77,7 @@ def gif_delays(frames: int, fps: float) -> list[int]:
 
 def _gif(frames: Sequence[Image.Image], fps: float, text: str) -> bytes:
     stream = io.BytesIO()
-    # A palette for each frame. Frames that are equal become one, shown for as long as all of them.
+    # One palette per frame. Equal frames become one that is shown for as long as all of them.
     pictures = [frame.convert("RGB").quantize(256) for frame in frames]
     pictures[0].save(
         stream,
@@ -93,7 +93,7 @@ def _gif(frames: Sequence[Image.Image], fps: float, text: str) -> bytes:
 
 
 def _mp4(frames: Sequence[Image.Image], fps: float, text: str) -> bytes:
-    """H.264, 4:2:0, whose sides are even: an odd one gets a copy of its last row or column."""
+    """H.264 with 4:2:0, which needs even sides: an odd side gets a copy of its last row or column."""
     import av
 
     width, height = frames[0].size

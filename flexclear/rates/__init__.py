@@ -1,1 +1,1 @@
-"""How fast a machine computes, measured or published, and what that means for a step: the basis of ``explain``'s predictions."""
+"""How fast a machine computes, measured or published, and the step times that follow: the basis of ``explain``."""

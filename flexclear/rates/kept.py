@@ -28,22 +28,22 @@ def folder() -> Path:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """A type as files and tables name it."""
+    """Name of a type in files and tables."""
     return str(dtype).removeprefix("torch.")
 
 
 def facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Hardware, type and versions that results stand beside."""
+    """Hardware, type and versions to record with results."""
     return {"device": device_name(device), "dtype": name_of(dtype), **versions(("torch", "diffusers", "triton"))}
 
 
 def keep(model: str, about: dict[str, Any], content: dict[str, Any]) -> Path:
-    """Write the results of a run, in place of older ones of the same model, device and type; returns the file.
+    """Write the results of a run, replacing older ones for the same model, device and type. Return the file.
 
     Args:
         model: name of what was measured.
-        about: ``facts`` and the run's settings, ``head_dim`` among them.
-        content: further entries of the file, ``rates`` among them (fields of ``Rates`` without the source).
+        about: ``facts`` and the run's settings, including ``head_dim``.
+        content: other entries of the file, including ``rates`` (fields of ``Rates`` without the source).
     """
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{model} {about['device']} {about['dtype']}".lower()).strip("-")
     file = folder() / f"{slug}.json"
@@ -54,7 +54,7 @@ def keep(model: str, about: dict[str, Any], content: dict[str, Any]) -> Path:
 
 
 def rates_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Rates:
-    """The rates last measured on this machine for this device, type, head dim and torch, otherwise published ones."""
+    """The rates last measured on this machine for this device, type, head dim and torch, or else published ones."""
     wanted = {**facts(device, dtype), "head_dim": head_dim}
     keys = ("device", "dtype", "torch", "head_dim")
     newest: tuple[float, Path, Any] | None = None
@@ -78,7 +78,7 @@ def rates_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Rates:
 
 
 def as_json(rates: Rates) -> dict[str, float]:
-    """What ``keep`` takes as ``rates``."""
+    """Return rates in the form that ``keep`` takes."""
     return {name: value for name, value in asdict(rates).items() if name != "source"}
 
 

@@ -1,13 +1,13 @@
-"""Rates of one device, and the time of attention and of a step by them.
+"""Rates of one device, and the time of attention and of a step that they imply.
 
-A step is attention, the other multiplications, and what is done once a token, such as norms and the rotary embedding:
+A step consists of attention, the other matrix products, and work done once per token, such as norms and the rotary embedding:
 
     dense layer      4 C N^2 / dense
     windowed layer   4 C (full pairs / full + partial pairs / partial) + call
     the rest         FLOPs of the linears / linear + token * N C for each layer
 
-C is heads times head dim, N the number of tokens, pairs those in the blocks that are computed: full ones and, slower, those in
-which the mask is asked about every pair.
+C is heads times head dim, and N the number of tokens. Pairs are those in the blocks that are computed: full ones and, more
+slowly, partial ones, where the mask is evaluated for every pair.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 from flexclear.masks import Cost
 
 ENOUGH = 4
-"""Measurements of windowed layers that rates of both kinds of blocks and the time of a call are fitted to."""
+"""Number of measured windowed layers needed to fit rates of both kinds of blocks and the time of a call."""
 
 LINEAR_PARAMETERS = 12
-"""Parameters of a transformer's layer over the square of its width: four projections, and an MLP of four times the width."""
+"""Parameters of a transformer layer divided by its squared width: four projections, and an MLP of four times the width."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Rates:
         source: where the numbers come from.
         dense: FLOP/s of dense attention.
         full, partial: FLOP/s of windowed attention in full and in partial blocks, counted over all pairs of a block.
-        linear: FLOP/s of the linears.
+        linear: FLOP/s of linear layers.
         token: seconds per token and channel of each layer for everything else; 0 where ``linear`` includes it.
-        call: seconds that a call of windowed attention takes besides.
+        call: additional seconds per call of windowed attention.
     """
 
     source: str
@@ -68,10 +68,10 @@ class Rates:
         return full / self.full + partial / self.partial + self.call
 
     def rest_s(self, linear_flops: float, values: float) -> float:
-        """Seconds of all that is not attention.
+        """Seconds of everything that is not attention.
 
         Args:
-            linear_flops: of the linears.
+            linear_flops: FLOPs of the linear layers.
             values: tokens times channels, summed over layers.
         """
         return linear_flops / self.linear + values * self.token
@@ -79,12 +79,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Seconds:
-    """A step, predicted.
+    """The predicted times of a step.
 
     Attributes:
-        attention: of all layers under their windows.
-        dense: of all layers if they were dense.
-        rest: of everything else.
+        attention: attention of all layers under their windows.
+        dense: attention of all layers if they were dense.
+        rest: everything else.
     """
 
     attention: float
@@ -93,17 +93,17 @@ class Seconds:
 
     @property
     def step(self) -> float:
-        """As the layers are."""
+        """Time of the step with its windows."""
         return self.attention + self.rest
 
     @property
     def dense_step(self) -> float:
-        """If they were dense."""
+        """Time of the step if all layers were dense."""
         return self.dense + self.rest
 
     @property
     def gain(self) -> float:
-        """How many times as fast the windows make a step."""
+        """How many times as fast a step is with windows."""
         return self.dense_step / self.step
 
     def __str__(self) -> str:
@@ -124,16 +124,16 @@ def _time(seconds: float) -> str:
 
 
 def block_flops(spent: Cost) -> tuple[float, float]:
-    """FLOPs inside full and partial blocks, all pairs of a block counted."""
+    """FLOPs inside full and partial blocks, counting all pairs of a block."""
     each = 4 * spent.channels * spent.executed_pairs / (spent.full + spent.partial)
     return each * spent.full, each * spent.partial
 
 
 def fit_windows(points: Sequence[tuple[Cost, float]]) -> tuple[float, float, float]:
-    """``full``, ``partial`` and ``call`` of ``Rates`` from measured layers, by least squares of relative errors.
+    """Fit ``full``, ``partial`` and ``call`` of ``Rates`` to measured layers, by least squares of relative errors.
 
-    None is negative: where the best fit has a negative time, the best one without that term is taken, and a kind of block that
-    has none gets the other's rate. Fewer than ``ENOUGH`` measurements tell one rate for all blocks, and nothing of a call.
+    None of them is negative: if the best fit has a negative time, the best fit without that term is used, and a kind of block
+    without a rate gets the other's. Fewer than ``ENOUGH`` measurements give one rate for all blocks and no time per call.
 
     Args:
         points: (cost, seconds) of windowed layers.
@@ -171,8 +171,8 @@ PUBLISHED = {
     128: Rates(_FLUX, dense=640e12, full=275e12, partial=275e12, linear=590e12),
     64: Rates(_FLUX, dense=430e12, full=164e12, partial=164e12, linear=590e12),
 }
-"""By head dim, from bench/results/gpu.md. Attention: the fastest dense kernel (cuDNN) and ours at r = 16, 1024 to 8192 px;
-``linear`` is what is left of a step of FLUX.1-dev, elementwise work included."""
+"""By head dim, from bench/results/gpu.md. Attention: the fastest dense kernel (cuDNN) and ours at r = 16, 1024 to 8192 px.
+``linear`` covers the rest of a step of FLUX.1-dev, including elementwise work."""
 
 
 def published(head_dim: int) -> Rates:

@@ -1,4 +1,4 @@
-"""What was done to a model, on one line."""
+"""A one-line description of what was done to a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULTS: Mapping[str, Any] = {
     "exact_position_ids": True,
     **{one.name: one.default for one in fields(Switches)},
 }
-"""Settings that are not mentioned when they have ``transform``'s default values."""
+"""Settings that are omitted if they have ``transform``'s default values."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ModelSummary:
 
     Attributes:
         model: name of its class.
-        settings: how it was transformed; None: it was not.
+        settings: how it was transformed; None if it was not.
     """
 
     model: str
@@ -39,7 +39,7 @@ class ModelSummary:
 
     @property
     def window(self) -> str:
-        """Windows with the number of their layers, or the formula in place of windows."""
+        """Windows with their numbers of layers, or the formula that replaces windows."""
         if self.settings is None:
             return "not transformed"
         if self.settings.formula is not None:
@@ -51,7 +51,7 @@ class ModelSummary:
 
     @property
     def others(self) -> dict[str, Any]:
-        """Settings other than the window that do not have their defaults."""
+        """Settings other than the window that differ from their defaults."""
         if self.settings is None:
             return {}
         found = {name: value for name, value in self.settings.options().items() if name in DEFAULTS}
@@ -90,13 +90,13 @@ def _shown(value: Any) -> str:
 
 
 def summary(model_or_pipe: Any) -> Summary:
-    """What ``transform`` has done to a model, or to a pipeline's.
+    """Summarize what ``transform`` did to a model, or to a pipeline's.
 
     >>> flexclear.summary(pipe)                                                 # doctest: +SKIP
     FluxTransformer2DModel: disc_r16 in all 57 layers
 
     Args:
-        model_or_pipe: see ``transform``; also below ``torch.compile``.
+        model_or_pipe: see ``transform``; may be wrapped by ``torch.compile``.
 
     Raises:
         TypeError: neither a model nor a pipeline with a transformer.
@@ -109,7 +109,7 @@ def is_transformed(model_or_pipe: Any) -> bool:
     """Whether a model, or any transformer of a pipeline, is transformed.
 
     Args:
-        model_or_pipe: see ``transform``; also below ``torch.compile``.
+        model_or_pipe: see ``transform``; may be wrapped by ``torch.compile``.
 
     Raises:
         TypeError: neither a model nor a pipeline with a transformer.

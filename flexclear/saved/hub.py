@@ -1,4 +1,4 @@
-"""Puts a transformed model on the hub, with a model card that says what was done to it."""
+"""Uploads a transformed model to the hub, with a model card that says what was done to it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def model_card(model_or_pipe: Any, repo_id: str, existing: str = "") -> str:
 
     Args:
         model_or_pipe: transformed.
-        repo_id: what the code on the card loads.
-        existing: the current card. Its metadata take precedence, and only our part of its text is replaced.
+        repo_id: repository that the card's code loads.
+        existing: the current card. Its metadata takes precedence, and only our part of its text is replaced.
 
     Raises:
         TypeError: neither a model nor a pipeline with a transformer.
@@ -91,13 +91,13 @@ def push_to_hub(
     """Upload a transformed model or pipeline with its window, and a model card that describes it.
 
     ``flexclear.from_pretrained`` also loads what diffusers' ``push_to_hub`` uploads, but that card does not mention the window.
-    A card that is already on the hub keeps its metadata and its text; only the part about the window is replaced.
+    A card that is already on the hub keeps its metadata and text; only the part about the window is replaced.
 
     Args:
         model_or_pipe: transformed.
         repo_id: ``"owner/name"``; created if it does not exist.
-        commit_message, private, token, create_pr: as diffusers' ``push_to_hub`` takes them.
-        variant: of the weights' file names, as ``save_pretrained`` takes it.
+        commit_message, private, token, create_pr: as in diffusers' ``push_to_hub``.
+        variant: variant in the weights' file names, as in ``save_pretrained``.
 
     Returns:
         The address of the commit.

@@ -1,4 +1,4 @@
-"""Loads saved transformed models as they were: ``from_pretrained`` and ``transform_from_config``."""
+"""Restores saved transformed models: ``from_pretrained`` and ``transform_from_config``."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ OPTIONS = frozenset(
         "proportional_attention",
     }
 )
-"""Arguments of ``transform`` that are stated under their own names."""
+"""Arguments of ``transform`` that are stored under their own names."""
 
 NEWER = frozenset({"ntk_floor", "training_tokens"})
-"""Of ``flexclear.override`` alone: stated with the others, and always at their defaults."""
+"""Arguments of only ``flexclear.override``: stored with the others, always with their defaults."""
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 """Arguments of ``from_pretrained`` that say where on the hub something is, and how to reach it."""
@@ -47,11 +47,11 @@ HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision",
 
 @dataclass(frozen=True)
 class Stated:
-    """What ``config.json`` says of a transformed model.
+    """What ``config.json`` says about a transformed model.
 
     Attributes:
         options: arguments of ``transform``.
-        weights: names of the parameters that it adds, which are stored with the model's own.
+        weights: names of the parameters that ``transform`` adds, which are stored with the model's own.
     """
 
     options: Mapping[str, Any]
@@ -59,11 +59,11 @@ class Stated:
 
 
 def read(config: Mapping[str, Any], where: str) -> Stated | None:
-    """What a model's configuration says under ``KEY``; None if it has no such entry.
+    """Read what a model's configuration says under ``KEY``; None if it has no such entry.
 
     Args:
-        config: of ``config.json``.
-        where: what to call it in messages.
+        config: contents of ``config.json``.
+        where: how messages name it.
 
     Raises:
         ValueError: it has another format, is for another class of models, or is damaged.
@@ -111,11 +111,11 @@ def _stated(found: Mapping[str, Any]) -> Stated:
 
 
 def from_pretrained(cls: type[Target], path: str | os.PathLike[str], **options: Any) -> Target:
-    """``cls.from_pretrained(path, **options)`` of a model that was saved transformed, with its window and pooled weights.
+    """``cls.from_pretrained(path, **options)`` for a model that was saved transformed, with its window and pooled weights.
 
-    ``save_pretrained`` and ``push_to_hub`` of a transformed model or pipeline write how it was transformed into the
-    ``config.json`` of the model. That is checked before weights are read. diffusers' own ``from_pretrained`` still loads the
-    same folder, as a dense model.
+    ``save_pretrained`` and ``push_to_hub`` of a transformed model or pipeline write how it was transformed into the model's
+    ``config.json``. This is checked before weights are read. diffusers' own ``from_pretrained`` still loads the same folder, as
+    a dense model.
 
     >>> pipe.save_pretrained("local")                                            # doctest: +SKIP
     >>> pipe = flexclear.from_pretrained(FluxPipeline, "local", dtype=torch.bfloat16)    # doctest: +SKIP
@@ -123,7 +123,7 @@ def from_pretrained(cls: type[Target], path: str | os.PathLike[str], **options: 
     Args:
         cls: a pipeline or model class of diffusers.
         path: folder or hub id.
-        options: for ``cls.from_pretrained``. A transformer passed among them is transformed as its own configuration says.
+        options: options of ``cls.from_pretrained``. A transformer among them is transformed as its own configuration says.
 
     Returns:
         The pipeline or the model, transformed.
@@ -163,23 +163,23 @@ def from_pretrained(cls: type[Target], path: str | os.PathLike[str], **options: 
 
 
 def transform_from_config(model_or_pipe: Target, path: str | os.PathLike[str] | None = None) -> Target:
-    """Transform a model that diffusers has loaded the way its configuration says it was saved; see ``from_pretrained``.
+    """Transform a model loaded by diffusers as its configuration says that it was saved; see ``from_pretrained``.
 
     >>> pipe = flexclear.transform_from_config(FluxPipeline.from_pretrained("local"))           # doctest: +SKIP
 
     Args:
         model_or_pipe: see ``transform``.
-        path: folder of the model's weights, needed for the parameters of pooled keys, which diffusers does not load. Default:
-            the folder that it was loaded from.
+        path: folder of the model's weights, needed for the parameters of pooled keys, which diffusers does not load. By
+            default, the folder that the model was loaded from.
 
     Returns:
         What was passed in.
 
     Raises:
         TypeError: see ``transform``.
-        ValueError: the configuration states no window, see also ``from_pretrained``.
+        ValueError: the configuration states no window; see also ``from_pretrained``.
 
-    After any exception the model is as it was.
+    After any exception, the model is unchanged.
     """
     models = models_of(model_or_pipe)
     if path is not None and len(models) > 1:
@@ -192,7 +192,7 @@ def transform_from_config(model_or_pipe: Target, path: str | os.PathLike[str] | 
 
 
 def _transform(model_or_pipe: Any, checkpoints: list[_Checkpoint]) -> None:
-    """Transform models as their configurations say; one that says nothing stays as it is, unless none does."""
+    """Transform models as their configurations say. A model whose configuration says nothing stays as it is, unless all do."""
     models = models_of(model_or_pipe)
     stated = [
         read(getattr(model, "config", {}), f"the configuration of this {type(model).__name__}") for model in models
@@ -216,7 +216,7 @@ def _transform(model_or_pipe: Any, checkpoints: list[_Checkpoint]) -> None:
 
 @torch.no_grad()
 def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give the parameters that ``transform`` has added their trained numbers.
+    """Load trained values into the parameters that ``transform`` added.
 
     Raises:
         ValueError: they do not fit.
@@ -232,7 +232,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _places(cls: Any, path: Any, options: Mapping[str, Any], hub: Mapping[str, Any]) -> dict[str, Stated | None]:
-    """What is stated, by the name of each transformer in a pipeline's folder; of a model, by the empty name."""
+    """What is stated, by the name of each transformer in a pipeline's folder; for a model, the name is empty."""
     from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 
     where = os.fspath(path)
@@ -255,7 +255,7 @@ def _and(places: Mapping[str, Any]) -> str:
 
 
 def _beside(model: Any) -> _Checkpoint:
-    """The files that a model was loaded from, as far as it knows."""
+    """The files that a model was loaded from, if it knows them."""
     known = getattr(model.config, "_name_or_path", None) if hasattr(model, "config") else None
     return _Checkpoint(known)
 
@@ -264,9 +264,9 @@ class _Checkpoint:
     """The files of a model's weights, in a folder or on the hub.
 
     Args:
-        path: folder or hub id; None: not known.
-        subfolder: of the model in it.
-        variant: as ``from_pretrained`` takes it.
+        path: folder or hub id; None if not known.
+        subfolder: the model's subfolder in it.
+        variant: as in ``from_pretrained``.
         hub: how to reach the hub.
     """
 
@@ -283,7 +283,7 @@ class _Checkpoint:
         """Tensors by name.
 
         Raises:
-            ValueError: the files do not have them, or are not known.
+            ValueError: the files do not contain them, or are not known.
         """
         if not names:
             return {}
@@ -320,7 +320,7 @@ class _Checkpoint:
                 return
 
     def _file(self, name: str, variant: bool = True) -> Path | None:
-        """A file by the name that diffusers gives it, None where there is none."""
+        """A file by the name that diffusers gives it; None if it does not exist."""
         from diffusers.utils.hub_utils import _add_variant, _get_model_file
 
         if self._path is None:
@@ -343,7 +343,7 @@ def _tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 class _OnlyAdded(logging.Filter):
-    """Drops diffusers' remark that weights were not used, where they are those that are read afterwards."""
+    """Drops diffusers' message about unused weights if these are the ones that are read afterwards."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()

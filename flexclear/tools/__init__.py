@@ -1,1 +1,1 @@
-"""What the command line runs besides: the demo, the doctor, the soak test."""
+"""Other tools of the command line: the demo, the doctor, the soak test."""

@@ -22,7 +22,7 @@ from flexclear.images.sheet import contact_sheet
 from flexclear.masks import Cost, Disc, Downsampled, Layout, cost
 
 TEXT_TOKENS = 64
-"""Text length of the demonstration; the pipeline's own default is 512, with the same quality and slower."""
+"""Text length of the demo. The pipeline's own default, 512, gives the same quality but is slower."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Variant:
     Attributes:
         radius: window radius in tokens, None for dense attention.
         pictures: one per prompt.
-        cost: of one attention layer; None for dense attention.
-        seconds_per_step: median over all steps but each image's first, in which a variant may compile.
-        psnr: mean PSNR in dB to the dense images of the same seeds; None for dense attention.
-        student: whose weights were distilled for the window; None: the dense model's weights.
+        cost: cost of one attention layer; None for dense attention.
+        seconds_per_step: median over all steps except each image's first, in which a variant may compile.
+        psnr: mean PSNR in dB to the dense images with the same seeds; None for dense attention.
+        student: student whose weights were distilled for the window; None: the dense model's weights.
     """
 
     radius: int | None
@@ -53,7 +53,7 @@ class Variant:
 
 
 def mean_psnr(pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
-    """Mean peak signal-to-noise ratio of pairs of images of one size, dB."""
+    """Mean peak signal-to-noise ratio in dB of pairs of images of one size."""
 
     def stacked(group: Sequence[Image.Image]) -> torch.Tensor:
         return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).float() / 255 for p in group])
@@ -69,7 +69,7 @@ def draw(
     side: int,
     on_step: Callable[[], None],
 ) -> tuple[list[Image.Image], float]:
-    """One image per prompt with seeds ``seed``, ``seed + 1``, ..., and the median seconds per step."""
+    """Draw one image per prompt with seeds ``seed``, ``seed + 1``, ...; return them and the median seconds per step."""
     pictures, durations = [], []
     for index, prompt in enumerate(prompts):
         ends: list[float] = []
@@ -103,16 +103,16 @@ def run_variants(
     students: Sequence[Student] = (),
     on_step: Callable[[str], None] = lambda label: None,
 ) -> list[Variant]:
-    """Draw every prompt dense, under every radius, and with every student; the pipeline is left as it was.
+    """Draw every prompt dense, under every radius, and with every student; restore the pipeline afterwards.
 
     Args:
         pipe: the embedded pipeline, not transformed.
         prompts: what to draw.
         radii: window radii in tokens.
-        seed: of the first prompt's noise; the next prompt has the next seed.
+        seed: seed of the first prompt's noise; the next prompt uses the next seed.
         steps: denoising steps, 2 or more.
         side: image side in pixels.
-        students: drawn after the radii, each beside the weights that never saw its window where ``radii`` has its radius.
+        students: drawn after the radii, next to the dense weights under the same window if ``radii`` has its radius.
         on_step: called with the variant's label after each step.
     """
     factor = 2 * pipe.vae_scale_factor
@@ -143,7 +143,7 @@ def run_variants(
 
 
 def markdown_table(variants: Sequence[Variant]) -> str:
-    """The variants as a Markdown table."""
+    """Format the variants as a Markdown table."""
     lines = [
         "| window radius | density | executed / useful work | PSNR to dense, dB | seconds per step |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""``flexclear doctor``: what runs on this machine, what does not, and why. It tries things instead of guessing."""
+"""``flexclear doctor``: what runs on this machine, what does not, and why. It tries things out instead of guessing."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import torch
 from flexclear.common.versions import installed, release, versions
 
 TESTED_TORCH = ((2, 8), (2, 13))
-"""Oldest and newest torch whose results were checked; an older one computes wrong results on CPU."""
+"""Oldest and newest torch whose results were checked. Older ones compute wrong results on CPU."""
 
 OPTIONAL = {
     "peft": "LoRA",
     "natten": "a comparison in benchmarks",
     "flash-attn": "a comparison in benchmarks",
 }
-"""Distributions that flexclear can do without, and what they are for."""
+"""Optional distributions, and what they are for."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What ``diagnose`` found. ``print`` it. In every mapping, None means that something works; a text says why it does not.
+    """What ``diagnose`` found. ``print`` it. In every mapping, None means that something works; text says why it does not.
 
     Attributes:
-        versions: of flexclear, Python and what it stands on.
-        device: kind, name, capability, memory and how many there are.
-        torch_range: why this torch is outside the tested versions; a newer one is not an obstacle.
+        versions: versions of flexclear, Python and the main dependencies.
+        device: kind, name, capability, memory and number of devices.
+        torch_range: why this torch is outside the tested versions. A newer one is not a problem.
         compiler: which compiler torch.compile uses here, or that there is none.
-        compile: ``torch.compile`` on the device.
-        backends: attention, ``flex`` (compiled) and ``sdpa``.
-        recipes: of quantization.
+        compile: state of ``torch.compile`` on the device.
+        backends: attention backends, ``flex`` (compiled) and ``sdpa``.
+        recipes: quantization recipes.
         optional: version of each optional package, or None.
         tuned: a line for each entry that ``flexclear bench --tune`` keeps for this device and these versions.
         tried: whether things were actually run, not only looked up.
@@ -89,7 +89,7 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
     """Find out what works on ``device``.
 
     Args:
-        device: as torch names it, or ``"auto"``: CUDA where there is one.
+        device: a torch device, or ``"auto"``: CUDA if available.
         quick: only look things up; otherwise a small transformed model runs with each backend (compiling takes about ten
             seconds), and a small layer with each recipe.
 
@@ -110,7 +110,7 @@ def diagnose(device: str = "auto", *, quick: bool = False) -> Diagnosis:
         if flex is None and sdpa is None:
             flex = compiling = _attempt(lambda: _agree(place))
         if flex is not None and _disabled() is None:
-            compiling = _attempt(lambda: _compile(place))  # Is it FlexAttention alone?
+            compiling = _attempt(lambda: _compile(place))  # Is only FlexAttention broken?
     recipes = {name: why_not_recipe(name, place) for name in RECIPES}
     if not quick:
         recipes = {
@@ -233,7 +233,7 @@ def _transformed(device: torch.device, backend: str) -> torch.Tensor:
 
 
 def _agree(device: torch.device) -> None:
-    """Compiled attention gives what masked SDPA gives."""
+    """Check that compiled attention agrees with masked SDPA."""
     flex, sdpa = _transformed(device, "flex"), _transformed(device, "sdpa")
     error = float((flex - sdpa).abs().max() / sdpa.abs().max())
     # Float32 products may be TF32 on CUDA.
@@ -242,7 +242,7 @@ def _agree(device: torch.device) -> None:
 
 
 def _quantize(recipe: str, device: torch.device) -> None:
-    """A quantized linear layer multiplies roughly as it did before."""
+    """Check that a quantized linear layer gives roughly the same result as before."""
     from torchao.quantization import quantize_
 
     from flexclear.compile import RECIPES, sqnr

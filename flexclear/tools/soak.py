@@ -1,9 +1,9 @@
-"""The soak test: hundreds of calls as a service gets them; memory, graphs and caches stay bounded, images stay correct.
+"""The soak test: hundreds of calls like those of a service. Memory, graphs and caches must stay bounded, images correct.
 
     flexclear soak --seconds 600
 
-Random sizes, radii, prompts, LoRA swaps and interrupted calls on one pipeline. Some images are made again by a fresh
-process and must be the same.
+It uses random sizes, radii, prompts, LoRA swaps and interrupted calls on one pipeline. A fresh process draws some of the images
+again; they must be the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from flexclear.tools.soak_calls import (
 MEASURE_EVERY = 4
 LEAST_MEASUREMENTS = 6
 ATTENTION_GRAPHS = 16
-"""Graphs of attention by itself, outside compiled blocks: batch, block and grid shapes of one or more."""
+"""Graphs of attention outside compiled blocks: batch, block and grid shapes of one or more."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Bounds:
     """What must hold.
 
     Attributes:
-        growth_mib: growth of memory (resident on CPU, allocated on CUDA; plans that are cached not counted) between the
-            first and the last third of the calls after warm-up, medians.
-        plans_mib: bound of the plan cache during the test.
-        difference: largest difference of an image, values in 0 to 1, to that of a fresh process. None: 0 on CPU where
-            nothing is compiled, 1e-3 elsewhere.
+        growth_mib: growth of memory (resident on CPU, allocated on CUDA; without cached plans) between the first and the last
+            third of the calls after warm-up, medians.
+        plans_mib: size limit of the plan cache during the test.
+        difference: largest difference of an image, with values from 0 to 1, from that of a fresh process. None: 0 on CPU if
+            nothing is compiled, 1e-3 otherwise.
         warm_up: calls before memory counts; None: 4 for each size.
-        samples: number of images that a fresh process makes again.
+        samples: number of images that a fresh process draws again.
     """
 
     growth_mib: float = 16
@@ -72,17 +72,17 @@ class Bounds:
 
 @dataclass
 class SoakReport:
-    """What was seen. ``failures`` is empty where all bounds held.
+    """The results. ``failures`` is empty if all bounds held.
 
     Attributes:
-        settings, bounds: of the run.
-        calls, stopped, swaps: how many calls, interrupted ones, changes of adapter.
-        seconds: all in all.
+        settings, bounds: those of the run.
+        calls, stopped, swaps: number of calls, of interrupted calls, and of adapter swaps.
+        seconds: total time.
         growth_mib: see ``Bounds``; None: too few calls to tell.
-        graphs, graphs_bound: compiled during the run, and how many that may be.
+        graphs, graphs_bound: number of graphs compiled during the run, and its limit.
         plan_entries, plan_mib: most that the plan cache held.
-        compared, difference: images compared with a fresh process, largest difference.
-        failures: what went wrong, each with what is needed to see it again.
+        compared, difference: number of images compared with a fresh process, and the largest difference.
+        failures: what went wrong, each with what is needed to reproduce it.
     """
 
     settings: Settings
@@ -118,7 +118,7 @@ class SoakReport:
 
     @property
     def allowed(self) -> float:
-        """Largest difference of an image to a fresh process's."""
+        """Largest allowed difference of an image from a fresh process's."""
         if self.bounds.difference is not None:
             return self.bounds.difference
         return 0.0 if self.settings.device == "cpu" and not self.settings.compile else 1e-3
@@ -136,14 +136,14 @@ def soak_test(
     """Run random calls and check that the bounds hold.
 
     Args:
-        settings: which pipeline, and what it is asked for.
+        settings: which pipeline to run, and its calls.
         bounds: what must hold.
-        seconds: how long to run, not counting the fresh process.
-        max_calls: or how many calls.
+        seconds: time to run, not counting the fresh process.
+        max_calls: maximum number of calls.
         on_call: called with the number of calls done.
 
     Returns:
-        What was seen; an exception inside a call ends the run and is one of the failures.
+        The results. An exception inside a call ends the run and is one of the failures.
     """
     bounds = bounds or Bounds()
     begun = time.monotonic()
@@ -167,7 +167,7 @@ def soak_test(
 def _run(
     pipe: Any, found: SoakReport, until: float, max_calls: int | None, on_call: Callable[[int], None]
 ) -> list[tuple[Call, Tensor]]:
-    """The calls; returns some of them with their images, chosen at random."""
+    """Run the calls; return a random choice of them with their images."""
     settings, bounds = found.settings, found.bounds
     model, before = model_of(pipe), report()
     set_up(pipe, settings)
@@ -221,7 +221,7 @@ def _run(
 
 
 def _sample(samples: list[Any], item: Any, count: int, size: int, chooser: random.Random) -> None:
-    """Keep ``size`` of all items so far, each as likely as the others; ``item`` is number ``count``, from 1."""
+    """Keep ``size`` of all items so far with equal probability. ``item`` is number ``count``, from 1."""
     if len(samples) < size:
         samples.append(item)
     elif (place := chooser.randrange(count)) < size:
@@ -238,12 +238,12 @@ def _hooks(model: Any) -> int:
 
 
 def _memory_mib(device: str) -> float:
-    """What this process holds beside cached plans, garbage collected."""
+    """Memory of this process without cached plans, after garbage collection."""
     gc.collect()
     if torch.device(device).type == "cuda":
         held = torch.cuda.memory_allocated(device)
     else:
-        # Freed memory that glibc keeps is not growth.
+        # Freed memory that glibc retains is not growth.
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
@@ -270,7 +270,7 @@ def _judge_memory(found: SoakReport, memory: Sequence[tuple[int, float]]) -> Non
 
 
 def _compare(found: SoakReport, samples: list[tuple[Call, Tensor]]) -> None:
-    """Make the sampled images again in a fresh process."""
+    """Draw the sampled images again in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         asked, made = Path(folder) / "calls.json", Path(folder) / "pictures.pt"
         asked.write_text(json.dumps({"settings": asdict(found.settings), "calls": [asdict(c) for c, _ in samples]}))
@@ -291,7 +291,7 @@ def _compare(found: SoakReport, samples: list[tuple[Call, Tensor]]) -> None:
 
 @without_diffusers_warnings()
 def replay(asked: Path, pictures: Path) -> None:
-    """Make the images of a file of calls, each with a newly loaded pipeline and an empty plan cache."""
+    """Draw the images of a file of calls, each with a newly loaded pipeline and an empty plan cache."""
     content = json.loads(asked.read_text())
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in content["settings"].items()

@@ -37,17 +37,17 @@ class Settings:
 
     Attributes:
         model: ``"embedded"``, a folder of a diffusers pipeline, or ``MODULE:NAME``, a function that returns one.
-        seed: of sizes, radii, prompts, adapters and noise.
-        backend: of ``flexclear.transform``.
+        seed: seed of sizes, radii, prompts, adapters and noise.
+        backend: as in ``flexclear.transform``.
         compile: compile the blocks; adapters are then swapped in place (hot swap).
-        compile_backend: ``torch.compile``'s.
-        sizes: number of different (height, width).
+        compile_backend: backend of ``torch.compile``.
+        sizes: number of different (height, width) pairs.
         largest: largest side in pixels.
         radii: window radii in tokens.
         text_lens: values of ``max_sequence_length``.
         lora: swap LoRA adapters (needs peft).
-        device: where.
-        threads: CPU threads of this process, for the fresh one to have as many; None: as they are.
+        device: device to run on.
+        threads: CPU threads of this process, so that the fresh one can use as many; None: unchanged.
     """
 
     model: str = EMBEDDED
@@ -66,7 +66,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Call:
-    """One call: an image with these settings, or the attempt at one that ``stop`` ends after its first step."""
+    """One call: an image with these settings, or an attempt that ``stop`` ends after the first step."""
 
     number: int
     height: int
@@ -85,7 +85,7 @@ class Stopped(Exception):
 
 
 def load(settings: Settings) -> Any:
-    """The pipeline, not transformed yet, without its progress bar.
+    """Load the pipeline, not transformed yet, without its progress bar.
 
     Raises:
         ValueError: ``settings.model`` is neither a folder nor a function that can be imported.
@@ -103,7 +103,7 @@ def load(settings: Settings) -> Any:
         sys.path.insert(0, str(Path.cwd()))
         try:
             pipe = getattr(importlib.import_module(module), name)()
-        except Exception as error:  # It is the user's function, whatever it raises.
+        except Exception as error:  # It is the user's function, and may raise anything.
             raise ValueError(
                 f"the model must be {EMBEDDED!r}, a folder or MODULE:NAME; {settings.model!r} cannot be loaded: {error}"
             ) from error
@@ -120,7 +120,7 @@ def can_swap_lora(pipe: Any) -> bool:
 
 
 def set_up(pipe: Any, settings: Settings) -> None:
-    """What a service does once: transform, make room for adapters, compile."""
+    """Do what a service does once: transform, make room for adapters, compile."""
     flexclear.transform(pipe, r=settings.radii[0], backend=settings.backend)
     if settings.compile:
         if settings.lora:
@@ -133,7 +133,7 @@ def calls(settings: Settings, px: int) -> Iterator[Call]:
 
     Args:
         settings: sizes, radii, text lengths, seed.
-        px: what height and width must be multiples of.
+        px: number of pixels that must divide height and width.
     """
     rng = random.Random(settings.seed)
     sides = range(4, max(settings.largest // px, 5) + 1)
@@ -159,7 +159,7 @@ def calls(settings: Settings, px: int) -> Iterator[Call]:
 
 
 def adapter(pipe: Any, seed: int | None) -> dict[str, Tensor]:
-    """A LoRA of random weights for the projections of every block; None: one that changes nothing."""
+    """A LoRA with random weights for the projections of every block; ``seed`` None: one that changes nothing."""
     model = model_of(pipe)
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(seed or 0)
@@ -177,14 +177,14 @@ def adapter(pipe: Any, seed: int | None) -> dict[str, Tensor]:
 
 
 class Swapper:
-    """Brings the adapter of each call into the pipeline, and takes it out again."""
+    """Loads each call's adapter into the pipeline, and removes it again."""
 
     def __init__(self, pipe: Any, settings: Settings) -> None:
         self._pipe, self._settings = pipe, settings
         self._present: int | None = None
 
     def __call__(self, wanted: int | None) -> None:
-        """Swap unless it is there already."""
+        """Swap the adapter unless it is already loaded."""
         if wanted == self._present or not self._settings.lora:
             return
         if self._settings.compile:
@@ -198,7 +198,7 @@ class Swapper:
 
 
 def perform(pipe: Any, swap: Swapper, call: Call, settings: Settings) -> Tensor | None:
-    """One call; the image ``[1, 3, height, width]`` on the CPU, None where it was stopped."""
+    """Make one call; return the image ``[1, 3, height, width]`` on the CPU, or None if it was stopped."""
     flexclear.transform(pipe, r=call.r, backend=settings.backend)
     swap(call.lora)
     known = inspect.signature(type(pipe).__call__).parameters

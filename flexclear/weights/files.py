@@ -1,4 +1,4 @@
-"""Finding a weights file and reading its header, without reading a tensor."""
+"""Finds a weights file and reads its header, without reading tensors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Header:
 
     Attributes:
         path: the file.
-        name: its name, or for a file from the hub the requested name.
-        metadata: its free text.
-        shapes, dtypes: of each tensor, by key.
+        name: the file's name, or the requested name for a file from the hub.
+        metadata: the header's free-form metadata.
+        shapes, dtypes: those of each tensor, by key.
     """
 
     path: Path
@@ -43,13 +43,13 @@ def locate(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The file: ``path``, or ``filename`` inside the folder or the hub repository ``path``.
+    """Find the file: ``path``, or ``filename`` inside the folder or hub repository ``path``.
 
-    ``"embedded"`` for ``path``, unless a folder of that name exists here, means the embedded model's distilled weights.
+    If ``path`` is ``"embedded"`` and no such folder exists here, it means the embedded model's distilled weights.
 
     Raises:
         TypeError: ``path`` is not a path.
-        FileNotFoundError: there is no such file; the message names what is nearby.
+        FileNotFoundError: there is no such file; the message lists similar ones.
         IsADirectoryError: it is a folder, and no file was named.
         huggingface_hub.errors: the hub does not have it or cannot be reached.
     """
@@ -88,7 +88,7 @@ def locate(
 
 
 def read_header(path: Path, name: str) -> Header:
-    """The header of a safetensors file.
+    """Read the header of a safetensors file.
 
     Raises:
         ValueError: the file is a pickle, a Git LFS pointer, truncated or damaged.
@@ -121,9 +121,9 @@ def read_header(path: Path, name: str) -> Header:
 
 
 def is_pickle(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is a zip or bare pickle, as ``torch.save`` writes them."""
+    """Whether a file that begins with ``head`` is a zipped or bare pickle, as written by ``torch.save``."""
     zipped = head[:4] in (b"PK\x03\x04", b"PK\x05\x06")
-    # A safetensors file may begin with the same two bytes, as the length of its header; the header begins with a brace.
+    # A safetensors file may begin with the same two bytes, its header's length. But the header itself begins with a brace.
     return zipped or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[8:9] != b"{")
 
 

@@ -15,19 +15,19 @@ from flexclear.weights.files import FLOATS, Header
 from flexclear.weights.requantizing import DTYPES, Place, place_of
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Trained modules of an attention layer; single-stream blocks have no ``to_out``."""
+"""Trained modules of an attention layer. Single-stream blocks have no ``to_out``."""
 
 POOLING = "processor.spatial_weight"
 SHOWN = 4
 
 
 def prefixes(model_or_pipe: Any) -> list[str]:
-    """What the names of each of ``models_of`` begin with in a file: nothing for the first transformer of a pipeline."""
+    """Prefix in a file of each of ``models_of``; empty for a pipeline's first transformer."""
     return ["" if name == TRANSFORMERS[0] else f"{name}." for name in names_of(model_or_pipe)]
 
 
 def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Parameter]:
-    """The trained parameters of the attention layers by their released names, looked up below LoRA layers.
+    """The trained parameters of the attention layers by their released names, found below LoRA layers.
 
     Raises:
         ValueError: they are fused, quantized, offloaded, or the layers have none; the message says what to do.
@@ -39,7 +39,7 @@ def projections(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Param
 
 
 def places(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Place]:
-    """Where the numbers of a file go, by their released names: the same parameters, quantized ones too.
+    """Where the tensors of a file go, by their released names: the same parameters, including quantized ones.
 
     Raises:
         ValueError: they are fused, offloaded, quantized in a way that cannot be repeated, or the layers have none.
@@ -54,7 +54,7 @@ def places(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Place]:
 
 
 def _trained(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[str, Any, str]]:
-    """The linear layers of the projections by their released names, and which of their parameters there are."""
+    """The linear layers of the projections by their released names, and the parameters that they have."""
     _check_not_on_disk(model)
     for layer in layers:
         if getattr(layer.module, "fused_projections", False):
@@ -79,7 +79,7 @@ def _trained(model: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[str, A
 
 
 def _check_not_on_disk(model: nn.Module) -> None:
-    """Raise if groups of the model's parameters are on disk: those in memory are empty, and filled again in each call."""
+    """Raise if groups of the model's parameters are on disk: those in memory are empty, and refilled in each call."""
     for name, module in model.named_modules():
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
             if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
@@ -124,7 +124,7 @@ def _plain(parameter: Any, name: str) -> nn.Parameter:
 
 
 def pooling_shapes(windows: Mapping[str, Window | None]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the pooling weights that layers with these windows have, by released name."""
+    """Shapes of the pooling weights of layers with these windows, by released name."""
     return {
         f"{name}.{POOLING}": (1, 1, 1, window.factor, 1, window.factor, 1)
         for name, window in windows.items()
@@ -133,14 +133,14 @@ def pooling_shapes(windows: Mapping[str, Window | None]) -> dict[str, tuple[int,
 
 
 def factor_of(shape: tuple[int, ...] | None) -> int | None:
-    """The down factor of pooling weights of ``shape``; None if it is not such a shape."""
+    """The down factor of pooling weights with this shape; None if it is not such a shape."""
     if shape is None or len(shape) != 7 or shape[3] < 1 or shape != (1, 1, 1, shape[3], 1, shape[3], 1):
         return None
     return shape[3]
 
 
 def check_base(header: Header, base: str | None, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise if the file is of a model with another number of blocks or another width.
+    """Raise if the file is for a model with another number of blocks or another width.
 
     Raises:
         ValueError: it is.
@@ -157,7 +157,7 @@ def check_base(header: Header, base: str | None, model: nn.Module, shapes: Mappi
 
 
 def _anatomy(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Blocks of each stack and their width in words, None where no key is of the released layout."""
+    """Describe the blocks of each stack and their width; None if no key has the released layout."""
     blocks: dict[str, set[str]] = {}
     widths = set()
     for key, shape in shapes.items():

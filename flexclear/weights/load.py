@@ -1,4 +1,4 @@
-"""``load_weights``: everything is checked before anything is changed."""
+"""``load_weights``: checks everything before it changes anything."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoadedWeights:
 
     Attributes:
         path: the file.
-        radius: of the window, in tokens; None if layers differ or the window is not a disc.
+        radius: window radius in tokens; None if layers differ or the window is not a disc.
         down_factor: side of the pooled cells; None if there are none or layers differ.
         base: base model named in the file, or None.
         tensors: number of tensors loaded.
@@ -58,11 +58,10 @@ def load_weights(
 
     The released files for FLUX.1-dev and those of ``save_weights`` fit any model with the same blocks, including schnell. The
     window that the file was trained for comes from its metadata, or from a released name such as
-    ``clear_local_16.safetensors`` or ``clear_local_8_down_4.safetensors``. A model that is not transformed yet is
-    transformed with it. One that has another window is transformed again with the file's, with a warning, and keeps
-    backend, order, block size and switches. To use the weights under a window of your own, call ``transform`` after
-    loading. If the file says nothing, the model keeps its window, and pooling weights in the file determine the down
-    factor.
+    ``clear_local_16.safetensors`` or ``clear_local_8_down_4.safetensors``. A model that is not transformed yet is transformed
+    with it. A model with another window is transformed again with the file's, with a warning, and keeps backend, order, block
+    size and switches. To use the weights under a different window, call ``transform`` after loading. If the file says nothing,
+    the model keeps its window, and pooling weights in the file determine the down factor.
 
     >>> flexclear.load_weights(pipe, "clear_local_16.safetensors")                                  # doctest: +SKIP
     >>> flexclear.load_weights(pipe, "owner/name", filename="clear_local_8_down_4.safetensors")     # doctest: +SKIP
@@ -73,29 +72,29 @@ def load_weights(
         path: a local safetensors file; or a folder or hub id, with the file in it as ``filename``; or ``"embedded"``: the
             folder of the embedded model's distilled weights.
         filename: see ``path``.
-        revision: for the hub, as ``huggingface_hub.hf_hub_download`` takes it; so are the next three.
-        cache_dir: where downloaded files are kept.
-        token: of your account.
-        local_files_only: whether to use downloaded files alone.
+        revision: as in ``huggingface_hub.hf_hub_download``; so are the next three.
+        cache_dir: folder for downloaded files.
+        token: your account's token.
+        local_files_only: whether to use only files that are already downloaded.
 
-    Numbers are cast to the type and device of the model's parameters and written into them, so that LoRA layers around
-    them, compiled graphs and optimizers stay valid. Projections that torchao, GGUF or bitsandbytes keep in low precision are
-    quantized anew from the file's numbers, as if that had been done after loading; the others of the model are not touched.
-    An error leaves the model as it was.
+    Values are cast to the type and device of the model's parameters and written into them, so that surrounding LoRA layers,
+    compiled graphs and optimizers stay valid. Projections that torchao, GGUF or bitsandbytes keep in low precision are
+    quantized again from the file's values, as if quantized after loading; other quantized layers are not touched. An error
+    leaves the model as it was.
 
     Returns:
         What was loaded.
 
     Raises:
         TypeError: an unsupported model.
-        FileNotFoundError, IsADirectoryError: no such file; the message names what is nearby.
+        FileNotFoundError, IsADirectoryError: no such file; the message lists similar ones.
         ValueError: a pickle, a damaged file, keys or shapes that do not fit, another base model, projections that are fused,
             or quantized in a way that cannot be repeated, or a file that does not say its radius and a model that is not
             transformed.
 
     Warns:
-        UserWarning: the file was trained for another window than the model has; or projections are in a type of GGUF's that
-            cannot be written.
+        UserWarning: the file was trained for another window than the model has; or projections have a GGUF type that cannot be
+        written.
     """
     parts = [
         _Part(prefix, model, compiled)
@@ -120,7 +119,7 @@ def load_weights(
         )
 
     if any(part.entry is not None for part in anew):
-        # Before any change: where warnings are errors, this one leaves the model as it was too.
+        # Warn before any change: if warnings are errors, the model stays as it was.
         warnings.warn(
             f"flexclear: {header.name} was trained for another window than the model has, so the model is transformed again "
             "with the file's. To use these weights under a window of your own, call flexclear.transform afterwards",
@@ -155,11 +154,11 @@ def load_weights(
 
 
 class _Part:
-    """A model that is to be loaded, and what is known of it before the file is read.
+    """A model to load, and what is known about it before the file is read.
 
     Attributes:
-        prefix: of its names in the file.
-        windows: that it is to have.
+        prefix: prefix of its names in the file.
+        windows: windows that it should have.
     """
 
     def __init__(self, prefix: str, model: nn.Module, compiled: bool) -> None:
@@ -170,7 +169,7 @@ class _Part:
         self.windows: dict[str, Window | None] = {}
 
     def own(self, by_name: Mapping[Any, Any]) -> dict[Any, Any]:
-        """What is said of its layers where names of all models' are given."""
+        """Select this model's layers from a mapping with the names of all models."""
         others = () if self.prefix else tuple(f"{name}." for name in TRANSFORMERS[1:])
         return {
             name.removeprefix(self.prefix): said
@@ -180,7 +179,7 @@ class _Part:
 
 
 def _check_transformers(header: files.Header, prefixes: list[str]) -> None:
-    """Raise if the file is of another transformer of a pipeline, or of more or fewer of them.
+    """Raise if the file is for another transformer of a pipeline, or for more or fewer of them.
 
     Raises:
         ValueError: it is.
@@ -198,7 +197,7 @@ def _check_transformers(header: files.Header, prefixes: list[str]) -> None:
 
 
 def _windows(header: files.Header, stated: metadata.Stated, part: _Part) -> dict[str, Window | None]:
-    """The window of each layer by name: the file's, otherwise the model's with the file's down factor.
+    """The window of each layer by name: the file's, or else the model's with the file's down factor.
 
     Raises:
         ValueError: neither says one.
@@ -225,7 +224,7 @@ def _windows(header: files.Header, stated: metadata.Stated, part: _Part) -> dict
 
 @contextlib.contextmanager
 def _numbers_put_back_on_error() -> Iterator[Callable[[str, Place, Tensor], None]]:
-    """Yields a function that writes one tensor; if anything goes wrong, the old values are put back."""
+    """Yield a function that writes one tensor. If anything fails, the old values are restored."""
     written: list[tuple[Place, Any]] = []
 
     def write(name: str, place: Place, value: Tensor) -> None:

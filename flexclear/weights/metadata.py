@@ -16,7 +16,7 @@ FORMAT = "1"
 """Version of the metadata."""
 
 RELEASED = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?\.safetensors")
-"""Names of the released files: radius, and down factor where there are pooled keys."""
+"""Names of the released files: radius, and down factor if there are pooled keys."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Stated:
 
     Attributes:
         base: base model, or None.
-        windows: a window for all layers, a window (or None: dense) by layer name, or None: nothing is said.
+        windows: one window for all layers, a window (or None: dense) per layer name, or None if the file does not say.
     """
 
     base: str | None
@@ -35,8 +35,8 @@ class Stated:
 def write(windows: Mapping[str, Window | None], base: object, versions: Mapping[str, str]) -> dict[str, str]:
     """Metadata of a file, from the windows by layer name.
 
-    A window that all layers share is described by ``r`` and ``down_factor`` where it is a disc; everything else by
-    ``windows``, in JSON. ``window`` is for people.
+    If all layers share one disc, ``r`` and ``down_factor`` describe it; everything else is in ``windows``, as JSON. ``window``
+    is for people.
 
     Raises:
         ValueError: a window's class is not from ``flexclear.masks``.
@@ -46,7 +46,7 @@ def write(windows: Mapping[str, Window | None], base: object, versions: Mapping[
     inner = one.window if isinstance(one, Downsampled) else one
     found = {"format": "pt", "flexclear_format": FORMAT, "window": repr(one) if one is not None else "per layer"}
     if base:
-        found["base"] = str(base)  # from_pretrained notes the Path that it was given
+        found["base"] = str(base)  # from_pretrained records the Path that it was given
     if type(inner) is Disc:
         found["r"] = str(inner.radius)
         if isinstance(one, Downsampled):
@@ -57,7 +57,7 @@ def write(windows: Mapping[str, Window | None], base: object, versions: Mapping[
 
 
 def read(header: Header) -> Stated:
-    """What metadata says, or else a released name.
+    """Read what the metadata says, or else a released name.
 
     Raises:
         ValueError: the metadata cannot be read.

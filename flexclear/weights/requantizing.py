@@ -1,4 +1,4 @@
-"""Numbers written into weights that a library keeps in low precision: quantized anew, by that library, as the old ones were."""
+"""Writes values into weights that a library keeps in low precision, quantized again by that library like the old ones."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from flexclear.compile.recipes import RECIPES
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types of parameters that numbers are simply copied to."""
+"""Types of parameters that values are simply copied to."""
 
 
 class Place(ABC):
-    """Where the numbers of one tensor of a file go.
+    """Where the values of one tensor of a file go.
 
     Attributes:
-        name: of the tensor.
-        shape: that it must have.
+        name: name of the tensor.
+        shape: shape that the tensor must have.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
@@ -41,7 +41,7 @@ class Place(ABC):
 
 
 class Plain(Place):
-    """A parameter of floating-point numbers, which stays the same object: LoRA, graphs and optimizers hold it."""
+    """A floating-point parameter. It stays the same object, since LoRA, graphs and optimizers refer to it."""
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         super().__init__(name, tuple(parameter.shape))
@@ -60,7 +60,7 @@ class Plain(Place):
 
 
 class Quantized(Place):
-    """The weight of a linear layer in low precision: another takes its place.
+    """The low-precision weight of a linear layer, which is replaced.
 
     Raises:
         ValueError: it is quantized in a way that cannot be repeated here.
@@ -82,11 +82,11 @@ class Quantized(Place):
 
     @abstractmethod
     def requantized(self, value: Tensor) -> Any:
-        """A parameter of these numbers, quantized as the present one is, on its device."""
+        """Make a parameter of these values, quantized like the current one, on its device."""
 
 
 class Torchao(Quantized):
-    """A tensor of torchao's, whatever configuration made it, as long as that is the model's or one of ``RECIPES``."""
+    """A torchao tensor, made with the model's configuration or one of ``RECIPES``."""
 
     def __init__(self, name: str, linear: Any, config: Any = None) -> None:
         super().__init__(name, linear)
@@ -103,12 +103,12 @@ class Torchao(Quantized):
 
     def _makes_alike(self, config: Any) -> bool:
         if not getattr(self.linear.weight, "tensor_data_names", None):
-            return False  # of a kind that does not say what it is made of
+            return False  # of a kind that does not say how it was made
         like = torch.zeros(self.shape, dtype=self.linear.weight.dtype, device=self.linear.weight.device)
         try:
             return _described(self._made(like, config)) == _described(self.linear.weight)
         except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False  # torchao's word for: not on this device, not of this type or shape
+            return False  # how torchao says: not on this device, or not for this type or shape
 
     def _made(self, value: Tensor, config: Any) -> Any:
         from torchao.quantization import quantize_
@@ -127,7 +127,7 @@ class Torchao(Quantized):
 
 
 def _described(weight: Any) -> tuple[Any, ...]:
-    """What two torchao tensors have in common that were made alike: everything but their numbers."""
+    """What two torchao tensors made in the same way have in common: everything but their values."""
     tensor = weight.data
     names = [*getattr(tensor, "tensor_attribute_names", []), *getattr(tensor, "optional_tensor_attribute_names", [])]
     parts = [*getattr(tensor, "tensor_data_names", []), *getattr(tensor, "optional_tensor_data_names", [])]
@@ -140,7 +140,7 @@ def _described(weight: Any) -> tuple[Any, ...]:
 
 
 class Gguf(Quantized):
-    """A weight in blocks of a GGUF file. Q8_0, which is finer, takes the place of types that the package gguf cannot write."""
+    """A weight in blocks of a GGUF file. Types that the package gguf cannot write are replaced by Q8_0, which is finer."""
 
     def __init__(self, name: str, linear: Any) -> None:
         import gguf
@@ -228,8 +228,8 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
     Args:
         linear: the layer.
         kind: ``"weight"`` or ``"bias"``.
-        name: in the file.
-        config: torchao's, that the model was quantized by, if it says so.
+        name: name in the file.
+        config: torchao configuration that the model was quantized with, if it says so.
 
     Raises:
         ValueError: it is not in memory, or quantized in a way that cannot be repeated; the message says what to do.
@@ -242,9 +242,7 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
         )
     if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.dtype in DTYPES:
         return Plain(name, parameter)
-    if getattr(
-        parameter, "has_fp16_weights", False
-    ):  # bitsandbytes' Int8Params that quantizes in each call, from these
+    if getattr(parameter, "has_fp16_weights", False):  # bitsandbytes' Int8Params, which quantizes in each call
         return Plain(name, parameter)
     if kind == "weight":
         if type(parameter.data).__module__.startswith("torchao."):
@@ -261,7 +259,7 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
 
 
 def say_what_grew(places: list[Place], stacklevel: int) -> None:
-    """Warn once if weights take more room afterwards, because their type cannot be written.
+    """Warn once if weights take more memory than before, because their type cannot be written.
 
     Warns:
         UserWarning: they do.

@@ -20,13 +20,13 @@ from flexclear.weights.files import SUFFIX
 
 
 def save_weights(model_or_pipe: Any, path: str | Path, *, base: str | None = None) -> Path:
-    """Write what training for local attention changes, for ``load_weights``: projections, and pooling weights.
+    """Write what training for local attention changes, projections and pooling weights, for ``load_weights``.
 
-    Keys are those of the released files. The metadata names the base model, the windows (also per layer) and versions. The
-    file appears whole or not at all. For a model with LoRA layers, the weights below them are written.
+    Keys are those of the released files. The metadata names the base model, the windows (also per layer) and versions. The file
+    is written atomically. For a model with LoRA layers, the base weights are written.
 
     Args:
-        model_or_pipe: a transformed model, or a pipeline with one, or with two, which go into one file.
+        model_or_pipe: a transformed model, or a pipeline with one, or with two, which go into the same file.
         path: the file, ``.safetensors``; missing folders are made, an existing file is replaced.
         base: base model to name in the metadata; by default what the model was loaded from.
 
