@@ -93,8 +93,8 @@ def load_weights(
             transformed.
 
     Warns:
-        UserWarning: the file was trained for another window than the model has; or projections have a GGUF type that cannot be
-        written.
+        UserWarning: the file was trained for another window than the model has; or projections have a GGUF type that cannot
+            be written.
     """
     parts = [
         _Part(prefix, model, compiled)
