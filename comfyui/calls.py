@@ -54,7 +54,7 @@ def _flux(model: Any, given: Mapping[str, Any]) -> Tokens:
     if given.get("attention_mask") is not None:
         raise ValueError(
             "this call of Flux has an attention_mask over text and image (of Apply Style Model with strength_type attn_bias, "
-            "for one), which weighs pairs of tokens. A window takes no such mask: use strength_type multiply, or no window"
+            "for one), which weights pairs of tokens. A window supports no such mask: use strength_type multiply, or no window"
         )
     patch = (model.patch_size, model.patch_size)
     grids = [_sides(latent, patch, "a latent of Flux") for latent in (given["x"], *(given.get("ref_latents") or ()))]
@@ -84,7 +84,7 @@ def _kept(mask: Tensor, text: Tensor) -> Tensor:
     """
     if mask.ndim != 2 or mask.shape[1] != text.shape[1] or mask.shape[0] not in (1, text.shape[0]):
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} is none over the text, which has {text.shape[1]} tokens in "
+            f"attention_mask of shape {tuple(mask.shape)} is not a mask over the text, which has {text.shape[1]} tokens in "
             f"{text.shape[0]} samples"
         )
     added = mask.is_floating_point()
@@ -92,7 +92,7 @@ def _kept(mask: Tensor, text: Tensor) -> Tensor:
     hidden = mask <= 0.5 * torch.finfo(mask.dtype).min if added else mask == 0
     if not bool((keep | hidden).all()):
         raise ValueError(
-            "attention_mask weighs text tokens: a window takes text that is seen or hidden, nothing between. Use a mask of "
+            "attention_mask weights text tokens: under a window, text is either seen or hidden. Use a mask of "
             "zeros and ones, or no window"
         )
     return keep.expand(text.shape[0], -1)

@@ -174,7 +174,7 @@ class Crew:
             for line in remarks:
                 self._say(line)
         elif told != self._told:
-            text = f"{member.label} would draw otherwise than the first: {'; '.join(differences(self._told, told))}"
+            text = f"{member.label} would draw differently from the first: {'; '.join(differences(self._told, told))}"
             self._leave_out(member, ValueError(text))
             return
         member.stage = IDLE

@@ -38,4 +38,4 @@ def examine(job: bytes, folder: str, wanted: dict[str, str]) -> list[str]:
         files = asked.look()
     except (OSError, ValueError, TypeError, ImportError) as error:
         return [str(error)]
-    return [] if files == asked.files else ["files of the job have the same names there as here, and other contents"]
+    return [] if files == asked.files else ["files of the job have the same names there as here, but other contents"]

@@ -78,7 +78,7 @@ def check_ray(address: str | None, actors: int | None) -> None:
 
         check_address(address)
     elif actors is not None:
-        raise ValueError(f"--ray-actors {actors} is of --ray, which is missing")
+        raise ValueError(f"--ray-actors {actors} needs --ray")
 
 
 Ray = Annotated[

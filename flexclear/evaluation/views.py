@@ -63,7 +63,7 @@ def check_sizes(asked: Sequence[str], height: int, width: int, what: str) -> Non
         smallest = METRICS[name].smallest
         if min(height, width) < smallest:
             raise TooSmall(
-                f"{name} looks at images of at least {smallest} x {smallest} px, and {what} {height} x {width}. Scale them "
+                f"{name} needs images of at least {smallest} x {smallest} px, and {what} {height} x {width}. Scale them "
                 f"(--size HEIGHTxWIDTH), or leave {name} out"
             )
 

@@ -64,7 +64,7 @@ def _guidance(kind: Any, settings: GenerateSettings, defaults: dict[str, Any]) -
         return asked
     if isinstance(scale, int | float) and not _guides(kind, scale):
         raise ValueError(
-            f"--negative-prompt: {name} heeds it with {option} above {_threshold(kind)} only, and that is {scale:g}; give "
+            f"--negative-prompt: {name} uses it only with {option} above {_threshold(kind)}, but that is {scale:g}; give "
             f"{option} such as 4. Each step then takes twice as long"
         )
     return {**asked, "negative_prompt": negative}

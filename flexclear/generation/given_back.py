@@ -108,7 +108,7 @@ def changed_since(path: Path, fingerprints: tuple[str, ...], versions: Mapping[s
     told = read_settings(path)
     found = []
     if told["settings"].get("fingerprints") != list(fingerprints):
-        found.append(f"{path} was drawn with other files of these names: they have changed since")
+        found.append(f"{path} was drawn with other contents of these files: they have changed since")
     before = told.get("versions") or {}
     others = [
         f"{name} {before.get(name)}, here {version}"

@@ -48,7 +48,7 @@ def drawing_kind(name: str, settings: GenerateSettings) -> Any:
         }
         given = [option for option, value in asked.items() if value is not None]
         if given:
-            raise ValueError(f"{', '.join(given)}: {name} is no pipeline of diffusers, so nobody knows what it takes")
+            raise ValueError(f"{', '.join(given)}: {name} is not a diffusers pipeline, so its arguments are unknown")
         return None
     if settings.control_image is not None:
         kind = _controlled(kind, settings)

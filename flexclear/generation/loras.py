@@ -68,7 +68,7 @@ def load_loras(pipe: Any, loras: Sequence[tuple[Path, float]], say: Callable[[st
             if isinstance(module, BaseTunerLayer) and name in getattr(module, "lora_A", {})
         ]
         if not layers:
-            raise ValueError(f"--lora: nothing in {path} fits the {type(model).__name__}: it is of another model")
+            raise ValueError(f"--lora: nothing in {path} fits the {type(model).__name__}: it is for another model")
         say(f"LoRA {path.name}: {len(layers)} layers, scale {scale:g}")
     pipe.set_adapters(names, [scale for _, scale in loras])
     pipe.fuse_lora(adapter_names=names, safe_fusing=True)

@@ -80,5 +80,5 @@ def _stranger(path: Path, known: Mapping[Path, dict[str, Any]], wanted: Sequence
         cause = "; ".join(least)
     return (
         f"--resume: {path} is not of this set ({cause}), nor is any other image there. Without --resume a folder's numbers "
-        "go on after it"
+        "continue after it"
     )

@@ -172,11 +172,9 @@ class GenerateSettings:
         options = {"--shift": self.shift, "--stages": self.stages}
         given = [name for name, value in options.items() if value is not None]
         if self.strength is not None and not self.highres and self.image is None:
-            raise ValueError(
-                "--strength is of --image, or of the stages of --highres, such as --highres 1024,2048,4096"
-            )
+            raise ValueError("--strength needs --image, or the stages of --highres, such as --highres 1024,2048,4096")
         if given and not self.highres:
-            raise ValueError(f"{', '.join(given)} is of the stages of --highres, such as --highres 1024,2048,4096")
+            raise ValueError(f"{', '.join(given)} needs the stages of --highres, such as --highres 1024,2048,4096")
         if self.stages is not None and self.stages.exists() and not self.stages.is_dir():
             raise ValueError(f"--stages must be a folder, {self.stages} is a file")
 
@@ -203,7 +201,7 @@ class GenerateSettings:
             }
             given = [f"{name} {value}" for name, value in options.items() if value is not None]
             if given:
-                raise ValueError(f"{', '.join(given)} is of --control-image, which is missing")
+                raise ValueError(f"{', '.join(given)} needs --control-image")
         elif self.highres:
             raise ValueError("--highres enlarges without a ControlNet; leave it or --control-image out")
         if self.controlnet is not None:
@@ -238,7 +236,7 @@ class GenerateSettings:
         changed = (self.text, self.exchange) != ("exact", "sync")
         if not self.parallel:
             if changed:
-                raise ValueError("--parallel-text and --exchange are of --parallel; give it too")
+                raise ValueError("--parallel-text and --exchange need --parallel")
             return
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise ValueError(
@@ -248,7 +246,9 @@ class GenerateSettings:
         if self.stages is not None:
             raise ValueError("--stages keeps files that several processes would write; leave it out with --parallel")
         if self.r == DENSE and changed:
-            raise ValueError("--parallel-text and --exchange are of windows; --r dense runs diffusers' ring attention")
+            raise ValueError(
+                "--parallel-text and --exchange apply to windows; --r dense runs diffusers' ring attention"
+            )
 
 
 def model_folder(model: str) -> str:
@@ -289,7 +289,7 @@ def controlnet_folder(controlnet: str, model: str) -> str:
     """
     if controlnet == EMBEDDED:
         if model != EMBEDDED:
-            raise ValueError(f"--controlnet {EMBEDDED!r} is of the embedded model, and MODEL is {model}")
+            raise ValueError(f"--controlnet {EMBEDDED!r} is for the embedded model, but MODEL is {model}")
         return str(controlnet_directory())
     place = Path(controlnet).expanduser()
     if place.is_dir():

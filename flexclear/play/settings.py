@@ -161,7 +161,7 @@ def _check_draws_from_text(model: str) -> None:
         name = str(diffusers.DiffusionPipeline.load_config(model_folder(model)).get("_class_name"))
     kind = getattr(diffusers, name, None)
     if kind is None:
-        raise TypeError(f"{model} is a {name}, which is no pipeline of diffusers, so nobody knows what it takes")
+        raise TypeError(f"{model} is a {name}, which is not a diffusers pipeline, so its arguments are unknown")
     has = parameters_of(kind)
     if needs_image(name, has) or not has.keys().isdisjoint(OF_IMAGES):
         raise TypeError(f"{model} ({name}) draws from an image, and flexclear play from a prompt alone")

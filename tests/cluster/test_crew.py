@@ -51,9 +51,9 @@ def test_a_crew_names_what_it_cannot_do(tmp_path):
     assert re.match(r"RuntimeError: node .*: CUDA out of memory, or so \(MemoryError\)", found["failing"]["error"])
     assert "10 actors were lost one after the other" in found["loading"]["error"]
     assert re.match(r"ValueError: node .*: no such weights here", found["refused"]["error"])
-    assert "the same names there as here, and other contents" in found["other files"]["error"]
+    assert "the same names there as here, but other contents" in found["other files"]["error"]
     assert found["other files"]["error"].count("node ") == 3, "every node is named"
-    assert re.search(r"would draw otherwise than the first: pid was \d+, is \d+", found["unequal"]["error"])
+    assert re.search(r"would draw differently from the first: pid was \d+, is \d+", found["unequal"]["error"])
 
 
 @pytest.mark.kept

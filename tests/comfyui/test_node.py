@@ -120,7 +120,7 @@ REFUSED = {
     "a mask": "ValueError: another node has added the mask of attention",
     "no attention": "RuntimeError: Flux has attended without asking",
     "a mask over the image": "ValueError: this call of Flux has an attention_mask over text and image",
-    "weighed text": "ValueError: attention_mask weighs text tokens",
+    "weighed text": "ValueError: attention_mask weights text tokens",
     "a latent without frames": r"ValueError: a latent of Qwen-Image of shape \(1, 16, 16, 20\) is no latent",
     "as many tokens as text": "ValueError: this video has 1 x 4 x 5 = 20 tokens, as many as the text",
     "reference videos": "ValueError: context_latents puts reference videos behind it",

@@ -221,9 +221,7 @@ def test_the_smallest_size_is_the_smallest_that_works(networks, name):
     smaller = pictures[..., 1:, :]
     with pytest.raises((RuntimeError, ValueError)):
         compare(smaller, smaller)
-    with pytest.raises(
-        ValueError, match=rf"{name} looks at images of at least {smallest} x {smallest} px, and these are"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} needs images of at least {smallest} x {smallest} px, and these are"):
         score_tensors(smaller, smaller, name)
 
 
@@ -236,9 +234,7 @@ def test_images_that_are_too_small_are_refused_before_anything_is_computed(photo
         with Image.open(side / "07.png") as picture:
             picture.resize((40, 20)).save(side / "07.png")
     seen = []
-    with pytest.raises(
-        ValueError, match=r"stlpips-alex looks at images of at least 21 x 21 px, and .*07.png is 20 x 40"
-    ):
+    with pytest.raises(ValueError, match=r"stlpips-alex needs images of at least 21 x 21 px, and .*07.png is 20 x 40"):
         evaluate(a, b, "psnr,stlpips-alex", out=tmp_path / "out", on_progress=lambda *told: seen.append(told))
     assert not seen
     assert not (tmp_path / "out").exists()
@@ -255,7 +251,7 @@ def test_images_that_are_too_small_are_refused_before_anything_is_computed(photo
         columns=("stlpips_alex_orig",),
         sizes=("16x16",),
     )
-    with pytest.raises(ValueError, match=r"stlpips-alex looks at .* and sizes has 16 x 16"):
+    with pytest.raises(ValueError, match=r"stlpips-alex needs images of .* and sizes has 16 x 16"):
         run(config)
     assert not (tmp_path / "run").exists()
 

@@ -107,7 +107,7 @@ def test_files_that_have_changed_since_are_told(generate, command, saved, tmp_pa
     status, _, error = command("generate", "--config", line["path"], "--out", tmp_path / "again.png")
     assert status == 0
     assert "the image may come out differently: " in error
-    assert "was drawn with other files of these names" in error
+    assert "was drawn with other contents of these files" in error
     status, _, error = command("generate", "--config", line["path"], "--weights", weights, "--out", tmp_path / "b.png")
     assert "otherwise" not in error, "asked for"
 

@@ -49,8 +49,8 @@ BAD = {
     "shrinking": (("--highres", "128,64"), "every stage must be larger"),
     "two kinds of sizes": (("--highres", "64,128", "--size", "64x64"), "--highres names the sizes of all stages"),
     "a method": (("--highres", "64,128", "--highres-method", "magic"), "--highres-method must be one of"),
-    "strength alone": (("--strength", "0.5"), "--strength is of --image, or of the stages of --highres"),
-    "shift and stages alone": (("--shift", "2", "--stages", "x"), "--shift, --stages is of the stages of --highres"),
+    "strength alone": (("--strength", "0.5"), "--strength needs --image, or the stages of --highres"),
+    "shift and stages alone": (("--shift", "2", "--stages", "x"), "--shift, --stages needs the stages of --highres"),
 }
 
 

@@ -61,7 +61,7 @@ def test_torchrun_leaves_the_options_to_the_command():
     ("options", "words"),
     [
         (["--parallel"], "start them with torchrun --nproc-per-node N -m flexclear generate ... --parallel"),
-        (["--exchange", "stale"], "--parallel-text and --exchange are of --parallel"),
+        (["--exchange", "stale"], "--parallel-text and --exchange need --parallel"),
         (["--parallel", "--exchange", "later"], "--exchange must be one of"),
         (["--parallel", "--parallel-text", "some"], "--parallel-text must be one of"),
     ],

@@ -75,7 +75,7 @@ KINDS = {
     "FluxControlPipeline": "draws from an image, and flexclear play from a prompt alone",
     "QwenImageEditPipeline": "draws from an image, and flexclear play from a prompt alone",
     "WanPipeline": "draws videos",
-    "NoSuchPipeline": "no pipeline of diffusers",
+    "NoSuchPipeline": "not a diffusers pipeline",
 }
 
 

@@ -122,7 +122,7 @@ def train_controlnet(
         state = load_checkpoint(path)
         if state["identity"] != identity:
             raise ValueError(
-                f"{path} is of another run: {_differences(state['identity'], identity)}. Name another folder, or delete it"
+                f"{path} is from another run: {_differences(state['identity'], identity)}. Name another folder, or delete it"
             )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
