@@ -41,7 +41,7 @@ def play(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on CUDA, else float32.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run; auto: CUDA if available.")] = "auto",
     backend: Annotated[str, typer.Option(help="Attention: auto, flex or sdpa.")] = "auto",
 ) -> None:
     """A page in your browser: a model draws dense and under windows, and shows what each costs and what a token sees.
