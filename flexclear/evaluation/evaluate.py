@@ -115,8 +115,8 @@ def evaluate(
         on_progress: see ``OnProgress``.
 
     Returns:
-        The scores. A metric whose network is missing has no value, but a reason. If all metrics are requested, so does one
-        whose package is missing or that needs larger images.
+        The scores. A metric has a reason instead of a value if its network is missing; if all metrics are requested, also if
+        its package is missing or it needs larger images.
 
     Raises:
         FileNotFoundError: a folder or file is missing.

@@ -242,7 +242,7 @@ def place_of(linear: Any, kind: str, name: str, config: Any = None) -> Place:
         )
     if type(parameter) is nn.Parameter and type(parameter.data) is Tensor and parameter.dtype in DTYPES:
         return Plain(name, parameter)
-    if getattr(parameter, "has_fp16_weights", False):  # bitsandbytes' Int8Params, which quantizes in each call
+    if getattr(parameter, "has_fp16_weights", False):  # bitsandbytes' Int8Params that is quantized in each call
         return Plain(name, parameter)
     if kind == "weight":
         if type(parameter.data).__module__.startswith("torchao."):
