@@ -6,29 +6,36 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from flexclear.compile.files import whole_file, write_errors
 from flexclear.compile.undoing import afterwards
 from flexclear.convert import transform_again
-from flexclear.distill.students import ADAPTER, trained_parameters
+from flexclear.distill.students import ADAPTER, lora_layers, trained_parameters
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.weights import load_weights, save_weights
 
 
 @contextlib.contextmanager
 def as_found(model: Any) -> Iterator[None]:
-    """Restore what training sets on the model besides weights: gradients, types, mode, checkpointing, forward."""
+    """Restore what training sets on the model besides weights: gradients, types, mode, checkpointing, forward, adapters."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
     training, checkpointing = model.training, getattr(model, "is_gradient_checkpointing", False)
     forward = model.__dict__.get("forward")
+    adapted = {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in lora_layers(model)}
 
     def put_back() -> None:
+        for layer, (active, disabled) in adapted.items():
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
         if ADAPTER in getattr(model, "peft_config", {}):
             model.delete_adapters(ADAPTER)
+        _unwrap(model, adapted)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
@@ -42,6 +49,15 @@ def as_found(model: Any) -> Iterator[None]:
 
     with afterwards(put_back):
         yield
+
+
+def _unwrap(model: nn.Module, keep: Container[nn.Module]) -> None:
+    """Put the layers inside peft's layers back in their places, under their own names in ``state_dict``."""
+    layers = {id(layer) for layer in lora_layers(model) if layer not in keep}
+    for name, module in list(model.named_modules()):
+        if id(module) in layers:
+            place, _, own = name.rpartition(".")
+            setattr(model.get_submodule(place), own, module.base_layer)
 
 
 def start_from(model: Any, path: Path) -> None:

@@ -59,6 +59,8 @@ def make_teacher(model: nn.Module, trained: Iterable[nn.Parameter] | None = None
 def add_lora(model: Any, rank: int, alpha: int, seed: int = 0) -> dict[str, nn.Parameter]:
     """Add a LoRA to every attention projection with peft; return its parameters by name. Equal seeds give equal values.
 
+    Adapters that are active stay so, beside it, and are frozen.
+
     Raises:
         ImportError: peft is not installed.
         ValueError: the model already has one with this name.
@@ -71,10 +73,25 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0) -> dict[str, nn.P
             f"the model already has a LoRA named {ADAPTER!r}; call model.delete_adapters({ADAPTER!r}) first"
         )
     names = [name.removesuffix(".weight") for name in trained_parameters(model) if name.endswith(".weight")]
+    before = [(layer, [] if layer.disable_adapters else list(layer.active_adapters)) for layer in lora_layers(model)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), ADAPTER)
-    return {name: p for name, p in model.named_parameters() if ".lora_" in name and f".{ADAPTER}." in name}
+    # add_adapter has switched the others off, which the teacher has too, and leaves layers off that were.
+    for layer, active in before:
+        layer.set_adapter([*active, ADAPTER])
+        layer.enable_adapters(True)
+    found = {name: p for name, p in model.named_parameters() if ".lora_" in name and f".{ADAPTER}." in name}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in found)
+    return found
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    """The layers of peft in a model, each around a layer of the model's own."""
+    return [
+        module for module in model.modules() if hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+    ]
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -367,3 +367,46 @@ def test_prodigy_trains_where_its_package_is_installed(fresh, samples, settings)
     done = distill(student, settings(optimizer=OptimizerConfig(name="prodigy")), samples)
     assert done.losses[0]["learning_rate"] == 1
     assert all(0 < record["loss"] < 10 for record in done.losses)
+
+
+def test_a_lora_that_was_trained_leaves_the_layers_under_their_own_names(fresh, samples, settings, tmp_path):
+    student = fresh()
+    before, names = dict(student.named_modules()), list(student.state_dict())
+    distill(student, settings(steps=1, train="lora", lora=LoraConfig(4, 8)), samples)
+    assert dict(student.named_modules()) == before
+    assert list(student.state_dict()) == names
+    student.save_pretrained(tmp_path / "saved")
+    loaded = flexclear.from_pretrained(type(student), tmp_path / "saved").state_dict()
+    assert all(torch.equal(loaded[name], own) for name, own in student.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["active", "two active", "disabled"])
+def test_other_loras_are_with_the_student_as_they_are_with_the_teacher(fresh, samples, settings, kind):
+    from peft import LoraConfig as Adapter
+
+    def adapted():
+        model = fresh()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for name in ("style", "other"):
+                model.add_adapter(Adapter(r=2, target_modules=["to_q"], init_lora_weights=False), name)
+        model.set_adapter(["style", "other"] if kind == "two active" else ["style"])
+        if kind == "disabled":
+            model.disable_adapters()
+        return model
+
+    student, other = adapted(), adapted()
+    expected = distill(other, settings("other", steps=1), samples)
+    layer = student.transformer_blocks[0].attn.to_q
+    state = list(layer.active_adapters), layer.disable_adapters
+    flags = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    styles = {name: p.detach().clone() for name, p in student.named_parameters() if "lora_" in name}
+    schedule = OptimizerConfig("adamw", learning_rate=1e-2)
+    done = distill(student, settings(steps=4, train="lora", lora=LoraConfig(4, 8), optimizer=schedule), samples)
+    assert done.held_out[0] == expected.held_out[0]  # the LoRA begins with nothing
+    assert done.held_out[-1]["loss"] < done.held_out[0]["loss"]
+    assert (list(layer.active_adapters), layer.disable_adapters) == state
+    assert {name: parameter.requires_grad for name, parameter in student.named_parameters()} == flags
+    now = dict(student.named_parameters())
+    assert all(torch.equal(now[name], before) for name, before in styles.items())
+    assert student.transformer_blocks[0].attn.to_q is layer
