@@ -14,6 +14,7 @@ from flexclear.compile import compiled_flex_attention
 from flexclear.compile.flex import options_for
 from flexclear.compile.kernels import as_dict
 from flexclear.masks import Downsampled, Layout, MaskMod, Window, block_mask, dense_mask
+from flexclear.masks.apart import can_part
 from flexclear.masks.scan import ask
 from flexclear.masks.windows import as_window, is_plain
 from flexclear.testing import oracle, sequence
@@ -48,9 +49,9 @@ def assert_matches_dense(
     the error of masked SDPA in that type). On CUDA, also checks the log-sum-exp and the gradients.
 
     The windows of ``flexclear.masks`` are compared with their definitions (``flexclear.testing.oracle``). So is everything else
-    that is derived from a layout and a window: token order and its inverse, pooled keys, padded text, the dense mask, costs,
-    masked SDPA, and the masks of ranks that share an image. Beyond 4,194,304 pairs, only the rows of some query blocks are
-    compared, and attention is skipped.
+    that is derived from a layout and a window: token order and its inverse, coordinates from tables, pooled keys, padded text,
+    text attended apart, the dense mask, costs, masked SDPA, and the masks of ranks that share an image. Beyond 4,194,304 pairs,
+    only the rows of some query blocks are compared, and attention is skipped.
 
     >>> from flexclear.masks import Disc
     >>> assert_matches_dense(Layout(9, 14, text_len=5), Disc(3), block_size=32, attention=False)
@@ -81,7 +82,7 @@ def assert_matches_dense(
         reference = dense_mask(layout, window, device=device) if reference is None else reference
         _check_mask(mask, reference.to(device))
     elif mask.seq_lengths[0] * mask.seq_lengths[1] > MAX_DENSE_PAIRS:
-        _check_some_rows(layout, defined, mask)
+        _check_some_rows(layout, defined, mask, around)
         if around:
             _check_around(layout, defined, mask, None)
         return
@@ -98,7 +99,7 @@ def _check_mask(mask: BlockMask, reference: Tensor) -> None:
     assert mask.seq_lengths == tuple(reference.shape), (
         f"the block mask is for {mask.seq_lengths} queries and keys, the reference for {tuple(reference.shape)}"
     )
-    _check_mask_mod(mask, reference)
+    _check_mask_mod(mask.mask_mod, reference)
     assert_lists(mask, reference)
 
 
@@ -113,7 +114,11 @@ def _check_around(layout: Layout, window: Window, mask: BlockMask, reference: Te
         last = layout.seq_len - 1
         sequence.check_padding(layout, window, size, torch.tensor([0, last // 2, last]), whole=False)
         return
+    for name, mask_mod in _from_tables(layout, window).items():
+        _check_mask_mod(mask_mod, reference, name=name)
     sequence.check_padding(layout, window, size, torch.arange(layout.seq_len), whole=True)
+    if can_part(layout, window):
+        sequence.check_apart(layout, window, reference, size)
     sequence.check_cost(layout, window, reference, size)
     sequence.check_attend(layout, window, reference)
     if layout.frames == 1:
@@ -122,8 +127,22 @@ def _check_around(layout: Layout, window: Window, mask: BlockMask, reference: Te
         sequence.check_scan(layout, reference, size)
 
 
-def _check_some_rows(layout: Layout, window: Window, mask: BlockMask) -> None:
-    """Check the rows of some query blocks: the first and last, and those where image and text meet and where 16 bits end."""
+def _from_tables(layout: Layout, window: Window) -> dict[str, MaskMod]:
+    """The window's ``mask_mod`` with coordinates from tables, as on CUDA, where the default on CPU computes them."""
+    return {
+        f"mask_mod with coordinates {source!r}": window.mask_mod(layout, coordinates=source)
+        for source in ("packed", "separate")
+    }
+
+
+def _check_some_rows(layout: Layout, window: Window, mask: BlockMask, tables: bool) -> None:
+    """Check the rows of some query blocks: the first and last, and those where image and text meet and where 16 bits end.
+
+    Args:
+        layout, window, mask: the case.
+        tables: whether to check coordinates from tables as well.
+    """
+    others = _from_tables(layout, window) if tables else {}
     length, size = mask.seq_lengths[0], mask.BLOCK_SIZE[0]
     generator = torch.Generator().manual_seed(length)
     places = [0, length - 1, layout.image_start, min(1 << 16, length - 1)]
@@ -134,18 +153,20 @@ def _check_some_rows(layout: Layout, window: Window, mask: BlockMask) -> None:
         assert mask.seq_lengths[1] == reference.shape[1], (
             f"the block mask is for {mask.seq_lengths[1]} keys, the reference for {reference.shape[1]}"
         )
-        _check_mask_mod(mask, reference, block * size)
+        _check_mask_mod(mask.mask_mod, reference, block * size)
+        for name, mask_mod in others.items():
+            _check_mask_mod(mask_mod, reference.cpu(), block * size, name)
         assert_lists(mask, reference, first_block=block)
 
 
-def _check_mask_mod(mask: BlockMask, reference: Tensor, first: int = 0) -> None:
+def _check_mask_mod(mask_mod: MaskMod, reference: Tensor, first: int = 0, name: str = "mask_mod") -> None:
     """Check the ``mask_mod`` for the reference's queries, starting with query ``first``, and all keys."""
     queries, keys = (torch.arange(length, device=reference.device) for length in reference.shape)
-    wrong = torch.nonzero(ask(mask.mask_mod, first + queries[:, None], keys[None, :]) != reference)
+    wrong = torch.nonzero(ask(mask_mod, first + queries[:, None], keys[None, :]) != reference)
     if len(wrong):
         q, kv = wrong[0].tolist()
         raise AssertionError(
-            f"mask_mod is wrong for {len(wrong)} of {reference.numel()} pairs, first for query {first + q} and key {kv}: "
+            f"{name} is wrong for {len(wrong)} of {reference.numel()} pairs, first for query {first + q} and key {kv}: "
             f"the reference says {bool(reference[q, kv])}"
         )
 

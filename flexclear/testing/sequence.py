@@ -1,4 +1,5 @@
-"""Checks of everything besides the mask: token order, pooled keys, padded text, plans, costs, ranks; all against the oracle."""
+"""Checks of everything besides the mask: token order, pooled keys, padded text, text attended apart, plans, costs, ranks; all
+against the oracle."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.compile.kernels import Kernel
 from flexclear.masks import Downsampled, Layout, Window, block_mask, block_pairs, cost, dense_mask, with_text_mask
+from flexclear.masks.apart import text_apart
 from flexclear.masks.scan import ask
 from flexclear.parallel.masks import build_band_plan
 from flexclear.parallel.planning import cut, long_axis, part_of, sides
@@ -19,7 +21,7 @@ from flexclear.runtime.plan import build_plan
 from flexclear.runtime.pooling import make_pooling
 from flexclear.runtime.reach import warn_of_unreached
 from flexclear.testing import oracle
-from flexclear.testing.lists import assert_lists, blocks_of
+from flexclear.testing.lists import assert_lists, blocks_of, both_lists
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM = 2, 8
@@ -111,6 +113,26 @@ def check_padding(
         dense = with_text_mask(dense_mask(layout, window), layout, keep)
         assert isinstance(dense, Tensor)
         assert torch.equal(dense[:, 0], expected), "padding is wrong in the dense mask"
+
+
+def check_apart(layout: Layout, window: Window, right: Tensor, block_size: tuple[int, int]) -> None:
+    """Where text is attended apart, the rows of image queries are right, in the lists and in the ``mask_mod``."""
+    apart = text_apart(layout, window, block_size=block_size)
+    first = layout.text_len // block_size[0] * block_size[0] if layout.text_first else 0
+    rows = apart.image.seq_lengths[0]
+    assert rows == apart.rows == (layout.seq_len - first if layout.text_first else layout.image_len), (
+        f"with text apart there are {rows} queries"
+    )
+    assert len(apart.text) == layout.text_len
+    part, full = both_lists(apart.image, "kv")
+    queries = torch.arange(rows)
+    inside = blocks_of(ask(apart.image.mask_mod, queries[:, None], torch.arange(right.shape[1])[None, :]), block_size)
+    seen = inside & part[..., None, None] | full[..., None, None]
+    # Rows of text that share a block with image queries are meaningless.
+    is_image = queries + first >= layout.image_start if layout.text_first else queries < layout.image_len
+    of_image = blocks_of(is_image[:, None].expand(rows, right.shape[1]), block_size)
+    expected = blocks_of(right[first : first + rows], block_size)
+    assert torch.equal(seen & of_image, expected & of_image), "image queries are wrong where text is attended apart"
 
 
 def _pooled(layout: Layout, window: Window) -> int:

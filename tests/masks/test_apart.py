@@ -13,7 +13,7 @@ from flexclear.masks import Both, Disc, Downsampled, Full, Layout, Neighborhood,
 from flexclear.masks.apart import TextApart, can_part, text_apart
 from flexclear.runtime.attention import windowed_attention
 from flexclear.runtime.plan import build_plan
-from flexclear.testing.lists import blocks_of, listed_blocks
+from flexclear.testing.sequence import check_apart
 from flexclear.testing.strategies import block_sizes
 
 CPU = torch.device("cpu")
@@ -38,26 +38,10 @@ drawn_layouts = st.builds(
 
 @given(drawn_layouts, windows, block_sizes)
 def test_image_rows_see_what_the_dense_reference_says(layout, window, block_size):
-    found = text_apart(layout, window, block_size=block_size)
-    size, rows = found.image.BLOCK_SIZE[0], found.image.seq_lengths[0]
-    first = layout.text_len // size * size if layout.text_first else 0
-    assert found.text.shape[0] == layout.text_len
-    assert found.rows == rows == (layout.seq_len - first if layout.text_first else layout.image_len)
-    dense = dense_mask(layout, window)[first : first + rows]
-    image = torch.arange(layout.seq_len)[first : first + rows]
-    image = (image >= layout.image_start) & (image < layout.image_start + layout.image_len)
-    shape = found.image.kv_indices.shape[-2:]
-    partial = listed_blocks(found.image.kv_num_blocks, found.image.kv_indices, shape[1])
-    full = listed_blocks(found.image.full_kv_num_blocks, found.image.full_kv_indices, shape[1])
-    places = torch.arange(rows)[:, None], torch.arange(layout.seq_len)[None, :]
-    inside = blocks_of(found.image.mask_mod(None, None, *places), found.image.BLOCK_SIZE)
-    expanded = inside & partial[..., None, None] | full[..., None, None]
-    # Rows of text that share a block with the image mean nothing.
-    of_image = blocks_of(image[:, None].expand(rows, layout.seq_len), found.image.BLOCK_SIZE)
-    assert torch.equal(expanded & of_image, blocks_of(dense, found.image.BLOCK_SIZE) & of_image)
-    assert torch.equal(
-        found.mask_mod(None, None, torch.arange(layout.seq_len)[:, None], places[1]), dense_mask(layout, window)
-    )
+    found, dense = text_apart(layout, window, block_size=block_size), dense_mask(layout, window)
+    check_apart(layout, window, dense, found.image.BLOCK_SIZE)
+    places = torch.arange(layout.seq_len)
+    assert torch.equal(found.mask_mod(None, None, places[:, None], places[None, :]), dense)
 
 
 @flex
