@@ -18,9 +18,11 @@ from flexclear.masks import (
     Square,
     Strided,
     Swin,
+    ball,
     block_mask,
     block_pairs,
     cost,
+    cylinder,
     dense_mask,
     disc,
     scan,
@@ -76,6 +78,32 @@ def test_no_needed_block_is_missing_and_no_full_block_is_wrong(drawn, block_size
     found[pairs.q, pairs.kv] = True
     assert not (blocks.any(-1).any(-1) & ~found).any(), "a needed block is missing"
     assert blocks[pairs.q[pairs.full], pairs.kv[pairs.full]].all(), "a full block is not full"
+
+
+IMAGES = (Layout(1, 96, 0, order="raster"), Layout(8, 24, 0), Layout(13, 11, 3))
+CLIPS = (Layout(8, 8, 0, frames=3), Layout(5, 7, 3, frames=3))
+ROUND = {
+    "disc": (Disc, IMAGES),
+    "square": (Square, IMAGES),
+    "ball": (lambda radius: ball(radius, 2), CLIPS),
+    "cylinder": (lambda radius: cylinder(radius, 1), CLIPS),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "layout"), [(make, layout) for make, each in ROUND.values() for layout in each],
+    ids=[f"{name}-{layout.shape}" for name, (_, each) in ROUND.items() for layout in each],
+)  # fmt: skip
+def test_a_block_is_full_up_to_the_radius_at_which_its_farthest_pair_is(make, layout):
+    for radius in range(1, 28):
+        window = make(radius)
+        pairs = block_pairs(layout, window, 16)
+        blocks = blocks_of(dense_mask(layout, window), pairs.block_size)
+        needed, full = torch.zeros(2, *blocks.shape[:2], dtype=torch.bool)
+        needed[pairs.q, pairs.kv] = True
+        full[pairs.q[pairs.full], pairs.kv[pairs.full]] = True
+        assert not (full & ~blocks.all(-1).all(-1)).any(), radius
+        assert not (blocks.any(-1).any(-1) & ~needed).any(), radius
 
 
 @given(layouts_with_windows(side=st.integers(1, 24)), block_sizes)
