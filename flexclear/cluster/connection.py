@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import pickle
+import secrets
 import socket
 import sys
 import threading
@@ -27,6 +29,9 @@ REACH_SECONDS = 5
 """Seconds within which a cluster's address must accept a connection."""
 
 LOCAL, FOUND = "local", "auto"
+
+AUTH_MODE, AUTH_TOKENS = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Ray's environment variables: whether calls need a token; the token itself, or a file that holds it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Cluster:
         try:
             asked = [
                 task.options(scheduling_strategy=On(node.id, soft=False)).remote(
-                    pickle.dumps(job), os.getcwd(), versions()
+                    pickle.dumps(job), os.getcwd(), versions(), probe.needs_token()
                 )
                 for node in self.nodes
             ]
@@ -123,7 +128,7 @@ def connected(address: str) -> Iterator[Any]:
 
     Raises:
         ImportError: Ray is not installed.
-        OSError: there is no such cluster.
+        OSError: there is no such cluster, or it accepts no calls from this process.
         ValueError: this is not an address.
     """
     check_address(address)
@@ -133,21 +138,61 @@ def connected(address: str) -> Iterator[Any]:
     if ray.is_initialized():
         raise ValueError("--ray: this process is connected to a Ray cluster already")
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    with _authenticated(address):
+        try:
+            # Otherwise, workers' prints would go to standard output, where results are.
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+            text = f"--ray {address}: this cluster cannot be used: {first_line(error)}"
+            if isinstance(error, ConnectionError) and probe.needs_token() is False:
+                text += " (if it requires a token: set RAY_AUTH_MODE=token, and save the token as ~/.ray/auth_token)"
+            raise OSError(text) from error
+        results = sys.stdout
+        aside: Any = _WithoutRay(results)
+        sys.stdout = aside
+        try:
+            yield ray
+        finally:
+            aside.ending = True
+            ray.shutdown()
+            if sys.stdout is aside:
+                sys.stdout = results
+
+
+@contextlib.contextmanager
+def _authenticated(address: str) -> Iterator[None]:
+    """Undo afterwards what Ray changes about authentication in this process.
+
+    When ``ray.init`` starts a cluster, it switches tokens on for the whole process and leaves them on. A later cluster without
+    tokens could then not call this process, and all its actors would be lost. A cluster that is started here gets its own
+    temporary token. Otherwise Ray would save one in the user's home directory, and clusters started later would require it too.
+    """
+    names = (AUTH_MODE, *AUTH_TOKENS)
+    before = {name: os.environ.get(name) for name in names}
+    if address == LOCAL and not any(before.values()):
+        os.environ[AUTH_TOKENS[0]] = secrets.token_hex(32)
     try:
-        # Otherwise, workers' prints would go to standard output, where results are.
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"--ray {address}: this cluster cannot be used: {first_line(error)}") from error
-    results = sys.stdout
-    aside: Any = _WithoutRay(results)
-    sys.stdout = aside
-    try:
-        yield ray
+        yield
     finally:
-        aside.ending = True
-        ray.shutdown()
-        if sys.stdout is aside:
-            sys.stdout = results
+        if before != {name: os.environ.get(name) for name in names}:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+            _read_authentication_again()
+
+
+def _read_authentication_again() -> None:
+    """Make Ray read its environment variables again: it caches the mode and the token per process."""
+    try:
+        raylet: Any = importlib.import_module("ray._raylet")
+        mode, token = raylet.Config, raylet.AuthenticationTokenLoader
+    except (ImportError, AttributeError):  # another release may differ: ``Cluster.check`` finds a mismatch
+        return
+    mode.initialize(
+        ""
+    )  # first: a Ray thread that is still ending would fail without the token if the mode required one
+    token.instance().reset_cache()
 
 
 class _WithoutRay:

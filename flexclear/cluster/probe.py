@@ -5,16 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 
-def examine(job: bytes, folder: str, wanted: dict[str, str]) -> list[str]:
+def needs_token() -> bool | None:
+    """Whether Ray requires a token with calls to this process; None if it cannot be determined."""
+    import importlib
+
+    try:
+        raylet: Any = importlib.import_module("ray._raylet")
+        return bool(raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN)
+    except (ImportError, AttributeError):
+        return None
+
+
+def examine(job: bytes, folder: str, wanted: dict[str, str], token: bool | None) -> list[str]:
     """Reasons why this node cannot do a job; empty if there are none.
 
     Args:
         job: the pickled job.
         folder: the working directory, from which relative paths are resolved.
         wanted: versions of the process that owns the job.
+        token: ``needs_token`` of that process.
     """
     import pickle
     import sys
+
+    if token and needs_token() is False:
+        return [
+            "Ray uses no token there but uses one here, so all actors would be lost: set RAY_AUTH_MODE=disabled here, or restart "
+            "the cluster with the token"
+        ]
 
     try:
         from flexclear.common.versions import versions

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexclear.cluster import connection
+from flexclear.cluster import connection, probe
 from flexclear.cluster.connection import Cluster, Node, check_address
 from flexclear.cluster.worker import enter
 
@@ -78,6 +78,38 @@ def test_a_node_that_is_unlike_the_others_is_named_before_work(tmp_path, written
     assert (status, out) == (2, "")
     assert re.search(rf"--ray: not every node can do this\. node \S+ \(\w+\): {said}", err)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.kept
+def test_a_cluster_without_tokens_is_used_after_one_with_them_or_refused(tmp_path):
+    (tmp_path / "home").mkdir()
+    line = ["generate", "embedded", "--prompt", "a", "--size", "64x64", "--steps", "1", "--r", "4", "--backend", "sdpa"]
+    found = in_cluster("tokens", arguments=line, out=str(tmp_path / "out"), home=str(tmp_path / "home"))
+    *served, (status, _, refused) = found["runs"]
+    assert [status for status, _, _ in served] == [0, 0], served
+    assert found["kept"] == [], "a token is left in the user's folder"
+    assert status == 2
+    assert refused.count("Ray uses no token there but uses one here") == 2, "not of both nodes"
+    assert found["mode"] is None
+
+
+def test_what_ray_changes_about_its_authentication_ends_with_the_connection(monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    from ray._raylet import Config
+
+    for name in (connection.AUTH_MODE, *connection.AUTH_TOKENS):
+        monkeypatch.delenv(name, raising=False)
+    with connection._authenticated("local"):
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        os.environ["RAY_AUTH_MODE"] = "token"  # as ray.init does where it starts a cluster
+        Config.initialize("")
+        assert probe.needs_token()
+    assert not {connection.AUTH_MODE, *connection.AUTH_TOKENS} & set(os.environ)
+    assert not probe.needs_token()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with connection._authenticated("local"):
+        assert "RAY_AUTH_TOKEN" not in os.environ, "the user has decided"
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
 def test_an_address_without_a_cluster_is_said_at_once(monkeypatch):

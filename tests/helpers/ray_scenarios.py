@@ -153,6 +153,20 @@ def runs(nodes, commands):
     return {"runs": [command(*(nodes.address if part == "ADDRESS" else part for part in one)) for one in commands]}
 
 
+def tokens(nodes, arguments, out, home):
+    """A command with a cluster of this process, which has a token, then with this one, which has none; what was kept at home;
+    the command with this one, found where a token is kept at home."""
+    os.environ["HOME"] = home
+    del os.environ["RAY_AUTH_MODE"]  # as of a user who knows nothing of it
+    found = [command(*arguments, "--out", f"{out}{at}", "--ray", at) for at in ("local", nodes.address)]
+    kept = os.listdir(home)
+    token = Path(home, ".ray", "auth_token")
+    token.parent.mkdir(exist_ok=True)
+    token.write_text("0" * 64, encoding="utf-8")
+    found.append(command(*arguments, "--out", f"{out}auto", "--ray", "auto"))
+    return {"runs": found, "kept": kept, "mode": os.environ.get("RAY_AUTH_MODE")}
+
+
 if __name__ == "__main__":
     name, given, result = sys.argv[1:]
     given = json.loads(given)
