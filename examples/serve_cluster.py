@@ -6,7 +6,8 @@
     python examples/serve_cluster.py --model embedded --r 4 --steps 4 --sizes 64x64 96x64 128x128 --requests 50
 
 Replicas are Ray actors on the GPUs of this machine, or of the cluster that RAY_ADDRESS names, each with a windowed pipeline. At
-first each size is compiled by one replica, and by another only when that one is overloaded. ``--requests`` sends some requests.
+first each size is compiled by one replica, and by another only when that one is overloaded. If a replica is lost, another one
+takes its requests. ``--requests`` sends some requests.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import asyncio
 import io
 import itertools
 import json
+import logging
 import math
 import threading
 import time
@@ -27,17 +29,25 @@ import ray
 import torch
 from diffusers import DiffusionPipeline
 from ray import serve
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 from ray.serve.config import HTTPOptions, RequestRouterConfig
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import MultiplexMixin, RequestRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+logger = logging.getLogger("ray.serve")
+
+# The process or node is lost, Ray's memory monitor has killed it, or the finished image is lost with its node.
+LOST = RayActorError, OutOfMemoryError, ObjectLostError
+TRIES = 3  # not more, since the request may be what kills its replica
 PROMPTS = ["a red apple on a blue background", "a small blue plane over the sea", "a lighthouse in a thunderstorm"]
 
 
 class SizeRouter(MultiplexMixin, RequestRouter):
     """Sends a request to the replica that has compiled its size; of several, to the one with the fewest pixels waiting. It
-    chooses another one if so many fewer pixels wait there that compiling is worth it. A new size goes where the fewest wait.
+    chooses another one if so many fewer pixels wait there that compiling is worth it. A new size goes where the fewest wait. A
+    request that has lost its replica goes to another one.
 
     A size is a multiplexed model id of Serve, which reports what each replica has. What waits there is known from the requests
     that this router has sent, those of one ingress.
@@ -49,7 +59,8 @@ class SizeRouter(MultiplexMixin, RequestRouter):
         """``compiling``: cost of making a size's masks and graphs, in pixels that could be drawn in that time."""
         self._compiling = compiling
         self._unfinished = {}  # by request's id: the request, its replica, its pixels
-        self._given = defaultdict(set)  # by replica: sizes given to it, before Serve reports them
+        self._given = {}  # by replica: sizes given to it, before Serve reports them
+        self._tries = {}  # by request's id, which all its tries share: the replica of each try
 
     async def choose_replicas(self, candidate_replicas, pending_request=None):
         if pending_request is None or not candidate_replicas:
@@ -66,16 +77,39 @@ class SizeRouter(MultiplexMixin, RequestRouter):
                 waiting[replica_id] += pixels
 
         def cost(replica):
-            known = size in replica.multiplexed_model_ids or size in self._given[replica.replica_id]
+            known = size in replica.multiplexed_model_ids or size in self._given.get(replica.replica_id, ())
             return waiting[replica.replica_id] + (0 if known else self._compiling)
 
-        best = min(candidate_replicas, key=cost)
+        tries = self._tries.setdefault(request_id, {})
+        lost = {replica_id for begun, replica_id in tries.items() if begun != pending_request.created_at}
+        best = min(candidate_replicas, key=lambda replica: (replica.replica_id in lost, cost(replica)))
+        tries[pending_request.created_at] = best.replica_id
+        while len(self._tries) > 1000:
+            del self._tries[next(iter(self._tries))]
         self._unfinished[request_id] = pending_request, best.replica_id, math.prod(map(int, size.split("x")))
-        self._given[best.replica_id].add(size)
+        self._given.setdefault(best.replica_id, set()).add(size)
         return [[best]]
 
     def on_request_completed(self, replica_id, internal_request_id):
-        self._unfinished.pop(internal_request_id, None)
+        _, latest, _ = self._unfinished.get(internal_request_id, (None, None, None))
+        if latest == replica_id:  # otherwise this is a late notice of an earlier try
+            self._unfinished.pop(internal_request_id, None)
+
+    def on_replica_actor_died(self, replica_id):
+        super().on_replica_actor_died(replica_id)
+        self._forget_the_gone()
+
+    def update_replicas(self, replicas):
+        super().update_replicas(replicas)
+        self._forget_the_gone()
+
+    def _forget_the_gone(self) -> None:
+        for request_id, (_, replica_id, _) in list(self._unfinished.items()):
+            if replica_id not in self.curr_replicas:
+                self._unfinished.pop(request_id, None)
+        for replica_id in list(self._given):
+            if replica_id not in self.curr_replicas:
+                self._given.pop(replica_id, None)
 
 
 @serve.deployment(max_ongoing_requests=1000)  # a request waits at its size's replica
@@ -120,7 +154,11 @@ class Painter:
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 class Front:
-    """Takes JSON over HTTP: ``prompt``, ``height``, ``width``, and optionally ``seed``. Answers with a PNG."""
+    """Takes JSON over HTTP: ``prompt``, ``height``, ``width``, and optionally ``seed``. Answers with a PNG.
+
+    If a replica is lost, its requests are sent again, with at most ``TRIES`` tries each: an image depends on its request alone.
+    Other errors, such as those of the pipeline or Serve's back-pressure, are raised at once.
+    """
 
     def __init__(self, painters, sizes: list[tuple[int, int]]) -> None:
         self._painters, self._sizes = painters, sizes
@@ -134,8 +172,16 @@ class Front:
         if size not in self._sizes:  # otherwise anyone could have any number of sizes compiled
             return JSONResponse({"error": f"size {size} is not served; sizes are {self._sizes}"}, 400)
         painters = self._painters.options(multiplexed_model_id="{}x{}".format(*size))
-        png, replica = await painters.draw.remote(prompt, *size, seed)
-        return Response(png, media_type="image/png", headers={"x-replica": replica})
+        for number in range(1, TRIES + 1):
+            try:
+                png, replica = await painters.draw.remote(prompt, *size, seed)
+                return Response(png, media_type="image/png", headers={"x-replica": replica})
+            except LOST as error:
+                lost = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                logger.warning(f"try {number} of {TRIES} lost its replica: {lost}")
+            except DeploymentUnavailableError as error:  # no replica can be started
+                return JSONResponse({"error": error.message}, 503)
+        return JSONResponse({"error": f"the replica was lost in each of {TRIES} tries; the last error: {lost}"}, 503)
 
 
 def application(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> serve.Application:
