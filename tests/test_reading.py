@@ -157,3 +157,28 @@ def test_a_damaged_text_chunk_is_named(tmp_path):
         Image.new("RGB", (2, 2)).save(tmp_path / "a.png", pnginfo=info)
         with pytest.raises(ValueError, match=rf"a\.png has a .*{message}|a\.png {message}"):
             read_settings(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_upright_as_their_camera_says(tmp_path, ending, orientation):
+    from PIL import ImageOps
+
+    told = Image.Exif()
+    told[0x0112] = orientation
+    picture = Image.effect_noise((48, 32), 50).resize((480, 320)).convert("RGB")
+    file = tmp_path / f"photo.{ending}"
+    picture.save(file, exif=told)
+    with Image.open(file) as opened:
+        expected = ImageOps.exif_transpose(opened)
+    read = read_image(file)
+    assert (read.size, read.tobytes()) == (expected.size, expected.tobytes())
+    assert image_size(file) == read.size == ((480, 320) if orientation < 5 else (320, 480))
+    content = read_picture(file)
+    assert tuple(content.shape) == (3, read.height, read.width)
+
+
+def test_a_damaged_orientation_turns_nothing(tmp_path):
+    file = tmp_path / "photo.jpg"
+    Image.new("RGB", (48, 32)).save(file, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01")
+    assert read_image(file).size == image_size(file) == (48, 32)

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
 
@@ -27,8 +27,10 @@ def read_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         ValueError: it is not an image, is damaged, or has more pixels than Pillow accepts.
     """
     with _decoding(source if name is None else name), Image.open(_stream(source)) as opened:
+        told = _says_more(opened)
         opened.load()
-        return opened
+        turn = _TURNS.get(_orientation(opened)) if told else None
+        return opened if turn is None else opened.transpose(turn)
 
 
 def read_own_png(content: bytes, name: object) -> Image.Image:
@@ -51,7 +53,35 @@ def image_size(path: Path) -> tuple[int, int]:
         ValueError: it is not an image, or has more pixels than Pillow accepts.
     """
     with _decoding(path), Image.open(path) as opened:
-        return opened.size
+        if opened.format == "TIFF":  # which Pillow may turn by itself
+            opened.load()
+        on_its_side = _says_more(opened) and _orientation(opened) in (5, 6, 7, 8)
+        return opened.size[::-1] if on_its_side else opened.size
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image upright, by EXIF's orientation."""
+
+
+def _says_more(opened: Image.Image) -> bool:
+    """Whether an image that is not decoded yet may have an orientation; one that a PNG names after its pixels does not count."""
+    return opened.format == "TIFF" or any(key.lower().endswith(("exif", "xmp")) for key in map(str, opened.info))
+
+
+def _orientation(opened: Image.Image) -> int:
+    """EXIF's orientation, 1 where there is none or it is damaged."""
+    try:
+        return int(opened.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return 1
 
 
 def png_text(path: Path, chunk: str) -> str | None:
