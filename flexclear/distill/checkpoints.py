@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,11 +17,14 @@ from flexclear.common.reading import parse_json, read_text
 from flexclear.compile.files import whole_file, write_errors
 from flexclear.distill.config import DistillConfig, as_mapping
 from flexclear.distill.samples import Samples
+from flexclear.parallel.facts import digest
+from flexclear.runtime.hooks import entry_hook_of
 
 FOLDER = "checkpoints"
 TRAINED = "trained.safetensors"
 AVERAGE = "average.pt"
 RUN = "run.json"
+TEACHER = "weights"
 FREE = (
     "output",
     "model",
@@ -47,8 +51,11 @@ def latest(output: Path) -> tuple[int, Path] | None:
     return max(found, default=None)
 
 
-def identity(config: DistillConfig, global_batch: int, samples: Samples, fingerprint: str | None) -> dict[str, Any]:
-    """What must be equal for a run to resume as if it had not stopped. A cache counts by its contents, not its path."""
+def identity(
+    config: DistillConfig, global_batch: int, samples: Samples, fingerprint: str | None, models: dict[str, str]
+) -> dict[str, Any]:
+    """What must be equal for a run to resume as if it had not stopped. A cache counts by its contents, not its path, and so do
+    the models; see ``models_of_run``."""
     kept = {name: value for name, value in as_mapping(config).items() if name not in FREE}
     for part in ("batch_size", "gradient_accumulation"):
         del kept[part]  # The global batch counts; so does the batch per device, which groups samples.
@@ -63,7 +70,35 @@ def identity(config: DistillConfig, global_batch: int, samples: Samples, fingerp
         "samples": len(samples),
         "contents": getattr(samples, "work", None),
         "encoders": fingerprint,
+        **models,
     }
+
+
+def models_of_run(accelerator: Any, student: nn.Module, teacher: nn.Module) -> dict[str, str]:
+    """The student's windows, and a digest of some numbers of each parameter of both models before they train.
+
+    Args:
+        accelerator: of the run; of several processes the first one's weights count.
+        student, teacher: whole, not yet sharded.
+    """
+    entry = entry_hook_of(student)
+    assert entry is not None
+    settings = entry.settings
+    found = hashlib.sha256()
+    for model in (teacher, student):
+        for name, parameter in model.named_parameters():
+            found.update(f"{name}={digest(parameter)};".encode())
+    weights = [found.hexdigest()[:16]]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(weights)
+    windows = dict.fromkeys(repr(window) for window in settings.windows.values())
+    layers = hashlib.sha256(repr((list(settings.windows.items()), settings.formula)).encode()).hexdigest()[:8]
+    shown = (
+        next(iter(windows)) if len(windows) == 1 and settings.formula is None else f"of {len(windows)} kinds, {layers}"
+    )
+    return {"windows": shown, "switches": repr(settings.switches), TEACHER: weights[0]}
 
 
 def check_identity(place: Path, now: dict[str, Any]) -> None:
@@ -81,8 +116,12 @@ def check_identity(place: Path, now: dict[str, Any]) -> None:
         f"{key}: {then.get(key)} then, {now.get(key)} now" for key in {**then, **now} if then.get(key) != now.get(key)
     ]
     if differing:
+        trained = then.get(TEACHER) != now.get(TEACHER)
+        hint = (
+            " A model that has been trained is not its own teacher: load the original weights again." if trained else ""
+        )
         raise ValueError(
-            f"{place} is from a run with other settings ({'; '.join(differing)}). Name another output, or delete "
+            f"{place} is from a run with other settings ({'; '.join(differing)}).{hint} Name another output, or delete "
             f"{place.parent} to start again"
         )
 

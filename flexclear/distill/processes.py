@@ -86,6 +86,7 @@ def check_accelerator(accelerator: Any, config: DistillConfig) -> None:
             f"accelerate's configuration asks for DeepSpeed, which accelerate leaves out on CPUs; this run is {kind.value}. Take "
             "DeepSpeed out of the configuration"
         )
+    _check_asked(accelerator, config)
     losses = config.losses
     if processes > 1 and not losses.flow and not losses.prediction:
         raise ValueError(
@@ -101,6 +102,28 @@ def check_accelerator(accelerator: Any, config: DistillConfig) -> None:
         raise ValueError(f"ema needs whole weights on every device, but {kind} shards them")
     if kind == DistributedType.DEEPSPEED:
         match_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, config)
+
+
+def _check_asked(accelerator: Any, config: DistillConfig) -> None:
+    """Raise if a caller's own accelerator has another value than a setting that it alone decides.
+
+    Raises:
+        ValueError: it has.
+    """
+    from accelerate import DistributedType
+
+    asked = {"mixed_precision": (config.mixed_precision, accelerator.mixed_precision)}
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:  # see match_deepspeed
+        asked["gradient_accumulation"] = (config.gradient_accumulation, accelerator.gradient_accumulation_steps)
+    asked["device"] = (config.device, accelerator.device.type)
+    trackers = [getattr(tracker, "value", getattr(tracker, "name", None)) for tracker in accelerator.log_with]
+    asked["tracker"] = (config.tracker, config.tracker if config.tracker in trackers else None)
+    for name, (wanted, got) in asked.items():
+        if wanted is not None and wanted != got:
+            raise ValueError(
+                f"the accelerator has {name} {got!r}, the settings have {name}: {wanted}. Make the accelerator with the same "
+                "value, or leave it to distill, which makes one from the settings"
+            )
 
 
 def check_precision(accelerator: Any, dtype: torch.dtype) -> None:

@@ -155,6 +155,7 @@ class _Run:
         if config.initial_weights is not None:
             start_from(model, config.initial_weights)
             projections = trained_parameters(model)
+        models = files.models_of_run(accelerator, model, self.teacher)
         model.requires_grad_(False)
         self.trained = (
             add_lora(model, config.lora.rank, config.lora.alpha, config.seed) if config.train == "lora" else projections
@@ -194,7 +195,7 @@ class _Run:
         self.accumulation = accelerator.gradient_accumulation_steps
         batches_per_step = self.accumulation * accelerator.num_processes
         self.batches_per_step = batches_per_step
-        identity = files.identity(config, batches_per_step * config.batch_size, samples, self.ready.fingerprint)
+        identity = files.identity(config, batches_per_step * config.batch_size, samples, self.ready.fingerprint, models)
         self.checkpoints = files.Checkpoints(
             accelerator, config.output, config.checkpoints.keep, self.trained, self.average, identity
         )

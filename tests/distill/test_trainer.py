@@ -155,7 +155,7 @@ def test_another_runs_checkpoint_is_refused_by_name(fresh, samples, settings):
     config = settings(steps=1)
     distill(fresh(), config, samples)
     model = fresh()
-    with pytest.raises(ValueError, match=r"other settings \(r: 2 then, 3 now\)"):
+    with pytest.raises(ValueError, match=r"other settings \(r: 2 then, 3 now; "):
         distill(model, dataclasses.replace(config, r=3, steps=2), samples)
     with pytest.raises(ValueError, match="other settings"):
         distill(model, dataclasses.replace(config, seed=4), samples)
@@ -410,3 +410,45 @@ def test_other_loras_are_with_the_student_as_they_are_with_the_teacher(fresh, sa
     now = dict(student.named_parameters())
     assert all(torch.equal(now[name], before) for name, before in styles.items())
     assert student.transformer_blocks[0].attn.to_q is layer
+
+
+def test_a_run_resumes_under_its_own_window_only(fresh, samples, settings):
+    distill(flexclear.transform(fresh(), r=2, backend="sdpa"), settings(steps=1), samples)
+    for changed, message in (
+        ({"r": 3}, r"windows: Disc\(radius=2\) then, Disc\(radius=3\) now"),
+        ({"r": [2, 3, *[2] * 5]}, r"windows: Disc\(radius=2\) then, of 2 kinds"),
+        ({"r": 2, "ntk_factor": 10.0}, "switches: "),
+    ):
+        with pytest.raises(ValueError, match=f"other settings .*{message}"):
+            distill(flexclear.transform(fresh(), backend="sdpa", **changed), settings(steps=2), samples)
+    assert distill(flexclear.transform(fresh(), r=2), settings(steps=2), samples).steps == 2
+
+
+@pytest.mark.parametrize("train", ["projections", "lora"])
+def test_a_run_resumes_with_its_own_teacher_only(fresh, samples, settings, train):
+    config = settings(steps=1, train=train, lora=LoraConfig(4, 8))
+    model = fresh()
+    distill(model, config, samples)
+    longer = dataclasses.replace(config, steps=2)
+    with pytest.raises(ValueError, match=r"weights: .* now\)\. A model that has been trained is not its own teacher"):
+        distill(model, longer, samples)  # it would learn from itself
+    assert distill(fresh(), longer, samples).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"gradient_accumulation": 4}, "has gradient_accumulation 1, the settings have gradient_accumulation: 4"),
+        ({"mixed_precision": "bf16"}, "has mixed_precision 'no', the settings have mixed_precision: bf16"),
+        ({"tracker": "tensorboard"}, "has tracker None, the settings have tracker: tensorboard"),
+    ],
+    ids=str,
+)
+def test_an_accelerator_that_contradicts_the_settings_is_refused(
+    fresh, samples, settings, monkeypatch, changed, message
+):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr("flexclear.distill.preparing.importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ValueError, match=message):
+        distill(fresh(), settings(**changed), samples, accelerator=Accelerator(cpu=True))
