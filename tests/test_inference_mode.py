@@ -75,3 +75,13 @@ def test_on_a_device_a_write_of_the_same_numbers_changes_nothing():
     call["img_ids"].copy_(raster_ids(12, 10))
     assert torch.equal(model(**call).sample, before)
     assert torch.equal(model(**call).sample, before)
+
+
+@pytest.mark.parametrize("option", [{"down_factor": 2}, {"attention": "pixart"}], ids=str)
+def test_weights_that_were_added_in_inference_mode_train(option):
+    model = tiny_flux()
+    with torch.inference_mode():
+        flexclear.transform(model, backend="sdpa", **option)
+    [weight] = [p for name, p in model.named_parameters() if name.startswith("transformer_blocks.0.attn.processor.")]
+    model(**flux_call(8, 8, 3)).sample.sum().backward()
+    assert weight.grad.abs().max() > 0

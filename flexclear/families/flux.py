@@ -58,7 +58,8 @@ def _filled(layer: Layer, shape: tuple[int, ...], value: float) -> torch.Tensor:
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
     # Offloaded layers are empty between calls. These few numbers stay on the CPU, and move to the keys' device in each call.
     device = torch.device("cpu") if weight.is_meta else weight.device
-    return torch.full(shape, value, device=device, dtype=dtype)
+    with torch.inference_mode(False):  # a tensor made in inference mode never gets a gradient, and nothing says so
+        return torch.full(shape, value, device=device, dtype=dtype)
 
 
 FLUX = FluxFamily(

@@ -84,7 +84,9 @@ def min_features_of(settings: GenerateSettings) -> int:
 
 
 def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> None:
-    from flexclear.convert import transform
+    from flexclear.convert import transform, transform_each
+    from flexclear.families.target import models_of
+    from flexclear.runtime.hooks import entry_hook_of
     from flexclear.weights import load_weights
 
     r, down_factor, frame_radius = settings.r, settings.down_factor, settings.frame_radius
@@ -106,7 +108,9 @@ def _window(pipe: Any, settings: GenerateSettings, setup: Setup, say: Say) -> No
         if loaded.radius is not None and loaded.radius != r:
             say(f"these weights were trained for r = {loaded.radius} and run with r = {r}, as asked")
     elif settings.backend != "auto":
-        transform(pipe, windows_of(pipe), backend=settings.backend)
+        found = [entry_hook_of(model) for model in models_of(pipe)]
+        each = [dict(entry.settings.windows) for entry in found if entry is not None]
+        transform_each(pipe, [{"r": windows, "backend": settings.backend} for windows in each])
 
 
 def windows_of(pipe: Any) -> dict[Any, Any]:

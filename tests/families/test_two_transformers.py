@@ -255,3 +255,20 @@ def test_what_works_on_one_model_asks_which(monkeypatch):
         with pytest.raises(TypeError, match=r"this WanPipeline has 2 transformers.*pass pipe.transformer or"):
             ask()
     assert parallel.disable(pipe) is pipe
+
+
+def test_generate_keeps_each_transformer_s_window_from_a_file_under_another_backend(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from flexclear.generation.loading import _window
+    from flexclear.generation.settings import GenerateSettings
+
+    pipe = pipeline(monkeypatch)
+    flexclear.transform(pipe.transformer, cylinder(2, 1))
+    flexclear.transform(pipe.transformer_2, cylinder(3, 0))
+    file = flexclear.save_weights(pipe, tmp_path / "both.safetensors")
+    flexclear.restore(pipe)
+    settings = GenerateSettings("embedded", ("text",), tmp_path, backend="sdpa")
+    _window(pipe, settings, SimpleNamespace(weights=file), print)
+    assert windows(pipe) == [{cylinder(2, 1)}, {cylinder(3, 0)}]
+    assert {entry_hook_of(model).settings.backend for model in (pipe.transformer, pipe.transformer_2)} == {"sdpa"}
