@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -449,6 +450,7 @@ def test_an_accelerator_that_contradicts_the_settings_is_refused(
 ):
     from accelerate import Accelerator
 
-    monkeypatch.setattr("flexclear.distill.preparing.importlib.util.find_spec", lambda name: object())
+    there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: object()))
+    monkeypatch.setattr("flexclear.distill.preparing.importlib", there)
     with pytest.raises(ValueError, match=message):
         distill(fresh(), settings(**changed), samples, accelerator=Accelerator(cpu=True))
