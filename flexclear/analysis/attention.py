@@ -82,10 +82,12 @@ def observe(
         queries: row and column of image tokens whose maps are kept.
 
     Raises:
-        ValueError: it is not transformed, attends by a formula or over pooled keys, has no such layer, is already observed, or,
-            in a call, a query is outside the image.
+        ValueError: it is not transformed, makes videos, attends by a formula or over pooled keys, has no such layer, is already
+            observed, or, in a call, a query is outside the image.
     """
     model = model_of(model_or_pipe)
+    if family_of(model).video:
+        raise ValueError(f"{type(model).__name__} makes videos, and maps and distances are those of one image")
     entry = entry_hook_of(model)
     if entry is None:
         raise ValueError(

@@ -186,6 +186,11 @@ def clipped_distances(model_or_pipe: Any, clip: Clip) -> Iterator[None]:
         assert processor.slot is not None
         if plan.rotary is not None:
             raise ValueError("clipped distances are defined for the model's own frequencies; leave ntk_factor out")
+        mask = plan.slots[processor.slot].mask
+        if isinstance(mask, Tensor) and not bool(mask.all()):
+            raise ValueError(
+                "clipped distances are over all tokens, and the attention_mask of this call hides some of the text; leave it out"
+            )
         query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
         gain = plan.slots[processor.slot].gain
         out = clipped_attention(query, key, value, plan.base.layout, embed.axes_dim, embed.theta, clip, gain)

@@ -203,6 +203,11 @@ class EntryHook(Hook):
         if self.parallel is not None:
             means = InBand(self.parallel.band(plans, masks, settings.slots, call.keep))
         elif formula is not None:
+            if not all(bool(keep.all()) for keep in call.keep.values()):
+                raise ValueError(
+                    f"attention={formula.kind!r} is over all tokens, and the attention_mask of this call hides some of the text. "
+                    "Leave the mask out, or use windows"
+                )
             means = ByFormula(formula.bind(base))
 
         def order_of(scope: str, plan: Plan) -> tuple[Tensor, Tensor] | None:

@@ -302,3 +302,15 @@ def test_models_without_formulas_are_refused_before_any_change_but_take_masks():
             flexclear.transform(model, attention=name)
     assert not model._forward_pre_hooks
     assert windows_of(flexclear.transform(model, attention="swin")) == [Swin(16), Swin(16, 8)]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_mask_over_text_is_refused_by_formulas_unless_it_hides_nothing(model, name):
+    call, keep = flux_call(8, 8, 5), torch.ones(1, 1, 1, 69, dtype=torch.bool)
+    masked = {**call, "joint_attention_kwargs": {"attention_mask": keep}}
+    flexclear.transform(model, attention=name, backend="sdpa")
+    assert torch.equal(run(model, masked), run(model, call))
+    keep[..., 3:5] = False
+    with pytest.raises(ValueError, match=f"attention='{name}' is over all tokens, and the attention_mask"):
+        run(model, masked)
+    assert torch.equal(run(model, call), run(model, {**call, "joint_attention_kwargs": {}}))

@@ -13,6 +13,7 @@ from flexclear.analysis import attention_pictures, observe
 from flexclear.analysis.perturb import Clip, clipped_distances
 
 from helpers.models import flux_call, tiny_flux
+from helpers.models_joint_video import tiny_hunyuan_video
 
 LAYERS = ["transformer_blocks.1.attn", "single_transformer_blocks.0.attn"]
 
@@ -135,4 +136,7 @@ def test_what_cannot_be_observed_is_named():
         pass
     flexclear.transform(model, 3, down_factor=2, backend="sdpa")
     with pytest.raises(ValueError, match="has pooled keys"), observe(model):
+        pass
+    video = flexclear.transform(tiny_hunyuan_video(), 2, frame_radius=1)
+    with pytest.raises(ValueError, match="HunyuanVideoTransformer3DModel makes videos"), observe(video):
         pass

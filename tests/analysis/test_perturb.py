@@ -124,6 +124,18 @@ def test_other_frequencies_and_reference_pictures_are_refused():
         clipped_attention(tokens, tokens, tokens, Layout(3, 3, 4), AXES, THETA, Clip("local", 1))
 
 
+def test_a_mask_over_text_is_refused_unless_it_hides_nothing():
+    model, call = flexclear.transform(tiny_flux(), None, backend="sdpa", order="raster"), flux_call(6, 5, 4)
+    keep = torch.ones(1, 1, 1, 34, dtype=torch.bool)
+    with torch.no_grad(), clipped_distances(model, Clip("remote", 2)):
+        expected = model(**call).sample
+        ours = model(**call, joint_attention_kwargs={"attention_mask": keep}).sample
+        assert torch.equal(ours, expected)
+        keep[..., 2:4] = False
+        with pytest.raises(ValueError, match="attention_mask of this call hides some of the text"):
+            model(**call, joint_attention_kwargs={"attention_mask": keep})
+
+
 @pytest.mark.parametrize(
     ("kind", "distance", "error", "message"),
     [
