@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from flexclear.common.reading import check_unicode, lines_of, parse_json, read_text
+from flexclear.images.fitting import on_white
 from flexclear.images.reading import read_image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -51,7 +52,7 @@ class Item:
             return "unreadable"
 
     def picture(self, digest: str | None = None) -> Image.Image:
-        """The image in RGB.
+        """The image in RGB; what is transparent lies on white.
 
         Args:
             digest: the file's earlier digest; None if not known.
@@ -68,7 +69,7 @@ class Item:
         if digest is not None and hashlib.sha256(content).hexdigest() != digest:
             raise OSError(f"{self.name} was replaced while it was being encoded; run the same command again")
         try:
-            return read_image(content, self.name).convert("RGB")
+            return on_white(read_image(content, self.name))
         except (OSError, ValueError) as error:
             raise ValueError(f"damaged image: {error}") from error
 

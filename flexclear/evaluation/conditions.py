@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from PIL import Image, ImageFilter
 
+from flexclear.images.fitting import on_white
+
 BLUR = 64
 """The blur's standard deviation is the longer side divided by this."""
 
@@ -35,12 +37,12 @@ def distance_to_condition(picture: Image.Image, condition: Image.Image, kind: st
     """RMSE between the image's own condition and the one that it was drawn from, for values from 0 to 1.
 
     Args:
-        picture: RGB.
-        condition: RGB; scaled to the image's size.
+        picture: the image; what is transparent lies on white, as where images are drawn from one.
+        condition: scaled to the image's size.
         kind: a key of ``CONDITIONS``.
     """
-    own = CONDITIONS[kind](picture.convert("RGB"))
+    own, condition = CONDITIONS[kind](on_white(picture)), on_white(condition)
     if condition.size != own.size:
         condition = condition.resize(own.size, Image.Resampling.LANCZOS)
-    difference = (np.asarray(own, dtype=np.float64) - np.asarray(condition.convert("RGB"), dtype=np.float64)) / 255
+    difference = (np.asarray(own, dtype=np.float64) - np.asarray(condition, dtype=np.float64)) / 255
     return float(np.sqrt(np.mean(difference**2)))

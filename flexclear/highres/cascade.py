@@ -22,6 +22,7 @@ from flexclear.highres.sizes import Size, stage_sizes
 from flexclear.highres.stages import BASE, KEEP, OWN, Stage, check_radii, per_stage, settings_of
 from flexclear.highres.state import scheduled, shifted, windowed, windows_of
 from flexclear.highres.tiling import tile_size, tiled
+from flexclear.images.fitting import on_white
 from flexclear.masks import Window
 from flexclear.parallel.facts import digest
 from flexclear.runtime.family import Family
@@ -109,7 +110,7 @@ def upscale_cascade(
         prompt: one prompt.
         sizes: the longer side in pixels, or (height, width), one per stage.
         method: how images are enlarged.
-        image: an image to start from, which every stage enlarges. Without it, the first size is drawn from the prompt.
+        image: an image to start from, on white, which every stage enlarges. Without it, the first size is drawn from the prompt.
         r: a radius as in ``transform``, ``"keep"`` for the current windows, or a sequence with one per stage (radii per layer:
             as a mapping).
         steps: one value for all stages, or a sequence with one per stage; None is the released setting, or the pipeline's own.
@@ -140,7 +141,7 @@ def upscale_cascade(
     _check(pipe, prompt, method, image, negative_prompt, seed)
     if method == "imax":
         check_level(wavelet_level)
-    start = None if image is None else image.convert("RGB")
+    start = None if image is None else on_white(image)
     length = kind.default("max_sequence_length") if max_sequence_length is None else max_sequence_length
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"max_sequence_length must be a whole number of 1 or more, got {max_sequence_length!r}")

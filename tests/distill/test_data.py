@@ -343,3 +343,13 @@ def test_another_models_cache_is_refused(pipe, pictures, tmp_path):
     index.write_text("{}")
     with pytest.raises(ValueError, match="not the index of a cache"):
         CachedSamples(tmp_path / "cache")
+
+
+def test_what_is_transparent_lies_on_white(tmp_path):
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
+    clear.paste((0, 0, 0, 0), (8, 0, 16, 16))
+    clear.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("half of a red square")
+    [item], _ = find_items(tmp_path)
+    assert item.picture().getpixel((0, 0)) == (255, 0, 0)
+    assert item.picture().getpixel((12, 0)) == (255, 255, 255)

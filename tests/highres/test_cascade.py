@@ -104,6 +104,15 @@ def test_trained_pooling_weights_outlive_stages_with_other_windows(flux, photo):
     flexclear.restore(flux)
 
 
+def test_a_transparent_image_lies_on_white(flux):
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
+    clear.paste((0, 0, 0, 0), (32, 0, 64, 64))
+    white = Image.new("RGB", (64, 64), "white")
+    white.paste((255, 0, 0), (0, 0, 32, 64))
+    ours, expected = (upscale_cascade(flux, PROMPT, [72], image=image, **FAST) for image in (clear, white))
+    assert ours.image.tobytes() == expected.image.tobytes()
+
+
 @PAIRS
 def test_an_interrupted_stage_resumes_from_the_last_finished_one(pipe, method, tmp_path):
     call = {"sizes": [16, 24, 32], "method": method, **FAST}
