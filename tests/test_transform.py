@@ -217,3 +217,29 @@ def test_processors_are_found_in_a_block_that_a_wrapper_holds():
     block.attn.set_processor(type(tiny_flux().transformer_blocks[1].attn.processor)())
     with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn of this transformed"):
         model(**call)
+
+
+def test_forward_hooks_of_the_caller_see_the_output_in_raster_order(model):
+    seen = []
+
+    def keep(module, args, output):
+        seen.append(output.sample.clone())
+
+    model.register_forward_hook(keep)
+    flexclear.transform(model, r=3, backend="sdpa")
+    model.register_forward_hook(keep)
+    for r in (3, 4):
+        flexclear.transform(model, r=r, backend="sdpa")
+        output = run(model, flux_call(9, 13, 7))
+        assert all(torch.equal(one, output) for one in seen[-2:])
+    assert len(seen) == 4
+    flexclear.restore(model)
+    assert len(model._forward_hooks) == 2
+
+
+def test_autocast_leaves_a_float64_model_its_type(model):
+    call = {name: value.double() for name, value in flux_call(9, 13, 7).items()}
+    flexclear.transform(model.double(), r=3)
+    expected = run(model, call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(model, call), expected)

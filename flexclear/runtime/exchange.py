@@ -52,7 +52,8 @@ def put_hooks(model: nn.Module, entry: EntryHook) -> None:
         else:
             module.register_forward_pre_hook(hook, with_kwargs=True)
     model.register_state_dict_pre_hook(SaveHook(entry.settings))
-    model.register_forward_hook(ExitHook(entry.family), with_kwargs=True, always_call=True)
+    # In front of the caller's own forward hooks, which would otherwise get the output in the model's token order.
+    model.register_forward_hook(ExitHook(entry.family), prepend=True, with_kwargs=True, always_call=True)
     model.register_forward_pre_hook(entry, with_kwargs=True)
 
 

@@ -132,7 +132,7 @@ class EntryHook(Hook):
         entered, plan = self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches)
         if model._compiled_call_impl is not None:
             mark(model, (), entered, plan)
-        return (), enter(plan, entered, self.family.carrier_argument)
+        return (), enter(model, plan, entered, self.family.carrier_argument)
 
     def plan(
         self, model: nn.Module, call: Call, switches: Switches, needs_grad: bool, transforms: str | None = None
@@ -148,7 +148,7 @@ class EntryHook(Hook):
         """
         settings = self.settings
         device, dtype = call.tokens.device, call.tokens.dtype
-        if torch.is_autocast_enabled(device.type):
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device.type)
         differentiated = needs_grad or transforms is not None
         if differentiated and self.parallel is not None:
@@ -272,7 +272,7 @@ class ExitHook(Hook):
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        plan = leave()
+        plan = leave(model, failed=output is None)
         if output is None:
             self._explain(model, kwargs, plan, sys.exc_info()[1])
             return None
