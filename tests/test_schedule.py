@@ -257,6 +257,32 @@ def test_dense_steps_count_steps_not_evaluations_of_schedulers_of_second_order(n
     assert dense_calls(scheduler, (1, 1), begin=2) == "DDwwD"  # image-to-image begins within the schedule
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_dense_steps_count_from_where_a_run_begins_although_the_scheduler_is_not_told(known):
+    """As in Wan's video to video, by that pipeline itself (``known``) or by one that shares its scheduler."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe = Namespace(scheduler=scheduler)
+    counter = StepCounter(pipe)
+
+    def dense(dense_steps, begin):
+        scheduler.set_timesteps(8)
+        timesteps = scheduler.timesteps[begin:]
+        if known:
+            pipe.get_timesteps, pipe._num_timesteps = None, len(timesteps)
+        sample, found = torch.zeros(1, 4), ""
+        for timestep in timesteps:
+            found += "".join("D" if counter.is_dense(dense_steps) else "w" for _ in range(2))  # with guidance
+            sample = scheduler.step(torch.ones_like(sample), timestep, sample).prev_sample
+        return found[::2] if found[::2] == found[1::2] else found
+
+    assert dense((2, 1), begin=3) == "DDwwD"
+    assert dense((2, 1), begin=0) == "DDwwwwwD"
+    assert dense((1, 0), begin=5) == "Dww"
+    assert dense((0, 4), begin=4) == ("DDDD" if known else "wDDD")
+
+
 def test_dense_steps_of_a_pipeline_under_heun_s_method(pipe):
     from diffusers import FlowMatchHeunDiscreteScheduler
 

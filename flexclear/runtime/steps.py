@@ -13,14 +13,18 @@ class StepCounter:
     """Knows the current step of a pipeline; without a pipeline it knows no step.
 
     The scheduler is looked up in each call, because users replace it (``pipe.scheduler = ...``). The pipeline is held
-    weakly, is shared by deep copies of the model, and is not pickled.
+    weakly, and is not pickled. Deep copies of the model share it; in a deep copy of the pipeline, its copy counts.
     """
 
     def __init__(self, pipeline: Any = None) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._run: Any = None
+        self._begin: int | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> StepCounter:
-        return self
+        pipeline = None if self._pipeline is None else self._pipeline()
+        copied = None if pipeline is None else memo.get(id(pipeline))
+        return self if copied is None else StepCounter(copied)
 
     def __reduce__(self) -> tuple[type[StepCounter], tuple[()]]:
         return StepCounter, ()
@@ -64,9 +68,22 @@ class StepCounter:
             raise ValueError(
                 f"dense_steps needs a scheduler that counts steps (step_index); {type(scheduler).__name__} does not"
             )
-        begin = getattr(scheduler, "begin_index", None) or 0
-        at = scheduler.step_index
+        at, begin = scheduler.step_index, getattr(scheduler, "begin_index", None)
+        if begin is None:
+            begin = self._begin_of(pipeline, timesteps, at)
         return (begin if at is None else at) - begin, len(timesteps) - begin, getattr(scheduler, "order", 1)
+
+    def _begin_of(self, pipeline: Any, timesteps: Any, at: int | None) -> int:
+        """Where in the schedule a run begins whose pipeline does not tell its scheduler. Most begin at 0, but some skip steps
+        (``strength`` of Wan's video to video, ``denoise_strength`` of LTX), which only shows after their first step."""
+        if at is None:
+            self._run, self._begin = timesteps, None
+        elif self._run is timesteps and self._begin is None:
+            self._begin = at - 1
+        if self._run is timesteps and self._begin is not None:
+            return self._begin
+        left = getattr(pipeline, "_num_timesteps", None) if hasattr(pipeline, "get_timesteps") else None
+        return 0 if left is None else max(len(timesteps) - left, 0)
 
     def run(self) -> object:
         """An object that the pipeline's scheduler creates for each run; None if steps are not counted."""

@@ -11,6 +11,7 @@ import flexclear
 from flexclear.compile import report, why_not_compiled
 from flexclear.families import FAMILIES, family_of, register
 from flexclear.masks import Anchors, Disc, all_frames, cylinder
+from flexclear.runtime.carrying import plan_here
 from flexclear.runtime.hooks import entry_hook_of
 from flexclear.testing import check_family
 
@@ -80,6 +81,19 @@ def test_video_to_video_is_windowed(monkeypatch):
     )
     pipe = quiet(WanVideoToVideoPipeline(**parts))
     check_windowed(pipe, WAN, video=clip(), height=48, width=64, num_inference_steps=3, **ONE)
+
+
+def test_dense_steps_of_video_to_video_count_from_where_it_begins(monkeypatch):
+    from diffusers import WanVideoToVideoPipeline
+
+    without_ftfy(monkeypatch, WanVideoToVideoPipeline)
+    pipe = quiet(WanVideoToVideoPipeline(**wan_parts(tiny_wan(text_dim=TEXT))))
+    flexclear.transform(pipe, r=RADIUS, frame_radius=1, backend="sdpa", dense_steps=(2, 1))
+    dense = []
+    pipe.transformer.blocks[0].register_forward_pre_hook(lambda *_: dense.append(plan_here().slots[0].mask is None))
+    options = {"video": clip(), "height": 48, "width": 64, "prompt": PROMPTS[0], "guidance_scale": 1.0}
+    draw(pipe, **options, num_inference_steps=8, strength=0.5)
+    assert dense == [True, True, False, True]
 
 
 def test_a_time_for_each_token_is_windowed_from_text_and_from_an_image(monkeypatch):

@@ -201,6 +201,17 @@ def test_a_copied_pipeline_is_transformed_on_its_own(pipe):
     assert (draw(copied) - draw(pipe)).abs().max() > 1e-4
 
 
+def test_dense_steps_of_a_copied_pipeline_count_its_own_scheduler_s_steps(pipe):
+    expected = draw(flexclear.transform(pipe, r=3, backend="sdpa", dense_steps=(1, 0)))
+    copied = copy.deepcopy(pipe)
+    assert torch.equal(draw(copied), expected)
+    pipe.scheduler.set_timesteps(4, mu=1.0)
+    assert torch.equal(draw(copied), expected)
+    model = copy.deepcopy(copied.transformer)  # a copy of the model alone stays with the pipeline
+    copied.transformer = model
+    assert torch.equal(draw(copied), expected)
+
+
 def test_dense_steps_follow_the_scheduler_that_pipelines_share(pipe):
     from diffusers import FluxImg2ImgPipeline
 
