@@ -114,9 +114,9 @@ def optimize(
     Raises:
         TypeError: neither a model nor a pipeline.
         ValueError: FP8 that this device does not support (the message names the device and the recipes it can run), an
-            unknown mode or recipe, sizes without a pipeline, no compiler for this device, FP8 on a model that is already
-            quantized (by any library), ``fuse_qkv`` with a LoRA or quantized weights, ``device`` without ``fp8`` or with
-            ``sizes``. Nothing is changed then.
+            unknown mode or recipe, sizes without a pipeline, ``vae`` without a VAE, no compiler for this device, FP8 on a
+            model that is already quantized (by any library), ``fuse_qkv`` with a LoRA or quantized weights, ``device``
+            without ``fp8`` or with ``sizes``. Nothing is changed then.
     """
     models = models_of(model_or_pipe)
     if compile not in (True, False, *REGIONS):
@@ -137,6 +137,12 @@ def optimize(
     checked = [_size(size, family_of(models[0]).video) for size in sizes]
     if (checked or vae) and isinstance(model_or_pipe, nn.Module):
         raise ValueError("sizes and vae need the pipeline, not its transformer alone: flexclear.optimize(pipe, ...)")
+    if vae and not isinstance(getattr(getattr(model_or_pipe, "vae", None), "decoder", None), nn.Module):
+        found = type(getattr(model_or_pipe, "vae", None)).__name__
+        raise ValueError(
+            f"vae=True compiles the decoder of the pipeline's VAE, and this {type(model_or_pipe).__name__} has none (vae is a "
+            f"{found}). Leave vae out"
+        )
     if checked and target is not None:
         raise ValueError(
             f"sizes are warmed with the whole pipeline, and device={device!r} moves the transformer alone. Leave sizes out, move "

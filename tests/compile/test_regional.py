@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from argparse import Namespace
 
 import pytest
 import torch
@@ -192,6 +193,13 @@ def test_a_bad_option_is_named_and_changes_nothing(model, kwargs, error, message
     assert not model._forward_hooks or all(
         "CompileWatch" not in type(h).__name__ for h in model._forward_hooks.values()
     )
+
+
+def test_a_pipeline_without_a_vae_is_named_before_anything_is_compiled(model):
+    pipe = Namespace(transformer=model, vae=None)
+    with pytest.raises(ValueError, match=r"this Namespace has none \(vae is a NoneType\)\. Leave vae out"):
+        flexclear.optimize(pipe, vae=True)
+    assert all(module._compiled_call_impl is None for module in model.modules())
 
 
 @pytest.mark.parametrize(("call", "message"), [({"max_sizes": 0}, "max_sizes must be an int >= 1, got 0")])
