@@ -8,8 +8,11 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from flexclear.compile.derivatives import tensors_of
 from flexclear.families.sharing import GatherHook, OrderHook, RowsHook
 from flexclear.runtime.call_plan import CallPlan
 from flexclear.runtime.carrying import Hook, here
@@ -35,8 +38,19 @@ class StretchHook(Hook):
         plan: CallPlan | None = getattr(here, "leaving", None)
         if plan is None or plan.embedder is None:
             return output
+        embedder = on_device_of(output, plan.embedder)
         # The class's forward: the embedder is a copy, and may have copied a forward that a hook put on the original.
-        return type(plan.embedder).forward(plan.embedder, *args, **kwargs)
+        return type(embedder).forward(embedder, *args, **kwargs)
+
+
+def on_device_of(output: Any, embedder: nn.Module) -> nn.Module:
+    """``embedder``, or a copy of it, on the device of ``output``: an offloaded model moves there only after its entry."""
+    if torch.compiler.is_compiling():
+        return embedder
+    device = next(each.device for each in tree_leaves(output) if isinstance(each, Tensor))
+    if all(tensor.device == device for tensor in tensors_of(embedder)):
+        return embedder
+    return copy.deepcopy(embedder).to(device)
 
 
 @dataclass(frozen=True)

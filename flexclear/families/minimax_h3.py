@@ -52,13 +52,13 @@ class MiniMaxH3Family(LatentsFamily):
         embedder: Any = self.embedder_of(model)
         config: Any = model.config
         kind: Any = type(embedder)
-        return _embedder(kind, config.rope_freq_dim, config.rope_theta * factor).to(embedder.inv_freq.device)
+        return _embedder(kind, config.rope_freq_dim, config.rope_theta * factor, embedder.inv_freq.device)
 
 
 @functools.lru_cache(maxsize=8)
 @independent
-def _embedder(kind: Any, frequencies: int, theta: float) -> Any:
-    return kind(frequencies, theta)
+def _embedder(kind: Any, frequencies: int, theta: float, device: torch.device) -> Any:
+    return kind(frequencies, theta).to(device)
 
 
 def _last_run(rows: Tensor) -> tuple[int, int]:

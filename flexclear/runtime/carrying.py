@@ -14,6 +14,7 @@ import inspect
 import sys
 import threading
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,9 +87,10 @@ def leave(model: nn.Module, failed: bool = False) -> CallPlan | None:
     if state.model is not model:
         return None
     if failed:
-        entered, outer = 0, state
-        while outer is not None:
-            entered, outer = entered + (outer.model is model), outer.outer
+        entered = 0
+        call: _State | None = state
+        while call is not None:
+            entered, call = entered + (call.model is model), call.outer
         if _running(model) > entered:
             return None  # The call that has a plan is another one, inside which this one was made.
     _put(state.outer or _State())
@@ -116,7 +118,8 @@ def _put(state: _State) -> None:
 
 def _running(model: nn.Module) -> int:
     """Number of calls of ``model`` that this thread is running."""
-    count, frame = 0, sys._getframe()
+    count = 0
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         count += frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is model
         frame = frame.f_back

@@ -3,14 +3,21 @@ the real ones: weights live on the meta device or on disk between calls and must
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 
 import flexclear
+from flexclear.families import family_of
+from flexclear.families.latents import StretchHook
+from flexclear.runtime.carrying import here
 
 from helpers.models import flux_call, tiny_flux
+from helpers.models_joint_video import tiny_minimax_h3
+from helpers.models_video import tiny_wan
 
 CPU = torch.device("cpu")
 EVENTS = ["transform first", "offload first"]
@@ -97,6 +104,27 @@ def test_an_offloaded_model_without_pooling_weights_does_likewise(kind, tmp_path
     plain, model = (flexclear.transform(tiny_flux(), r=3, backend="sdpa") for _ in range(2))
     KINDS[kind](model, tmp_path)
     assert (run(model) - run(plain)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "argument"), [(tiny_wan, torch.zeros(1, 4, 3, 6, 8)), (tiny_minimax_h3, torch.zeros(9, 3))]
+)
+def test_frequencies_of_another_base_follow_an_offloaded_model_to_its_device(make, argument):
+    """A model may be on the CPU when a call enters it, and moves before its modules run. "meta" stands for a GPU."""
+    model = make()
+    family = family_of(model)
+    embedder = family.stretched(model, 3.0)
+    module = family.embedder_of(model)
+    held = SimpleNamespace(embedder=embedder)
+    here.leaving = held
+    try:
+        expected = StretchHook()(module, (argument,), {}, module(argument))
+        away = module.to("meta")(argument.to("meta"))
+        found = StretchHook()(module, (argument.to("meta"),), {}, away)
+    finally:
+        here.leaving = None
+    assert [(each.device, each.shape) for each in found] == [(each.device, each.shape) for each in away]
+    assert {each.device for each in expected} == {tensor.device for tensor in embedder.buffers()} == {CPU}
 
 
 def test_an_offloaded_model_is_restored():
