@@ -112,7 +112,7 @@ def _check_asked(accelerator: Any, config: DistillConfig) -> None:
     """
     from accelerate import DistributedType
 
-    asked = {"mixed_precision": (config.mixed_precision, accelerator.mixed_precision)}
+    asked: dict[str, tuple[Any, Any]] = {"mixed_precision": (config.mixed_precision, accelerator.mixed_precision)}
     if accelerator.distributed_type != DistributedType.DEEPSPEED:  # see match_deepspeed
         asked["gradient_accumulation"] = (config.gradient_accumulation, accelerator.gradient_accumulation_steps)
     asked["device"] = (config.device, accelerator.device.type)
