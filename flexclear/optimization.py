@@ -28,6 +28,7 @@ from flexclear.compile.compiled import check_no_hooks
 from flexclear.compile.quantize import MIN_FEATURES, choose_linears, is_quantized, lora_layers, quantized_elsewhere
 from flexclear.compile.recipes import RECIPES, check_recipe
 from flexclear.compile.regional import check_compiler, check_max_sizes, check_mode
+from flexclear.compile.undoing import undo
 from flexclear.convert import transform_again
 from flexclear.families import family_of
 from flexclear.families.target import models_of
@@ -115,8 +116,8 @@ def optimize(
         TypeError: neither a model nor a pipeline.
         ValueError: FP8 that this device does not support (the message names the device and the recipes it can run), an
             unknown mode or recipe, sizes without a pipeline, ``vae`` without a VAE, no compiler for this device, FP8 on a
-            model that is already quantized (by any library), ``fuse_qkv`` with a LoRA or quantized weights, ``device``
-            without ``fp8`` or with ``sizes``. Nothing is changed then.
+            model that is already quantized (by any library), ``fuse_qkv`` with a LoRA or quantized weights or where
+            diffusers fuses nothing, ``device`` without ``fp8`` or with ``sizes``. Nothing is changed then.
     """
     models = models_of(model_or_pipe)
     if compile not in (True, False, *REGIONS):
@@ -149,8 +150,8 @@ def optimize(
             "or offload the rest (pipe.enable_model_cpu_offload()), and call the pipeline once at each size"
         )
     for model in models:
-        if fuse_qkv and not hasattr(model, "fuse_qkv_projections"):
-            raise ValueError(f"{type(model).__name__} has no fuse_qkv_projections; leave fuse_qkv out")
+        if fuse_qkv and not _fuses(model):
+            raise ValueError(f"diffusers fuses no projections of a {type(model).__name__}; leave fuse_qkv out")
         if fuse_qkv:
             _check_fusable(model)
         if recipe is not None:
@@ -241,6 +242,16 @@ def _size(size: Any, video: bool) -> Size:
     return tuple(size)
 
 
+def _fuses(model: nn.Module) -> bool:
+    """Whether ``fuse_qkv_projections`` fuses anything. diffusers' general one silently skips attention modules of its older
+    class, as in Qwen-Image and HunyuanVideo."""
+    fuse = getattr(type(model), "fuse_qkv_projections", None)
+    general = getattr(fuse, "__module__", None) == "diffusers.models.attention"
+    return fuse is not None and (
+        not general or any(getattr(module, "_supports_qkv_fusion", False) for module in model.modules())
+    )
+
+
 def _check_fusable(model: nn.Module) -> None:
     wrapped = next(iter(lora_layers(model)), None)
     if wrapped is not None:
@@ -261,7 +272,15 @@ def _fuse(model: Any) -> None:
     # Registered first, so that an interruption never leaves fused projections without it; it ignores unfused ones.
     if not any(isinstance(hook, FusedProjectionsCheck) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(FusedProjectionsCheck())
-    model.fuse_qkv_projections()
+    try:
+        model.fuse_qkv_projections()
+    except BaseException as error:
+        undo(model.unfuse_qkv_projections)
+        if isinstance(error, RuntimeError):  # LTX-2: attention between sound and video, of different widths
+            raise ValueError(
+                f"diffusers cannot fuse the projections of this {type(model).__name__}: {error}. Leave fuse_qkv out"
+            ) from error
+        raise
     if entry_hook_of(model) is not None:
         transform_again(model)
 

@@ -15,7 +15,9 @@ import torch
 import flexclear
 from flexclear.compile import compile_blocks, compile_whole, regional, repeated_blocks, report, uncompile
 
-from helpers.models import flux_call, tiny_flux
+from helpers.models import flux_call, tiny_flux, tiny_flux2, tiny_qwen
+from helpers.models_joint_video import tiny_hunyuan_video
+from helpers.models_video import tiny_ltx2
 
 SIZES = [(16, 24), (20, 18), (33, 17)]
 
@@ -193,6 +195,28 @@ def test_a_bad_option_is_named_and_changes_nothing(model, kwargs, error, message
     assert not model._forward_hooks or all(
         "CompileWatch" not in type(h).__name__ for h in model._forward_hooks.values()
     )
+
+
+@pytest.mark.parametrize("make", [tiny_qwen, tiny_hunyuan_video, tiny_flux2])
+def test_projections_are_fused_or_it_says_that_none_can_be(make):
+    model = make()
+    if make is not tiny_flux2:
+        with pytest.raises(
+            ValueError, match=f"diffusers fuses no projections of a {type(model).__name__}; leave fuse_qkv out"
+        ):
+            flexclear.optimize(model, fuse_qkv=True)
+    else:
+        flexclear.optimize(model, fuse_qkv=True, compile=False)
+    fused = [module for module in model.modules() if getattr(module, "fused_projections", False)]
+    assert len(fused) == (2 if make is tiny_flux2 else 0)
+
+
+def test_a_model_that_diffusers_cannot_fuse_is_left_as_it_was():
+    model = tiny_ltx2()
+    with pytest.raises(ValueError, match=r"diffusers cannot fuse the projections of this LTX2.*Leave fuse_qkv out"):
+        flexclear.optimize(model, fuse_qkv=True, compile=False)
+    assert not any(getattr(module, "fused_projections", False) for module in model.modules())
+    assert not any("to_qkv" in name or "to_kv" in name for name in model.state_dict())
 
 
 def test_a_pipeline_without_a_vae_is_named_before_anything_is_compiled(model):
