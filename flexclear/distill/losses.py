@@ -15,6 +15,7 @@ from flexclear.distill.batches import Batch
 from flexclear.distill.calls import caller_of
 from flexclear.distill.capture import Captured, capture, compared_layers
 from flexclear.distill.config import LossConfig
+from flexclear.runtime.switches import override
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ class Objective:
         """
         weights = self._weights
         call = self._caller.call(self._student, batch, self._guidance)
-        with capture(self._student, self._layers) as own, self._autocast():
+        # No step of a pipeline: those that draw densely (transform(dense_steps=)) would be any, by its idle scheduler.
+        windowed = override(dense_steps=(0, 0))
+        with capture(self._student, self._layers) as own, self._autocast(), windowed:
             predicted = (forward or self._student)(**call)[0]
         predicted = predicted.to(_wide(predicted))
         flow = prediction = attention = None

@@ -454,3 +454,18 @@ def test_an_accelerator_that_contradicts_the_settings_is_refused(
     monkeypatch.setattr("flexclear.distill.preparing.importlib", there)
     with pytest.raises(ValueError, match=message):
         distill(fresh(), settings(**changed), samples, accelerator=Accelerator(cpu=True))
+
+
+def test_a_student_trains_under_its_window_whatever_steps_draw_densely(settings):
+    samples, losses = random_samples(4, 16, 16, channels=8, text_width=96, pooled_width=96), []
+    for number, dense_steps in enumerate([(0, 0), (1, 0), (0, 1)]):
+        pipe = flexclear.embedded.pipeline()
+        flexclear.transform(pipe, r=2, backend="sdpa", dense_steps=dense_steps)
+        if dense_steps == (0, 1):  # the scheduler is left behind its last step
+            pipe(
+                "a red apple", height=64, width=64, num_inference_steps=2, max_sequence_length=16, output_type="latent"
+            )
+        losses.append(distill(pipe, settings(str(number), steps=1), samples).held_out[0])
+        assert entry_hook_of(pipe.transformer).settings.switches.dense_steps == dense_steps
+    assert losses[0]["prediction"] > 1e-3
+    assert losses[1] == losses[2] == losses[0]
