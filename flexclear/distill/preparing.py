@@ -20,6 +20,7 @@ from flexclear.distill.models import check_class, fingerprint, pipeline_folder, 
 from flexclear.distill.optimizers import check_optimizer
 from flexclear.distill.samples import Samples
 from flexclear.families.target import model_of
+from flexclear.runtime.hooks import entry_hook_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def prepare(
     else:
         model = model_of(model_or_pipe)
         check_class(class_name(model))
+        entry = entry_hook_of(model)
+        if config.initial_weights is not None and entry is not None and entry.settings.formula is not None:
+            raise ValueError(
+                f"initial_weights are for windows; this model's attention={entry.settings.formula.kind!r} has its own formula"
+            )
         if config.model is not None:
             made = fingerprint(pipeline_folder(config.model))
     video = caller_of(model).video

@@ -111,7 +111,7 @@ def load_weights(
         part.windows = _windows(header, stated, part)
         shapes |= {part.prefix + name: shape for name, shape in keys.pooling_shapes(part.windows).items()}
     keys.check_keys(header, shapes)
-    anew = [part for part in parts if part.entry is None or dict(part.entry.settings.windows) != part.windows]
+    anew = [part for part in parts if not part.has_windows]
     if any(part.compiled for part in anew):
         raise ValueError(
             f"{header.path} is for a window other than that of the compiled model, or the model has none. Load weights "
@@ -167,6 +167,12 @@ class _Part:
         self.places = keys.places(model, self.layers)
         self.entry: EntryHook | None = entry_hook_of(model)
         self.windows: dict[str, Window | None] = {}
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether the model has ``windows`` already. A formula has none, whatever its layers' windows are said to be."""
+        settings = None if self.entry is None else self.entry.settings
+        return settings is not None and settings.formula is None and dict(settings.windows) == self.windows
 
     def own(self, by_name: Mapping[Any, Any]) -> dict[Any, Any]:
         """Select this model's layers from a mapping with the names of all models."""

@@ -362,6 +362,14 @@ def test_a_student_may_start_from_weights_of_another_window(fresh, samples, sett
     assert {window.radius for window in entry_hook_of(student).settings.windows.values()} == {2}
 
 
+def test_a_formula_does_not_start_from_weights_of_a_window(fresh, samples, settings, tmp_path):
+    file = flexclear.save_weights(flexclear.transform(fresh(), r=2), tmp_path / "first.safetensors")
+    model = flexclear.transform(fresh(), attention="linear", backend="sdpa")
+    with pytest.raises(ValueError, match="initial_weights are for windows; this model's attention='linear'"):
+        distill(model, settings(initial_weights=file), samples)
+    assert flexclear.summary(model).models[0].window == "linear"
+
+
 def test_prodigy_trains_where_its_package_is_installed(fresh, samples, settings):
     pytest.importorskip("prodigyopt")
     student = fresh()

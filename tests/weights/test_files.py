@@ -180,3 +180,11 @@ def test_numbers_are_cast_to_the_model_s_type_in_place(model, tmp_path):
     assert all(torch.equal(state[key], tensor.to(torch.bfloat16)) for key, tensor in file.items())
     now = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
     assert {name: now[name] for name in identities} == identities
+
+
+def test_weights_for_dense_layers_take_a_formula_s_place(tmp_path):
+    file = flexclear.save_weights(flexclear.transform(tiny_flux(), None), tmp_path / "dense.safetensors")
+    model = flexclear.transform(tiny_flux(), attention="linear", backend="sdpa")
+    with pytest.warns(UserWarning, match="trained for another window"):
+        flexclear.load_weights(model, file)
+    assert flexclear.summary(model).models[0].window.startswith("dense in all")
