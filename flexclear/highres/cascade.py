@@ -26,6 +26,7 @@ from flexclear.images.fitting import on_white
 from flexclear.masks import Window
 from flexclear.parallel.facts import digest
 from flexclear.runtime.family import Family
+from flexclear.runtime.mechanism import Formula
 from flexclear.runtime.schedule import Radii
 from flexclear.runtime.switches import Switches, in_force, override
 
@@ -156,7 +157,9 @@ def upscale_cascade(
     }
     columns = {name: per_stage(name, value, len(pairs), start is None) for name, value in asked.items()}
     rows = [{name: column[i] for name, column in columns.items()} for i in range(len(pairs))]
-    windows = [windows_of(pipe, radius) for radius in check_radii(r, len(pairs))]
+    radii = check_radii(r, len(pairs))
+    # None leaves what the model has, which may be a formula.
+    windows = [None if isinstance(radius, str) else windows_of(pipe, radius) for radius in radii]
     plan = _Planner(pipe, kind, method, negative_prompt, length, native, seed)
     stages = [
         plan.stage(number, size, row, start is None and number == 1, names)
@@ -252,7 +255,7 @@ class _Planner:
         size: tuple[int, int],
         asked: dict[str, Any],
         is_base: bool,
-        windows: dict[str, Window | None],
+        windows: dict[str, Window | None] | None,
     ) -> Stage:
         """Make one stage. Raises for what this model cannot do.
 
@@ -276,13 +279,16 @@ class _Planner:
         if guidance is None and self.guided:
             guidance = self.kind.default("guidance_scale")
         shift = None if settings["shift"] == OWN else float(settings["shift"])
-        switches = self._switches(height, width, settings, asked, is_base)
+        formula = None if self.entry is None or windows is not None else self.entry.settings.formula
+        switches = self._switches(height, width, settings, asked, is_base, formula)
+        layers = windows_of(self.pipe) if windows is None else windows
+        dense = "dense" if formula is None else formula.name
         return Stage(
             number=number,
             method=BASE if is_base else self.method,
             height=height,
             width=width,
-            windows=tuple("dense" if window is None else window.name for window in windows.values()),
+            windows=tuple(dense if window is None else window.name for window in layers.values()),
             steps=settings["steps"] or self.kind.default("num_inference_steps"),
             strength=settings["strength"],
             guidance=guidance if self.guided else None,
@@ -295,7 +301,13 @@ class _Planner:
         )
 
     def _switches(
-        self, height: int, width: int, settings: dict[str, Any], asked: dict[str, Any], is_base: bool
+        self,
+        height: int,
+        width: int,
+        settings: dict[str, Any],
+        asked: dict[str, Any],
+        is_base: bool,
+        formula: Formula | None,
     ) -> Switches:
         own = in_force(Switches() if self.entry is None else self.entry.settings.switches)
         if is_base:
@@ -307,9 +319,9 @@ class _Planner:
                     f"ntk_factor={factor!r}: {type(self.pipe.transformer).__name__} {self.family.no_ntk}; leave it out"
                 )
             factor = 1.0
-        if self.entry is not None and self.entry.settings.formula is not None:
+        if formula is not None:
             if asked["proportional_attention"]:
-                kind = self.entry.settings.formula.kind
+                kind = formula.kind
                 raise ValueError(f"proportional_attention: attention={kind!r} has its own formula. Leave it out")
             proportional = False
         tokens = height * width // self.token**2
@@ -349,7 +361,7 @@ class _Run:
         return self._text
 
     def draw(
-        self, stage: Stage, stages: list[Stage], windows: dict[str, Window | None], before: Image.Image | None
+        self, stage: Stage, stages: list[Stage], windows: dict[str, Window | None] | None, before: Image.Image | None
     ) -> Image.Image:
         """One stage's image."""
         from flexclear.runtime.hooks import entry_hook_of

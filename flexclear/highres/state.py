@@ -60,7 +60,8 @@ def windowed(pipe: Any, windows: Mapping[str, Window | None] | None, hooks: bool
     if entry is None:
         other = hooks or (windows is not None and any(windows.values()))
     else:
-        other = windows is not None and dict(windows) != dict(entry.settings.windows)
+        own = entry.settings
+        other = windows is not None and (own.formula is not None or dict(windows) != dict(own.windows))
     if not other:
         yield
         return

@@ -104,6 +104,24 @@ def test_trained_pooling_weights_outlive_stages_with_other_windows(flux, photo):
     flexclear.restore(flux)
 
 
+def test_a_formula_stays_unless_windows_or_dense_layers_are_asked_for(flux, photo, tmp_path):
+    call = {"sizes": [72], "image": photo, **FAST}
+    drawn = {r: upscale_cascade(flux, PROMPT, r=r, **call) for r in (None, 3)}
+    flexclear.transform(flux, attention="linear", backend="sdpa")
+    before = state(flux)
+    for r, expected in drawn.items():
+        ours = upscale_cascade(flux, PROMPT, r=r, **call)
+        assert ours.stages == expected.stages
+        assert np.abs(np.asarray(ours.image).astype(int) - np.asarray(expected.image)).max() <= 1
+    kept = upscale_cascade(flux, PROMPT, folder=tmp_path, **call)
+    assert set(kept.stages[0].windows) == {"linear"}
+    assert pixels(kept.image) != pixels(drawn[None].image)
+    with pytest.raises(ValueError, match="holds a cascade with other settings"):
+        upscale_cascade(flux, PROMPT, r=None, folder=tmp_path, **call)
+    assert state(flux) == before
+    flexclear.restore(flux)
+
+
 def test_a_transparent_image_lies_on_white(flux):
     clear = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
     clear.paste((0, 0, 0, 0), (32, 0, 64, 64))
