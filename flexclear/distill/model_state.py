@@ -51,6 +51,15 @@ def as_found(model: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_bars(pipe: Any) -> Iterator[None]:
+    """Switch a pipeline's progress bars off inside the block."""
+    own = dict(getattr(pipe, "_progress_bar_config", {}))
+    with afterwards(lambda: pipe.set_progress_bar_config(**own)):
+        pipe.set_progress_bar_config(**{**own, "disable": True})
+        yield
+
+
 def _unwrap(model: nn.Module, keep: Container[nn.Module]) -> None:
     """Put the layers inside peft's layers back in their places, under their own names in ``state_dict``."""
     layers = {id(layer) for layer in lora_layers(model) if layer not in keep}

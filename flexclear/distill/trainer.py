@@ -25,7 +25,7 @@ from flexclear.distill import checkpoints as files
 from flexclear.distill.batches import Batch, BatchMaker, held_out_batches, held_out_indices
 from flexclear.distill.config import DistillConfig
 from flexclear.distill.losses import Losses, Objective
-from flexclear.distill.model_state import as_found, start_from, write_lora, write_weights
+from flexclear.distill.model_state import as_found, start_from, without_bars, write_lora, write_weights
 from flexclear.distill.models import load_pipeline
 from flexclear.distill.optimizers import make_optimizer
 from flexclear.distill.preparing import Prepared, prepare
@@ -329,9 +329,8 @@ class _Run:
             return
         sheets = self.config.sheets
         size = {name: side for name in ("height", "width") if (side := getattr(sheets, name)) is not None}
-        self.pipe.set_progress_bar_config(disable=True)
         self.pipe.to(self.device)
-        with self._averaged(), self.accelerator.autocast():
+        with self._averaged(), self.accelerator.autocast(), without_bars(self.pipe):
             pictures = [
                 self.pipe(
                     prompt,

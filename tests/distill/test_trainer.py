@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import flexclear
 from flexclear.distill import MemorySamples, OptimizerConfig, distill
 from flexclear.distill.batches import BatchMaker, Order, held_out_batches
-from flexclear.distill.config import CheckpointConfig, HeldOutConfig, LoraConfig, TimestepConfig
+from flexclear.distill.config import CheckpointConfig, HeldOutConfig, LoraConfig, SheetConfig, TimestepConfig
 from flexclear.distill.losses import Objective
 from flexclear.distill.students import make_teacher, trained_parameters
 from flexclear.runtime.hooks import entry_hook_of
@@ -477,3 +477,12 @@ def test_a_student_trains_under_its_window_whatever_steps_draw_densely(settings)
         assert entry_hook_of(pipe.transformer).settings.switches.dense_steps == dense_steps
     assert losses[0]["prediction"] > 1e-3
     assert losses[1] == losses[2] == losses[0]
+
+
+def test_sheets_leave_the_pipeline_its_progress_bars(settings):
+    pipe, samples = flexclear.embedded.pipeline(), random_samples(4, 16, 16, channels=8, text_width=96, pooled_width=96)
+    pipe.set_progress_bar_config(desc="mine")
+    sheets = SheetConfig(every=1, steps=1, prompts=("a red apple",), height=64, width=64)
+    done = distill(pipe, settings(steps=1, sheets=sheets, held_out=HeldOutConfig(count=0)), samples)
+    assert len(list((done.weights.parent / "sheets").iterdir())) == 1
+    assert pipe._progress_bar_config == {"desc": "mine"}
