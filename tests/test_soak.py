@@ -23,7 +23,7 @@ NO_SAMPLES = Bounds(samples=0, warm_up=4)
 
 
 def short(bounds=NO_SAMPLES, count=10, settings=SMALL):
-    return soak_test(settings, bounds, seconds=60, max_calls=count)
+    return soak_test(settings, bounds, seconds=600, max_calls=count)
 
 
 @pytest.mark.kept
