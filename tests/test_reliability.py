@@ -152,33 +152,6 @@ def test_an_interrupted_first_call_after_another_transform_does_not_bring_back_t
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("where", ["x_embedder", "transformer_blocks.0", "proj_out"])
-def test_a_hook_inside_a_call_may_call_a_transformed_model(where):
-    def made(r):
-        return flexclear.transform(tiny_longcat(), r=r, backend="sdpa")
-
-    outer, other = made(2), made(4)
-    first, second = longcat_call(9, 13, 6), longcat_call(8, 12, 5)
-    expected, inside = [one(**call).sample for one, call in ((outer, first), (other, second))]
-    found = []
-
-    def call_others(*_):
-        handle.remove()
-        with pytest.raises(ValueError, match="must be finite"):
-            other(**{**second, "img_ids": second["img_ids"] * float("nan")})
-        with pytest.raises(ValueError, match="not full grids"):
-            outer(**{**first, "img_ids": first["img_ids"].flip(0)})
-        found.extend([other(**second).sample, outer(**first).sample])
-
-    handle = outer.get_submodule(where).register_forward_hook(call_others)
-    assert torch.equal(outer(**first).sample, expected)
-    assert torch.equal(found[0], inside)
-    assert torch.equal(found[1], expected)
-    with pytest.raises(ValueError, match="without its window"):
-        outer.forward(**first)
-
-
-@torch.no_grad()
 def test_a_call_after_an_interrupted_one_that_is_still_held_is_not_inside_it():
     model, other = (flexclear.transform(tiny_longcat(), r=r, backend="sdpa") for r in (2, 4))
     call = longcat_call(9, 13, 6)

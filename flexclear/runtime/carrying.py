@@ -11,10 +11,7 @@ without the entry hook find no plan.
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
-from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +39,6 @@ here = threading.local()
 
 ``entering``: plan of a call whose carriers have not all been made. ``plan``: plan of the block that is running or ran last.
 ``leaving``: plan of the running call, for its exit. Compiled graphs read these; they are written outside of graphs.
-``model``: the running call's model. ``outer``: all of these of the call inside which it was made.
 """
 
 
@@ -51,90 +47,41 @@ def plan_here() -> CallPlan | None:
     return getattr(here, "plan", None)
 
 
-def enter(model: nn.Module, plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[str, Any]:
+def enter(plan: CallPlan, kwargs: dict[str, Any], argument: str | None) -> dict[str, Any]:
     """Give this thread the plan of a call, until its exit or until the returned arguments are garbage-collected.
 
-    A hook inside a transformed model may call another one, or the same one again: the outer call's plan returns at the exit.
-
     Args:
-        model: the model called.
         plan: the call's plan.
         kwargs: the call's arguments.
         argument: name of a dictionary among them that is passed to blocks, or None.
     """
-    outer = _state()
-    # After a KeyboardInterrupt, the call entered before may have ended without an exit.
-    inside = outer.model is not None and _running(outer.model) > (outer.model is model)
-    _put(_State(plan, None, plan, model, outer if inside else None))
+    here.entering = here.leaving = plan
     if argument is not None:
         kwargs = {**kwargs, argument: {**(kwargs.get(argument) or {}), CARRIED: plan}}
     for name, value in kwargs.items():
         if isinstance(value, Tensor):
             held = value.view_as(value)
-            held.flexclear_call = _Call(model, plan)  # type: ignore[attr-defined]
+            held.flexclear_call = _Call(plan)  # type: ignore[attr-defined]
             return {**kwargs, name: held}
     return kwargs
 
 
-def leave(model: nn.Module, failed: bool = False) -> CallPlan | None:
-    """End the call of ``model`` that this thread has entered, and return its plan, or None if it had none yet.
-
-    Args:
-        model: the model called.
-        failed: whether an exception ends the call, perhaps before it was entered.
-    """
-    state = _state()
-    if state.model is not model:
-        return None
-    if failed:
-        entered = 0
-        call: _State | None = state
-        while call is not None:
-            entered, call = entered + (call.model is model), call.outer
-        if _running(model) > entered:
-            return None  # The call that has a plan is another one, inside which this one was made.
-    _put(state.outer or _State())
-    return state.leaving
-
-
-@dataclass(frozen=True)
-class _State:
-    """Values of ``here``."""
-
-    entering: CallPlan | None = None
-    plan: CallPlan | None = None
-    leaving: CallPlan | None = None
-    model: nn.Module | None = None
-    outer: _State | None = None
-
-
-def _state() -> _State:
-    return _State(**vars(here))
-
-
-def _put(state: _State) -> None:
-    vars(here).update(vars(state))
-
-
-def _running(model: nn.Module) -> int:
-    """Number of calls of ``model`` that this thread is running."""
-    count = 0
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        count += frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is model
-        frame = frame.f_back
-    return count
+def leave() -> CallPlan | None:
+    """End the call that this thread has entered, and return its plan, or None if it had none yet."""
+    plan: CallPlan | None = getattr(here, "leaving", None)
+    here.entering = here.plan = here.leaving = None
+    return plan
 
 
 class _Call:
     """Ends a call when its arguments are garbage-collected: after a ``KeyboardInterrupt`` no exit hook runs."""
 
-    def __init__(self, model: nn.Module, plan: CallPlan) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, plan: CallPlan) -> None:
+        self.plan = plan
 
     def __del__(self) -> None:
         if getattr(here, "leaving", None) is self.plan:
-            leave(self.model)
+            leave()
 
 
 class CarrierHook(Hook):

@@ -132,7 +132,7 @@ class EntryHook(Hook):
         entered, plan = self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches)
         if model._compiled_call_impl is not None:
             mark(model, (), entered, plan)
-        return (), enter(model, plan, entered, self.family.carrier_argument)
+        return (), enter(plan, entered, self.family.carrier_argument)
 
     def plan(
         self, model: nn.Module, call: Call, switches: Switches, needs_grad: bool, transforms: str | None = None
@@ -272,7 +272,7 @@ class ExitHook(Hook):
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        plan = leave(model, failed=output is None)
+        plan = leave()
         if output is None:
             self._explain(model, kwargs, plan, sys.exc_info()[1])
             return None

@@ -82,7 +82,7 @@ def test_the_page_s_table_is_the_committed_result():
     committed = (ROOT / "bench" / "results" / "distillation-video.md").read_text(encoding="utf-8")
     facts, _, table = committed.partition("\n\n")
     assert table in PAGE
-    assert f"each window was distilled in {re.search(r'(?<!_)steps ([0-9]+)', facts)[1]} steps" in PAGE
+    assert f"Each window was distilled in {re.search(r'(?<!_)steps ([0-9]+)', facts)[1]} steps" in PAGE
 
 
 @pytest.mark.kept
