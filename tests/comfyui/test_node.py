@@ -136,3 +136,11 @@ def errors(comfyui):
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_window_cannot_keep_exactly_is_refused_by_name(errors, what):
     assert re.match(REFUSED[what], errors[what]), errors[what]
+
+
+def test_masks_shapes_and_options_of_single_calls_are_heeded(comfyui):
+    found = comfyui(cases.asked_directly)
+    assert found["mask"], "cross-attention keeps its mask"
+    assert found["apart"] == (1, 2, 30, 16)
+    assert found["same"]
+    assert "attention under a window has no scale" in found["said"]

@@ -7,8 +7,11 @@ from unittest import mock
 
 import torch
 
+from flexclear.masks import Disc, Layout
+
 from helpers.comfyui_engine import (
     Reference,
+    attention_module,
     backend,
     conditions,
     far,
@@ -273,3 +276,31 @@ def refused() -> dict[str, str]:
         "steps that nobody counts": lambda: called(window(flux, 4, dense_first=1), x, text, **pooled),
     }
     return {name: _error(run) for name, run in cases.items()}
+
+
+def asked_directly():
+    """What attention in a windowed call does with a mask of cross-attention, with heads apart, and with an option."""
+    module = attention_module()
+    tokens = module.Tokens(Layout(6, 5, 0), beside=frozenset({7}))
+    call = module.WindowedCall(tokens, Disc(2))
+    query, text = torch.randn(1, 2, 30, 16), torch.randn(1, 2, 7, 16)
+    mask, seen = torch.ones(30, 7, dtype=torch.bool), []
+
+    def attention(*args, mask, **options):
+        seen.append(mask)
+        return args[0]
+
+    call.attend(attention, query, text, text, 2, mask, skip_reshape=True)
+    apart = call.attend(attention, query, query, query, 2, skip_reshape=True, skip_output_reshape=True)
+    joined = call.attend(attention, query, query, query, 2, skip_reshape=True)
+    try:
+        call.attend(attention, query, query, query, 2, skip_reshape=True, scale=2.0)
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    return {
+        "mask": len(seen) == 1 and seen[0] is mask,
+        "apart": tuple(apart.shape),
+        "same": torch.equal(apart.transpose(1, 2).flatten(2), joined),
+        "said": said,
+    }
