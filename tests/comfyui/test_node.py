@@ -144,3 +144,10 @@ def test_masks_shapes_and_options_of_single_calls_are_heeded(comfyui):
     assert found["apart"] == (1, 2, 30, 16)
     assert found["same"]
     assert "attention under a window has no scale" in found["said"]
+
+
+def test_a_call_leaves_nothing_in_the_options_and_knows_the_keys_of_an_image(comfyui):
+    found = comfyui(cases.told_by_a_call)
+    assert found["inside"] == [True]
+    assert not found["left"], "what runs after the transformer would find its call"
+    assert found["keys"] == [cases.TEXT, 257]

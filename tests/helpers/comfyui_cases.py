@@ -304,3 +304,31 @@ def asked_directly():
         "same": torch.equal(apart.transpose(1, 2).flatten(2), joined),
         "said": said,
     }
+
+
+def told_by_a_call():
+    """What one call of a transformer leaves in ComfyUI's options, and which keys Wan's cross-attention has."""
+    module = attention_module()
+    windows = module.Windows(lambda model, given: module.Tokens(Layout(6, 5, 0)), Disc(2), (0, 0))
+    query, inside = torch.randn(1, 2, 30, 16), []
+
+    class Model:
+        def forward(self, x, transformer_options):
+            inside.append(module.NAME in transformer_options)
+            return windows(None, x, x, x, 2, skip_reshape=True, transformer_options=transformer_options)
+
+    class Executor:
+        class_obj = Model()
+
+        def __call__(self, x, transformer_options):
+            return self.class_obj.forward(x, transformer_options)
+
+    options = {module.OVERRIDE: windows}
+    windows.around_model(Executor(), query, options)
+    wan = model("wan").get_model_object("diffusion_model")
+    given = {"x": torch.zeros(1, 16, 3, 8, 8), "context": torch.zeros(1, TEXT, 16), "clip_fea": torch.zeros(1, 257, 16)}
+    return {
+        "inside": inside,
+        "left": list(options) != [module.OVERRIDE],
+        "keys": sorted(module.reader(wan, True)(wan, given).beside),
+    }
