@@ -50,9 +50,10 @@ def _hooked(module: nn.Module) -> tuple[str, nn.Module] | None:
     # Runs in every call of every block, and named_modules() is slower.
     for name, child in module._modules.items():
         if child is not None:
-            if "forward" in child.__dict__ and hook_on(child, name) is not None:
+            own = child.__dict__
+            if "forward" in own and hook_on(child, name) is not None:
                 return name, child
-            if child._modules:
+            if own["_modules"]:
                 found = _hooked(child)
                 if found is not None:
                     return f"{name}.{found[0]}", found[1]

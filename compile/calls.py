@@ -13,9 +13,12 @@ from flexclear.masks.lengths import mark_symbolic
 
 Size = tuple[int, ...]
 
+CARRIED = "flexclear_plan"
+"""Attribute of a tensor that carries a plan, and its key in a dictionary."""
+
 
 class WithText(Protocol):
-    """Knows the lengths of a call, like the plan of a transformed model, which is passed along with a block's arguments."""
+    """Knows the lengths of a call, as the plan of a transformed model does, which travels with a block's arguments."""
 
     @property
     def image_len(self) -> int:
@@ -26,108 +29,128 @@ class WithText(Protocol):
         """Number of tokens, text and image."""
 
     def sequence_tensors(self) -> Iterable[Tensor]:
-        """Its own tensors that have one row per token, text and image."""
+        """Tensors of its own with one row per token, text and image."""
 
 
-def ready(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of one call of a block, with text lengths marked and tokens in a uniform memory layout.
+def carried_by(values: Iterable[Any]) -> Any:
+    """The plan that one of these arguments carries, or None."""
+    for value in values:
+        if isinstance(value, Tensor):
+            found = getattr(value, CARRIED, None)
+        elif isinstance(value, dict):
+            found = value.get(CARRIED)
+        else:
+            found = carried_by(value) if isinstance(value, tuple | list) else None
+        if found is not None:
+            return found
+    return None
 
-    Blocks pass on views of the attention output, whose stride between samples spans text and image together. Dynamo would
-    compile that stride in, and the first block of a stack would need a different graph from the rest. For one sample the
-    dense layout costs nothing; in a batch of several samples the view is copied.
+
+class Given:
+    """The arguments of one call of a module. It is made for every call of every block, so each look at them is taken once.
+
+    Attributes:
+        args, kwargs: as they were passed, or made ``dense``.
+        named: all of them by name.
+        first: ``hidden_states`` or, if nothing has that name, the first one; None if that is not a tensor.
+        text: ``encoder_hidden_states`` if those are tokens ``[B, tokens, C]``, else None.
+        plan: the plan that one of them carries, or None.
     """
-    plan = _plan((*args, *kwargs.values()))
-    args, kwargs = tuple(map(_dense, args)), {name: _dense(value) for name, value in kwargs.items()}
-    mark(module, args, kwargs, plan)
-    return args, kwargs
+
+    __slots__ = ("args", "first", "kwargs", "named", "plan", "text")
+
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dense: bool = False
+    ) -> None:
+        """``dense``: bring tokens into one layout of memory.
+
+        Blocks pass on views of what attention returned, whose stride between samples spans text and image together. Dynamo
+        would compile that stride in, and the first block of a stack would need a different graph from the rest. A dense view
+        costs nothing to bring into shape; in a batch of several samples it is copied.
+        """
+        if dense:
+            args = tuple([_dense(value) for value in args])
+            kwargs = {name: _dense(value) for name, value in kwargs.items()}
+        self.args, self.kwargs = args, kwargs
+        self.named = named = {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
+        first = named["hidden_states"] if "hidden_states" in named else next(iter(named.values()), None)
+        self.first = first if isinstance(first, Tensor) else next(_tensors(first), None)
+        text = named.get("encoder_hidden_states")
+        self.text = text if isinstance(text, Tensor) and text.ndim == 3 else None
+        self.plan: WithText | None = carried_by(named.values())
+
+    @property
+    def size(self) -> Size | None:
+        """What the call is compiled for, whatever its text: numbers of samples and image tokens; None where text and image
+        cannot be told apart."""
+        first = self.first
+        if first is None:
+            return None
+        if self.plan is not None:
+            return first.shape[0], self.plan.image_len
+        if isinstance(self.named.get("encoder_hidden_states"), Tensor) or first.ndim > 3:
+            return tuple(first.shape)[: 2 if first.ndim == 3 else None]
+        return None
+
+    def mark(self, plan: WithText | None = None) -> None:
+        """Mark what changes with the number of text tokens.
+
+        The plan of a transformed model (``plan``, or the one that is carried) says what that is. Otherwise
+        ``encoder_hidden_states`` are taken for the text, and a module without them is assumed to get text and image in its
+        first argument. What belongs to the image is never marked, even where there are as many text tokens: Dynamo recompiles
+        for a mark that a graph was made without.
+        """
+        first, text, plan = self.first, self.text, plan or self.plan
+        image_len = 0
+        if plan is not None:
+            image_len, seq_len = plan.image_len, plan.seq_len
+            for tensor in plan.sequence_tensors():
+                _mark(tensor, (seq_len,))
+        elif first is None or first.ndim != 3:
+            seq_len = 0
+        elif text is not None:
+            image_len, seq_len = first.shape[1], first.shape[1] + text.shape[1]
+        else:
+            seq_len = first.shape[1]
+        lengths, image = (seq_len,), None
+        if text is not None:
+            image, text_len = first, text.shape[1]
+            if text_len > 1:
+                mark_symbolic(text, (1,))
+            if text_len != image_len:
+                lengths = (seq_len, text_len)
+        batch = 0 if first is None else len(first)
+        for name, value in self.named.items():
+            if value is None or value is text or value is image:
+                continue
+            mask = "mask" in name
+            for tensor in (value,) if isinstance(value, Tensor) else _tensors(value):
+                conditions = tensor.ndim == 2 and not mask and len(tensor) == batch  # one row per sample
+                if not (conditions or tensor is text or tensor is image):
+                    _mark(tensor, lengths, mask)
 
 
-def mark(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: WithText | None = None) -> None:
-    """Mark the sizes in the arguments of a call that change with the number of text tokens.
-
-    The plan of a transformed model determines them. Otherwise ``encoder_hidden_states`` are taken for the text, and a module
-    without them is assumed to get text and image in its first argument. Sizes of the image are never marked, even if there are
-    equally many text tokens: Dynamo recompiles for a mark that a graph was made without.
-    """
-    named = _named(module, args, kwargs)
-    first, text = _first(named), named.get("encoder_hidden_states")
-    text = text if isinstance(text, Tensor) and text.ndim == 3 else None
-    if plan is not None:
-        image_len, seq_len = plan.image_len, plan.seq_len
-        for tensor in plan.sequence_tensors():
-            _mark(tensor, {seq_len})
-    elif first is None or first.ndim != 3:
-        image_len = seq_len = 0
-    elif text is not None:
-        image_len, seq_len = first.shape[1], first.shape[1] + text.shape[1]
-    else:
-        image_len, seq_len = 0, first.shape[1]
-    lengths, batch = {seq_len}, 0 if first is None else len(first)
-    if text is not None:
-        if text.shape[1] > 1:
-            mark_symbolic(text, [1])
-        if text.shape[1] != image_len:
-            lengths.add(text.shape[1])
-    for name, value in named.items():
-        for tensor in _tensors([value]):
-            mask, image = "mask" in name, text is not None and tensor is first
-            conditions = tensor.ndim == 2 and len(tensor) == batch and not mask  # one row per sample
-            if not (tensor is text or image or conditions):
-                _mark(tensor, lengths, mask)
-
-
-def _mark(tensor: Tensor, lengths: set[int], mask: bool = False) -> None:
-    """Mark token axes of these lengths: in tables ``[tokens, C]``, tokens ``[B, tokens, ...]`` and masks ``[B, tokens]``."""
-    axes = range(1, tensor.ndim) if mask else range(tensor.ndim - 1) if tensor.ndim == 2 else range(1, tensor.ndim - 1)
-    dims = [dim for dim in axes if tensor.shape[dim] in lengths and tensor.shape[dim] > 1]
+def _mark(tensor: Tensor, lengths: tuple[int, ...], mask: bool = False) -> None:
+    """Mark the axes that are as long: of tables ``[tokens, C]`` and tokens ``[B, tokens, ...]``, of masks ``[B, tokens]``."""
+    shape = tensor.shape
+    rank = len(shape)
+    axes = range(1, rank) if mask else range(rank - 1) if rank == 2 else range(1, rank - 1)
+    dims = [dim for dim in axes if shape[dim] in lengths and shape[dim] > 1]
     if dims:
         mark_symbolic(tensor, dims)
 
 
-def size_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Size | None:
-    """The size that a call is compiled for, regardless of its text: numbers of samples and image tokens. None if text and image
-    cannot be told apart."""
-    named = _named(module, args, kwargs)
-    first, plan = _first(named), _plan(named.values())
-    if first is None:
-        return None
-    if plan is not None:
-        return first.shape[0], plan.image_len
-    if isinstance(named.get("encoder_hidden_states"), Tensor) or first.ndim > 3:
-        return tuple(first.shape)[: 2 if first.ndim == 3 else None]
-    return None
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    kind: Any = type(module)
-    return {**dict(zip(_names(kind), args, strict=False)), **kwargs}
-
-
 @functools.cache
-def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+def _names(kind: type[Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def _first(named: Mapping[str, Any]) -> Tensor | None:
-    return next(_tensors([named.get("hidden_states", next(iter(named.values()), None))]), None)
-
-
-def _plan(values: Iterable[Any]) -> WithText | None:
-    """The plan among the arguments: an entry of a dictionary, or carried by a tensor."""
-    for value in values:
-        holders = [value] if isinstance(value, dict) else map(vars, _tensors([value]))
-        for candidate in (each for holder in holders for each in holder.values()):
-            if hasattr(type(candidate), "sequence_tensors"):
-                return candidate
-    return None
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
 
 
 def _dense(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flexclear.compile.blocks import hook_inside, hook_on, repeated_blocks
-from flexclear.compile.calls import Size, mark, ready, size_of
+from flexclear.compile.calls import Given, Size
 
 GRAPHS_PER_SIZE = 2
 """Graphs that one kind of block may need per size: one, plus one for texts of at most one token."""
@@ -84,10 +84,11 @@ class CompiledForward:
                 "which go around the graphs; or flexclear.compile.uncompile(model), or optimize(compile=False), to run it "
                 "uncompiled"
             )
-        self._room.admit(size_of(self._module, args, kwargs))
-        args, kwargs = ready(self._module, args, kwargs)
+        given = Given(self._module, args, kwargs, dense=True)
+        self._room.admit(given.size)
+        given.mark()
         try:
-            return self._compiled(*args, **kwargs)
+            return self._compiled(*given.args, **given.kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise self._room.full(self._module) from error
 
@@ -106,8 +107,9 @@ class CompiledModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
-        self._room.admit(size_of(self._module, args, kwargs))
-        mark(self._module, args, kwargs)
+        given = Given(self._module, args, kwargs)
+        self._room.admit(given.size)
+        given.mark()
         try:
             return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:

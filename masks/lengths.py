@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,29 +35,37 @@ def of_any_text_length(mask: BlockMask | Tensor) -> BlockMask | Tensor:
     return mask
 
 
-def mark_symbolic(tensor: Tensor, dims: list[int]) -> None:
+def mark_symbolic(tensor: Tensor, dims: Sequence[int]) -> None:
     """Ask Dynamo to treat these sizes as symbols if it can; a graph that needs a fixed size may still fix it."""
-    marked: set[int] = getattr(tensor, "_dynamo_weak_dynamic_indices", set())
-    if marked.issuperset(dims):
+    marked: set[int] | None = getattr(tensor, "_dynamo_weak_dynamic_indices", None)
+    if marked is not None and marked.issuperset(dims):
         return
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.maybe_mark_dynamic(tensor, dims)
+    if _by_dynamo(tensor):
+        torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
     else:
         _mark(tensor, "_dynamo_weak_dynamic_indices", dims)
 
 
 def mark_static(tensor: Tensor) -> None:
     """Ask Dynamo to compile in the sizes of ``tensor`` as constants."""
-    if "torch._dynamo" in sys.modules:
+    if _by_dynamo(tensor):
         torch._dynamo.mark_static(tensor)
     else:
         _mark(tensor, "_dynamo_static_indices", range(tensor.ndim))
 
 
+def _by_dynamo(tensor: Tensor) -> bool:
+    """Whether Dynamo's own functions are to mark it: a subclass, whose inner tensors get marks, too."""
+    return type(tensor) is not Tensor and "torch._dynamo" in sys.modules
+
+
 def _mark(tensor: Tensor, name: str, dims: Iterable[int]) -> None:
     """Set the marks that Dynamo's own functions leave on a tensor (``tests/masks/test_lengths.py`` compares them). Importing
-    Dynamo for this would delay the first mask by a second, even for users who never compile."""
-    if not hasattr(tensor, name):
-        setattr(tensor, name, set())
-    getattr(tensor, name).update(dims)
+    Dynamo for this would delay the first mask by a second, even for users who never compile; and every block of a compiled
+    model has marks set in every call."""
+    marked = getattr(tensor, name, None)
+    if marked is None:
+        setattr(tensor, name, set(dims))
+    else:
+        marked.update(dims)
     tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]

@@ -3,9 +3,10 @@
     python -m bench.attention.host                                  # this checkout
     python -m bench.attention.host --against ../flexclear-before    # and another, with an environment of its own, by turns
 
-One thread, 16 layers of FLUX.1's classes, 4 x 4 image tokens. Each process times the two models by turns and reports the lower
-quartile; processes of the two checkouts alternate, and the median of the differences is shown. ``compiled``: both models' blocks
-are, the plain one's by diffusers' ``compile_repeated_blocks``. Writes bench/results/host.{json,md}, of this checkout.
+One thread, the 19 + 38 layers of FLUX.1 with few channels, 4 x 4 image tokens. Each process times the two models by turns and
+reports the lower quartile; processes of the two checkouts alternate, and the median of the differences is shown. ``compiled``:
+both models' blocks are, the plain one's by diffusers' ``compile_repeated_blocks``; a second round, with a clock around each
+piece, says where the difference goes. Writes bench/results/host.{json,md}, of this checkout.
 """
 
 from __future__ import annotations
@@ -17,15 +18,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import typer
 
 HERE = Path(__file__).resolve().parents[2]
 WAYS = {"sdpa": "eager, masked SDPA", "flex": "eager, FlexAttention", "compiled": "compiled blocks, FlexAttention"}
-LAYERS = (6, 10)
-ROUNDS = 60
+LAYERS = (19, 38)
+ROUNDS = 40
+PARTS = {
+    "call": "entry, exit and what runs between blocks",
+    "block": "a block's hooks, and its arguments made ready",
+    "dynamo": "Dynamo: guards, entry of the graph",
+    "graph": "the graph itself: kernels and the code between them",
+}
 
 
 def measure(way: str) -> dict[str, float]:
@@ -65,8 +73,57 @@ def measure(way: str) -> dict[str, float]:
                 start = time.perf_counter()
                 each(**call)
                 times[name].append(time.perf_counter() - start)
-    plain, ours = (statistics.quantiles(times[name], n=4)[0] / sum(LAYERS) * 1e6 for name in models)
-    return {"plain": plain, "added": ours - plain}
+    plain, ours = (lower_quartile(times[name]) for name in models)
+    found = {"plain": plain, "added": ours - plain}
+    if compiled:
+        parts = {name: where_it_goes(each, call) for name, each in models.items()}
+        found |= {part: parts["transformed"][part] - parts["plain"][part] for part in PARTS}
+    return found
+
+
+def lower_quartile(seconds: list[float]) -> float:
+    """Of the times of calls, in microseconds per layer."""
+    return statistics.quantiles(seconds, n=4)[0] / sum(LAYERS) * 1e6
+
+
+def where_it_goes(model: torch.nn.Module, call: dict[str, Any]) -> dict[str, float]:
+    """Microseconds per layer in each of ``PARTS`` of a model with compiled blocks."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    from flexclear.compile.blocks import repeated_blocks
+    from flexclear.compile.compiled import CompiledForward
+
+    spent: dict[str, float] = {}
+
+    def clocked(kind: str, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[kind] = spent.get(kind, 0.0) + time.perf_counter() - start
+
+        return timed
+
+    for block in repeated_blocks(model):
+        forward = vars(block).get("forward")
+        inner = block._compiled_call_impl
+        if isinstance(forward, CompiledForward):
+            forward._compiled = clocked("compiled", forward._compiled)
+        else:
+            inner = clocked("compiled", inner)
+        block._compiled_call_impl = clocked("block", inner)
+    with mock.patch.object(CompiledFxGraph, "__call__", clocked("graph", CompiledFxGraph.__call__)), torch.no_grad():
+        rounds: dict[str, list[float]] = {kind: [] for kind in ("all", "block", "compiled", "graph")}
+        for _ in range(ROUNDS):
+            spent.clear()
+            start = time.perf_counter()
+            model(**call)
+            spent["all"] = time.perf_counter() - start
+            for kind, seconds in rounds.items():
+                seconds.append(spent[kind])
+    whole, block, compiled, graph = (lower_quartile(rounds[kind]) for kind in ("all", "block", "compiled", "graph"))
+    return {"call": whole - block, "block": block - compiled, "dynamo": compiled - graph, "graph": graph}
 
 
 def in_checkout(root: Path, way: str) -> dict[str, float]:
@@ -98,18 +155,24 @@ def main(
             for name, root in roots.items():
                 runs[name].append(in_checkout(root, way))
         for name, found in runs.items():
-            plain, added = (statistics.median(run[what] for run in found) for what in ("plain", "added"))
+            medians = {what: statistics.median(run[what] for run in found) for what in found[0]}
+            plain, added = medians["plain"], medians["added"]
             print(
                 f"{described}, {name}: {added:.0f} us added to {plain:.0f} us of the plain layer (median of {repeats})"
             )
             if roots[name] == HERE:
-                rows.append({"way": described, "plain_us": plain, "added_us": added})
+                parts = {part: medians[part] for part in PARTS if part in medians}
+                rows.append({"way": described, "plain_us": plain, "added_us": added, "parts_us": parts})
     lines = [
         "What a window adds to the host's time per layer of FLUX.1, in microseconds.",
         "",
         "| | plain layer | added |",
         "|---|---|---|",
         *(f"| {row['way']} | {row['plain_us']:.0f} | {row['added_us']:.0f} |" for row in rows),
+        "",
+        "What is added to compiled blocks, with a clock around each piece:",
+        "",
+        *(f"- {PARTS[part]}: {value:.0f}" for row in rows for part, value in row["parts_us"].items()),
     ]
     about = facts(torch.device("cpu"), threads=1, layers=sum(LAYERS), repeats=repeats)
     write_results("host", about, rows, "\n".join(lines) + "\n", RESULTS)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from flexclear.runtime.carrying import Hook, carried_by, carrying
+from flexclear.compile.calls import carried_by
+from flexclear.runtime.carrying import Hook, carrying
 
 
 class OrderHook(Hook):

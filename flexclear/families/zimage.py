@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexclear.compile.calls import carried_by
 from flexclear.compile.derivatives import function_transforms
 from flexclear.families.zimage_pads import padding, pads_of, room_for
 from flexclear.masks.defaults import independent
 from flexclear.runtime.call_plan import CallPlan
-from flexclear.runtime.carrying import Hook, carried_by, here
+from flexclear.runtime.carrying import Hook, here
 from flexclear.runtime.checks import required_tensor
 from flexclear.runtime.facts import JOINT, Call, Layer
 from flexclear.runtime.family import Family, InnerHooks

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flexclear.compile.calls import CARRIED, carried_by
+
 if TYPE_CHECKING:
     from flexclear.runtime.call_plan import CallPlan
-
-CARRIED = "flexclear_plan"
-"""Attribute of a tensor that carries a plan, and its key in a dictionary."""
 
 
 class Hook:
@@ -116,20 +115,6 @@ def carrying(value: Any, plan: CallPlan) -> Any:
     if isinstance(value, tuple | list):
         return type(value)([carrying(each, plan) for each in value])
     return value
-
-
-def carried_by(values: Any) -> CallPlan | None:
-    """The plan that one of these arguments carries, or None."""
-    for value in values:
-        if isinstance(value, Tensor):
-            found = getattr(value, CARRIED, None)
-        elif isinstance(value, dict):
-            found = value.get(CARRIED)
-        else:
-            found = carried_by(value) if isinstance(value, tuple | list) else None
-        if found is not None:
-            return found
-    return None
 
 
 class BlockHook(Hook):

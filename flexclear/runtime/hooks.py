@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flexclear.compile import why_not_compiled
-from flexclear.compile.calls import mark
+from flexclear.compile.calls import Given
 from flexclear.compile.derivatives import has_tangent, refuse_over_compiled, tensors_of, transforms_in_force
 from flexclear.masks import Layout, Window, suited
 from flexclear.runtime.attention import Mask, choose_backend
@@ -131,7 +131,7 @@ class EntryHook(Hook):
         plan = self.plan(model, call, switches, _needs_grad(model, kwargs), _transforms(model, kwargs))
         entered, plan = self.family.enter(model, kwargs, plan, self.settings.exact_position_ids, switches)
         if model._compiled_call_impl is not None:
-            mark(model, (), entered, plan)
+            Given(model, (), entered).mark(plan)
         return (), enter(plan, entered, self.family.carrier_argument)
 
     def plan(

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexclear.compile.calls import CARRIED, carried_by
 from flexclear.runtime.call_plan import CallPlan, ordered
-from flexclear.runtime.carrying import CARRIED, carried_by, plan_here
+from flexclear.runtime.carrying import plan_here
 from flexclear.runtime.modes import known_to_hooks, scores_skipped
 from flexclear.runtime.rotary import rotated
 from flexclear.runtime.stock_code import as_called, with_attention_given

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from flexclear.masks import Disc, Layout, block_pairs
-from flexclear.masks import lengths as lengths_module
 from flexclear.masks.apart import text_apart
 from flexclear.masks.lengths import mark_static, mark_symbolic
 
@@ -27,18 +26,30 @@ def test_the_first_mask_of_a_process_does_not_import_dynamo():
     subprocess.run([sys.executable, "-c", FIRST], check=True)
 
 
-@pytest.mark.parametrize("with_dynamo", [True, False])
-def test_marks_are_those_of_dynamo(with_dynamo, monkeypatch):
-    import torch._dynamo
+def test_marks_are_those_of_dynamo():
+    import torch
 
-    theirs, ours = torch.zeros(4, 5), torch.zeros(4, 5)
+    theirs, ours = torch.zeros(4, 5, 6), torch.zeros(4, 5, 6)
     torch._dynamo.mark_static(theirs)
     torch._dynamo.maybe_mark_dynamic(theirs, [1])
-    if not with_dynamo:
-        monkeypatch.setattr(lengths_module, "sys", type("modules", (), {"modules": {}}))
+    torch._dynamo.maybe_mark_dynamic(theirs, [0, 2])
     mark_static(ours)
     mark_symbolic(ours, [1])
+    mark_symbolic(ours, (0, 2))
     assert vars(ours) == vars(theirs)
+
+
+def test_inner_tensors_of_a_subclass_are_marked_too():
+    import torch
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    theirs, ours = (TwoTensor(torch.zeros(4, 5), torch.zeros(4, 5)) for _ in range(2))
+    torch._dynamo.maybe_mark_dynamic(theirs, [1])
+    mark_symbolic(ours, [1])
+    assert vars(ours.a)["_dynamo_weak_dynamic_indices"] == vars(theirs.a)["_dynamo_weak_dynamic_indices"] == {1}
+    torch._dynamo.mark_static(theirs)
+    mark_static(ours)
+    assert vars(ours.b)["_dynamo_static_indices"] == vars(theirs.b)["_dynamo_static_indices"] == {0, 1}
 
 
 class Counting(Disc):
