@@ -29,7 +29,7 @@ from flexclear.common.shipped import students_directory
 from flexclear.compile.files import whole_file
 from flexclear.distill import DistillConfig, OptimizerConfig, distill
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
-from flexclear.distill.trainer import WEIGHTS
+from flexclear.distill.records import WEIGHTS
 from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.students import Student, as_student, file_name, read_students, write_index
 from flexclear.embedded.vocabulary import read_vocabulary

@@ -37,8 +37,8 @@ from flexclear.common.foreign import without_bars, without_diffusers_warnings
 from flexclear.compile.files import whole_file
 from flexclear.distill import DistillConfig, LossConfig, OptimizerConfig, distill
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
+from flexclear.distill.records import LOSSES, WEIGHTS
 from flexclear.distill.samples import CachedSamples
-from flexclear.distill.trainer import LOSSES, WEIGHTS
 from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.students import Student, file_name, write_index
 from flexclear.embedded.vocabulary import read_vocabulary

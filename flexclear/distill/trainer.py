@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,31 +15,26 @@ import torch
 from torch import nn
 
 from flexclear.common.choices import EMBEDDED
-from flexclear.common.reading import lines_of
-from flexclear.compile.files import whole_file, write_errors
+from flexclear.common.stopping import StopFlag
 from flexclear.convert import transform
 from flexclear.distill import checkpoints as files
+from flexclear.distill import records
 from flexclear.distill.batches import Batch, BatchMaker, held_out_batches, held_out_indices
 from flexclear.distill.config import DistillConfig
 from flexclear.distill.losses import Losses, Objective
-from flexclear.distill.model_state import as_found, start_from, without_bars, write_lora, write_weights
+from flexclear.distill.model_state import as_found, start_from, write_lora, write_weights
 from flexclear.distill.models import load_pipeline
 from flexclear.distill.optimizers import make_optimizer
 from flexclear.distill.preparing import Prepared, prepare
 from flexclear.distill.processes import DTYPES, check_accelerator, check_precision, make_accelerator
+from flexclear.distill.records import HELD_OUT, LORA, LOSSES, SHEETS, WEIGHTS, Record
 from flexclear.distill.samples import Samples
 from flexclear.distill.sharding import clip, fill, follow, gather, loaded_whole, sharding_of, window_like
+from flexclear.distill.sheets import draw, write_sheet
 from flexclear.distill.students import add_lora, make_teacher, merge_lora, trained_parameters
 from flexclear.families.target import model_of
 from flexclear.runtime.hooks import entry_hook_of
 
-WEIGHTS = "weights.safetensors"
-LOSSES = "losses.jsonl"
-HELD_OUT = "held_out.jsonl"
-LORA = "lora"
-SHEETS = "sheets"
-
-Record = dict[str, float]
 OnStep = Callable[[Record], None]
 
 
@@ -141,7 +133,7 @@ class _Run:
         self.dtype = cast(torch.dtype, self.model.dtype)
         precision = accelerator.mixed_precision
         self.compute = self.dtype if precision == "no" else DTYPES[precision]
-        self.stop = False
+        self.stop = StopFlag()
         self._build()
 
     def _build(self) -> None:
@@ -209,7 +201,7 @@ class _Run:
             facts = {"output": str(config.output), "r": config.radius, "attention": config.attention}
             accelerator.init_trackers("flexclear", config=facts)
         try:
-            with self._signals(), ThreadPoolExecutor(1) as reader:
+            with self.stop, ThreadPoolExecutor(1) as reader:
                 if start == 0:
                     self._measure(0, held_out)
                 numbers = self._numbers(start)
@@ -302,7 +294,7 @@ class _Run:
         return self.objective(batch.to(self.device, self.compute), self.student)
 
     @torch.no_grad()
-    def _measure(self, step: int, records: list[Record]) -> None:
+    def _measure(self, step: int, kept: list[Record]) -> None:
         """Measure the losses on the held-out samples, averaged over samples."""
         if not self.held_out:
             return
@@ -315,40 +307,20 @@ class _Run:
         record: Record = {"step": step, **{name: value / count for name, value in sums.items()}}
         if not math.isfinite(record["loss"]):
             raise self._not_finite(f"the loss on the held-out samples after step {step} is {record['loss']}")
-        records.append(record)
+        kept.append(record)
         self._write(HELD_OUT, record)
         if self.config.tracker is not None:
             self.accelerator.log({f"held_out/{name}": value for name, value in record.items()}, step=step)
 
-    @torch.no_grad()
     def _draw(self, step: int) -> None:
-        from PIL import Image
-
         # Sharded weights are gathered only if every process computes with them.
         if self.pipe is None or not (self.accelerator.is_main_process or self.sharding):
             return
-        sheets = self.config.sheets
-        size = {name: side for name in ("height", "width") if (side := getattr(sheets, name)) is not None}
         self.pipe.to(self.device)
-        with self._averaged(), self.accelerator.autocast(), without_bars(self.pipe):
-            pictures = [
-                self.pipe(
-                    prompt,
-                    num_inference_steps=sheets.steps,
-                    generator=torch.Generator().manual_seed(sheets.seed + number),
-                    **size,
-                ).images[0]
-                for number, prompt in enumerate(sheets.prompts)
-            ]
-        if not self.accelerator.is_main_process:
-            return
-        sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
-        left = 0
-        for picture in pictures:
-            sheet.paste(picture, (left, 0))
-            left += picture.width
-        with whole_file(self.config.output / SHEETS / f"{files.name_of(step)}.png") as beside:
-            sheet.save(beside, format="PNG")
+        with self._averaged(), self.accelerator.autocast():
+            pictures = draw(self.pipe, self.config.sheets)
+        if self.accelerator.is_main_process:
+            write_sheet(pictures, self.config.output / SHEETS / f"{files.name_of(step)}.png")
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -413,51 +385,16 @@ class _Run:
         if self.accelerator.is_main_process:
             self.config.output.mkdir(parents=True, exist_ok=True)
             for name in (LOSSES, HELD_OUT):
-                _cut(self.config.output / name, step if found else -1)
+                records.cut(self.config.output / name, step if found else -1)
         self.accelerator.wait_for_everyone()
         return step
 
     def _write(self, name: str, record: Record) -> None:
         if self.accelerator.is_main_process:
-            path = self.config.output / name
-            with write_errors(path), path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
+            records.append(self.config.output / name, record)
 
     def _stopped(self) -> bool:
         if self.accelerator.num_processes == 1:
-            return self.stop
-        told = torch.tensor(float(self.stop), device=self.device)
+            return self.stop()
+        told = torch.tensor(float(self.stop()), device=self.device)
         return bool(self.accelerator.reduce(told, reduction="sum").item())
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the current step; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def stop(number: int, frame: Any) -> None:
-            self.stop = True
-            signal.signal(number, before[signal.Signals(number)])
-
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _cut(path: Path, step: int) -> None:
-    """Keep only the records up to ``step``; drop a half-written last line too."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    with whole_file(path) as beside:
-        beside.write_text("".join(kept), encoding="utf-8")

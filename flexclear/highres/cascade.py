@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +13,18 @@ from PIL import Image
 
 from flexclear.common.choices import METHODS
 from flexclear.highres.folder import Folder, picture_digest
+from flexclear.highres.identity import identity, weights_digest
 from flexclear.highres.imax import check_level, low_band, projected_scheduler
 from flexclear.highres.kinds import Kind, kind_of
+from flexclear.highres.planner import Planner
 from flexclear.highres.sizes import Size, stage_sizes
-from flexclear.highres.stages import BASE, KEEP, OWN, Stage, check_radii, per_stage, settings_of
+from flexclear.highres.stages import BASE, KEEP, Stage, check_radii, per_stage
 from flexclear.highres.state import scheduled, shifted, windowed, windows_of
 from flexclear.highres.tiling import tile_size, tiled
 from flexclear.images.fitting import on_white
 from flexclear.masks import Window
-from flexclear.parallel.facts import digest
-from flexclear.runtime.family import Family
-from flexclear.runtime.mechanism import Formula
 from flexclear.runtime.schedule import Radii
-from flexclear.runtime.switches import Switches, in_force, override
+from flexclear.runtime.switches import override
 
 OnStep = Callable[[Stage, int, int], None]
 
@@ -160,7 +156,7 @@ def upscale_cascade(
     radii = check_radii(r, len(pairs))
     # None leaves what the model has, which may be a formula.
     windows = [None if isinstance(radius, str) else windows_of(pipe, radius) for radius in radii]
-    plan = _Planner(pipe, kind, method, negative_prompt, length, native, seed)
+    plan = Planner(pipe, kind, method, negative_prompt, length, native, seed)
     stages = [
         plan.stage(number, size, row, start is None and number == 1, names)
         for number, (size, row, names) in enumerate(zip(pairs, rows, windows, strict=True), 1)
@@ -174,8 +170,8 @@ def upscale_cascade(
         "max_sequence_length": length,
         "tile": side,
         "wavelet_level": wavelet_level if method == "imax" else None,
-        **_identity(pipe),
-        "weights": None if folder is None else _weights(pipe),
+        **identity(pipe),
+        "weights": None if folder is None else weights_digest(pipe),
     }
     if folder is not None and plan.entry is not None and plan.entry.parallel is not None:
         raise ValueError(
@@ -218,121 +214,6 @@ def _check(pipe: Any, prompt: Any, method: Any, image: Any, negative_prompt: Any
         raise ValueError(
             f"upscale_cascade needs a FlowMatchEulerDiscreteScheduler, which FLUX.1 and SD3 come with; this pipeline has a "
             f"{type(pipe.scheduler).__name__}"
-        )
-
-
-class _Planner:
-    """Makes stages from the requested settings."""
-
-    def __init__(
-        self,
-        pipe: Any,
-        kind: Kind,
-        method: str,
-        negative_prompt: str | None,
-        text_length: int,
-        native: int | None,
-        seed: int,
-    ) -> None:
-        from flexclear.convert import family_of
-        from flexclear.runtime.hooks import entry_hook_of
-
-        self.pipe, self.kind, self.method, self.seed = pipe, kind, method, seed
-        self.family: Family = family_of(pipe.transformer)
-        self.entry = entry_hook_of(pipe.transformer)
-        self.guided = kind.takes_guidance(pipe, negative_prompt)
-        self.token = kind.px_per_token(pipe)
-        side = pipe.default_sample_size * pipe.vae_scale_factor if native is None else native
-        if isinstance(side, bool) or not isinstance(side, int) or side < self.token:
-            raise ValueError(f"native must be a side in pixels, {self.token} or more, got {native!r}")
-        self.native_tokens = (side // self.token) ** 2
-        # SD3 adds CLIP's 77 tokens to T5's.
-        self.text_tokens = text_length if self.family.text_first else text_length + pipe.tokenizer_max_length
-
-    def stage(
-        self,
-        number: int,
-        size: tuple[int, int],
-        asked: dict[str, Any],
-        is_base: bool,
-        windows: dict[str, Window | None] | None,
-    ) -> Stage:
-        """Make one stage. Raises for what this model cannot do.
-
-        Raises:
-            TypeError, ValueError: see ``upscale_cascade``.
-        """
-        height, width = size
-        most = self.kind.largest(self.pipe)
-        if most is not None and max(size) > most * self.token:
-            raise ValueError(
-                f"{height} x {width}: the position embedding of this {type(self.pipe.transformer).__name__} ends at "
-                f"{most} x {most} tokens, {most * self.token} x {most * self.token} pixels"
-            )
-        if asked["guidance"] is not None and not self.guided:
-            raise ValueError(
-                f"guidance={asked['guidance']!r}: this FLUX.1 has no guidance input (guidance_embeds is False); pass a "
-                "negative_prompt for classifier-free guidance, or leave guidance out"
-            )
-        settings = settings_of(self.method, is_base, asked, self.kind.released_base)
-        guidance = settings["guidance"]
-        if guidance is None and self.guided:
-            guidance = self.kind.default("guidance_scale")
-        shift = None if settings["shift"] == OWN else float(settings["shift"])
-        formula = None if self.entry is None or windows is not None else self.entry.settings.formula
-        switches = self._switches(height, width, settings, asked, is_base, formula)
-        layers = windows_of(self.pipe) if windows is None else windows
-        dense = "dense" if formula is None else formula.name
-        return Stage(
-            number=number,
-            method=BASE if is_base else self.method,
-            height=height,
-            width=width,
-            windows=tuple(dense if window is None else window.name for window in layers.values()),
-            steps=settings["steps"] or self.kind.default("num_inference_steps"),
-            strength=settings["strength"],
-            guidance=guidance if self.guided else None,
-            shift=shift,
-            ntk_factor=switches.ntk_factor,
-            ntk_floor=switches.ntk_floor,
-            proportional_attention=switches.proportional_attention,
-            training_tokens=switches.training_tokens,
-            seed=self.seed + number - 1,
-        )
-
-    def _switches(
-        self,
-        height: int,
-        width: int,
-        settings: dict[str, Any],
-        asked: dict[str, Any],
-        is_base: bool,
-        formula: Formula | None,
-    ) -> Switches:
-        own = in_force(Switches() if self.entry is None else self.entry.settings.switches)
-        if is_base:
-            return own
-        factor, proportional = settings["ntk_factor"], settings["proportional_attention"]
-        if not self.family.rope:
-            if asked["ntk_factor"] not in (None, 1):
-                raise ValueError(
-                    f"ntk_factor={factor!r}: {type(self.pipe.transformer).__name__} {self.family.no_ntk}; leave it out"
-                )
-            factor = 1.0
-        if formula is not None:
-            if asked["proportional_attention"]:
-                kind = formula.kind
-                raise ValueError(f"proportional_attention: attention={kind!r} has its own formula. Leave it out")
-            proportional = False
-        tokens = height * width // self.token**2
-        floor = 0.0
-        if self.method == "imax" and factor != 1:
-            floor = min(1.0, math.sqrt(self.native_tokens / tokens))
-        return Switches(
-            ntk_factor=factor,
-            proportional_attention=proportional,
-            ntk_floor=floor,
-            training_tokens=self.native_tokens + self.text_tokens,
         )
 
 
@@ -430,34 +311,3 @@ class _Run:
         if self.progress is not None:
             own["disable"] = not self.progress
         return own
-
-
-def _identity(pipe: Any) -> dict[str, Any]:
-    """What a manifest records about a pipeline besides its weights."""
-    return {
-        "model": str(pipe.config.get("_name_or_path", "")),
-        "transformer": _digest(pipe.transformer.config),
-        "vae": _digest(pipe.vae.config),
-        "scheduler": _digest(pipe.scheduler.config),
-        "dtype": str(pipe.transformer.dtype),
-    }
-
-
-def _weights(pipe: Any) -> str:
-    """Digest of a few numbers per parameter. Parameters that are elsewhere (sequential offload) count by name.
-
-    Pooling weights are left out: they belong to the windows, which each stage names.
-    """
-    models = (("transformer", pipe.transformer), ("vae", pipe.vae))
-    return _digest(
-        {
-            f"{part}.{name}": digest(parameter)
-            for part, model in models
-            for name, parameter in model.named_parameters()
-            if ".processor." not in name
-        }
-    )
-
-
-def _digest(config: Any) -> str:
-    return hashlib.sha256(json.dumps(dict(config), sort_keys=True, default=str).encode()).hexdigest()[:16]

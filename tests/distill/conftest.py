@@ -22,6 +22,12 @@ def model():
 
 
 @pytest.fixture
+def fresh():
+    """Makes the same tiny model again and again."""
+    return lambda: tiny_flux(num_single_layers=5)
+
+
+@pytest.fixture
 def settings(tmp_path):
     """Settings of a run of a few steps; keyword arguments replace them."""
 

@@ -1,13 +1,9 @@
-"""Runs of a few steps: going on exactly, kills, LoRA, what is written, what is refused."""
+"""Runs of a few steps: what they train, LoRA, what is written, what is refused."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import json
-import os
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -16,52 +12,19 @@ from safetensors.torch import load_file
 
 import flexclear
 from flexclear.distill import MemorySamples, OptimizerConfig, distill
-from flexclear.distill.batches import BatchMaker, Order, held_out_batches
-from flexclear.distill.config import CheckpointConfig, HeldOutConfig, LoraConfig, SheetConfig, TimestepConfig
+from flexclear.distill.batches import BatchMaker
+from flexclear.distill.config import HeldOutConfig, LoraConfig, SheetConfig, TimestepConfig
 from flexclear.distill.losses import Objective
 from flexclear.distill.students import make_teacher, trained_parameters
 from flexclear.runtime.hooks import entry_hook_of
 
 from helpers.distill_samples import random_samples
-from helpers.full_disk import largest_file
 from helpers.models import flux_call, tiny_flux
-
-
-@pytest.fixture
-def fresh():
-    """Makes the same tiny model again and again."""
-    return lambda: tiny_flux(num_single_layers=5)
-
-
-def seen(records):
-    """Records without the time that they took."""
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
 def output(model):
     with torch.no_grad():
         return model(**flux_call(8, 6, 5)).sample
-
-
-@pytest.mark.parametrize("changed", [{}, {"ema": 0.9, "gradient_accumulation": 2}, {"train": "lora"}], ids=str)
-def test_a_run_in_two_parts_is_the_run_in_one(fresh, samples, settings, changed):
-    whole, parts = fresh(), [fresh(), fresh()]
-    schedule = OptimizerConfig("adamw", learning_rate=1e-3, schedule="constant_with_warmup", warmup_steps=2)
-    config = settings("whole", optimizer=schedule, **changed)
-    expected = distill(whole, config, samples)
-    split = dataclasses.replace(config, output=config.output.with_name("parts"))
-    first = distill(parts[0], dataclasses.replace(split, steps=3), samples)
-    torch.manual_seed(12345)  # what else the process has drawn does not matter
-    second = distill(parts[1], split, samples)
-    assert seen(first.losses + second.losses) == seen(expected.losses)
-    assert second.steps == 6
-    assert second.held_out[-1] == expected.held_out[-1]
-    for (name, a), b in zip(trained_parameters(whole).items(), trained_parameters(parts[1]).values(), strict=True):
-        assert torch.equal(a, b), name
-    lines = (split.output / "losses.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    written, again = load_file(expected.weights), load_file(second.weights)
-    assert all(torch.equal(tensor, again[name]) for name, tensor in written.items())
 
 
 def test_the_weights_file_gives_a_fresh_model_what_was_trained(fresh, samples, settings):
@@ -103,65 +66,6 @@ def test_a_lora_is_written_for_itself_and_merged(fresh, samples, settings):
     assert not any("lora" in name for name, _ in student.named_parameters())
 
 
-def test_sigterm_keeps_the_step_it_falls_into(fresh, samples, settings):
-    whole = distill(fresh(), settings("whole"), samples)
-    config = settings()
-    before = signal.getsignal(signal.SIGTERM)
-    told = []
-
-    def on_step(record):
-        if record["step"] == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    first = distill(fresh(), config, samples, on_step=on_step, say=told.append)
-    assert first.interrupted
-    assert first.steps == 4
-    assert "interrupted after 4 of 6" in told[-1]
-    assert signal.getsignal(signal.SIGTERM) is before
-    second = distill(fresh(), config, samples)
-    assert seen(first.losses + second.losses) == seen(whole.losses)
-
-
-def test_a_crash_loses_the_steps_since_the_last_checkpoint_and_leaves_no_half_of_one(fresh, samples, settings):
-    whole = distill(fresh(), settings("whole"), samples)
-    config = settings()
-
-    def on_step(record):
-        if record["step"] == 5:
-            raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        distill(fresh(), config, samples, on_step=on_step)
-    half = config.output / "checkpoints" / ".step_00000005.partial"
-    half.mkdir()
-    with (config.output / "losses.jsonl").open("a") as stream:
-        stream.write('{"step": 6, "lo')
-    second = distill(fresh(), config, samples)
-    assert seen(second.losses) == seen(whole.losses[3:])
-    assert not half.exists()
-    lines = (config.output / "losses.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-
-
-def test_only_the_last_checkpoints_stay(fresh, samples, settings):
-    config = settings(checkpoints=CheckpointConfig(every=1, keep=2))
-    distill(fresh(), config, samples)
-    assert sorted(place.name for place in (config.output / "checkpoints").iterdir()) == [
-        "step_00000005",
-        "step_00000006",
-    ]
-
-
-def test_another_runs_checkpoint_is_refused_by_name(fresh, samples, settings):
-    config = settings(steps=1)
-    distill(fresh(), config, samples)
-    model = fresh()
-    with pytest.raises(ValueError, match=r"other settings \(r: 2 then, 3 now; "):
-        distill(model, dataclasses.replace(config, r=3, steps=2), samples)
-    with pytest.raises(ValueError, match="other settings"):
-        distill(model, dataclasses.replace(config, seed=4), samples)
-
-
 def test_mixed_precision_trains_weights_in_float32_and_hands_the_model_back_in_its_own_type(samples, settings):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -198,38 +102,6 @@ def test_accumulated_batches_are_one_large_one(fresh, samples, settings):
     assert one.losses[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_epoch_visits_every_sample_in_batches_of_one_shape(samples):
-    mixed = MemorySamples(samples.samples + random_samples(5, 8, 8).samples)
-    order = Order(mixed, range(11), 4, 7)
-    assert order.per_epoch == 4
-    epochs = [[order[number] for number in range(at, at + 4)] for at in (0, 4)]
-    for epoch in epochs:
-        assert {index for batch in epoch for index in batch} == set(range(11))
-        assert all(len(batch) == 4 and len({mixed.shape(index) for index in batch}) == 1 for batch in epoch)
-    assert epochs[0] != epochs[1]
-    again = Order(mixed, range(11), 4, 7)
-    assert again[6] == order[6]
-
-
-@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode"])
-def test_noise_levels_lie_between_0_and_1_and_follow_the_shift(samples, sampling):
-    def levels(shift):
-        maker = BatchMaker(samples, range(6), 6, 0, TimestepConfig(sampling=sampling, shift=shift))
-        return torch.cat([maker.make(number).sigmas for number in range(50)])
-
-    plain, shifted = levels(1.0), levels(3.0)
-    assert plain.min() >= 0
-    assert plain.max() <= 1
-    assert torch.allclose(shifted, 3 * plain / (1 + 2 * plain))
-
-
-def test_held_out_batches_are_the_same_whatever_their_size(samples):
-    one, all_at_once = held_out_batches(samples, [1, 4, 5], 1, 3), held_out_batches(samples, [1, 4, 5], 3, 3)
-    assert torch.equal(torch.cat([batch.noise for batch in one]), all_at_once[0].noise)
-    assert torch.equal(torch.cat([batch.latents for batch in one]), all_at_once[0].latents)
-    assert all_at_once[0].sigmas.tolist() == pytest.approx([1 / 6, 3 / 6, 5 / 6])
-
-
 def test_what_does_not_fit_is_refused_before_the_model_changes(fresh, samples, settings):
     model = fresh()
     other = MemorySamples([dataclasses.replace(s, pooled=torch.zeros(11)) for s in samples.samples])
@@ -256,81 +128,11 @@ def test_a_missing_package_is_named(fresh, samples, settings, monkeypatch):
         distill(fresh(), settings(optimizer=OptimizerConfig(name="prodigy")), samples)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(fresh, samples, settings):
-    broken = MemorySamples([dataclasses.replace(s, mean=s.mean * 1e37) for s in samples.samples])
-    for count, message in (
-        (0, "the loss of step 1 is (inf|nan).*no checkpoint yet"),
-        (2, "held-out samples after step 0"),
-    ):
-        with pytest.raises(FloatingPointError, match=message):
-            distill(fresh(), settings(held_out=HeldOutConfig(count=count)), broken)
-    assert not (settings().output / "held_out.jsonl").exists()
-
-
-@pytest.mark.parametrize("norm", [1.0, 0.0])
-def test_weights_that_are_not_finite_never_replace_good_ones(fresh, samples, settings, norm):
-    model, output = fresh(), settings().output
-
-    def break_after_four(record):
-        if record["step"] == 4:
-            next(iter(trained_parameters(model).values())).register_hook(lambda gradient: gradient * float("nan"))
-
-    config = settings(steps=5, max_grad_norm=norm, held_out=HeldOutConfig(count=0))
-    told = "gradient norm of step 5 is nan" if norm else "parameter is not finite after step 5"
-    with pytest.raises(FloatingPointError, match=rf"{told}.*step_00000003 is kept"):
-        distill(model, config, samples, on_step=break_after_four)
-    assert [place.name for place in (output / "checkpoints").iterdir()] == ["step_00000003"]
-    assert not (output / "weights.safetensors").exists()
-
-
-@pytest.mark.parametrize("room", [40_000, 150_000], ids=["of safetensors", "of torch.save"])
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_run_resumes_from_it(fresh, samples, settings, room):
-    expected = distill(fresh(), settings("whole"), samples)
-    config = settings("parts")
-    with contextlib.ExitStack() as disk:
-        seen_by = lambda record: record["step"] == 5 and disk.enter_context(largest_file(room))  # noqa: E731
-        with pytest.raises(OSError, match=r"checkpoint of step 6 cannot be written.*step_00000003 is kept"):
-            distill(fresh(), config, samples, on_step=seen_by)
-    assert [place.name for place in (config.output / "checkpoints").iterdir()] == ["step_00000003"]
-    assert not (config.output / "weights.safetensors").exists()
-    again = distill(fresh(), config, samples)
-    assert seen(again.losses) == seen(expected.losses[3:])
-    assert (config.output / "losses.jsonl").read_text().count("\n") == 6
-    assert_same_weights(expected.weights, again.weights)
-
-
-def test_a_run_never_resumes_with_other_data_of_the_same_number(fresh, samples, settings):
-    samples.work = "one"  # as the index of a cache has it
-    distill(fresh(), settings(steps=3), samples)
-    samples.work = "another"
-    with pytest.raises(ValueError, match="contents: one then, another now"):
-        distill(fresh(), settings(), samples)
-    samples.work = "one"
-    assert distill(fresh(), settings(), samples).steps == 6
-
-
-def assert_same_weights(a, b):
-    first, second = load_file(a), load_file(b)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_a_batch_larger_than_the_data_is_refused(fresh, samples, settings):
     model = fresh()
     distill(model, settings("four", steps=1, batch_size=4), samples)
     with pytest.raises(ValueError, match="batch_size is 5, but there are only 4 samples to train on"):
         distill(fresh(), settings("five", steps=1, batch_size=5), samples)
-
-
-def test_latents_are_drawn_from_the_moments_or_are_their_means(samples):
-    drawn = BatchMaker(samples, range(6), 6, 0, TimestepConfig()).make(0)
-    mean = BatchMaker(samples, range(6), 6, 0, TimestepConfig(), drawn=False).make(0)
-    order = Order(samples, range(6), 6, 0)[0]
-    expected = (torch.stack([samples[index].mean for index in order]) - 0.1) * 1.2
-    assert torch.allclose(mean.latents, expected)
-    deviation = ((drawn.latents - mean.latents) / 1.2).flatten()
-    assert 0.1 < deviation.std() < 0.3  # exp(-4 / 2) and more: log variances are around -4
-    assert torch.equal(drawn.noise, mean.noise)
 
 
 @pytest.mark.parametrize(
@@ -419,29 +221,6 @@ def test_other_loras_are_with_the_student_as_they_are_with_the_teacher(fresh, sa
     now = dict(student.named_parameters())
     assert all(torch.equal(now[name], before) for name, before in styles.items())
     assert student.transformer_blocks[0].attn.to_q is layer
-
-
-def test_a_run_resumes_under_its_own_window_only(fresh, samples, settings):
-    distill(flexclear.transform(fresh(), r=2, backend="sdpa"), settings(steps=1), samples)
-    for changed, message in (
-        ({"r": 3}, r"windows: Disc\(radius=2\) then, Disc\(radius=3\) now"),
-        ({"r": [2, 3, *[2] * 5]}, r"windows: Disc\(radius=2\) then, of 2 kinds"),
-        ({"r": 2, "ntk_factor": 10.0}, "switches: "),
-    ):
-        with pytest.raises(ValueError, match=f"other settings .*{message}"):
-            distill(flexclear.transform(fresh(), backend="sdpa", **changed), settings(steps=2), samples)
-    assert distill(flexclear.transform(fresh(), r=2), settings(steps=2), samples).steps == 2
-
-
-@pytest.mark.parametrize("train", ["projections", "lora"])
-def test_a_run_resumes_with_its_own_teacher_only(fresh, samples, settings, train):
-    config = settings(steps=1, train=train, lora=LoraConfig(4, 8))
-    model = fresh()
-    distill(model, config, samples)
-    longer = dataclasses.replace(config, steps=2)
-    with pytest.raises(ValueError, match=r"weights: .* now\)\. A model that has been trained is not its own teacher"):
-        distill(model, longer, samples)  # it would learn from itself
-    assert distill(fresh(), longer, samples).steps == 2
 
 
 @pytest.mark.parametrize(

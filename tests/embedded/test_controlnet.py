@@ -20,6 +20,7 @@ import flexclear
 from flexclear import embedded
 from flexclear.common.metrics import PACKAGES
 from flexclear.common.shipped import controlnet_directory
+from flexclear.common.stopping import StopFlag
 from flexclear.embedded.control import FACTS_NAME, MODES
 from flexclear.embedded.controlled import controlled_pipeline, generate_controlled, originals
 from flexclear.embedded.evaluation import held_out_requests
@@ -40,7 +41,6 @@ from flexclear.embedded.train.controlnet import (
 from flexclear.embedded.train.controlnet_data import ControlBatchMaker, conditioned_set
 from flexclear.embedded.train.controlnet_recipe import ControlRecipe
 from flexclear.embedded.train.pictures import training_pairs, training_scenes
-from flexclear.embedded.train.stopping import StopFlag
 from flexclear.evaluation.conditions import CONDITIONS, distance_to_condition
 
 sys.path.append(str(Path(__file__).parents[2]))

@@ -51,6 +51,7 @@ def controlnet(
 
     from flexclear import embedded
     from flexclear.common.shipped import controlnet_directory
+    from flexclear.common.stopping import StopFlag
     from flexclear.embedded.control import FACTS_NAME
     from flexclear.embedded.fingerprint import teacher_fingerprint
     from flexclear.embedded.font import extract_bitmaps
@@ -58,7 +59,6 @@ def controlnet(
     from flexclear.embedded.train.controlnet import export_controlnet, train_controlnet
     from flexclear.embedded.train.controlnet_data import ControlBatchMaker, conditioned_set
     from flexclear.embedded.train.pictures import training_pairs, training_scenes
-    from flexclear.embedded.train.stopping import StopFlag
 
     torch.set_num_threads(threads)
     recipe = ControlRecipe(

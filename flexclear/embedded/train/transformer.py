@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5EncoderModel
 
+from flexclear.common.stopping import StopFlag
 from flexclear.embedded.train.batches import Batch, BatchMaker
 from flexclear.embedded.train.checkpoint import load_checkpoint, save_checkpoint
 from flexclear.embedded.train.loop import Intervals, run_steps
 from flexclear.embedded.train.optimizer import SplitOptimizer
 from flexclear.embedded.train.schedule import Schedule, decide_end
 from flexclear.embedded.train.sheets import save_sheet
-from flexclear.embedded.train.stopping import StopFlag
 
 CHECKPOINT_NAME = "transformer.pt"
 LOG_EVERY = 50
