@@ -16,7 +16,7 @@ from bench.distillation.rows import SIDES
 from bench.machine import RESULTS
 
 EXACT, IN_KIND, WEIGHTS = "exact", "in kind", "needs real weights"
-"""The paper's own figures; its question put to another model, machine or size; for who has the weights."""
+"""The paper's own figures; its question asked of another model, machine or size; only for those who have the weights."""
 
 Results = Mapping[str, Any]
 """Contents of the result files, by their names."""
@@ -60,11 +60,10 @@ def _properties(results: Results) -> str:
         for name, row in rows.items()
     }
     return (
-        "On one layer of the embedded model these keep all four (mean distance below 0.4 of equal weights', weights "
-        "those of a "
-        "softmax, nine tenths of the full rank, tokens in original form): "
-        f"{_list(name for name, of in kept.items() if all(of))}. The paper says of Swin that its maps are not of high "
-        f"rank; as measured they are."
+        "On one layer of the embedded model, these keep all four properties (mean distance below 0.4 of that under equal "
+        "weights, softmax weights, at least nine tenths of full rank, tokens in their original form): "
+        f"{_list(name for name, of in kept.items() if all(of))}. The paper says that Swin's attention maps lack high rank; "
+        "measured here, they have it."
     )
 
 
@@ -78,7 +77,7 @@ def _study(results: Results) -> str:
     report = results["distillation.json"]
     told = [found for found in _findings(results) if "pictures teach" not in found]
     if report["settings"]["teacher"] != results["students.json"]["settings"]["teacher"]:
-        told.append("Its teacher was an earlier state of the model that ships.")
+        told.append("The teacher was an earlier version of the model that ships.")
     return " ".join(told)
 
 
@@ -93,10 +92,9 @@ def _upscaled(results: Results) -> str:
         )
         parts.append(f"{pixels} px: {_list(some)}")
     return (
-        "The paper's windows are 26 to 29 dB from the dense cascade at 2048 and 4096 px; its GFLOPs are exact here "
-        "(Table 7). "
-        "The embedded model's images are scaled down and compared with the dense one at its own size (in brackets the share "
-        f"recognized): {'. '.join(parts)}."
+        "In the paper, images under windows are 26 to 29 dB from the dense cascade's at 2048 and 4096 px; its GFLOPs are "
+        "reproduced exactly (Table 7). Here, the embedded model's images are scaled down and compared with the dense image "
+        f"at its native size (in brackets, the share recognized): {'. '.join(parts)}."
     )
 
 
@@ -104,11 +102,9 @@ def _few_steps(results: Results) -> str:
     rows = (results["distillation.json"]["few_steps"] or {}).get("rows", {})
     parts = (f"{name} from {row['before']['psnr']:.1f} to {row['all']['psnr']:.1f} dB" for name, row in rows.items())
     return (
-        "The paper puts weights distilled for FLUX.1-dev into schnell, whose images are then as near to the dense "
-        "ones (FID 12.4 "
-        "to 13.6) as dev's are (8.9 to 13.7). In a few-step variant of the embedded model, weights distilled for the "
-        "many-step one "
-        f"bring, of its dense images, {_list(parts) or 'not measured yet'}."
+        "The paper loads weights distilled for FLUX.1-dev into schnell, whose images are then about as close to its dense "
+        "ones (FID 12.4 to 13.6) as dev's are to its own (8.9 to 13.7). Here, weights distilled for the embedded model go "
+        f"into a few-step variant of it; PSNR to that variant's dense images: {_list(parts) or 'not measured yet'}."
     )
 
 
@@ -138,11 +134,9 @@ def _shared(results: Results) -> str:
     )
     exact = min(row["psnr"] for row in rows if row["text"] == "exact" and row["exchange"] == "sync")
     return (
-        "The paper averages the patches' texts (its Eq. 7), for a FID of 11.6 to 14.2 to one device's images. Two "
-        "processes on "
-        f"the embedded model, PSNR to one process: {'; '.join(parts)}. With exact text and synchronous borders, which "
-        f"the paper does "
-        f"not have, it is {exact:.0f} dB, which stands for equal images."
+        "The paper averages the text tokens of all patches (its Eq. 7) and reports a FID of 11.6 to 14.2 to one device's "
+        f"images. Here, two processes share the embedded model; PSNR to one process: {'; '.join(parts)}. Exact text and "
+        f"synchronous borders, which the paper does not have, give {exact:.0f} dB: the images are equal."
     )
 
 
@@ -150,13 +144,10 @@ def _costs(results: Results) -> str:
     rows = {(row["side"], row["radius"]): row for row in results["cost/cost.json"]["rows"]}
     shares = _list(f"{rows[8192, r]['flops'] / rows[8192, None]['flops']:.2%} at r = {r}" for r in (8, 16, 32))
     return (
-        "The FLOPs are the paper's, but for 1024 px and r = 16, where its Table 2 prints 80.6 GFLOPs, and its Table 7 "
-        "0.09 TFLOPs "
-        f"as here (86.6). At 8192 px windows leave {shares} of dense attention. The times are one step's on an H100, "
-        f"with random "
-        "weights: at r = 16 it is 1.01 times as fast as dense at 1024 px, 1.49 times at 2048 px and 11.8 times at "
-        "8192 px, where "
-        "the paper's 20 steps are 0.98, 1.22 and 5.1 times as fast."
+        "The FLOPs equal the paper's with one exception: for 1024 px and r = 16 its Table 2 prints 80.6 GFLOPs, but its "
+        f"Table 7 has 0.09 TFLOPs, as here (86.6 GFLOPs). At 8192 px, windows leave {shares} of dense attention. The times "
+        "are of one step on an H100 with random weights: with r = 16 a step is 1.01 times as fast as dense at 1024 px, 1.49 "
+        "times at 2048 px and 11.8 times at 8192 px; in the paper, 20 steps are 0.98, 1.22 and 5.1 times as fast."
     )
 
 
@@ -165,10 +156,9 @@ def _model(results: Results) -> str:
     sync = (r for r in results["parallel.json"]["rows"] if (r.get("text"), r.get("exchange")) == ("exact", "sync"))
     parts = _list(f"{row['speed_up']:.1f} x at {row['side']} x {row['side']} tokens" for row in sync)
     return (
-        "The paper measures eight H100s in one machine, with stale borders. Here that is computed from its times of one: "
-        f"{large[0]['speed_up_sync']:.1f} x at 8192 px with synchronous borders. Measured are two processes of a core "
-        f"each: {parts}. "
-        "No run on several GPUs has been seen."
+        "The paper measures eight H100s in one machine, with stale borders. Here, the speed-up is computed from its times "
+        f"on one GPU: {large[0]['speed_up_sync']:.1f} x at 8192 px with synchronous borders. What was measured is two "
+        f"processes with one core each: {parts}. Nothing has been run on several GPUs yet."
     )
 
 
@@ -176,11 +166,9 @@ def _maps(results: Results) -> str:
     row = results["attention-maps/mass.json"][0]
     near = sum(sum(head[:4]) for head in row["mass"]) / len(row["mass"])
     return (
-        "In the paper heads look at what is near their query. So they do here, of a model whose images are one object "
-        "each: in "
-        f"{row['layer']}, step {row['step']}, {near:.0%} of the attention is on image tokens nearer than 4, which "
-        f"equal weights would "
-        f"give {sum(row['uniform'][:4]):.0%}."
+        "In the paper, many heads attend to the neighborhood of their query. So they do here, although each image shows a "
+        f"single object: in {row['layer']}, step {row['step']}, {near:.0%} of the attention goes to image tokens at "
+        f"distances below 4; under equal weights it would be {sum(row['uniform'][:4]):.0%}."
     )
 
 
@@ -196,11 +184,9 @@ def _perturbed(results: Results) -> str:
         shown += [f"{name} at {size} px" for name, psnr in rows.items() if name.startswith("remote") and psnr > local]
         parts.append(f"at {size} px {_list(f'{name} {psnr:.1f} dB' for name, psnr in rows.items())}")
     return (
-        "In the paper an image hardly minds its remote distances clipped, and is destroyed with its local ones. On "
-        "the embedded "
-        f"model, whose emoji fill the image, this leaves an image nearer to the original than any local clip: "
-        f"{_list(shown) or 'none'}. "
-        f"Clips in tokens, PSNR to the image as it is: {'. '.join(parts)}."
+        "In the paper, clipping remote distances hardly changes an image, and clipping local ones destroys it. With the "
+        "embedded model, whose emoji fill the image, these clips stay closer to the original than every local one: "
+        f"{_list(shown) or 'none'}. PSNR to the unclipped image, clips in tokens: {'. '.join(parts)}."
     )
 
 
@@ -208,9 +194,9 @@ def _data(results: Results) -> str:
     found = [said for said in _findings(results) if "pictures teach" in said]
     return " ".join(
         [
-            "In the paper training on real images ends with the larger loss.",
+            "In the paper, training on real images ends with a higher loss.",
             *found,
-            "This teacher learned from such drawings itself.",
+            "Note that this teacher was itself trained on such drawings.",
         ]
     )
 
@@ -222,9 +208,8 @@ def _dynamics(results: Results) -> str:
     }
     order = _list(f"{name} {value:.3f}" for name, value in sorted(last.items(), key=lambda item: item[1]))
     return (
-        "In the paper linear and sigmoid attention fail (a FID of 325 and 448 to the original). Held-out L_pred after "
-        "the same steps "
-        f"of training here, lowest first: {order}."
+        "In the paper, linear and sigmoid attention fail (FID of 325 and 448 to the original). Here, held-out L_pred after "
+        f"the same number of training steps, lowest first: {order}."
     )
 
 
@@ -274,7 +259,7 @@ COUNTERPARTS = (
         ("controlnet.json",),
         _controlled(
             ("grey",),
-            "The paper has 26.0, 28.2 and 30.6 dB at r = 8, 16 and 32, and an RMSE of 0.036 to 0.042, where dense has 0.039.",
+            "The paper reports 26.0, 28.2 and 30.6 dB at r = 8, 16 and 32, and an RMSE of 0.036 to 0.042; dense has 0.039.",
         ),
     ),
     Counterpart(
@@ -300,10 +285,9 @@ COUNTERPARTS = (
         "flexclear eval run CONFIG with tables: [8]",
         (),
         lambda results: (
-            "Nothing stands for it here: no second trained model is at hand. SD3.5 runs transformed in the tests, and "
-            "attention of its "
-            "size on an H100 is 2.7 and 9.6 times as fast as dense at 2048 and 4096 px (r = 16). "
-            "[Variants of a model](guide/evaluation.md#variants-of-a-model) fills the table for who has the weights."
+            "There is no counterpart: no second trained model is available here. SD3.5 runs transformed in the tests, and "
+            "attention at its sizes is 2.7 and 9.6 times as fast as dense on an H100 at 2048 and 4096 px (r = 16). With the "
+            "weights, [Variants of a model](guide/evaluation.md#variants-of-a-model) fills the table."
         ),
     ),
     Counterpart(
@@ -312,7 +296,7 @@ COUNTERPARTS = (
         IN_KIND,
         "python -m bench.quality.controlnet",
         ("controlnet.json",),
-        _controlled(("tile", "blur"), "The paper's Table 5 again, under other conditions."),
+        _controlled(("tile", "blur"), "Table 5 under other conditions."),
     ),
     Counterpart(
         "Table 10",
@@ -328,7 +312,7 @@ COUNTERPARTS = (
         f"FLOPs {EXACT}; times {IN_KIND}",
         "flexclear analyze cost --results bench/results --out bench/results/cost",
         ("cost/cost.json", "cost/cost.png"),
-        lambda results: "Table 7 as a plot: the published times, and those of two CPU cores, beside the FLOPs.",
+        lambda results: "Table 7 as a plot: the published times and those of two CPU cores, next to the FLOPs.",
     ),
     Counterpart(
         "Figure 4",
