@@ -100,7 +100,7 @@ class Given:
         first argument. What belongs to the image is never marked, even where there are as many text tokens: Dynamo recompiles
         for a mark that a graph was made without.
         """
-        first, text, plan = self.first, self.text, plan or self.plan
+        first, text, plan = self.first, self.text, self.plan if plan is None else plan
         image_len = 0
         if plan is not None:
             image_len, seq_len = plan.image_len, plan.seq_len
