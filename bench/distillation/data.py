@@ -1,7 +1,11 @@
-"""The two sets of pictures of bench/distillation/study.py: drawn by the teacher, and real ones with the same captions."""
+"""The two sets of images of bench/distillation/study.py: drawn by the teacher, and real ones with the same captions.
+
+The real ones show drawings that the teacher never saw: those of another set of emoji.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +29,11 @@ from flexclear.embedded.vocabulary import Vocabulary
 from flexclear.generation.settings import DENSE, GenerateSettings
 
 from bench.distillation.rows import Comparison
+from bench.resume import check_settings
 
 SELF, REAL = "self-generated", "real"
+DRAWINGS = "drawings.json"
+"""Names the drawings that a set of real images shows."""
 OnItem = Callable[[str, int, int], None]
 
 
@@ -35,6 +42,23 @@ def bitmaps_of(vocabulary: Vocabulary) -> list[Any]:
     if DEFAULT_FONT_PATH.is_file():
         return extract_bitmaps([item.code_point for item in vocabulary.emoji])
     return read_reference_sheet(embedded.model_directory(), len(vocabulary.emoji))
+
+
+def foreign_drawings(folder: Path, vocabulary: Vocabulary) -> list[Image.Image]:
+    """Another set's drawing of each emoji, RGBA, from WebP or PNG files that are named by code point (``1f34e.webp``).
+
+    Raises:
+        FileNotFoundError: one is missing; the message names it.
+    """
+    found = []
+    for item in vocabulary.emoji:
+        names = [f"{item.code_point:x}{form}.{kind}" for form in ("", "-fe0f") for kind in ("webp", "png")]
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{folder} has no drawing of the {item.name}: none of {', '.join(names)}")
+        with Image.open(file) as opened:
+            found.append(opened.convert("RGBA"))
+    return found
 
 
 def shown_pairs(vocabulary: Vocabulary, count: int, seed: int) -> list[tuple[int, int, str]]:
@@ -88,11 +112,26 @@ def self_generated(
 
 
 def real(
-    folder: Path, vocabulary: Vocabulary, size: Comparison, count: int, seed: int, device: str, on_item: OnItem
+    folder: Path,
+    vocabulary: Vocabulary,
+    size: Comparison,
+    count: int,
+    seed: int,
+    device: str,
+    on_item: OnItem,
+    drawings: Path,
 ) -> CachedSamples:
-    """Draw scenes with the captions of the self-generated set, jittered as in the teacher's training, and encode them."""
+    """Show ``foreign_drawings`` with the captions of the self-generated set, jittered as in the teacher's training, and encode
+    them.
+
+    Raises:
+        FileNotFoundError: see ``foreign_drawings``.
+        ValueError: the folder's images show other drawings.
+    """
     pictures = folder / "pictures"
-    bitmaps, colours = bitmaps_of(vocabulary), list(vocabulary.backgrounds.values())
+    bitmaps, colours = foreign_drawings(drawings, vocabulary), list(vocabulary.backgrounds.values())
+    digest = hashlib.sha256(b"".join(bitmap.tobytes() for bitmap in bitmaps)).hexdigest()[:16]
+    check_settings(folder / DRAWINGS, {"drawings": digest})
     for number, (emoji, background, text) in enumerate(shown_pairs(vocabulary, count, seed)):
         path = pictures / f"{number:06d}.png"
         if not path.is_file():

@@ -164,8 +164,8 @@ def _data(report: dict[str, Any]) -> list[str]:
     lines = [
         "## Self-generated pictures against real ones",
         "",
-        f"{first.title}, all losses, the same captions and budget. Real: clean drawings with jitter. Mind that the teacher "
-        "itself learned from drawings like these, so they are not foreign to it, as photographs are to FLUX.1.",
+        f"{first.title}, all losses, the same captions and budget. Real: the same scenes with drawings of another set of emoji, "
+        "which the teacher never saw.",
         "",
         "![training losses on both sets](distillation-data.png)",
         "",

@@ -47,7 +47,7 @@ from bench.distillation import data as distillation_data
 from bench.distillation import report as distillation_report
 from bench.distillation.few_steps import reflow
 from bench.distillation.measure import Examiner
-from bench.distillation.rows import ALL, BEFORE, FEW, FLOW, LONG, LONGER, REAL, Comparison, Job, Row
+from bench.distillation.rows import ALL, BEFORE, FEW, FLOW, LONG, LONGER, REAL, REAL_ROW, Comparison, Job, Row
 from bench.machine import RESULTS, facts
 from bench.resume import check_settings
 
@@ -97,6 +97,7 @@ class Study:
         settings: see ``Settings``.
         device: ``"cpu"`` or ``"cuda"``.
         students: folder for the exported students.
+        drawings: folder of the real images' drawings, see ``data.foreign_drawings``; None leaves out what trains on them.
         on_item: called with what is being done, how much of it is done, and how much there is.
         say: called with lines for people.
 
@@ -104,8 +105,18 @@ class Study:
         ValueError: the folder holds a study with other settings or of another teacher.
     """
 
-    def __init__(self, folder: Path, settings: Settings, device: str, students: Path, on_item: Any, say: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        device: str,
+        students: Path,
+        on_item: Any,
+        say: Any,
+        drawings: Path | None = None,
+    ) -> None:
         self.folder, self.settings, self.device, self.students = folder, settings, device, students
+        self.drawings = drawings
         self._on_item, self._say = on_item, say
         self.comparison = Comparison(settings.side)
         self.teacher = teacher_fingerprint()
@@ -162,8 +173,9 @@ class Study:
             chosen = self.settings
             common = (chosen.seed, self.device, self._on_item)
             if kind == distillation_data.REAL:
+                assert self.drawings is not None
                 made = distillation_data.real(
-                    self.folder / kind, self.vocabulary, self.comparison, chosen.pictures, *common
+                    self.folder / kind, self.vocabulary, self.comparison, chosen.pictures, *common, self.drawings
                 )
             else:
                 made = distillation_data.self_generated(
@@ -349,6 +361,7 @@ class Study:
             "dense_flops": self.comparison.dense_flops(config),
             "flops": {row.name: row.flops(config) for row in self.comparison.rows},
             "teacher": self._teacher(),
+            "foreign_drawings": (self.folder / distillation_data.REAL / distillation_data.DRAWINGS).is_file(),
             "rows": rows,
             **({"few_steps": few} if few else {}),
             "missing": [job.title for job in everything if not self.done(job)],
@@ -384,6 +397,15 @@ def main(
     seed: Annotated[int, typer.Option(help="Of data, order and noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    drawings: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Another set of emoji than the teacher's, for --rows real-pictures: WebP or PNG files named by code point, such "
+            "as the folder assets of the package @lobehub/fluent-emoji-3d (npm pack).",
+        ),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where the study lives between runs.")] = Path(".distillation"),
     students: Annotated[Path | None, typer.Option(help="For the best students. Default: in --folder.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
@@ -391,6 +413,10 @@ def main(
     """Train and measure what is missing, and write JSON, Markdown and plots after each piece."""
     torch.set_num_threads(threads)
     todo = Comparison(side).jobs(rows or ())
+    if drawings is None:
+        if REAL_ROW in (rows or ()):
+            raise typer.BadParameter(f"{REAL_ROW} needs drawings that the teacher never saw: pass --drawings")
+        todo = [job for job in todo if job.stage != REAL]
     settings = Settings(
         side, steps, batch_size, learning_rate, few_rate, pictures, held_out, measured, denoising, few_steps, seed
     )
@@ -411,7 +437,7 @@ def main(
             progress.update(current, completed=done, total=total)
 
         place = students if students is not None else folder / "students"
-        study = Study(folder, settings, device, place, on_item, console.print)
+        study = Study(folder, settings, device, place, on_item, console.print, drawings)
         try:
             for job in todo:
                 if not study.done(job):

@@ -192,11 +192,12 @@ def _perturbed(results: Results) -> str:
 
 def _data(results: Results) -> str:
     found = [said for said in _findings(results) if "pictures teach" in said]
+    if not results["distillation.json"].get("foreign_drawings"):
+        found.append("Note that this teacher was itself trained on such drawings.")
     return " ".join(
         [
             "In the paper, training on real images ends with a higher loss.",
             *found,
-            "Note that this teacher was itself trained on such drawings.",
         ]
     )
 

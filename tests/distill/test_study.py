@@ -286,8 +286,21 @@ def test_training_never_shows_a_pair_that_is_measured(vocabulary):
     assert distillation_data.shown_pairs(vocabulary, 10, 0) == shown[:10]
 
 
-def test_real_pictures_show_their_captions(vocabulary, tmp_path):
-    samples = distillation_data.real(tmp_path, vocabulary, SIZE, 4, 0, "cpu", lambda *given: None)
+@pytest.fixture
+def drawings(vocabulary, tmp_path):
+    """A set of emoji as packages have them: files named by code point, some with a variation selector."""
+    folder = tmp_path / "assets"
+    folder.mkdir()
+    for number, (item, bitmap) in enumerate(
+        zip(vocabulary.emoji, distillation_data.bitmaps_of(vocabulary), strict=True)
+    ):
+        form, kind = (("", "webp"), ("-fe0f", "png"))[number % 2]
+        bitmap.save(folder / f"{item.code_point:x}{form}.{kind}", lossless=True)
+    return folder
+
+
+def test_real_pictures_show_their_captions(vocabulary, drawings, tmp_path):
+    samples = distillation_data.real(tmp_path, vocabulary, SIZE, 4, 0, "cpu", lambda *given: None, drawings)
     shown = distillation_data.shown_pairs(vocabulary, 4, 0)
     assert [entry["caption"] for entry in samples.entries] == [text for _, _, text in shown]
     pixels = [np.array(Image.open(path)) for path in sorted((tmp_path / "pictures").glob("*.png"))]
@@ -295,6 +308,31 @@ def test_real_pictures_show_their_captions(vocabulary, tmp_path):
     requests = [Request(emoji, background, 0) for emoji, background, _ in shown]
     retriever = Retriever(distillation_data.bitmaps_of(vocabulary), list(vocabulary.backgrounds.values()))
     assert evaluate(retriever, requests, pictures).both == 1
+
+
+def test_real_images_need_a_drawing_of_every_emoji_and_keep_to_one_set(vocabulary, drawings, tmp_path):
+    def make():
+        distillation_data.real(tmp_path / "real", vocabulary, SIZE, 2, 0, "cpu", lambda *given: None, drawings)
+
+    first = vocabulary.emoji[0]
+    file = drawings / f"{first.code_point:x}.webp"
+    kept = file.read_bytes()
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"no drawing of the {first.name}: none of {file.name}, "):
+        make()
+    assert not (tmp_path / "real").exists()
+    file.write_bytes(kept)
+    make()
+    Image.new("RGBA", (136, 128), "red").save(file)
+    with pytest.raises(ValueError, match="was begun with other settings \\(drawings: "):
+        make()
+
+
+def test_real_pictures_are_refused_without_drawings(tmp_path):
+    refused = invoke(tmp_path, "clear-r2", "real-pictures")
+    assert refused.exit_code == 2
+    assert "real-pictures needs drawings" in refused.output
+    assert not (tmp_path / "study.json").exists()
 
 
 def test_the_noise_of_a_generated_picture_is_what_the_pipeline_began_from(finished):
