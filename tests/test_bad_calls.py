@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,22 @@ def test_a_bad_transform_is_named_and_changes_nothing(make, kwargs, error, messa
     if isinstance(model, torch.nn.Module):
         assert not model._forward_pre_hooks
         assert all(model.attn_processors[name] is processor for name, processor in before.items())
+
+
+@pytest.mark.parametrize("piped", [False, True], ids=["model", "pipeline"])
+def test_the_model_inside_a_compiled_wrapper_is_named(piped, tmp_path):
+    wrapped = torch.compile(flexclear.transform(tiny_flux(), r=2, backend="sdpa"))
+    given = SimpleNamespace(transformer=wrapped) if piped else wrapped
+    place = r"pipe\.transformer\._orig_mod" if piped else r"model\._orig_mod"
+    for call in (
+        lambda: flexclear.save_weights(given, tmp_path / "w.safetensors"),
+        lambda: flexclear.explain(given, height=64, width=64),
+        lambda: flexclear.optimize(given),
+        lambda: flexclear.transform(given, r=3),
+    ):
+        with pytest.raises(TypeError, match=f"transformed FluxTransformer2DModel given is wrapped.*{place}"):
+            call()
+    flexclear.save_weights(wrapped._orig_mod, tmp_path / "w.safetensors")
 
 
 def test_a_bad_second_transform_keeps_the_first():

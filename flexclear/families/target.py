@@ -9,6 +9,7 @@ from torch import nn
 from flexclear.families import FAMILIES, Family, family_of
 from flexclear.families.latents import frames_of_patch
 from flexclear.masks.checks import check_int
+from flexclear.runtime.hooks import entry_hook_of
 
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
 """Names of the models in pipelines. Some pipelines have several: one for the first and one for the later denoising steps (Wan
@@ -42,7 +43,13 @@ def models_of(model_or_pipe: Any) -> list[nn.Module]:
         TypeError: neither, or a wrapper around a model; the message says what was passed and what would work.
     """
     found = below_compile(model_or_pipe)
-    for model, compiled in found:
+    for (model, compiled), name in zip(found, names_of(model_or_pipe), strict=True):
+        if compiled and entry_hook_of(model) is not None:
+            given = "model" if isinstance(model_or_pipe, nn.Module) else f"pipe.{name}"
+            raise TypeError(
+                f"the transformed {type(model).__name__} given is wrapped by torch.compile(model). Pass the model inside the "
+                f"wrapper, {given}._orig_mod; to transform or optimize it anew, do that first and wrap it then"
+            )
         if compiled:
             raise TypeError(
                 f"the {type(model).__name__} given is already wrapped by torch.compile(model). Transform first, then "
