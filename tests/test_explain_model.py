@@ -64,3 +64,13 @@ def test_a_model_that_is_not_supported_is_named():
 
     with pytest.raises(TypeError, match="Linear is not a model that flexclear can transform"):
         flexclear.explain(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "given"),
+    [((), {"r": 2}, "r=2"), ((1024, 1024), {}, "1024, 1024"), ((1024,), {"r": 8}, "1024, r=8")],
+    ids=["radius", "by place", "both"],
+)
+def test_what_describes_a_window_is_refused_beside_a_model(args, kwargs, given):
+    with pytest.raises(TypeError, match=rf"takes height, width, num_frames, text_len by name, got {given}\."):
+        flexclear.explain(tiny_flux(), *args, **kwargs)

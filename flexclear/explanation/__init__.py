@@ -65,7 +65,17 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
     model_or_pipe = args[0] if args else kwargs.pop("model_or_pipe", None)
     if model_or_pipe is None or isinstance(model_or_pipe, int | float | str):
         return explain_window(*args, **kwargs)
-    return _explain_model(model_or_pipe, *args[1:], **kwargs)
+    unknown = [repr(arg) for arg in args[1:]]
+    unknown += [f"{name}={value!r}" for name, value in kwargs.items() if name not in OF_A_MODEL]
+    if unknown:
+        raise TypeError(
+            f"explain(model) takes {', '.join(OF_A_MODEL)} by name, got {', '.join(unknown)}. It explains the windows that the "
+            "model has: transform it first, or see explain(height, width, r) for a window alone"
+        )
+    return _explain_model(model_or_pipe, **kwargs)
+
+
+OF_A_MODEL = ("height", "width", "num_frames", "text_len")
 
 
 def _explain_model(
