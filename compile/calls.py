@@ -72,7 +72,8 @@ class Given:
             args = tuple([_dense(value) for value in args])
             kwargs = {name: _dense(value) for name, value in kwargs.items()}
         self.args, self.kwargs = args, kwargs
-        self.named = named = {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
+        kind: Any = type(module)
+        self.named = named = {**dict(zip(_names(kind), args, strict=False)), **kwargs}
         first = named["hidden_states"] if "hidden_states" in named else next(iter(named.values()), None)
         self.first = first if isinstance(first, Tensor) else next(_tensors(first), None)
         text = named.get("encoder_hidden_states")
@@ -112,7 +113,8 @@ class Given:
             image_len, seq_len = first.shape[1], first.shape[1] + text.shape[1]
         else:
             seq_len = first.shape[1]
-        lengths, image = (seq_len,), None
+        lengths: tuple[int, ...] = (seq_len,)
+        image = None
         if text is not None:
             image, text_len = first, text.shape[1]
             if text_len > 1:
