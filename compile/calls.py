@@ -47,7 +47,7 @@ def carried_by(values: Iterable[Any]) -> Any:
 
 
 class Given:
-    """The arguments of one call of a module. It is made for every call of every block, so each look at them is taken once.
+    """The arguments of one call of a module. Every call of every block makes one, so nothing is looked up twice.
 
     Attributes:
         args, kwargs: as they were passed, or made ``dense``.
@@ -82,8 +82,8 @@ class Given:
 
     @property
     def size(self) -> Size | None:
-        """What the call is compiled for, whatever its text: numbers of samples and image tokens; None where text and image
-        cannot be told apart."""
+        """The size that the call is compiled for, whatever its text: numbers of samples and image tokens; None if text and
+        image cannot be told apart."""
         first = self.first
         if first is None:
             return None
@@ -94,7 +94,7 @@ class Given:
         return None
 
     def mark(self, plan: WithText | None = None) -> None:
-        """Mark what changes with the number of text tokens.
+        """Mark every size that changes with the number of text tokens.
 
         The plan of a transformed model (``plan``, or the one that is carried) says what that is. Otherwise
         ``encoder_hidden_states`` are taken for the text, and a module without them is assumed to get text and image in its

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from flexclear.explanation.model import ModelExplanation
 
 
+OF_A_MODEL = ("height", "width", "num_frames", "text_len")
+"""Arguments of ``explain(model)``."""
+
+
 @overload
 def explain(
     height: int,
@@ -73,9 +77,6 @@ def explain(*args: Any, **kwargs: Any) -> Explanation | ModelExplanation:
             "model has: transform it first, or see explain(height, width, r) for a window alone"
         )
     return _explain_model(model_or_pipe, **kwargs)
-
-
-OF_A_MODEL = ("height", "width", "num_frames", "text_len")
 
 
 def _explain_model(

@@ -48,7 +48,7 @@ def models_of(model_or_pipe: Any) -> list[nn.Module]:
             given = "model" if isinstance(model_or_pipe, nn.Module) else f"pipe.{name}"
             raise TypeError(
                 f"the transformed {type(model).__name__} given is wrapped by torch.compile(model). Pass the model inside the "
-                f"wrapper, {given}._orig_mod; to transform or optimize it anew, do that first and wrap it then"
+                f"wrapper, {given}._orig_mod; to transform or optimize it again, do so before wrapping it"
             )
         if compiled:
             raise TypeError(
