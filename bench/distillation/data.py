@@ -19,14 +19,12 @@ from flexclear import embedded
 from flexclear.common.choices import EMBEDDED
 from flexclear.compile.files import whole_file
 from flexclear.distill.caching import cache
-from flexclear.distill.drawing import DataPlan, draw_data
 from flexclear.distill.samples import CachedSamples, Sample, Shape
 from flexclear.embedded.captions import FULL_TEMPLATES, caption
 from flexclear.embedded.font import DEFAULT_FONT_PATH, extract_bitmaps
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.scenes import draw, random_scene
 from flexclear.embedded.vocabulary import Vocabulary
-from flexclear.generation.settings import DENSE, GenerateSettings
 
 from bench.distillation.rows import Comparison
 from bench.resume import check_settings
@@ -34,7 +32,21 @@ from bench.resume import check_settings
 SELF, REAL = "self-generated", "real"
 DRAWINGS = "drawings.json"
 """Names the drawings that a set of real images shows."""
+BATCH = 16
 OnItem = Callable[[str, int, int], None]
+
+
+def picture_path(pictures: Path, number: int) -> Path:
+    """File of an image; its name is what ``noise_of`` knows the seed by."""
+    return pictures / f"{number:06d}.png"
+
+
+def keep(image: Image.Image, text: str, path: Path) -> None:
+    """Write an image and, first, its caption: an image that is there is finished."""
+    with whole_file(path.with_suffix(".txt")) as beside:
+        beside.write_text(f"{text}\n", encoding="utf-8")
+    with whole_file(path) as beside:
+        image.save(beside, format="PNG", compress_level=1)
 
 
 def bitmaps_of(vocabulary: Vocabulary) -> list[Any]:
@@ -91,23 +103,22 @@ def self_generated(
 ) -> CachedSamples:
     """Have the teacher draw the pictures that are missing in ``folder``, and encode them. Picture i has seed i."""
     pictures = folder / "pictures"
-    settings = GenerateSettings(
-        model=EMBEDDED,
-        prompts=tuple(text for _, _, text in shown_pairs(vocabulary, count, seed)),
-        out=pictures,
-        sizes=((size.pixels, size.pixels),),
-        seeds=(0,),
-        r=DENSE,
-        steps=steps,
-        text_len=size.text_len,
-        dtype="float32",
-        device=device,
-    )
-    plan = DataPlan(settings, count)
-    done = count - len(plan.missing())
-    for _ in draw_data(plan):
-        done += 1
-        on_item("the teacher draws", done, count)
+    captions = [text for _, _, text in shown_pairs(vocabulary, count, seed)]
+    missing = [number for number in range(count) if not picture_path(pictures, number).is_file()]
+    pipe = embedded.pipeline(device=device) if missing else None
+    for start in range(0, len(missing), BATCH):
+        part = missing[start : start + BATCH]
+        drawn = pipe(
+            [captions[number] for number in part],
+            height=size.pixels,
+            width=size.pixels,
+            num_inference_steps=steps,
+            max_sequence_length=size.text_len,
+            generator=[torch.Generator().manual_seed(number) for number in part],
+        )
+        for number, image in zip(part, drawn.images, strict=True):
+            keep(image, captions[number], picture_path(pictures, number))
+        on_item("the teacher draws", count - len(missing) + start + len(part), count)
     return _cached(folder, size.text_len, device, on_item)
 
 
@@ -133,13 +144,10 @@ def real(
     digest = hashlib.sha256(b"".join(bitmap.tobytes() for bitmap in bitmaps)).hexdigest()[:16]
     check_settings(folder / DRAWINGS, {"drawings": digest})
     for number, (emoji, background, text) in enumerate(shown_pairs(vocabulary, count, seed)):
-        path = pictures / f"{number:06d}.png"
+        path = picture_path(pictures, number)
         if not path.is_file():
             scene = random_scene(emoji, background, random.Random(f"{seed}/scene {number}"))
-            with whole_file(path.with_suffix(".txt")) as beside:
-                beside.write_text(text + "\n", encoding="utf-8")
-            with whole_file(path) as beside:
-                Image.fromarray(draw(scene, bitmaps, colours, size.pixels)).save(beside, format="PNG")
+            keep(Image.fromarray(draw(scene, bitmaps, colours, size.pixels)), text, path)
             on_item("real pictures", number + 1, count)
     return _cached(folder, size.text_len, device, on_item)
 

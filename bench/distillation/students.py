@@ -42,8 +42,18 @@ from bench.machine import RESULTS, facts
 from bench.resume import check_settings
 
 DENOISING = 16
+TEXT = 32
+"""Text tokens, at every size: as many as the demonstration has."""
 SMALL = 16
 """Image tokens along either direction of the smaller images, which are mixed in so that students serve both."""
+
+
+class Shipped(Comparison):
+    """A size with the text that students ship for."""
+
+    @property
+    def text_len(self) -> int:
+        return TEXT
 
 
 def window_of(text: str) -> tuple[int, int | None]:
@@ -67,7 +77,9 @@ def wanted(windows: list[str] | None, students: tuple[Student, ...], place: Path
     return tuple(Student(place / file_name(*window), *window) for window in map(window_of, windows))
 
 
-def goes_on(student: Student, samples: Joined, folder: Path, steps: int, batch_size: int, rate: float) -> Path:
+def goes_on(
+    student: Student, samples: Joined, folder: Path, steps: int, batch_size: int, rate: float, device: str
+) -> Path:
     """Distil one student from its weights, or the teacher's, or go on with that; the new weights, or KeyboardInterrupt."""
     run = folder / student.path.stem
     if (run / WEIGHTS).is_file():
@@ -84,6 +96,7 @@ def goes_on(student: Student, samples: Joined, folder: Path, steps: int, batch_s
         gradient_accumulation=1,
         mixed_precision="no",
         seed=1,
+        device="cpu" if device == "cpu" else None,
         optimizer=OptimizerConfig("adamw", learning_rate=rate, schedule="cosine", warmup_steps=max(1, steps // 20)),
         checkpoints=CheckpointConfig(every=max(1, min(50, steps // 4)), keep=1),
         held_out=HeldOutConfig(min(32, len(samples) // 4), every=max(1, steps // 10), batch_size=16),
@@ -127,8 +140,8 @@ def export(new: dict[str, Path], students: tuple[Student, ...], target: Path, te
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    environment, settings, size = report["facts"], report["settings"], Comparison(report["settings"]["side"])
-    smaller = f", {settings['small']} more at {Comparison(SMALL).pixels} px" if settings["small"] else ""
+    environment, settings, size = report["facts"], report["settings"], Shipped(report["settings"]["side"])
+    smaller = f", {settings['small']} more at {Shipped(SMALL).pixels} px" if settings["small"] else ""
     lines = [
         "# The students that ship",
         "",
@@ -175,6 +188,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="AdamW's.")] = 1e-3,
     pictures: Annotated[int, typer.Option(min=4, help="Pictures that the teacher draws.")] = 1200,
     measure: Annotated[int, typer.Option(min=2, help="Pictures that each student is measured on.")] = 102,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     folder: Annotated[Path, typer.Option(help="Where it lives between runs.")] = Path(".distillation/again"),
     source: Annotated[Path | None, typer.Option(help="The students' folder. Default: the package's.")] = None,
@@ -184,37 +198,37 @@ def main(
     torch.set_num_threads(threads)
     place = students_directory() if source is None else source
     students = wanted(windows, read_students(place, of_any_teacher=True), place)
-    size = Comparison(side)
+    size = Shipped(side)
     names = [student.path.name for student in students]
     if unknown := [name for name in only or () if name not in names]:
         raise typer.BadParameter(f"--only: unknown {', '.join(unknown)}; in {place} are {', '.join(names) or 'none'}")
     teacher = teacher_fingerprint()
     home = folder / teacher  # What was made for another teacher does not mix in.
     settings = {
-        "teacher": teacher, "side": side, "small": small, "steps": steps, "batch_size": batch_size,
+        "teacher": teacher, "side": side, "text_len": TEXT, "small": small, "steps": steps, "batch_size": batch_size,
         "learning_rate": learning_rate, "pictures": pictures, "measured": measure,
     }  # fmt: skip
     check_settings(home / "settings.json", settings)
     vocabulary = read_vocabulary(embedded.model_directory())
-    sets = [("self-generated", size, pictures)] + ([("small", Comparison(SMALL), small)] if small else [])
+    sets = [("self-generated", size, pictures)] + ([("small", Shipped(SMALL), small)] if small else [])
     samples = Joined(
         *(
             distillation_data.self_generated(
-                home / name, vocabulary, of, count, DENOISING, 0, "cpu", lambda *done: None
+                home / name, vocabulary, of, count, DENOISING, 0, device, lambda *done: None
             )
             for name, of, count in sets
         )
     )
     if draw_only:
         return
-    examiner = Examiner(vocabulary, size, measure, DENOISING, "cpu")
+    examiner = Examiner(vocabulary, size, measure, DENOISING, device)
     reference = examiner.kept(home / "teacher.safetensors", lambda: examiner.draw(examiner.pipeline()))
     for student in students:
         result = home / "results" / f"{student.path.stem}.json"
         if (only and student.path.name not in only) or result.is_file():
             continue
         before = measured(examiner, student, reference)
-        weights = goes_on(student, samples, home, steps, batch_size, learning_rate)
+        weights = goes_on(student, samples, home, steps, batch_size, learning_rate, device)
         after = measured(examiner, Student(weights, student.radius, student.down_factor), reference)
         with whole_file(result) as beside:
             beside.write_text(json.dumps({"before": before, "after": after}, indent=1), encoding="utf-8")
@@ -225,7 +239,7 @@ def main(
     new = {student.path.name: home / student.path.stem / WEIGHTS for student in students}
     export(new, students, place, teacher)
     report = {
-        "facts": facts(torch.device("cpu"), diffusers=diffusers.__version__),
+        "facts": facts(torch.device(device), diffusers=diffusers.__version__),
         "settings": settings,
         "teacher": asdict(examiner.compare(reference, None)),
         "students": {student.label: json.loads(file.read_text(encoding="utf-8")) for student, file in results.items()},

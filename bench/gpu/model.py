@@ -160,6 +160,10 @@ def main(
     artifacts: Annotated[Path | None, typer.Option(help="Where to save what was compiled for r = 16.")] = None,
     warm: Annotated[Path | None, typer.Option(help="Measure the first step from these artefacts alone.")] = None,
     tiny: Annotated[bool, typer.Option(help="Small sizes, on whatever device there is.")] = False,
+    chosen: Annotated[
+        list[str] | None, typer.Option("--way", help=f"Only these ways; repeat. {', '.join(WAYS)}; all by default.")
+    ] = None,
+    largest: Annotated[int, typer.Option(help="Largest size, in pixels.")] = 8192,
     prepare: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure, row by row."""
@@ -177,7 +181,10 @@ def main(
         rows.add({"way": "r = 16", "side": sides[0], "cache": "artefacts", **step(model, sides[0], device)})
         return
     rows = Rows(out, "model", device)
-    ways = [way for way in WAYS if not (way.endswith("FP8") and device.type != "cuda")]
+    if unknown := [way for way in chosen or () if way not in WAYS]:
+        raise typer.BadParameter(f"--way: unknown {', '.join(unknown)}; known are {', '.join(WAYS)}")
+    ways = [way for way in chosen or WAYS if not (way.endswith("FP8") and device.type != "cuda")]
+    sides = tuple(side for side in sides if 16 * side <= largest)
     cold = prepare_all(ways, tiny, limit / 2)
     rows.add({"compiled first": cold, "seconds": clock.spent})
     for way in ways:

@@ -1,6 +1,7 @@
-"""The embedded model at 2 and 4 times its training size: directly, and enlarged stage by stage.
+"""The embedded model above the largest size of its training: directly, and enlarged stage by stage.
 
-The cascades are what ``upscale_cascade`` draws where nothing is set: the released settings of each method.
+The cascades are what ``upscale_cascade`` draws where nothing is set: the released settings of each method, with windows and
+without. ``--ablations`` changes one of these settings at a time.
 
 Run ``python -m bench.quality.highres`` (needs ``pip install -e '.[eval]'``); it writes ``highres.json``, ``highres.md`` and
 ``highres.png`` into ``bench/results``.
@@ -9,8 +10,11 @@ Run ``python -m bench.quality.highres`` (needs ``pip install -e '.[eval]'``); it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +26,14 @@ import transformers
 import typer
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 
 import flexclear
 from flexclear import embedded
+from flexclear.compile.files import whole_file
 from flexclear.embedded.captions import caption
 from flexclear.embedded.evaluation import Request, evaluate, generate, trained_requests
+from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.retrieval import Retriever
 from flexclear.embedded.students import as_student, read_students
@@ -36,8 +43,10 @@ from flexclear.highres.tiling import OVERLAP, tile_size
 from flexclear.images.sheet import contact_sheet
 
 from bench.machine import RESULTS, facts, write_results
+from bench.resume import check_settings
 
-NATIVE = 128
+NATIVES = (128, 256)
+"""Sides in pixels that the model and its students learned."""
 TOKEN = 8
 TEXT = 32
 ATTENTION_TILE = 8 * TOKEN
@@ -47,6 +56,7 @@ ATTENTION_TILE = 8 * TOKEN
 class Settings:
     """How everything is drawn, except what the cascades' stages choose by themselves; see ``main``."""
 
+    native: int
     r: int
     weights: str
     steps: int
@@ -61,7 +71,45 @@ DIRECT: dict[str, tuple[bool, bool, bool]] = {
 }
 """Rows that draw at the larger size at once: windows, NTK factor, proportional attention."""
 OWN, DISTILLED = "own", "distilled"
-CASCADES = {"SDEdit": "sdedit", "I-Max": "imax"}
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """A row that is enlarged.
+
+    Attributes:
+        method: of ``upscale_cascade``.
+        windows: without them the stages are dense.
+        changed: what is not as released.
+    """
+
+    method: str
+    windows: bool = True
+    changed: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+CASCADES = {
+    "SDEdit": Cascade("sdedit"),
+    "I-Max": Cascade("imax"),
+    "SDEdit, dense": Cascade("sdedit", False),
+    "I-Max, dense": Cascade("imax", False),
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "strength 0.5": {"strength": 0.5},
+    "strength 0.3": {"strength": 0.3},
+    "NTK factor 1": {"ntk_factor": 1.0},
+    "NTK factor 2": {"ntk_factor": 2.0},
+    "no proportional attention": {"proportional_attention": False},
+    "NTK factor 1, no proportional attention": {"ntk_factor": 1.0, "proportional_attention": False},
+    "the model's own shift": {"shift": "own"},
+}
+ABLATIONS = {
+    f"{name}: {what}": Cascade(row.method, row.windows, change)
+    for name, row in CASCADES.items()
+    for what, change in CHANGES.items()
+    if row.method == "sdedit" or "strength" not in change
+}
+ALL_CASCADES = {**CASCADES, **ABLATIONS}
 
 
 @contextlib.contextmanager
@@ -103,7 +151,7 @@ def direct(
                 flexclear.override(
                     ntk_factor=settings.ntk_factor if ntk else 1.0,
                     proportional_attention=proportional,
-                    training_tokens=(NATIVE // TOKEN) ** 2 + TEXT,
+                    training_tokens=(settings.native // TOKEN) ** 2 + TEXT,
                 )
             )
         return generate(pipe, vocabulary, requests, settings.steps, pixels, 4, TEXT, done)
@@ -114,30 +162,33 @@ def cascaded(
     vocabulary: Vocabulary,
     requests: list[Request],
     largest: int,
-    row: str,
+    row: Cascade,
     settings: Settings,
     done: Callable,
     base: torch.Tensor,
 ) -> tuple[dict[int, torch.Tensor], Stage]:
-    """The same of a row of ``CASCADES``, by side: the dense pictures ``base`` doubled under windows until ``largest``.
+    """The same of an enlarged row, by side: the dense pictures ``base`` doubled until ``largest``.
 
-    Nothing is set but the text length, which the embedded model needs. Also a stage, for the settings that it chose.
+    Nothing is set but what the row changes, and what the embedded model needs: the text length, and its native size. Also a
+    stage, for the settings that it chose.
     """
-    sizes = [2 * NATIVE]
+    sizes = [2 * settings.native]
     while sizes[-1] < largest:
         sizes.append(2 * sizes[-1])
     backgrounds = list(vocabulary.backgrounds)
     drawn: list[tuple[torch.Tensor, ...]] = []
-    with windowed(pipe, settings):
+    with windowed(pipe, settings) if row.windows else contextlib.nullcontext():
         for request, picture in zip(requests, base, strict=True):
             cascade = upscale_cascade(
                 pipe,
                 caption(vocabulary.emoji[request.emoji].name, backgrounds[request.background]),
                 sizes,
-                method=CASCADES[row],
+                method=row.method,
                 image=as_picture(picture),
                 seed=request.seed,
                 max_sequence_length=TEXT,
+                native=settings.native,
+                **row.changed,
             )
             drawn.append(tuple(as_tensor(image) for image in cascade.images))
             done(len(sizes))
@@ -148,7 +199,8 @@ def stage_settings(stage: Stage) -> str:
     """What the enlarging stages ran with, in words."""
     strength = "" if stage.strength is None else f"strength {stage.strength:g}, "
     proportional = ", proportional attention" if stage.proportional_attention else ""
-    return f"({stage.steps} steps, {strength}shift {stage.shift:g}, NTK factor {stage.ntk_factor:g}{proportional})"
+    shift = "the model's own shift" if stage.shift is None else f"shift {stage.shift:g}"
+    return f"({stage.steps} steps, {strength}{shift}, NTK factor {stage.ntk_factor:g}{proportional})"
 
 
 def as_tensor(picture: Image.Image) -> torch.Tensor:
@@ -206,13 +258,13 @@ def vae_memory(pipe: Any, sides: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: list[dict[str, Any]], memory: list[dict[str, Any]], pictures: int) -> str:
-    """All of it in Markdown."""
+def table(rows: list[dict[str, Any]], memory: list[dict[str, Any]], pictures: int, native: int, right: float) -> str:
+    """All of it in Markdown; right: share of the pictures of ``native`` px that show what was asked for."""
     lines = [
-        f"PSNR and SSIM (median of {pictures}) of the result, averaged down to {NATIVE} px, to the dense picture of "
-        f"{NATIVE} px with the same prompt and seed, which the cascades begin with and the others never see. Seam: mean "
-        "step between pixels across borders over that elsewhere, 1 is none; at borders of tokens, of the attention's tiles "
-        "and of the VAE's. Retrieval as in retrieval.md.",
+        f"PSNR and SSIM (median of {pictures}) of the result, averaged down to {native} px, to the dense picture of "
+        f"{native} px with the same prompt and seed, which the cascades begin with and the others never see; of those "
+        f"{100 * right:.0f} % show what was asked for. Seam: mean step between pixels across borders over that elsewhere, 1 "
+        "is none; at borders of tokens, of the attention's tiles and of the VAE's. Retrieval as in retrieval.md.",
         "",
         "| px | drawn by | PSNR, dB | SSIM | seam: tokens | attention tiles | VAE tiles | emoji | background | both |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -236,10 +288,99 @@ def table(rows: list[dict[str, Any]], memory: list[dict[str, Any]], pictures: in
     return "\n".join(lines) + "\n"
 
 
+class Gallery:
+    """What the rows have drawn, a file a row and size, so that a row that is there is not drawn again.
+
+    Args:
+        folder: where; holds the results of one model and of one set of settings.
+        pipe, vocabulary, requests, settings, sides: what is drawn, and how.
+        done: called with the number of images after each few.
+
+    Raises:
+        ValueError: the folder is of other settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pipe: Any,
+        vocabulary: Vocabulary,
+        requests: list[Request],
+        settings: Settings,
+        sides: list[int],
+        done: Callable,
+    ) -> None:
+        self.folder, self.settings, self.sides = folder, settings, sides
+        self._what: tuple[Any, Vocabulary, list[Request]] = (pipe, vocabulary, requests)
+        self._done = done
+        kept = {**asdict(settings), "sides": sides, "requests": [asdict(request) for request in requests]}
+        check_settings(folder / "settings.json", {**kept, "teacher": teacher_fingerprint()})
+
+    def base(self) -> torch.Tensor:
+        """Dense pictures at the native size."""
+        settings = self.settings
+        return self._kept("base", lambda: generate(*self._what, settings.steps, settings.native, 16, TEXT, self._done))
+
+    def row(self, name: str) -> dict[int, torch.Tensor]:
+        """Pictures of a row, by side."""
+        if name in DIRECT:
+            return {
+                pixels: self._kept(
+                    f"{name} {pixels}",
+                    lambda pixels=pixels: direct(*self._what, pixels, name, self.settings, self._done),
+                )
+                for pixels in self.sides
+            }
+        files = {pixels: self._file(f"{name} {pixels}") for pixels in self.sides}
+        if not all(file.is_file() for file in files.values()):
+            row = ALL_CASCADES[name]
+            drawn, stage = cascaded(*self._what, max(self.sides), row, self.settings, self._done, self.base())
+            with whole_file(self._file(name).with_suffix(".txt")) as beside:
+                beside.write_text(stage_settings(stage), encoding="utf-8")
+            for pixels, file in files.items():
+                self._keep(file, drawn[pixels])
+        return {pixels: load_file(file)["pictures"] / 255 for pixels, file in files.items()}
+
+    def measured(self, name: str, measure: Callable[[torch.Tensor], dict[str, Any]]) -> list[dict[str, Any]]:
+        """The figures of a row, one entry a side."""
+        file = self._file(name).with_suffix(".json")
+        if not file.is_file():
+            found = [{"pixels": side, "row": name, **measure(drawn)} for side, drawn in self.row(name).items()]
+            with whole_file(file) as beside:
+                beside.write_text(json.dumps(found), encoding="utf-8")
+        read: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        return read
+
+    def stage(self, name: str) -> str:
+        """What a cascade's stages ran with, in words."""
+        return self._file(name).with_suffix(".txt").read_text(encoding="utf-8")
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
+
+    def _keep(self, file: Path, pictures: torch.Tensor) -> None:
+        with whole_file(file) as beside:
+            save_file({"pictures": (pictures * 255).round().byte().contiguous()}, beside)
+
+    def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        file = self._file(name)
+        if not file.is_file():
+            self._keep(file, make())
+        return load_file(file)["pictures"] / 255
+
+
 def main(
+    chosen: Annotated[
+        list[str] | None,
+        typer.Option("--row", help="Draw only these rows into --folder, and write no results; repeat."),
+    ] = None,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="More rows: the cascades with one setting changed.")
+    ] = False,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures per row.")] = 32,
-    shown: Annotated[int, typer.Option(min=1, help="Prompts on the contact sheet.")] = 3,
-    sizes: Annotated[str, typer.Option(help="Sides in pixels, doublings of 128.")] = "256,512",
+    shown: Annotated[int, typer.Option(min=1, help="Prompts on the contact sheet.")] = 4,
+    native: Annotated[int, typer.Option(help=f"Side in pixels to begin with: {' or '.join(map(str, NATIVES))}.")] = 256,
+    sizes: Annotated[str, typer.Option(help="Sides in pixels, doublings of the native one.")] = "512",
     r: Annotated[int, typer.Option(help="Window radius in tokens of 8 px.")] = 8,
     weights: Annotated[
         str, typer.Option(help=f"Under windows: {DISTILLED!r} for them, or the model's {OWN!r}.")
@@ -252,7 +393,11 @@ def main(
     ] = 10.0,
     memory: Annotated[str, typer.Option(help="Sides at which the VAE's memory is measured.")] = "256,512,1024,2048",
     seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep what the rows draw here, and go on with what is there.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Draw, measure, and write JSON, Markdown and a contact sheet."""
@@ -260,11 +405,19 @@ def main(
     sides = [int(side) for side in sizes.split(",")]
     if weights not in (OWN, DISTILLED):
         raise typer.BadParameter(f"--weights must be {OWN!r} or {DISTILLED!r}, got {weights!r}")
-    settings = Settings(r, weights, steps, ntk_factor)
+    if native not in NATIVES:
+        raise typer.BadParameter(f"--native must be one of {list(NATIVES)}, got {native}")
+    everything = (*DIRECT, *ALL_CASCADES)
+    if unknown := [name for name in chosen or () if name not in everything]:
+        raise typer.BadParameter(f"--row: unknown {', '.join(unknown)}; known are {'; '.join(everything)}")
+    if chosen and folder is None:
+        raise typer.BadParameter("--row draws into --folder; name one")
+    names = chosen or [*DIRECT, *CASCADES, *(ABLATIONS if ablations else ())]
+    settings = Settings(native, r, weights, steps, ntk_factor)
     vocabulary = read_vocabulary(embedded.model_directory())
     drawings = read_reference_sheet(embedded.model_directory(), len(vocabulary.emoji))
     retriever = Retriever(drawings, list(vocabulary.backgrounds.values()))
-    pipe = embedded.pipeline()
+    pipe = embedded.pipeline(device=device)
     pipe.set_progress_bar_config(disable=True)
     requests = trained_requests(vocabulary, max(pictures, shown), seed)
     vae_stride = int(tile_size(pipe.vae) * (1 - OVERLAP))
@@ -272,50 +425,47 @@ def main(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
-    stages: dict[str, str] = {}
-    sheet: dict[int, list[torch.Tensor]] = {}
-    with Progress(*columns) as progress:
-        task = progress.add_task("base", total=len(requests) * (1 + len(sides) * (len(DIRECT) + len(CASCADES))))
-
-        def done(count: int) -> None:
-            progress.advance(task, count)
-
-        base = generate(pipe, vocabulary, requests, steps, NATIVE, max_sequence_length=TEXT, on_done=done)
-        enlarged = {}
-        for row in CASCADES:
-            progress.update(task, description=row)
-            enlarged[row], stage = cascaded(pipe, vocabulary, requests, max(sides), row, settings, done, base)
-            stages[row] = stage_settings(stage)
-        for pixels in sides:
-            sheet[pixels] = [base]
-            for row in (*DIRECT, *CASCADES):
-                progress.update(task, description=f"{pixels} px, {row}")
-                if row in DIRECT:
-                    drawn = direct(pipe, vocabulary, requests, pixels, row, settings, done)
-                else:
-                    drawn = enlarged[row][pixels]
-                rows.append({"pixels": pixels, "row": row, **measures(drawn, base, requests, retriever, vae_stride)})
-                sheet[pixels].append(drawn)
-    used = vae_memory(pipe, [int(side) for side in memory.split(",")])
+    sheet: dict[int, list[torch.Tensor]] = {pixels: [] for pixels in sides}
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns))
+        place = folder if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        task = progress.add_task("base", total=len(requests) * (1 + len(sides) * len(names)))
+        gallery = Gallery(
+            place, pipe, vocabulary, requests, settings, sides, lambda count: progress.advance(task, count)
+        )
+        base = gallery.base()
+        right = evaluate(retriever, requests, base).both
+        for name in names:
+            progress.update(task, description=name)
+            rows += gallery.measured(name, lambda drawn: measures(drawn, base, requests, retriever, vae_stride))
+            if not chosen and name not in ABLATIONS:
+                for pixels, drawn in gallery.row(name).items():
+                    sheet[pixels].append(drawn)
+        stages = {name: gallery.stage(name) for name in names if name in CASCADES}
+    if chosen:
+        return
+    used = vae_memory(embedded.pipeline(), [int(side) for side in memory.split(",")])
     about = facts(
-        torch.device("cpu"),
+        torch.device(device),
         diffusers=diffusers.__version__,
         transformers=transformers.__version__,
         pictures=len(requests),
         seed=seed,
+        right=right,
         **asdict(settings),
         **stages,
     )
-    write_results("highres", about, [*rows, *used], table(rows, used, len(requests)), out)
+    text = table(sorted(rows, key=lambda row: row["pixels"]), used, len(requests), native, right)
+    write_results("highres", about, [*rows, *used], text, out)
     backgrounds = list(vocabulary.backgrounds)
     labels = [caption(vocabulary.emoji[item.emoji].name, backgrounds[item.background]) for item in requests[:shown]]
     contact_sheet(
-        [[as_picture(drawn[i]) for drawn in sheet[pixels]] for pixels in sides for i in range(shown)],
+        [[as_picture(drawn[i]) for drawn in (base, *sheet[pixels])] for pixels in sides for i in range(shown)],
         [f"{pixels} px: {label}" for pixels in sides for label in labels],
-        [f"dense, {NATIVE} px", *(name.replace(" + ", "\n+ ", 1) for name in (*DIRECT, *CASCADES))],
+        [f"dense, {native} px", *(name.replace(" + ", "\n+ ", 1) for name in (*DIRECT, *CASCADES))],
         cell=256,
     ).save(out / "highres.png")
-    typer.echo(table(rows, used, len(requests)))
+    typer.echo(text)
 
 
 if __name__ == "__main__":
