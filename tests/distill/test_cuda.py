@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from flexclear.distill import distill
 from flexclear.distill.config import LoraConfig
@@ -24,6 +25,7 @@ pytestmark = [
     ),
 ]
 
+NEAR = 1e-3
 BFLOAT16 = 2**-7  # what its last bit is worth
 
 
@@ -67,30 +69,53 @@ def values(records):
 
 
 @pytest.mark.parametrize(
-    ("changed", "dtype", "near"),
+    "changed",
     [
-        ({}, torch.float32, 1e-3),
-        ({"down_factor": 2}, torch.float32, 1e-3),
-        ({"train": "lora", "lora": LoraConfig(4, 8)}, torch.float32, 1e-3),
-        ({"gradient_checkpointing": True, "gradient_accumulation": 2}, torch.float32, 1e-3),
-        ({"mixed_precision": "bf16"}, torch.bfloat16, BFLOAT16),
+        {},
+        {"down_factor": 2},
+        {"train": "lora", "lora": LoraConfig(4, 8)},
+        {"gradient_checkpointing": True, "gradient_accumulation": 2},
     ],
-    ids=["projections", "pooled", "lora", "checkpointing", "bfloat16"],
+    ids=["projections", "pooled", "lora", "checkpointing"],
 )
-def test_compiled_attention_trains_what_masked_sdpa_trains(settings, chosen, changed, dtype, near):
+def test_compiled_attention_trains_what_masked_sdpa_trains(settings, chosen, changed):
     models, runs = {}, {}
     for backend in ("flex", "sdpa"):
-        models[backend] = fresh(dtype)
+        models[backend] = fresh()
         runs[backend] = distill(models[backend], settings(backend, **changed), samples())
         assert chosen == {(backend, "cuda")}
         chosen.clear()
     for ours, theirs in zip(values(runs["flex"].losses), values(runs["sdpa"].losses), strict=True):
-        assert ours == pytest.approx(theirs, rel=near)
+        assert ours == pytest.approx(theirs, rel=NEAR)
     first, last = runs["flex"].losses[0], runs["flex"].losses[-1]
     assert abs(first["loss"] - last["loss"]) > 1e-3, "nothing was learnt that could differ"
     pairs = zip(trained_parameters(models["flex"]).items(), trained_parameters(models["sdpa"]).values(), strict=True)
     for (name, ours), theirs in pairs:
-        assert (ours - theirs).abs().max() <= near * theirs.abs().max().clamp_min(1e-3), name
+        assert (ours - theirs).abs().max() <= NEAR * theirs.abs().max().clamp_min(1e-3), name
+
+
+def test_in_bfloat16_it_is_as_near_to_float32_as_masked_sdpa_is(settings, chosen):
+    """Not to masked SDPA in bfloat16: on an H100 the norm of that one's gradients was 3 % from float32's, and ours 1 %."""
+    trained, runs = {}, {}
+    for name, dtype, backend in (
+        ("exact", torch.float32, "sdpa"), ("flex", torch.bfloat16, "flex"), ("sdpa", torch.bfloat16, "sdpa")
+    ):  # fmt: skip
+        model = fresh(torch.bfloat16).to(dtype)
+        precision = "no" if dtype == torch.float32 else "bf16"
+        AcceleratorState._reset_state(True)
+        runs[name] = values(distill(model, settings(backend, name, mixed_precision=precision), samples()).losses)
+        assert chosen == {(backend, "cuda")}
+        chosen.clear()
+        trained[name] = {key: value.detach().float() for key, value in trained_parameters(model).items()}
+
+    def furthest(run, name):
+        return max(abs(one[name] / exact[name] - 1) for one, exact in zip(runs[run], runs["exact"], strict=True))
+
+    for name in ("loss", "flow", "prediction", "attention", "gradient_norm"):
+        assert furthest("flex", name) <= furthest("sdpa", name) + BFLOAT16, (name, runs)
+    for name, value in trained["exact"].items():
+        theirs = (trained["sdpa"][name] - value).abs().max()
+        assert (trained["flex"][name] - value).abs().max() <= theirs + BFLOAT16 * value.abs().max(), name
 
 
 def test_a_run_on_the_gpu_goes_on_as_if_it_had_not_stopped(settings):
