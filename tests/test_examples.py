@@ -53,14 +53,14 @@ def pixels(path):
 
 
 def test_generate_draws_what_the_windowed_pipeline_draws(monkeypatch, capsys):
-    options = ("--model", "embedded", "--prompt", PROMPT, "--size", "64x96", "--r", 2, "--steps", 1)
+    options = ("--model", "embedded", "--prompt", PROMPT, "--size", "64x96", "--r", 4, "--steps", 1)
     students = Path(embedded.model_directory()).parent / "students"
-    run(monkeypatch, "generate.py", *options, "--backend", "sdpa", "--weights", students / "clear_local_2.safetensors")
+    run(monkeypatch, "generate.py", *options, "--backend", "sdpa", "--weights", students / "clear_local_4.safetensors")
     assert "image.png: 64 x 96" in capsys.readouterr().out
-    pipe = flexclear.transform(embedded.pipeline(), r=2, backend="sdpa")
+    pipe = flexclear.transform(embedded.pipeline(), r=4, backend="sdpa")
     call = {"height": 64, "width": 96, "num_inference_steps": 1}
     plain = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **call).images[0]
-    flexclear.load_weights(pipe, "embedded", filename="clear_local_2.safetensors")
+    flexclear.load_weights(pipe, "embedded", filename="clear_local_4.safetensors")
     right = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **call).images[0]
     assert np.array_equal(pixels("image.png"), np.asarray(right))
     assert not np.array_equal(np.asarray(plain), np.asarray(right))

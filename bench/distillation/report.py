@@ -34,7 +34,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Distilling the embedded model: CLEAR and what it is compared with",
         "",
-        f"{about['hardware']}; torch {about['torch']}, diffusers {about['diffusers']}; {report['seconds'] / 60:.0f} minutes.",
+        f"{'; '.join(report['machines'])}; diffusers {about['diffusers']}; {report['seconds'] / 60:.0f} minutes.",
         "",
         f"Teacher: the embedded model, {size.pixels} px, {size.side} x {size.side} image tokens and {size.text_len} text "
         f"tokens; windows are the published ones times {size.side}/{PUBLISHED_SIDE}. Every row was trained alike: "

@@ -127,6 +127,12 @@ class Study:
         self._exported: tuple[list[Any], list[dict[str, Any]]] = ([], [])
 
     @property
+    def machine(self) -> str:
+        """What a result says that it was made on: one folder's pieces may come from several machines."""
+        about = facts(torch.device(self.device))
+        return f"{about['hardware']}, torch {about['torch']}"
+
+    @property
     def examiner(self) -> Examiner:
         if self._examiner is None:
             self._examiner = Examiner(
@@ -150,6 +156,7 @@ class Study:
             self._say(f"{job.title}: {error}")
             found = {"failed": str(error)}
         found["seconds"] = round(before + time.perf_counter() - begin, 1)
+        found["machine"] = self.machine
         self._write(job, found)
 
     def done(self, job: Job) -> bool:
@@ -357,6 +364,7 @@ class Study:
         return {
             "facts": facts(torch.device(self.device), diffusers=diffusers.__version__),
             "settings": {**asdict(self.settings), "teacher": self.teacher},
+            "machines": list(dict.fromkeys(found["machine"] for found in results.values() if "machine" in found)),
             "seconds": round(sum(found.get("seconds", 0.0) for found in results.values()), 1),
             "dense_flops": self.comparison.dense_flops(config),
             "flops": {row.name: row.flops(config) for row in self.comparison.rows},

@@ -232,7 +232,7 @@ COUNTERPARTS = (
         "quality at 1024 px, all mechanisms",
         IN_KIND,
         "python -m bench.distillation.study --side 16; flexclear eval run bench/evaluation/embedded.yaml; "
-        "python -m bench.distillation.students --side 16",
+        "python -m bench.distillation.students --small 400",
         ("distillation.json", "evaluation/results.json", "students.json"),
         _study,
     ),

@@ -143,7 +143,7 @@ def label(vocabulary: Vocabulary, request: Request) -> str:
 def main(
     pictures: Annotated[int, typer.Option(min=1, help="Pictures per row and condition, at most.")] = 51,
     shown: Annotated[int, typer.Option(min=1, help="Prompts per condition on the contact sheet.")] = 2,
-    radii: Annotated[str, typer.Option(help="Window radii in tokens of 8 px, without training.")] = "8,4,2",
+    radii: Annotated[str, typer.Option(help="Window radii in tokens of 8 px, without training.")] = "8,4",
     weights: Annotated[
         list[str] | None,
         typer.Option(
@@ -151,7 +151,7 @@ def main(
         ),
     ] = None,
     kinds: Annotated[str, typer.Option(help="Conditions.")] = ",".join(MODES),
-    pixels: Annotated[int, typer.Option(help="Side of the pictures, a multiple of 128.")] = 128,
+    pixels: Annotated[int, typer.Option(help="Side of the pictures, a multiple of 128.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     scale: Annotated[float, typer.Option(help="Of the ControlNet's residuals.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of scenes and noise.")] = 1,

@@ -43,7 +43,9 @@ def main(
     trained: Annotated[int, typer.Option(min=1, help="Pictures of trained pairs, dense.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Pictures per held-out pair, dense.")] = 3,
     windowed: Annotated[int, typer.Option(min=1, help="Pictures of trained pairs per window.")] = 64,
-    large: Annotated[int, typer.Option(min=0, help="Pictures of 256 pixels, dense.")] = 64,
+    large: Annotated[
+        int, typer.Option(min=0, help="Pictures of 256 pixels, dense, of trained and of held-out pairs.")
+    ] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     seed: Annotated[int, typer.Option(help="Chooses the pairs and the noise.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
@@ -59,12 +61,13 @@ def main(
     seen = trained_requests(vocabulary, trained, seed)
     unseen = held_out_requests(vocabulary, repeats, seed)
     seen_large = trained_requests(vocabulary, large, seed + 1) if large else []
+    unseen_large = held_out_requests(vocabulary, repeats, seed + 1)[:large]
     few = seen[:windowed]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     scores: dict[str, Score] = {}
     windows: list[dict[str, Any]] = []
     with Progress(*columns) as progress:
-        total = len(seen) + len(unseen) + len(seen_large) + windowed * len(RADII)
+        total = len(seen) + len(unseen) + len(seen_large) + len(unseen_large) + windowed * len(RADII)
         task = progress.add_task("dense", total=total)
 
         def draw(requests: list[Request], pixels: int = 128) -> torch.Tensor:
@@ -78,6 +81,7 @@ def main(
         scores["held-out pairs"] = evaluate(retriever, unseen, draw(unseen))
         if seen_large:
             scores["trained pairs, 256 px"] = evaluate(retriever, seen_large, draw(seen_large, 256))
+            scores["held-out pairs, 256 px"] = evaluate(retriever, unseen_large, draw(unseen_large, 256))
         for radius in RADII:
             progress.update(task, description=f"window r={radius}")
             flexclear.transform(pipe, r=radius)

@@ -34,7 +34,7 @@ def demo(
         int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first prompt's noise; later ones count up.")
     ] = 0,
     steps: Annotated[int, typer.Option(min=2, help="Denoising steps.")] = 16,
-    size: Annotated[int, typer.Option(min=64, help="Image side in pixels, a multiple of 8.")] = 128,
+    size: Annotated[int, typer.Option(min=64, help="Image side in pixels, a multiple of 8.")] = 256,
 ) -> None:
     """Draw prompts with the embedded pipeline, dense and under several windows, side by side.
 

@@ -25,7 +25,7 @@ from bench.distillation.data import Joined
 for package in PACKAGES.values():
     pytest.importorskip(package)
 
-NAMES = ("clear_local_2.safetensors", "clear_local_2_down_4.safetensors")
+NAMES = ("clear_local_4.safetensors", "clear_local_4_down_4.safetensors")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def source(tmp_path) -> Path:
     place.mkdir()
     for name in NAMES:
         shutil.copyfile(students_directory() / name, place / name)
-    entries = [{"path": NAMES[0], "radius": 2, "down_factor": None}, {"path": NAMES[1], "radius": 2, "down_factor": 4}]
+    entries = [{"path": NAMES[0], "radius": 4, "down_factor": None}, {"path": NAMES[1], "radius": 4, "down_factor": 4}]
     (place / "students.json").write_text(json.dumps({"teacher": "another", "students": entries}))
     return place
 
@@ -93,12 +93,12 @@ def test_students_go_on_from_their_weights_one_process_after_the_other(source, m
         assert 0 < moved.max() < 0.02, name  # Two steps on from its own weights, not from the teacher's.
     report = json.loads((source.parent / "out" / "students.json").read_text())
     assert report["settings"]["teacher"] == teacher_fingerprint()
-    assert list(report["students"]) == ["r = 2, distilled", "r = 2 + pooled 4 x 4, distilled"]
+    assert list(report["students"]) == ["r = 4, distilled", "r = 4 + pooled 4 x 4, distilled"]
     for row in report["students"].values():
         assert row["before"]["pictures"] == row["after"]["pictures"] == 2
         assert abs(row["before"]["psnr"] - row["after"]["psnr"]) < 3
     page = (source.parent / "out" / "students.md").read_text()
-    assert "r = 2 + pooled 4 x 4, distilled" in page
+    assert "r = 4 + pooled 4 x 4, distilled" in page
     assert teacher_fingerprint() in page
 
     with pytest.raises(ValueError, match=r"steps: 2 then, 4 now"):

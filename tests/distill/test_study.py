@@ -63,6 +63,14 @@ def without_time(found):
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_at_once():
+    """Two batches of images, so that the first can be cut off from the second."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distillation_data, "BATCH", 3)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
@@ -90,6 +98,7 @@ def test_a_chosen_row_is_measured_before_and_after_and_the_rest_is_named_as_miss
     everything = {job.title for job in SIZE.jobs()}
     done = {job.title for job in SIZE.jobs(CHOSEN)}
     assert set(report["missing"]) == everything - done
+    assert report["machines"] == [f"{report['facts']['hardware']}, torch {torch.__version__}"]
     few = report["few_steps"]
     assert set(few["rows"]) == {"clear-r2"}
     assert few["rows"]["clear-r2"][BEFORE] != few["rows"]["clear-r2"][ALL]
