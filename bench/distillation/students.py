@@ -37,6 +37,7 @@ from flexclear.embedded.vocabulary import read_vocabulary
 from bench.distillation import data as distillation_data
 from bench.distillation.data import Joined
 from bench.distillation.measure import Examiner
+from bench.distillation.report import NONE
 from bench.distillation.rows import Comparison
 from bench.machine import RESULTS, facts
 from bench.resume import check_settings
@@ -159,11 +160,14 @@ def markdown(report: dict[str, Any]) -> str:
     for label, row in report["students"].items():
         first, last = row["before"], row["after"]
         cells = [
-            f"{first['psnr']:.1f} / {last['psnr']:.1f}",
-            f"{first['ssim']:.3f} / {last['ssim']:.3f}",
-            f"{first['stlpips_alex']:.3f} / {last['stlpips_alex']:.3f}",
-            f"{first['fd_lite0']:.2f} / {last['fd_lite0']:.2f}",
-            f"{100 * first['both']:.1f} / {100 * last['both']:.1f}",
+            " / ".join(NONE if one is None else text.format(factor * one[name]) for one in (first, last))
+            for name, text, factor in (
+                ("psnr", "{:.1f}", 1),
+                ("ssim", "{:.3f}", 1),
+                ("stlpips_alex", "{:.3f}", 1),
+                ("fd_lite0", "{:.2f}", 1),
+                ("both", "{:.1f}", 100),
+            )
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += ["", "What the columns mean: `distillation.md`."]
@@ -188,6 +192,9 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="AdamW's.")] = 1e-3,
     pictures: Annotated[int, typer.Option(min=4, help="Pictures that the teacher draws.")] = 1200,
     measure: Annotated[int, typer.Option(min=2, help="Pictures that each student is measured on.")] = 102,
+    earlier: Annotated[
+        bool, typer.Option(help="Measure each student's earlier weights under this teacher, too.")
+    ] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     folder: Annotated[Path, typer.Option(help="Where it lives between runs.")] = Path(".distillation/again"),
@@ -227,7 +234,7 @@ def main(
         result = home / "results" / f"{student.path.stem}.json"
         if (only and student.path.name not in only) or result.is_file():
             continue
-        before = measured(examiner, student, reference)
+        before = measured(examiner, student, reference) if earlier else None
         weights = goes_on(student, samples, home, steps, batch_size, learning_rate, device)
         after = measured(examiner, Student(weights, student.radius, student.down_factor), reference)
         with whole_file(result) as beside:
