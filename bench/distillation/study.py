@@ -272,7 +272,12 @@ class Study:
             raise Interrupted
 
     def _curves(self, run: Path) -> dict[str, Any]:
-        """Losses of a run: means over at most ``POINTS`` stretches of its steps, and those on the held-out pictures."""
+        """Losses of a run: means over at most ``POINTS`` stretches of its steps, and those on the held-out pictures.
+
+        Nothing, where only the weights were kept.
+        """
+        if not (run / LOSSES).is_file():
+            return {}
         records = [json.loads(line) for line in (run / LOSSES).read_text(encoding="utf-8").splitlines()]
         held_out = [json.loads(line) for line in (run / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
         length = -(-len(records) // POINTS)
