@@ -30,6 +30,7 @@ sys.path.append(str(Path(__file__).parent.parent.parent))
 from bench.distillation import data as distillation_data
 from bench.distillation import few_steps as distillation_few_steps
 from bench.distillation import measure as distillation_measure
+from bench.distillation import pieces
 from bench.distillation import report as distillation_report
 from bench.distillation import study as bench
 from bench.distillation.rows import ALL, BEFORE, FLOW, LONG, LONGER, REAL, Comparison, Job
@@ -39,7 +40,7 @@ for package in PACKAGES.values():
 
 SIZE = Comparison(16)
 ROWS = SIZE.rows
-SETTINGS = bench.Settings(
+SETTINGS = pieces.Settings(
     side=16, steps=3, batch_size=2, learning_rate=1e-3, few_rate=5e-4, pictures=6, held_out=1, measured=2, denoising=1,
     few_steps=1, seed=0,
 )  # fmt: skip
@@ -133,7 +134,7 @@ def test_a_study_that_is_cut_off_anywhere_ends_as_the_one_that_is_not(finished, 
 
     todo = [job for job in SIZE.jobs(CHOSEN) if job.stage != FLOW]
     for _ in range(len(cuts) + 1):
-        study = bench.Study(tmp_path, SETTINGS, "cpu", tmp_path / "students", on_item, told.append)
+        study = pieces.Study(tmp_path, SETTINGS, "cpu", tmp_path / "students", on_item, told.append)
         try:
             for job in todo:
                 study.run(job)
@@ -151,7 +152,7 @@ def test_a_study_that_is_cut_off_anywhere_ends_as_the_one_that_is_not(finished, 
 
 
 def test_a_finished_piece_is_not_done_again(finished, monkeypatch):
-    monkeypatch.setattr(bench, "distill", lambda **given: pytest.fail("trained again"))
+    monkeypatch.setattr(pieces, "distill", lambda **given: pytest.fail("trained again"))
     stamps = {path: path.stat().st_mtime_ns for path in (finished / "results").iterdir()}
     assert invoke(finished, *CHOSEN).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in (finished / "results").iterdir()} == stamps
@@ -163,9 +164,9 @@ def test_another_setting_an_older_teacher_and_an_unknown_row_are_refused(finishe
     assert "other settings (steps: 3 then, 4 now)" in str(changed)
     with pytest.raises(ValueError, match="unknown clear; known are clear-r4"):
         SIZE.jobs(["clear"])
-    monkeypatch.setattr(bench, "teacher_fingerprint", lambda: "another")
+    monkeypatch.setattr(pieces, "teacher_fingerprint", lambda: "another")
     with pytest.raises(ValueError, match="another now"):
-        bench.Study(finished, SETTINGS, "cpu", finished, lambda *given: None, print)
+        pieces.Study(finished, SETTINGS, "cpu", finished, lambda *given: None, print)
 
 
 def test_the_exported_students_are_the_trained_weights_in_bfloat16_and_name_their_teacher(finished):
@@ -199,8 +200,8 @@ def test_the_longer_runs_take_so_many_times_as_many_steps_and_all_else_alike(fin
         taken[config.output.name] = config
         raise FloatingPointError("enough")
 
-    monkeypatch.setattr(bench, "distill", keep)
-    study = bench.Study(finished, SETTINGS, "cpu", finished / "students", lambda *given: None, lambda text: None)
+    monkeypatch.setattr(pieces, "distill", keep)
+    study = pieces.Study(finished, SETTINGS, "cpu", finished / "students", lambda *given: None, lambda text: None)
     for stage in (ALL, LONG):
         with pytest.raises(FloatingPointError):
             study._train(Job(SIZE.long_rows[0], stage), SIZE.long_rows[0])
