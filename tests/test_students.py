@@ -16,6 +16,7 @@ from flexclear.embedded.evaluation import generate, held_out_requests, picture_p
 from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.students import Student, as_student, read_students, write_index
 from flexclear.embedded.vocabulary import read_vocabulary
+from flexclear.weights import files
 
 PROMPT = "a rocket on a yellow background"
 
@@ -39,7 +40,8 @@ def shipped(tmp_path, monkeypatch):
     folder = tmp_path / "students"
     made = [make(folder, 4), make(folder, 2, 4)]
     write_index(folder, made, teacher_fingerprint())
-    monkeypatch.setattr(students, "students_directory", lambda: folder)
+    for module in (students, files):
+        monkeypatch.setattr(module, "students_directory", lambda: folder)
     return folder
 
 

@@ -60,7 +60,7 @@ def _perturbed(size: int) -> Check:
     return Check(
         f"perturb-{size}",
         "-m flexclear analyze perturb embedded --prompt 'a red apple on a blue background' "
-        f"--size {size}x{size} --remote 8 --remote 12 --local 1 --local 2 --device cpu --out {{out}}",
+        f"--size {size}x{size} --remote 8 --remote 12 --remote 16 --local 1 --local 2 --device cpu --out {{out}}",
         f"perturb-{size}/perturb.json",
         "perturb.json",
         # An image's 8-bit values that the order of sums rounds the other way: at 42 dB a thousandth of them is 0.02 dB.

@@ -240,7 +240,7 @@ COUNTERPARTS = (
         "Table 3",
         "upscaled to 2048 and 4096 px",
         IN_KIND,
-        "python -m bench.quality.highres",
+        "python -m bench.quality.highres --native 128 --sizes 256,512",
         ("highres.json",),
         _upscaled,
     ),
@@ -330,7 +330,7 @@ COUNTERPARTS = (
         "remote and local distances clipped",
         IN_KIND,
         'flexclear analyze perturb embedded --prompt "a red apple on a blue background" --size 128x128 --remote 8 '
-        "--remote 12 --local 1 "
+        "--remote 12 --remote 16 --local 1 "
         "--local 2 --out bench/results/perturb-128 (and 256)",
         ("perturb-128/perturb.json", "perturb-256/perturb.json"),
         _perturbed,
