@@ -76,9 +76,13 @@ def _findings(results: Results) -> list[str]:
 def _study(results: Results) -> str:
     report = results["distillation.json"]
     told = [found for found in _findings(results) if "pictures teach" not in found]
-    if report["settings"]["teacher"] != results["students.json"]["settings"]["teacher"]:
-        told.append("The teacher was an earlier version of the model that ships.")
-    return " ".join(told)
+    return " ".join(told) + _of_an_earlier_model(results, report["settings"]["teacher"])
+
+
+def _of_an_earlier_model(results: Results, teacher: str | None) -> str:
+    """A sentence, unless it is the model that ships; a result that does not name its model is older than that one."""
+    ships = results["students.json"]["settings"]["teacher"]
+    return "" if teacher == ships else " The model was an earlier version of the one that ships."
 
 
 def _upscaled(results: Results) -> str:
@@ -95,6 +99,7 @@ def _upscaled(results: Results) -> str:
         "In the paper, images under windows are 26 to 29 dB from the dense cascade's at 2048 and 4096 px; its GFLOPs are "
         "reproduced exactly (Table 7). Here, the embedded model's images are scaled down and compared with the dense image "
         f"at its native size (in brackets, the share recognized): {'. '.join(parts)}."
+        + _of_an_earlier_model(results, results["highres.json"]["facts"].get("teacher"))
     )
 
 
@@ -105,6 +110,7 @@ def _few_steps(results: Results) -> str:
         "The paper loads weights distilled for FLUX.1-dev into schnell, whose images are then about as close to its dense "
         "ones (FID 12.4 to 13.6) as dev's are to its own (8.9 to 13.7). Here, weights distilled for the embedded model go "
         f"into a few-step variant of it; PSNR to that variant's dense images: {_list(parts) or 'not measured yet'}."
+        + _of_an_earlier_model(results, results["distillation.json"]["settings"]["teacher"])
     )
 
 
@@ -119,7 +125,8 @@ def _controlled(kinds: tuple[str, ...], paper: str) -> Callable[[Results], str]:
                 if name.startswith("clear")
             )
             parts.append(f"{kind} (dense {own['dense']['rmse']:.3f}): {_list(levels)}")
-        return f"{paper} Here, PSNR to the dense image and RMSE to the condition: {'. '.join(parts)}."
+        earlier = _of_an_earlier_model(results, results["controlnet.json"]["facts"]["teacher"])
+        return f"{paper} Here, PSNR to the dense image and RMSE to the condition: {'. '.join(parts)}.{earlier}"
 
     return said
 
@@ -137,6 +144,7 @@ def _shared(results: Results) -> str:
         "The paper averages the text tokens of all patches (its Eq. 7) and reports a FID of 11.6 to 14.2 to one device's "
         f"images. Here, two processes share the embedded model; PSNR to one process: {'; '.join(parts)}. Exact text and "
         f"synchronous borders, which the paper does not have, give {exact:.0f} dB: the images are equal."
+        + _of_an_earlier_model(results, results["parallel_pictures.json"]["facts"].get("teacher"))
     )
 
 

@@ -98,7 +98,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         about = facts(
             torch.device("cpu"), diffusers=diffusers.__version__, processes=dist.get_world_size(),
-            pictures=arguments.pictures, steps=arguments.steps,
+            pictures=arguments.pictures, steps=arguments.steps, teacher=teacher_fingerprint(),
         )  # fmt: skip
         write_results("parallel_pictures", about, rows, table(rows), arguments.out)
     parallel.leave()
