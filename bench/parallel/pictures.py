@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from flexclear import embedded, parallel
+from flexclear.embedded.fingerprint import teacher_fingerprint
 from flexclear.embedded.students import as_student, read_students
 from flexclear.embedded.vocabulary import read_vocabulary
 
