@@ -100,7 +100,7 @@ def test_the_demo_writes_a_sheet_and_a_table_and_names_unknown_words(tmp_path):
         assert len(sheet.convert("RGB").getcolors(1 << 24)) > 50
     table = (tmp_path / "here" / "table.md").read_text()
     assert "| dense | 100 % | 1.00 |" in table
-    density = cost(Layout(16, 16, 64), Disc(3), channels=128).density
+    density = cost(Layout(32, 32, 64), Disc(3), channels=128).density
     assert f"| 3 | {100 * density:.1f} % |" in table
     assert "contact_sheet.png" in done.stdout
     assert "table.md" in done.stdout

@@ -92,9 +92,10 @@ def test_both_images_are_those_of_the_library(studio, pipe):
 @pytest.mark.parametrize("student", read_students(), ids=lambda student: student.path.stem)
 def test_distilled_weights_draw_what_they_draw_elsewhere(studio, pipe, student):
     [choice] = [one for one in studio.weights if one.path == student.path]
-    windowed = studio.windowed(WISH, studio.dense(WISH), student.radius, choice)
+    radius = min(student.radius, studio.largest_radius)  # as the page offers it: no image here is wider than r = 14
+    windowed = studio.windowed(WISH, studio.dense(WISH), radius, choice)
     with as_student(pipe, student):
-        flexclear.transform(pipe, r=student.radius, down_factor=student.down_factor, backend="sdpa")
+        flexclear.transform(pipe, r=radius, down_factor=student.down_factor, backend="sdpa")
         assert (pixels(windowed.drawn.image) == drawn(pipe)).all()
     assert (pixels(windowed.drawn.image) != drawn(pipe)).any()
 
