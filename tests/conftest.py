@@ -101,7 +101,8 @@ def shared_settings():
     """What a whole process shares and a test may not leave changed: the next one would see it."""
     settings = {"gradients": torch.is_grad_enabled(), "default type": torch.get_default_dtype()}
     for name in ("diffusers", "transformers"):
-        settings[name] = logging.WARNING, False, True  # as it comes: level, whether to propagate, progress bars
+        propagates = name == "transformers" and os.environ.get("CI", "").upper() in {"1", "ON", "YES", "TRUE"}
+        settings[name] = logging.WARNING, propagates, True  # as it comes: level, whether to propagate, progress bars
         if (library := sys.modules.get(f"{name}.utils.logging")) is not None:
             logger = logging.getLogger(name)
             settings[name] = logger.level, logger.propagate, library.is_progress_bar_enabled()
