@@ -207,7 +207,7 @@ def test_an_error_is_said_on_the_page_and_the_next_request_is_drawn(page):
 
 def test_two_requests_at_once_wait_for_each_other_and_both_are_right(server):
     requests = [
-        ("a sunflower on a white background", "64 x 64", 2, "distilled for r = 2", 1, 2),
+        ("a sunflower on a white background", "64 x 64", 4, "distilled for r = 4", 1, 2),
         ("a rocket on a yellow background", "64 x 96", 5, OWN, 2, 3),
     ]
 
