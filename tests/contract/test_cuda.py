@@ -21,7 +21,8 @@ pytestmark = [
 PLACE = torch.device("cuda")
 
 NEAR = 2.0**-14
-"""Of the largest output. As ``oracle.TOLERANCE``, and exponentials and products of another processor besides: 2^-20.8 each."""
+"""Of the largest output: eight times ``oracle.TOLERANCE``, since the two sides run on different processors, whose exponentials,
+normalizations and products round differently in every operation. A radius of one more token makes 2^-8 or more."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,4 +88,5 @@ def test_a_family_on_the_gpu_trains_with_the_gradients_of_the_cpu(row):
     largest = max(gradient.abs().max() for gradient in found[1] if gradient is not None)
     for mine, right in zip(*found, strict=True):
         assert (mine is None) == (right is None)
-        assert mine is None or (mine - right).abs().max() <= 2.0**-11 * largest
+        # Eight times as much again: a gradient passes every operation twice and sums over all tokens.
+        assert mine is None or (mine - right).abs().max() <= 8 * NEAR * largest
