@@ -126,10 +126,14 @@ def where_it_goes(model: torch.nn.Module, call: dict[str, Any]) -> dict[str, flo
     return {"call": whole - block, "block": block - compiled, "dynamo": compiled - graph, "graph": graph}
 
 
+def python_of(root: Path) -> Path:
+    """The interpreter of a checkout's own environment."""
+    return Path(sys.executable) if root == HERE else root / ".venv" / "bin" / "python"
+
+
 def in_checkout(root: Path, way: str) -> dict[str, float]:
     """``measure`` in a process of a checkout's own environment, its ``.venv``."""
-    own = sys.executable if root == HERE else str(root / ".venv" / "bin" / "python")
-    command = [own, __file__, "--worker", way]
+    command = [str(python_of(root)), __file__, "--worker", way]
     found = subprocess.run(
         command, cwd=root, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, check=True
     )
@@ -148,6 +152,8 @@ def main(
     from bench.machine import RESULTS, facts, write_results  # not in a worker, which is this file alone
 
     roots = {"this checkout": HERE, **({} if against is None else {str(against): against.resolve()})}
+    if missing := [str(python_of(root)) for root in roots.values() if not python_of(root).is_file()]:
+        raise typer.BadParameter(f"--against needs a checkout with an environment; there is no {missing[0]}")
     rows = []
     for way, described in WAYS.items():
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in roots}

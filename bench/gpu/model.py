@@ -47,6 +47,9 @@ WAYS: dict[str, dict[str, Any]] = {"r = 16": {"r": 16}, "r = 16, FP8": {"r": 16,
 
 OTHER_R = 8
 
+PIXELS = 16
+"""Along a token's side."""
+
 DENSE_PX = 4096
 """Largest size at which the whole model is run with dense attention."""
 
@@ -154,6 +157,7 @@ def dense_from_blocks(model: Any, side: int, device: torch.device) -> dict[str, 
     }
 
 
+@torch.no_grad()
 def main(
     out: Annotated[Path, typer.Argument(help="JSON lines, appended to.")],
     limit: Annotated[float, typer.Option(help="Seconds after which no measurement is begun.")] = 180,
@@ -168,8 +172,12 @@ def main(
 ) -> None:
     """Measure, row by row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_grad_enabled(False)
-    sides = (8, 16) if tiny else (64, 128, 256, 512)
+    all_sides = (8, 16) if tiny else (64, 128, 256, 512)
+    sides = tuple(side for side in all_sides if PIXELS * side <= largest)
+    if unknown := [way for way in chosen or () if way not in WAYS]:
+        raise typer.BadParameter(f"--way: unknown {', '.join(unknown)}; known are {', '.join(WAYS)}")
+    if not sides:
+        raise typer.BadParameter(f"--largest must be at least {PIXELS * all_sides[0]} pixels, got {largest}")
     if prepare:
         model = ready(build(device, tiny, num_layers=1, num_single_layers=2), prepare)
         print(json.dumps({way: value for way, value in step(model, sides[0], device, 1).items() if way != "times"}))
@@ -181,10 +189,7 @@ def main(
         rows.add({"way": "r = 16", "side": sides[0], "cache": "artefacts", **step(model, sides[0], device)})
         return
     rows = Rows(out, "model", device)
-    if unknown := [way for way in chosen or () if way not in WAYS]:
-        raise typer.BadParameter(f"--way: unknown {', '.join(unknown)}; known are {', '.join(WAYS)}")
     ways = [way for way in chosen or WAYS if not (way.endswith("FP8") and device.type != "cuda")]
-    sides = tuple(side for side in sides if 16 * side <= largest)
     cold = prepare_all(ways, tiny, limit / 2)
     rows.add({"compiled first": cold, "seconds": clock.spent})
     for way in ways:
@@ -218,9 +223,9 @@ def measure_sizes(
         if clock.over:
             rows.add({"way": way, "stopped_after_s": clock.limit})
             return
-        size = {"way": way, "side": side, "px": 16 * side}
+        size = {"way": way, "side": side, "px": PIXELS * side}
         try:
-            estimated = way == "dense" and (16 * side > DENSE_PX or (tiny and side == sides[-1]))
+            estimated = way == "dense" and (PIXELS * side > DENSE_PX or (tiny and side == sides[-1]))
             found = dense_from_blocks(model, side, device) if estimated else step(model, side, device)
         except Exception as error:  # out of memory at one size, say; other sizes may fit
             rows.add({**size, "failed": f"{type(error).__name__}: {error}"[:400]})
