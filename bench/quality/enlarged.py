@@ -60,7 +60,7 @@ class Cascade:
     Attributes:
         method: of ``upscale_cascade``.
         windows: without them the stages are dense.
-        changed: what is not as released.
+        changed: what is not what a call without settings takes.
     """
 
     method: str
@@ -68,15 +68,18 @@ class Cascade:
     changed: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
+WEAK = {"strength": 0.3}
+"""What keeps the shape here: this model draws shapes at the sizes of its training only."""
 CASCADES = {
+    "SDEdit, strength 0.3": Cascade("sdedit", changed=WEAK),
     "SDEdit": Cascade("sdedit"),
     "I-Max": Cascade("imax"),
+    "SDEdit, strength 0.3, dense": Cascade("sdedit", False, WEAK),
     "SDEdit, dense": Cascade("sdedit", False),
     "I-Max, dense": Cascade("imax", False),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "strength 0.5": {"strength": 0.5},
-    "strength 0.3": {"strength": 0.3},
     "NTK factor 1": {"ntk_factor": 1.0},
     "NTK factor 2": {"ntk_factor": 2.0},
     "no proportional attention": {"proportional_attention": False},
@@ -87,7 +90,7 @@ ABLATIONS = {
     f"{name}: {what}": Cascade(row.method, row.windows, change)
     for name, row in CASCADES.items()
     for what, change in CHANGES.items()
-    if row.method == "sdedit" or "strength" not in change
+    if not row.changed and (row.method == "sdedit" or "strength" not in change)
 }
 ALL_CASCADES = {**CASCADES, **ABLATIONS}
 

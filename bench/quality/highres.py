@@ -1,7 +1,7 @@
 """The embedded model above the largest size of its training: directly, and enlarged stage by stage.
 
-The cascades are what ``upscale_cascade`` draws where nothing is set: the released settings of each method, with windows and
-without. ``--ablations`` changes one of these settings at a time.
+The cascades are what ``upscale_cascade`` draws where nothing is set, the released settings of each method, and SDEdit at a
+lower strength; with windows and without. ``--ablation`` changes one of the released settings at a time.
 
 Run ``python -m bench.quality.highres`` (needs ``pip install -e '.[eval]'``); it writes ``highres.json``, ``highres.md`` and
 ``highres.png`` into ``bench/results``.
@@ -134,8 +134,9 @@ def main(
         typer.Option("--row", help="Draw only these rows into --folder, and write no results; repeat."),
     ] = None,
     ablations: Annotated[
-        bool, typer.Option("--ablations", help="More rows: the cascades with one setting changed.")
-    ] = False,
+        list[str] | None,
+        typer.Option("--ablation", help="One more row, a cascade with one setting changed; repeat, or 'all' of them."),
+    ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures per row.")] = 32,
     shown: Annotated[int, typer.Option(min=1, help="Prompts on the contact sheet.")] = 4,
     native: Annotated[int, typer.Option(help=f"Side in pixels to begin with: {' or '.join(map(str, NATIVES))}.")] = 256,
@@ -166,12 +167,16 @@ def main(
         raise typer.BadParameter(f"--weights must be {OWN!r} or {DISTILLED!r}, got {weights!r}")
     if native not in NATIVES:
         raise typer.BadParameter(f"--native must be one of {list(NATIVES)}, got {native}")
-    everything = (*DIRECT, *ALL_CASCADES)
-    if unknown := [name for name in chosen or () if name not in everything]:
-        raise typer.BadParameter(f"--row: unknown {', '.join(unknown)}; known are {'; '.join(everything)}")
+    for option, given, known in (
+        ("--row", chosen, (*DIRECT, *ALL_CASCADES)),
+        ("--ablation", ablations, ("all", *ABLATIONS)),
+    ):
+        if unknown := [name for name in given or () if name not in known]:
+            raise typer.BadParameter(f"{option}: unknown {', '.join(unknown)}; known are {'; '.join(known)}")
     if chosen and folder is None:
         raise typer.BadParameter("--row draws into --folder; name one")
-    names = chosen or [*DIRECT, *CASCADES, *(ABLATIONS if ablations else ())]
+    added = ABLATIONS if "all" in (ablations or ()) else ablations or ()
+    names = chosen or [*DIRECT, *CASCADES, *added]
     settings = Settings(native, r, weights, steps, ntk_factor)
     vocabulary = read_vocabulary(embedded.model_directory())
     drawings = read_reference_sheet(embedded.model_directory(), len(vocabulary.emoji))

@@ -56,4 +56,7 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     assert "unknown NTK; known are dense; CLEAR" in " ".join(
         invoke(tmp_path, "--row", "NTK").output.replace("│", "").split()
     )
+    assert "--ablation: unknown SDEdit; known are all; SDEdit: strength 0.5" in " ".join(
+        invoke(tmp_path, "--ablation", "SDEdit").output.replace("│", "").split()
+    )
     assert "--native must be one of" in invoke(tmp_path, "--native", "512").output
