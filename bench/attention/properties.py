@@ -2,7 +2,7 @@
 
 Run ``python -m bench.attention.properties``; it writes ``bench/results/properties.json`` and ``properties.md``.
 
-One layer of the embedded model in the middle of drawing a 128 px picture, 16 x 16 tokens. Sizes are the published ones by
+One layer of the embedded model in the middle of drawing a 128 px image, 16 x 16 tokens. Sizes are the published ones by
 four, as the grid's sides are: 16 keys where FLUX.1 has 256.
 """
 
@@ -45,7 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def main(
     prompt: Annotated[str, typer.Option(help="What is drawn.")] = "an apple",
-    pixels: Annotated[int, typer.Option(min=64, help="Side of the picture.")] = 128,
+    pixels: Annotated[int, typer.Option(min=64, help="Side of the image.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps; the middle one is measured.")] = 8,
     layer: Annotated[str, typer.Option(help="Which attention layer.")] = "single_transformer_blocks.1.attn",
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens tried for integrity.")] = 8,

@@ -150,7 +150,7 @@ def plot(rows: list[dict[str, Any]], title: str) -> Image.Image:
 
 
 def main(
-    size: Annotated[list[int] | None, typer.Option(help="Side of the picture in tokens; repeat.")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Side of the image in tokens; repeat.")] = None,
     r: Annotated[list[int] | None, typer.Option("--r", help="Window radius; repeat.")] = None,
     heads: Annotated[int | None, typer.Option(help="Default: 2 on CPU, FLUX.1's 24 on CUDA.")] = None,
     head_dim: int = 128,

@@ -74,7 +74,7 @@ def foreign_drawings(folder: Path, vocabulary: Vocabulary) -> list[Image.Image]:
 
 
 def shown_pairs(vocabulary: Vocabulary, count: int, seed: int) -> list[tuple[int, int, str]]:
-    """(emoji, background, caption) of each picture; pairs that were kept out of the teacher's training are kept out here."""
+    """(emoji, background, caption) of each image; pairs that were kept out of the teacher's training are kept out here."""
     names = list(vocabulary.backgrounds)
     hidden = set(vocabulary.held_out_pairs)
     shown = [
@@ -101,7 +101,7 @@ def self_generated(
     device: str,
     on_item: OnItem,
 ) -> CachedSamples:
-    """Have the teacher draw the pictures that are missing in ``folder``, and encode them. Picture i has seed i."""
+    """Have the teacher draw the images that are missing in ``folder``, and encode them. Image i has seed i."""
     pictures = folder / "pictures"
     captions = [text for _, _, text in shown_pairs(vocabulary, count, seed)]
     missing = [number for number in range(count) if not picture_path(pictures, number).is_file()]
@@ -148,7 +148,7 @@ def real(
         if not path.is_file():
             scene = random_scene(emoji, background, random.Random(f"{seed}/scene {number}"))
             keep(Image.fromarray(draw(scene, bitmaps, colours, size.pixels)), text, path)
-            on_item("real pictures", number + 1, count)
+            on_item("real images", number + 1, count)
     return _cached(folder, size.text_len, device, on_item)
 
 

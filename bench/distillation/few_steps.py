@@ -2,7 +2,7 @@
 
 Schnell's own recipe (adversarial distillation in latent space) needs a discriminator. The stand-in here is reflow (Liu et al.
 2022, arXiv 2209.03003): all weights of the transformer are tuned by the flow loss on the teacher's own pairs of noise and
-picture, which straightens the way from one to the other, so that a few steps suffice. Like schnell it is a model of its own
+image, which straightens the way from one to the other, so that a few steps suffice. Like schnell it is a model of its own
 with every weight changed, and it has never seen a window.
 """
 
@@ -28,7 +28,7 @@ EVERY = 50
 
 
 def reflow_batch(samples: CachedSamples, indices: list[int], name: str) -> Batch:
-    """Pictures with the noise that each began from, at noise levels drawn evenly; ``name`` seeds them."""
+    """Images with the noise that each began from, at noise levels drawn evenly; ``name`` seeds them."""
     tensors = stack(samples[index] for index in indices)
     generator = torch.Generator().manual_seed(random.Random(name).getrandbits(62))
     return Batch(

@@ -1,4 +1,4 @@
-"""How near pictures are to the teacher's, and whether they show what was asked for."""
+"""How near images are to the teacher's, and whether they show what was asked for."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ ALONE = ("score-lite0",)
 
 @dataclass(frozen=True)
 class Measured:
-    """What ``flexclear.evaluation`` says of the pictures, 8 bits a channel, and what retrieval does.
+    """What ``flexclear.evaluation`` says of the images, 8 bits a channel, and what retrieval does.
 
     Attributes:
-        psnr: dB, mean over the pairs with the reference pictures of the same prompts and seeds; None where there are none.
+        psnr: dB, mean over the pairs with the reference images of the same prompts and seeds; None where there are none.
         ssim, stlpips_alex: means over the same pairs.
         fd_lite0: Fréchet distance of EfficientNet-Lite0's features, to those of the reference.
         score_lite0: class score of EfficientNet-Lite0.
@@ -64,8 +64,8 @@ class Examiner:
 
     Args:
         vocabulary: of the embedded model.
-        size: of the pictures and of the text.
-        count: pictures, two or more; every held-out pair once before one comes twice.
+        size: of the images and of the text.
+        count: images, two or more; every held-out pair once before one comes twice.
         steps: denoising steps.
         device: where.
 
@@ -101,7 +101,7 @@ class Examiner:
         )
 
     def compare(self, pictures: Tensor, reference: Tensor | None) -> Measured:
-        """Pictures of the requests, values 0 to 1, with the reference's of the same, if there is one."""
+        """Images of the requests, values 0 to 1, with the reference's of the same, if there is one."""
         score = evaluate(self._retriever, self.requests, pictures)
         asked = ALONE if reference is None else (*PAIRED, *ALONE)
         of = None if reference is None else as_bytes(reference)
@@ -110,7 +110,7 @@ class Examiner:
         return Measured(*values, found["score-lite0"], score.emoji, score.background, score.both, len(pictures))
 
     def kept(self, path: Path, make: Any) -> Tensor:
-        """Pictures in a file; made and written where it is missing."""
+        """Images in a file; made and written where it is missing."""
         if not path.is_file():
             with whole_file(path) as beside:
                 save_file({"pictures": make().contiguous()}, beside)

@@ -52,7 +52,7 @@ class Settings:
         few_rate: learning rate of the few-step model.
         pictures: in each set, self-generated and real.
         held_out: of them, kept out of training for its curves.
-        measured: pictures of held-out pairs that decide.
+        measured: images of held-out pairs that decide.
         denoising, few_steps: denoising steps, of the teacher and of the few-step model.
         seed: of data, order and noise.
     """
@@ -74,7 +74,7 @@ class Study:
     """The state of a study in a folder; every finished piece has a file, and is not done again.
 
     Args:
-        folder: for pictures, caches, runs and results.
+        folder: for images, caches, runs and results.
         settings: see ``Settings``.
         device: ``"cpu"`` or ``"cuda"``.
         students: folder for the exported students.
@@ -183,13 +183,13 @@ class Study:
         return self.examiner.draw(pipe, on_done, steps)
 
     def reference(self) -> torch.Tensor:
-        """The teacher's pictures."""
+        """The teacher's images."""
         return self.examiner.kept(
             self.folder / "teacher.safetensors", lambda: self._draw(self.examiner.pipeline(), "the teacher draws")
         )
 
     def _teacher(self) -> dict[str, Any]:
-        """How often the teacher's own pictures show what was asked for."""
+        """How often the teacher's own images show what was asked for."""
         file = self.folder / "results" / "teacher.json"
         if not file.is_file():
             found = asdict(self.examiner.compare(self.reference(), None))
@@ -253,7 +253,7 @@ class Study:
             raise Interrupted
 
     def _curves(self, run: Path) -> dict[str, Any]:
-        """Losses of a run: means over at most ``POINTS`` stretches of its steps, and those on the held-out pictures.
+        """Losses of a run: means over at most ``POINTS`` stretches of its steps, and those on the held-out images.
 
         Nothing, where only the weights were kept.
         """

@@ -39,9 +39,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"Teacher: the embedded model, {size.pixels} px, {size.side} x {size.side} image tokens and {size.text_len} text "
         f"tokens; windows are the published ones times {size.side}/{PUBLISHED_SIDE}. Every row was trained alike: "
         f"{settings['steps']} steps of {settings['batch_size']} out of "
-        f"{settings['pictures']} pictures by the teacher, the same pictures, noise and noise levels (uniform) in the same "
+        f"{settings['pictures']} images by the teacher, the same images, noise and noise levels (uniform) in the same "
         f"order, AdamW at {settings['learning_rate']:g} with warm-up and cosine decay. Measured on {settings['measured']} "
-        f"pictures, {settings['denoising']} steps, of prompts and seeds that training had not: pairs that the teacher itself "
+        f"images, {settings['denoising']} steps, of prompts and seeds that training had not: pairs that the teacher itself "
         "never saw together. Each cell: before training / L_flow alone / all losses.",
         "",
         f"| attention | MFLOPs per layer | of dense | {COLUMNS} |",
@@ -69,10 +69,10 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {row.title} | {own / 1e6:.1f} | {100 * own / dense:.0f} % | {' | '.join(cells)} |")
     lines += [
         "",
-        "PSNR, SSIM and ST-LPIPS (shift-tolerant LPIPS, arXiv 2207.13686) are means over the pictures, to the teacher's of the "
-        "same prompts and seeds; FD is FID's formula over the features of EfficientNet-Lite0, of all pictures to all of the "
+        "PSNR, SSIM and ST-LPIPS (shift-tolerant LPIPS, arXiv 2207.13686) are means over the images, to the teacher's of the "
+        "same prompts and seeds; FD is FID's formula over the features of EfficientNet-Lite0, of all images to all of the "
         "teacher's; the class score is the Inception score's over its probabilities. Less is nearer in ST-LPIPS and FD. None of "
-        "these compares with a published LPIPS, FID or IS, which look through other networks, at more pictures. Retrieval: emoji "
+        "these compares with a published LPIPS, FID or IS, which look through other networks, at more images. Retrieval: emoji "
         "and background are both the prompt's.",
         "",
     ]
@@ -150,7 +150,7 @@ def findings(report: dict[str, Any]) -> list[str]:
     if drawn is not None and other is not None:
         answer = "hardly a difference" if abs(drawn - other) < EVEN else "yes" if drawn > other else "NO"
         said.append(
-            f"Self-generated pictures teach more than real ones: {answer} ({first.title}: {drawn:.1f} dB against "
+            f"Self-generated images teach more than real ones: {answer} ({first.title}: {drawn:.1f} dB against "
             f"{other:.1f} dB)."
         )
     return said or ["Nothing to say yet."]
@@ -162,7 +162,7 @@ def _data(report: dict[str, Any]) -> list[str]:
     if "measured" not in found.get(REAL, {}) or "measured" not in found.get(ALL, {}):
         return []
     lines = [
-        "## Self-generated pictures against real ones",
+        "## Self-generated images against real ones",
         "",
         f"{first.title}, all losses, the same captions and budget. Real: the same scenes with drawings of another set of emoji, "
         "which the teacher never saw.",
@@ -207,7 +207,7 @@ def _few_steps(report: dict[str, Any]) -> list[str]:
         "",
         "As the paper's Table 4 puts weights trained for FLUX.1-dev into schnell. The stand-in for schnell: reflow "
         f"(arXiv 2209.03003), all weights of the teacher tuned for {settings['steps']} steps on its own pairs of noise and "
-        f"picture; drawn in {few} steps. It was not made by schnell's adversarial recipe. The attention weights are those "
+        f"image; drawn in {few} steps. It was not made by schnell's adversarial recipe. The attention weights are those "
         f"distilled for the many-step teacher, put in as they are.",
         "",
         f"| {few} steps | reference | {COLUMNS} |",
@@ -249,7 +249,7 @@ def _line(measured: dict[str, Any]) -> str:
 
 
 def plot_curves(report: dict[str, Any], path: Path) -> None:
-    """Training loss L_flow of every row with all losses, and L_pred on held-out pictures (the paper's Figure 11)."""
+    """Training loss L_flow of every row with all losses, and L_pred on held-out images (the paper's Figure 11)."""
     series = [
         (row.title, report["rows"][row.name][ALL], "-" if row.is_clear else "--")
         for row in comparison_of(report).rows
@@ -269,7 +269,7 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
             )
         axes[0].set_title("training, all losses: L_flow")
         axes[0].set_yscale("log")
-        axes[1].set_title("held-out pictures: L_pred")
+        axes[1].set_title("held-out images: L_pred")
         axes[1].set_yscale("log")
         if series:
             axes[0].figure.legend(loc="outside lower center", ncols=4, fontsize=8)
@@ -278,7 +278,7 @@ def plot_curves(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_data(report: dict[str, Any], path: Path) -> None:
-    """Training losses of one row on self-generated and on real pictures (the paper's Figure 10)."""
+    """Training losses of one row on self-generated and on real images (the paper's Figure 10)."""
     first = comparison_of(report).rows[0]
     found = report["rows"].get(first.name, {})
 

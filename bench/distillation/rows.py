@@ -29,7 +29,7 @@ STAGES = {
     BEFORE: "before",
     FLOW: "L_flow alone",
     ALL: "all losses",
-    REAL: "all losses, real pictures",
+    REAL: "all losses, real images",
     LONG: "all losses, longer",
 }
 LONGER = 4
@@ -66,7 +66,7 @@ class Row:
         return self.mechanism is None
 
     def flops(self, config: Any) -> float:
-        """Attention FLOPs of one layer of a model with this configuration, one picture, averaged over the layers."""
+        """Attention FLOPs of one layer of a model with this configuration, one image, averaged over the layers."""
         heads, layers = config.num_attention_heads, config.num_layers + config.num_single_layers
         channels = heads * config.attention_head_dim
         what = self.mechanism

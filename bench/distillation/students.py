@@ -1,9 +1,9 @@
 """Distil the students that ship: each goes on from its own weights, or from the teacher's where there is none yet.
 
 Run ``python -m bench.distillation.students`` after ``python -m flexclear.embedded.train export``; it distils the students,
-writes them and their index, and ``bench/results/students.json`` and ``students.md``: each student's pictures against the
+writes them and their index, and ``bench/results/students.json`` and ``students.md``: each student's images against the
 teacher's, with its earlier weights under the new teacher, and with those that it has now. Killed at any moment, the same command
-goes on where it was. Once the pictures are drawn (``--draw-only``), several processes may work in one folder, each with students
+goes on where it was. Once the images are drawn (``--draw-only``), several processes may work in one folder, each with students
 of its own (``--only``); the last one that is done writes the results.
 
 ``bench/distillation/study.py`` is what distilled them in the first place, and compares them with everything else.
@@ -114,7 +114,7 @@ def goes_on(
 
 
 def measured(examiner: Examiner, student: Student, reference: torch.Tensor) -> dict[str, Any]:
-    """The student's pictures against the teacher's; without a file, those of the teacher's weights under its window."""
+    """The student's images against the teacher's; without a file, those of the teacher's weights under its window."""
     pipe = examiner.pipeline()
     if student.path.is_file():
         with as_student(pipe, student):
@@ -186,12 +186,12 @@ def main(
     ] = None,
     side: Annotated[int, typer.Option(help="Image tokens along either direction: 16, 32 or 64.")] = 32,
     small: Annotated[int, typer.Option(min=0, help="Images of 16 x 16 tokens that are mixed in.")] = 0,
-    draw_only: Annotated[bool, typer.Option(help="Draw and encode the pictures, then stop.")] = False,
+    draw_only: Annotated[bool, typer.Option(help="Draw and encode the images, then stop.")] = False,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each student.")] = 600,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.")] = 1e-3,
-    pictures: Annotated[int, typer.Option(min=4, help="Pictures that the teacher draws.")] = 1200,
-    measure: Annotated[int, typer.Option(min=2, help="Pictures that each student is measured on.")] = 102,
+    pictures: Annotated[int, typer.Option(min=4, help="Images that the teacher draws.")] = 1200,
+    measure: Annotated[int, typer.Option(min=2, help="Images that each student is measured on.")] = 102,
     earlier: Annotated[
         bool, typer.Option(help="Measure each student's earlier weights under this teacher, too.")
     ] = True,

@@ -3,8 +3,8 @@
 Run ``python -m bench.distillation.study``; it writes ``bench/results/distillation.json``, ``distillation.md`` and two plots, anew
 after every run of the table. With ``--side 16`` the defaults took 225 minutes of one core. Killed at any moment, the same
 command goes on where it was, inside a training run with its last checkpoint. ``--rows`` chooses: the names are in
-``rows.py``. Once the pictures are drawn, several processes may work in one folder, each with rows of its own;
-single-threaded ones get through sooner than one process with as many threads.
+``rows.py``. Once the images are drawn, several processes may work in one folder, each with rows of its own; single-threaded
+ones get through sooner than one process with as many threads.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def main(
     rows: Annotated[list[str] | None, typer.Option("--rows", help="Which rows; repeat. Default: all of them.")] = None,
     side: Annotated[int, typer.Option(help="Image tokens along either direction: 16, 32 or 64.")] = 32,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 600,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per training step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, of the students.")] = 1e-3,
     few_rate: Annotated[float, typer.Option(help="AdamW's, of the few-step model.")] = 5e-4,
-    pictures: Annotated[int, typer.Option(min=4, help="Pictures in each set.")] = 2000,
+    pictures: Annotated[int, typer.Option(min=4, help="Images in each set.")] = 2000,
     held_out: Annotated[int, typer.Option(min=1, help="Of them, kept out of training.")] = 32,
-    measured: Annotated[int, typer.Option(min=2, help="Pictures that each student is measured on.")] = 102,
+    measured: Annotated[int, typer.Option(min=2, help="Images that each student is measured on.")] = 102,
     denoising: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     few_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the few-step model.")] = 4,
     seed: Annotated[int, typer.Option(help="Of data, order and noise.")] = 0,

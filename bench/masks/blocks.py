@@ -80,7 +80,7 @@ def build(kind: str, side: int, r: int) -> dict[str, Any]:
 
 
 def cache_hit_us(side: int, r: int) -> float:
-    """Microseconds to find the plan of a picture that was drawn before, its layout read anew from the call; median."""
+    """Microseconds to find the plan of an image that was drawn before, its layout read anew from the call; median."""
 
     def find() -> object:
         return get_plan(Layout(side, side), Disc(r), "flex", Kernel((128, 64)), torch.device("cpu"))

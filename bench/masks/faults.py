@@ -253,7 +253,7 @@ FAULTS = (
         "masks/padding.py",
         "0 if layout.text_first else layout.image_len",
         "0 if layout.text_first else layout.height * layout.width",
-        "padding is looked for in the reference pictures where text comes last",
+        "padding is looked for in the reference images where text comes last",
     ),
     Fault(
         "padding-in-full-blocks",
@@ -452,7 +452,7 @@ FAULTS = (
         "columns = grid[len(grid) - (bottom - top) if bottom > len(grid) - BAND else top :][: bottom - top].T",
         "bands that end less than 8 rows from the border are walked at the border, so that rows come twice",
     ),
-    # A band of the picture per rank.
+    # A band of the image per rank.
     Fault(
         "ranks-packed-by-height",
         "flexclear/parallel/planning.py",

@@ -75,7 +75,7 @@ def _findings(results: Results) -> list[str]:
 
 def _study(results: Results) -> str:
     report = results["distillation.json"]
-    told = [found for found in _findings(results) if "pictures teach" not in found]
+    told = [found for found in _findings(results) if "images teach" not in found]
     return " ".join(told) + _of_an_earlier_model(results, report["settings"]["teacher"])
 
 
@@ -199,7 +199,7 @@ def _perturbed(results: Results) -> str:
 
 
 def _data(results: Results) -> str:
-    found = [said for said in _findings(results) if "pictures teach" in said]
+    found = [said for said in _findings(results) if "images teach" in said]
     if not results["distillation.json"].get("foreign_drawings"):
         found.append("Note that this teacher was itself trained on such drawings.")
     return " ".join(

@@ -1,4 +1,4 @@
-"""One picture on 1 to 64 GPUs, on paper: measured times of one device, bytes of the plan, and the bandwidth of the link.
+"""One image on 1 to 64 GPUs, on paper: measured times of one device, bytes of the plan, and the bandwidth of the link.
 
 Single-device times are the paper's (one H100, FLUX.1-dev, bf16, r = 16, seconds of 20 steps; arXiv 2412.16112, figure and
 table of times); above 8192 px the last time per token is taken. Every rank computes all text, at the same time per token.
@@ -94,7 +94,7 @@ def row(pixels: int, gpus: int, link: Link | None = None) -> dict[str, Any]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """All sizes and numbers of GPUs for which the picture is large enough."""
+    """All sizes and numbers of GPUs for which the image is large enough."""
     return [row(pixels, gpus) for pixels in PIXELS for gpus in GPUS if pixels // 128 >= gpus]
 
 

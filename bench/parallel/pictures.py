@@ -1,9 +1,9 @@
-"""What the approximations of ``flexclear.parallel`` do to pictures of the embedded model: averaged text, stale borders.
+"""What the approximations of ``flexclear.parallel`` do to images of the embedded model: averaged text, stale borders.
 
     torchrun --nproc-per-node 2 -m bench.parallel.pictures          # writes results/parallel_pictures.*
 
-Each row draws the held-out prompts with the same seeds, shared, and is compared with one process's pictures of the same
-student. Text that is exact with borders that are current has to give those pictures; else the run ends.
+Each row draws the held-out prompts with the same seeds, shared, and is compared with one process's images of the same
+student. Text that is exact with borders that are current has to give those images; else the run ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"text": "exact", "exchange": "stale", "warmup_steps": 1},
 )
 ROUNDING_PSNR = 60.0
-"""dB; a picture that is equal but for the order of sums is above it."""
+"""dB; an image that is equal but for the order of sums is above it."""
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 parallel.disable(pipe)
                 found = examiner.compare(pictures, alone)
                 if variant == VARIANTS[0] and found.psnr < ROUNDING_PSNR:
-                    raise SystemExit(f"wrong: shared pictures are {found.psnr:.1f} dB from one process's")
+                    raise SystemExit(f"wrong: shared images are {found.psnr:.1f} dB from one process's")
                 rows.append(
                     {
                         "student": student.label, **variant, "psnr": found.psnr, "ssim": found.ssim,

@@ -1,4 +1,4 @@
-"""One picture on several processes: seconds per step, bytes and speed-up; and the model on paper.
+"""One image on several processes: seconds per step, bytes and speed-up; and the model on paper.
 
     torchrun --nproc-per-node 2 -m bench.parallel.run                   # measures; writes results/parallel.*
     python -m bench.parallel.run --paper                                # the model: results/parallel_model.*

@@ -1,5 +1,5 @@
 # ruff: noqa: E402  (the clock starts before the imports)
-"""What compiling costs: seconds to the first picture cold and warm, for a size not seen before, and what its graphs are worth.
+"""What compiling costs: seconds to the first image cold and warm, for a size not seen before, and what its graphs are worth.
 
     python -m bench.pipeline.compile --model embedded
     python -m bench.pipeline.compile --model flux-reduced --sizes 512 --sizes 768 --sizes 1024
@@ -71,7 +71,7 @@ STARTS = (
 
 
 def painter(model: str, device: torch.device, steps: int) -> tuple[Any, Callable[[int], float]]:
-    """The pipeline or bare transformer to optimize, and a function from a side in pixels to the seconds of a picture."""
+    """The pipeline or bare transformer to optimize, and a function from a side in pixels to the seconds of an image."""
     dtype = torch.bfloat16
     if model == "embedded":
         pipe = flexclear.embedded.pipeline(dtype, device)
@@ -130,7 +130,7 @@ def start(how: Start, model: str, r: int, sizes: list[int], steps: int, repeats:
         )
         late = flexclear.compile.report().since(before).graphs[len(new.graphs) :]
         if late:
-            raise RuntimeError(f"a picture of a size that was drawn before compiled again, at {side} px: {late}")
+            raise RuntimeError(f"an image of a size that was drawn before compiled again, at {side} px: {late}")
     if how.windows and how.cache == "cold":
         transformer = getattr(target, "transformer", target)
         flexclear.compile.save_artifacts(file, artifact_configuration(transformer, None, "default", how.dynamic))
@@ -138,9 +138,9 @@ def start(how: Start, model: str, r: int, sizes: list[int], steps: int, repeats:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One row a start: the first picture, one of a size not seen before, and what the graphs are worth."""
+    """One row a start: the first image, one of a size not seen before, and what the graphs are worth."""
     first, *unseen = (picture["px"] for picture in rows[0]["pictures"])
-    heads = [f"first picture, {first} px, s", *(f"then first of {px} px, s" for px in unseen)]
+    heads = [f"first image, {first} px, s", *(f"then first of {px} px, s" for px in unseen)]
     heads += ["graphs, each size", *(f"again at {px} px, s" for px in (first, *unseen))]
     lines = ["| start | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for row in rows:
@@ -156,8 +156,8 @@ def main(
     model: Annotated[str, typer.Option(help="embedded (the whole pipeline), or a transformer of pipeline.py.")],
     sizes: Annotated[list[int] | None, typer.Option(min=1, help="Sides in pixels; repeat.")] = None,
     r: Annotated[int, typer.Option(min=1, help="Window radius in tokens.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Pictures of each size after the first; the median counts.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of an image.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Images of each size after the first; the median counts.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
     child: Annotated[int | None, typer.Option(hidden=True)] = None,
     file: Annotated[Path | None, typer.Option(hidden=True)] = None,

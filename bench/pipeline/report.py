@@ -108,7 +108,7 @@ def _draw(curves: list[tuple[str, str, bool, list[tuple[int, float]]]], title: s
         x = place(side, 1)[0]
         draw.line([(x, top), (x, height - bottom)], "#eeeeee")
         draw.text((x, height - bottom + 8), f"{side} x {side}", "black", font, anchor="ma")
-    draw.text(((left + width - right) / 2, height - 18), "picture in tokens", "black", font, anchor="mm")
+    draw.text(((left + width - right) / 2, height - 18), "image in tokens", "black", font, anchor="mm")
     for number, (label, colour, dashed, points) in enumerate(curves):
         corners = [place(*point) for point in points]
         for start, end in itertools.pairwise(corners):

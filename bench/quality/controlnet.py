@@ -1,7 +1,7 @@
 """The embedded model's ControlNet, dense and with CLEAR windows that it never saw, as in the paper's Tables 5 and 9.
 
 Run ``python -m bench.quality.controlnet`` (needs ``pip install -e '.[eval,metrics]'``); it writes ``controlnet.json``,
-``controlnet.md`` and ``controlnet.png`` into ``bench/results``. The pictures, their conditions and a configuration for
+``controlnet.md`` and ``controlnet.png`` into ``bench/results``. The images, their conditions and a configuration for
 ``flexclear eval run`` per condition go below ``--pictures-in``; the tables are filled by those configurations.
 """
 
@@ -85,7 +85,7 @@ def save(pictures: Sequence[Image.Image], folder: Path) -> None:
 
 
 def scored(folder: Path, kind: str, prompts: Sequence[str], names: Sequence[str]) -> Run:
-    """Write the configuration of ``flexclear eval run`` for the pictures in ``folder / kind``, and run it."""
+    """Write the configuration of ``flexclear eval run`` for the images in ``folder / kind``, and run it."""
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     config = {
         "output": f"results/{kind}",
@@ -102,15 +102,15 @@ def scored(folder: Path, kind: str, prompts: Sequence[str], names: Sequence[str]
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """``[pictures, 3, height, width]``, 0 to 1."""
+    """``[images, 3, height, width]``, 0 to 1."""
     return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) / 255 for p in pictures])
 
 
 def table(rows: Sequence[dict[str, Any]], found: dict[str, Run], pictures: int) -> str:
     """All of it in Markdown, in the layout of the paper's Tables 5 and 9."""
     lines = [
-        f"Pairs that no training showed, {pictures} pictures a row. PSNR and SSIM to the dense picture of the same seed and "
-        "condition; RMSE of the picture's own condition, values 0 to 1, to the one it was drawn from. Retrieval as in "
+        f"Pairs that no training showed, {pictures} images a row. PSNR and SSIM to the dense image of the same seed and "
+        "condition; RMSE of the image's own condition, values 0 to 1, to the one it was drawn from. Retrieval as in "
         "retrieval.md. Columns as in the paper's Tables 5 and 9, and those of networks whose weights need no download "
         "(docs/guide/evaluation.md). The ControlNet was trained with the dense model alone.",
         "",
@@ -141,7 +141,7 @@ def label(vocabulary: Vocabulary, request: Request) -> str:
 
 
 def main(
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures per row and condition, at most.")] = 51,
+    pictures: Annotated[int, typer.Option(min=1, help="Images per row and condition, at most.")] = 51,
     shown: Annotated[int, typer.Option(min=1, help="Prompts per condition on the contact sheet.")] = 2,
     radii: Annotated[str, typer.Option(help="Window radii in tokens of 8 px, without training.")] = "8,4",
     weights: Annotated[
@@ -151,16 +151,14 @@ def main(
         ),
     ] = None,
     kinds: Annotated[str, typer.Option(help="Conditions.")] = ",".join(MODES),
-    pixels: Annotated[int, typer.Option(help="Side of the pictures, a multiple of 128.")] = 256,
+    pixels: Annotated[int, typer.Option(help="Side of the images, a multiple of 128.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     scale: Annotated[float, typer.Option(help="Of the ControlNet's residuals.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of scenes and noise.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     backend: Annotated[str, typer.Option(help="Of the windows: auto, flex or sdpa.")] = "auto",
     model: Annotated[Path | None, typer.Option(help="Folder of a ControlNet; the package's by default.")] = None,
-    pictures_in: Annotated[
-        Path | None, typer.Option(help="Keep pictures and configurations in this new folder.")
-    ] = None,
+    pictures_in: Annotated[Path | None, typer.Option(help="Keep images and configurations in this new folder.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Draw, measure, and write JSON, Markdown and a contact sheet."""

@@ -125,7 +125,7 @@ def direct(
     settings: Settings,
     done: Callable,
 ) -> torch.Tensor:
-    """Pictures ``[n, 3, pixels, pixels]``, 0 to 1, of a row of ``DIRECT``."""
+    """Images ``[n, 3, pixels, pixels]``, 0 to 1, of a row of ``DIRECT``."""
     windows, ntk, proportional = DIRECT[row]
     with contextlib.ExitStack() as stack:
         if windows:
@@ -150,7 +150,7 @@ def cascaded(
     done: Callable,
     base: torch.Tensor,
 ) -> tuple[dict[int, torch.Tensor], Stage]:
-    """The same of an enlarged row, by side: the dense pictures ``base`` doubled until ``largest``.
+    """The same of an enlarged row, by side: the dense images ``base`` doubled until ``largest``.
 
     Nothing is set but what the row changes, and what the embedded model needs: the text length, and its native size. Also a
     stage, for the settings that it chose.
@@ -225,12 +225,12 @@ class Gallery:
         check_settings(folder / "settings.json", {**kept, "teacher": teacher_fingerprint()})
 
     def base(self) -> torch.Tensor:
-        """Dense pictures at the native size."""
+        """Dense images at the native size."""
         settings = self.settings
         return self._kept("base", lambda: generate(*self._what, settings.steps, settings.native, 16, TEXT, self._done))
 
     def row(self, name: str) -> dict[int, torch.Tensor]:
-        """Pictures of a row, by side."""
+        """Images of a row, by side."""
         if name in DIRECT:
             return {
                 pixels: self._kept(

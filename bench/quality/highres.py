@@ -99,9 +99,9 @@ def vae_memory(pipe: Any, sides: list[int]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], memory: list[dict[str, Any]], pictures: int, native: int, right: float) -> str:
-    """All of it in Markdown; right: share of the pictures of ``native`` px that show what was asked for."""
+    """All of it in Markdown; right: share of the images of ``native`` px that show what was asked for."""
     lines = [
-        f"PSNR and SSIM (median of {pictures}) of the result, averaged down to {native} px, to the dense picture of "
+        f"PSNR and SSIM (median of {pictures}) of the result, averaged down to {native} px, to the dense image of "
         f"{native} px with the same prompt and seed, which the cascades begin with and the others never see; of those "
         f"{100 * right:.0f} % show what was asked for. Seam: mean step between pixels across borders over that elsewhere, 1 "
         "is none; at borders of tokens, of the attention's tiles and of the VAE's. Retrieval as in retrieval.md.",
@@ -137,7 +137,7 @@ def main(
         list[str] | None,
         typer.Option("--ablation", help="One more row, a cascade with one setting changed; repeat, or 'all' of them."),
     ] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures per row.")] = 32,
+    pictures: Annotated[int, typer.Option(min=1, help="Images per row.")] = 32,
     shown: Annotated[int, typer.Option(min=1, help="Prompts on the contact sheet.")] = 4,
     native: Annotated[int, typer.Option(help=f"Side in pixels to begin with: {' or '.join(map(str, NATIVES))}.")] = 256,
     sizes: Annotated[str, typer.Option(help="Sides in pixels, doublings of the native one.")] = "512",
@@ -145,9 +145,7 @@ def main(
     weights: Annotated[
         str, typer.Option(help=f"Under windows: {DISTILLED!r} for them, or the model's {OWN!r}.")
     ] = DISTILLED,
-    steps: Annotated[
-        int, typer.Option(min=1, help="Denoising steps of the dense picture and of the direct rows.")
-    ] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the dense image and of the direct rows.")] = 16,
     ntk_factor: Annotated[
         float, typer.Option(help="Of the direct rows: on the base of the rotary frequencies.")
     ] = 10.0,

@@ -1,4 +1,4 @@
-"""What eight-bit weights cost and save: SQNR of layers and model, PSNR of pictures, bytes of weights, peak memory.
+"""What eight-bit weights cost and save: SQNR of layers and model, PSNR of images, bytes of weights, peak memory.
 
 Run ``python -m bench.quality.quantize``; it writes ``bench/results/quantize.json`` and ``quantize.md``. The model is the embedded
 pipeline in bfloat16, whose linears are small: ``min_features`` is lowered for it. The last rows have the weights that ship for
@@ -68,7 +68,7 @@ class Tape:
 
 @without_diffusers_warnings()
 def main(
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures per recipe and window.")] = 32,
+    pictures: Annotated[int, typer.Option(min=1, help="Images per recipe and window.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 8,
     seed: Annotated[int, typer.Option(help="Chooses prompts and noise.")] = 1,
     radius: Annotated[int, typer.Option(min=1, help="Window of the transformed rows, in tokens.")] = 4,
@@ -125,7 +125,7 @@ def _pipeline(device: torch.device, window: int | None, distilled: bool) -> tupl
 def _draw(
     pipe: Any, vocabulary: Vocabulary, requests: list[Request], steps: int, device: torch.device
 ) -> tuple[Tensor, int | None]:
-    """The pictures, and the peak of allocated device memory while they are drawn."""
+    """The images, and the peak of allocated device memory while they are drawn."""
     if device.type != "cuda":
         return generate(pipe, vocabulary, requests, steps), None
     torch.cuda.reset_peak_memory_stats(device)
@@ -175,7 +175,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "# Eight-bit linears of the embedded pipeline, against bfloat16",
         "",
         "SQNR of each quantized linear on the activations of one call, and of the transformer's output in that call; PSNR "
-        "of the pictures of the same seeds. Peak: allocated device memory while drawing (CPU: not measured).",
+        "of the images of the same seeds. Peak: allocated device memory while drawing (CPU: not measured).",
         "",
         "| recipe | window | linears | weights | peak | SQNR lowest layer | SQNR median layer | SQNR output "
         "| PSNR lowest | PSNR median |",

@@ -40,11 +40,11 @@ RADII = (2, 3, 4, 6, 8)
 
 
 def main(
-    trained: Annotated[int, typer.Option(min=1, help="Pictures of trained pairs, dense.")] = 256,
-    repeats: Annotated[int, typer.Option(min=1, help="Pictures per held-out pair, dense.")] = 3,
-    windowed: Annotated[int, typer.Option(min=1, help="Pictures of trained pairs per window.")] = 64,
+    trained: Annotated[int, typer.Option(min=1, help="Images of trained pairs, dense.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Images per held-out pair, dense.")] = 3,
+    windowed: Annotated[int, typer.Option(min=1, help="Images of trained pairs per window.")] = 64,
     large: Annotated[
-        int, typer.Option(min=0, help="Pictures of 256 pixels, dense, of trained and of held-out pairs.")
+        int, typer.Option(min=0, help="Images of 256 pixels, dense, of trained and of held-out pairs.")
     ] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 16,
     seed: Annotated[int, typer.Option(help="Chooses the pairs and the noise.")] = 1,
@@ -134,9 +134,9 @@ def _markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Embedded model: top-1 retrieval",
         "",
-        "A picture counts as right when, of all clean drawings of all emoji "
+        "An image counts as right when, of all clean drawings of all emoji "
         f"({settings['clean_drawings']}; every place, several sizes, both mirrorings), the nearest one shows "
-        "the emoji of the prompt, and when the background colour nearest to the picture's frame is the one of "
+        "the emoji of the prompt, and when the background colour nearest to the image's frame is the one of "
         "the prompt.",
         "",
         f"{environment['hardware']}; torch {environment['torch']}, "
@@ -144,15 +144,15 @@ def _markdown(report: dict[str, Any]) -> str:
         f"{settings['steps']} denoising steps, seed {settings['seed']}, max_sequence_length "
         f"{settings['max_sequence_length']}, {settings['seconds']:.0f} s in all.",
         "",
-        "| pictures | n | emoji | background | both |",
+        "| images | n | emoji | background | both |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, row in report["scores"].items():
         lines.append(f"| {name} | {row['pictures']} | {_shares(row)} |")
     lines += [
         "",
-        "CLEAR windows on the same weights, without further training; PSNR against the dense picture of the "
-        "same seed. One token is 8 px here, and the picture is 16 tokens wide.",
+        "CLEAR windows on the same weights, without further training; PSNR against the dense image of the "
+        "same seed. One token is 8 px here, and the image is 16 tokens wide.",
         "",
         "| window | n | emoji | background | both | PSNR median | PSNR lowest |",
         "|---|---:|---:|---:|---:|---:|---:|",

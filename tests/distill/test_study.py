@@ -400,13 +400,13 @@ def test_the_papers_expectations_are_decided_by_the_numbers():
     assert "nearer to the teacher (PSNR): 1 of 1." in said
     assert "A larger radius is nearer to the teacher: yes" in said
     assert "CLEAR leads after distillation (PSNR): yes" in said
-    assert "Self-generated pictures teach more than real ones: yes" in said
+    assert "Self-generated images teach more than real ones: yes" in said
     even = " ".join(distillation_report.findings(synthetic({**good, ("clear-r4", REAL): 21.9})))
-    assert "Self-generated pictures teach more than real ones: hardly a difference (CLEAR, r = 4: 22.0 dB" in even
+    assert "Self-generated images teach more than real ones: hardly a difference (CLEAR, r = 4: 22.0 dB" in even
     bad = {**good, ("clear-r2", BEFORE): 30.0, ("clear-r4", ALL): 12.0, ("swin", ALL): 40.0}
     said = " ".join(distillation_report.findings(synthetic(bad)))
     assert "0 of 1; not for CLEAR, r = 2." in said
     assert "A larger radius is nearer to the teacher: NO" in said
     assert "CLEAR leads after distillation (PSNR): NO (Swin, 4 x 4 40.0" in said
-    assert "Self-generated pictures teach more than real ones: NO" in said
+    assert "Self-generated images teach more than real ones: NO" in said
     assert distillation_report.findings(synthetic({("linear", ALL): None})) == ["Nothing to say yet."]
