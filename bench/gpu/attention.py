@@ -310,6 +310,7 @@ def prepare_all(parts: int, seconds: float) -> None:
             process.wait()
 
 
+@torch.no_grad()
 def main(
     out: Annotated[Path, typer.Argument(help="JSON lines, appended to.")],
     limit: Annotated[float, typer.Option(help="Seconds after which no group is begun.")] = 120,
@@ -321,7 +322,6 @@ def main(
 ) -> None:
     """Measure, row by row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_grad_enabled(False)
     if prepare_part:
         prepare(*json.loads(prepare_part), device)
         return
@@ -353,11 +353,11 @@ def main(
         rows.add({"variant": f"{shape.name} at {side}, r = {r}: whole group", "seconds": clock.spent - start})
 
 
+@torch.enable_grad()
 def measure_backward(
     shapes: tuple[Shape, ...], sides: tuple[int, ...], clock: Clock, rows: Rows, device: torch.device
 ) -> None:
     """Forward and backward passes of every shape and size."""
-    torch.set_grad_enabled(True)
     for side, shape in itertools.product(sides, shapes):
         if clock.over:
             return
