@@ -355,7 +355,6 @@ class Study:
             "dense_flops": self.comparison.dense_flops(config),
             "flops": {row.name: row.flops(config) for row in self.comparison.rows},
             "teacher": self._teacher(),
-            "foreign_drawings": (self.folder / distillation_data.REAL / distillation_data.DRAWINGS).is_file(),
             "rows": rows,
             **({"few_steps": few} if few else {}),
             "missing": [job.title for job in everything if not self.done(job)],
