@@ -31,14 +31,6 @@ def eager(monkeypatch):
     monkeypatch.setattr(flexclear, "optimize", lambda built, **settings: built)
 
 
-@pytest.fixture
-def threads():
-    """``measure`` takes one, for the process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def rows_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -82,7 +74,7 @@ def test_the_host_benchmark_refuses_a_checkout_without_an_environment(tmp_path, 
     assert "".join(f"there is no {tmp_path}/.venv/bin/python".split()) in said
 
 
-def test_the_host_benchmark_knows_where_a_window_adds_time(threads, monkeypatch):
+def test_the_host_benchmark_knows_where_a_window_adds_time(monkeypatch):
     """The small model of two blocks of each kind instead of FLUX.1's 57, so that it compiles in seconds."""
     monkeypatch.setattr(host, "LAYERS", (2, 2))
     monkeypatch.setattr(host, "ROUNDS", 3)
