@@ -2,7 +2,7 @@
 
 Run ``python -m bench.distillation.study``; it writes ``bench/results/distillation.json``, ``distillation.md`` and two plots, anew
 after every run of the table. At 32 x 32 tokens a row takes about 45 minutes of one core, or half a minute of an H100 and its
-measuring. Killed at any moment, the same command goes on where it was, inside a training run with its last checkpoint.
+measuring. Killed at any moment, the same command resumes, a training run from its last checkpoint.
 ``--rows`` chooses: the names are in ``rows.py``. Once the images are drawn, several processes may work in one folder, each
 with rows of its own; single-threaded ones get through sooner than one process with as many threads.
 """

@@ -60,7 +60,7 @@ class Cascade:
     Attributes:
         method: of ``upscale_cascade``.
         windows: without them the stages are dense.
-        changed: what is not what a call without settings takes.
+        changed: settings that differ from the defaults of ``upscale_cascade``.
     """
 
     method: str
@@ -69,7 +69,7 @@ class Cascade:
 
 
 WEAK = {"strength": 0.3}
-"""What keeps the shape here: this model draws shapes at the sizes of its training only."""
+"""A strength that keeps the shape; this model draws new shapes only at the sizes of its training."""
 CASCADES = {
     "SDEdit, strength 0.3": Cascade("sdedit", changed=WEAK),
     "SDEdit": Cascade("sdedit"),
