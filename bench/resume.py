@@ -1,4 +1,4 @@
-"""What lets a benchmark go on where it was stopped."""
+"""Lets a benchmark resume where it was stopped."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def reflow(
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train every weight of ``model``, a FLUX transformer, in place; goes on from ``checkpoint`` where that is there.
+    """Train every weight of ``model``, a FLUX transformer, in place; resumes from ``checkpoint`` if there is one.
 
     Raises:
         ValueError: the checkpoint is of a run with other settings.

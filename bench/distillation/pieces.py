@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the numbers depend on; a study goes on only with the same ones.
+    """What the numbers depend on; a study resumes only with the same ones.
 
     Attributes:
         side: image tokens along either direction.

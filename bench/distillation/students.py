@@ -1,10 +1,10 @@
-"""Distil the students that ship: each goes on from its own weights, or from the teacher's where there is none yet.
+"""Distil the students that ship: each starts from its own weights, or from the teacher's where there is none yet.
 
 Run ``python -m bench.distillation.students`` after ``python -m flexclear.embedded.train export``; it distils the students,
 writes them and their index, and ``bench/results/students.json`` and ``students.md``: each student's images against the
 teacher's, with its earlier weights under the new teacher, and with those that it has now. Killed at any moment, the same command
-goes on where it was. Once the images are drawn (``--draw-only``), several processes may work in one folder, each with students
-of its own (``--only``); the last one that is done writes the results.
+resumes where it stopped. Once the images are drawn (``--draw-only``), several processes may work in one folder, each with
+students of its own (``--only``); the last one that is done writes the results.
 
 ``bench/distillation/study.py`` is what distilled them in the first place, and compares them with everything else.
 """
@@ -81,7 +81,7 @@ def wanted(windows: list[str] | None, students: tuple[Student, ...], place: Path
 def goes_on(
     student: Student, samples: Joined, folder: Path, steps: int, batch_size: int, rate: float, device: str
 ) -> Path:
-    """Distil one student from its weights, or the teacher's, or go on with that; the new weights, or KeyboardInterrupt."""
+    """Distil one student from its weights, or the teacher's, or resume that; the new weights, or KeyboardInterrupt."""
     run = folder / student.path.stem
     if (run / WEIGHTS).is_file():
         return run / WEIGHTS

@@ -110,7 +110,7 @@ def main(
                     write(study.report(), output)
                 progress.advance(overall)
         except (KeyboardInterrupt, Interrupted):
-            console.print("interrupted; the same command goes on from there")
+            console.print("interrupted; the same command resumes from there")
             raise typer.Exit(130) from None
     report = study.report()
     write(report, output)

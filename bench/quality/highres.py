@@ -153,9 +153,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Chooses the prompts and the noise.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    folder: Annotated[
-        Path | None, typer.Option(help="Keep what the rows draw here, and go on with what is there.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keep what the rows draw here, and reuse what is there.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Draw, measure, and write JSON, Markdown and a contact sheet."""
