@@ -104,8 +104,8 @@ class Examiner:
         """Images of the requests, values 0 to 1, with the reference's of the same, if there is one."""
         score = evaluate(self._retriever, self.requests, pictures)
         asked = ALONE if reference is None else (*PAIRED, *ALONE)
-        of = None if reference is None else as_bytes(reference)
-        found = score_tensors(as_bytes(pictures), of, asked, networks=self._networks)
+        of = None if reference is None else as_bytes(reference).to(self._device)
+        found = score_tensors(as_bytes(pictures).to(self._device), of, asked, networks=self._networks)
         values = [found.get(name) for name in PAIRED]
         return Measured(*values, found["score-lite0"], score.emoji, score.background, score.both, len(pictures))
 

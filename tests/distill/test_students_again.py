@@ -40,15 +40,14 @@ def source(tmp_path) -> Path:
     return place
 
 
-def invoke(source: Path, *more: str):
+def invoke(source: Path, *more: str, steps: tuple[int, ...] = (2,)):
     app = typer.Typer()
     app.command()(bench.main)
     home = source.parent
     return CliRunner().invoke(
         app,
         [
-            "--steps",
-            "2",
+            *(part for count in steps for part in ("--steps", str(count))),
             "--batch-size",
             "2",
             "--pictures",
@@ -95,14 +94,41 @@ def test_students_go_on_from_their_weights_one_process_after_the_other(source, m
     assert report["settings"]["teacher"] == teacher_fingerprint()
     assert list(report["students"]) == ["r = 4, distilled", "r = 4 + pooled 4 x 4, distilled"]
     for row in report["students"].values():
-        assert row["before"]["pictures"] == row["after"]["pictures"] == 2
-        assert abs(row["before"]["psnr"] - row["after"]["psnr"]) < 3
+        (after,) = row["rounds"]
+        assert row["before"]["128"]["pictures"] == after["measured"]["128"]["pictures"] == 2
+        assert abs(row["before"]["128"]["psnr"] - after["measured"]["128"]["psnr"]) < 3
+        assert (after["steps"], after["batch_size"], after["learning_rate"]) == (2, 2, 1e-3)
     page = (source.parent / "out" / "students.md").read_text()
     assert "r = 4 + pooled 4 x 4, distilled" in page
     assert teacher_fingerprint() in page
 
     with pytest.raises(ValueError, match=r"steps: 2 then, 4 now"):
-        raise invoke(source, "--steps", "4").exception
+        raise invoke(source, steps=(4,)).exception
+    with pytest.raises(ValueError, match=r"pictures: 4 then, 6 now"):
+        raise invoke(source, "--pictures", "6").exception
+
+    # A further round of one student: the first is not trained again, and nothing ships before the other one has it, too.
+    shipped = {name: load_file(source / name) for name in NAMES}
+    rates = ("--learning-rate", "0.001", "--learning-rate", "0.0005")
+    further = invoke(source, "--only", NAMES[0], *rates, steps=(2, 3))
+    assert further.exit_code == 0, further.output
+    assert f"missing: {NAMES[1]}" in further.output
+    assert all(torch.equal(shipped[NAMES[0]][k], v) for k, v in load_file(source / NAMES[0]).items())
+    last = invoke(source, *rates, steps=(2, 3))
+    assert last.exit_code == 0, last.output
+    again = json.loads((source.parent / "out" / "students.json").read_text())["students"]
+    for label, row in report["students"].items():
+        assert again[label]["before"] == row["before"]
+        assert again[label]["rounds"][:1] == row["rounds"]
+        assert [one["steps"] for one in again[label]["rounds"]] == [2, 3]
+    assert any(not torch.equal(shipped[NAMES[0]][k], v) for k, v in load_file(source / NAMES[0]).items())
+    assert "| + 3 x 2, 0.0005 |" in " ".join((source.parent / "out" / "students.md").read_text().split("\n"))
+
+
+def test_learning_rates_are_one_or_one_for_each_round(source):
+    found = invoke(source, "--learning-rate", "0.001", "--learning-rate", "0.002", steps=(2, 2, 2))
+    assert found.exit_code == 2
+    assert "got 2 for 3 rounds" in " ".join(found.output.replace("│", " ").split())
 
 
 def test_an_unknown_student_is_named(source):
@@ -130,11 +156,9 @@ def test_a_window_without_a_student_begins_with_the_teacher_s_weights(source, mo
     (student,) = read_students(source)
     assert (student.path.name, student.radius) == ("clear_local_3.safetensors", 3)
     assert not (source / NAMES[0]).exists(), "the index names one student now"
-    report = json.loads((source.parent / "out" / "students.json").read_text())
-    assert (
-        report["students"]["r = 3, distilled"]["before"]["psnr"]
-        != report["students"]["r = 3, distilled"]["after"]["psnr"]
-    )
+    row = json.loads((source.parent / "out" / "students.json").read_text())["students"]["r = 3, distilled"]
+    (after,) = row["rounds"]
+    assert row["before"]["128"]["psnr"] != after["measured"]["128"]["psnr"]
 
 
 def test_sets_of_two_sizes_are_joined_and_those_of_two_models_are_not():
