@@ -39,6 +39,25 @@ def test_a_result_says_itself_where_it_comes_from(tmp_path):
     assert set(machine.origin()) <= {"commit", "date"}
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, ""),
+        ({"students": "others"}, "The distilled weights were earlier ones than those that ship."),
+        ({"teacher": "another"}, "The model was an earlier version of the one that ships."),
+    ],
+    ids=["the same", "students", "teacher"],
+)
+def test_a_result_of_earlier_weights_says_so(changed, said):
+    ships = json.loads((machine.RESULTS / "students.json").read_text(encoding="utf-8"))
+    of_now = {"teacher": ships["settings"]["teacher"], "students": ships["fingerprint"]}
+    enlarged = {"facts": {**of_now, **changed}, "rows": []}
+    (table,) = (one for one in COUNTERPARTS if one.name == "Table 3")
+    text = table.said({"highres.json": enlarged, "students.json": ships})
+    assert ("earlier" in text) == bool(said)
+    assert text.endswith(said)
+
+
 def committed(one):
     return json.loads((machine.RESULTS / one.result).read_text(encoding="utf-8"))
 

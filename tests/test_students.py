@@ -13,7 +13,7 @@ from flexclear import cli, embedded
 from flexclear.distill.students import trained_parameters
 from flexclear.embedded import students
 from flexclear.embedded.evaluation import generate, held_out_requests, picture_psnr
-from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.fingerprint import students_fingerprint, teacher_fingerprint
 from flexclear.embedded.students import Student, as_student, read_students, write_index
 from flexclear.embedded.vocabulary import read_vocabulary
 from flexclear.weights import files
@@ -76,8 +76,18 @@ def test_students_of_another_teacher_are_refused(shipped, tmp_path):
     (shipped / "clear_local_4.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"clear_local_4\.safetensors, which is missing"):
         read_students()
-    with pytest.raises(FileNotFoundError, match="no weights in"):
-        teacher_fingerprint(tmp_path / "nowhere")
+    for fingerprint in (teacher_fingerprint, students_fingerprint):
+        with pytest.raises(FileNotFoundError, match="no weights in"):
+            fingerprint(tmp_path / "nowhere")
+
+
+def test_other_students_have_another_fingerprint(shipped):
+    assert students_fingerprint() != (first := students_fingerprint(shipped))
+    assert students_fingerprint(shipped) == first
+    make(shipped, 3)
+    assert students_fingerprint(shipped) != first
+    (shipped / "clear_local_3.safetensors").unlink()
+    assert students_fingerprint(shipped) == first
 
 
 def test_students_are_weights_that_can_be_named(shipped, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ from flexclear.distill import DistillConfig, OptimizerConfig, distill
 from flexclear.distill.config import CheckpointConfig, HeldOutConfig
 from flexclear.distill.records import WEIGHTS
 from flexclear.distill.samples import CachedSamples
-from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.fingerprint import students_fingerprint, teacher_fingerprint
 from flexclear.embedded.students import Student, as_student, file_name, read_students, write_index
 from flexclear.embedded.vocabulary import read_vocabulary
 
@@ -339,6 +339,7 @@ def main(
     report = {
         "facts": about,
         "settings": settings,
+        "fingerprint": students_fingerprint(place),
         "teacher": sizes.teacher(),
         "students": {student.label: found for student, found in kept.items()},
     }

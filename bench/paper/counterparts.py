@@ -69,13 +69,17 @@ def _properties(results: Results) -> str:
 def _study(results: Results) -> str:
     report = results["distillation.json"]
     told = [found for found in findings(results["distillation.json"]) if "images teach" not in found]
-    return " ".join(told) + _of_an_earlier_model(results, report["settings"]["teacher"])
+    return " ".join(told) + _of_an_earlier_model(results, report["settings"])
 
 
-def _of_an_earlier_model(results: Results, teacher: str | None) -> str:
-    """A sentence, unless it is the model that ships; a result that does not name its model is older than that one."""
-    ships = results["students.json"]["settings"]["teacher"]
-    return "" if teacher == ships else " The model was an earlier version of the one that ships."
+def _of_an_earlier_model(results: Results, about: dict[str, Any], with_students: bool = False) -> str:
+    """A sentence, unless they are the model and students that ship; a result that does not name its own is older than those."""
+    ships = results["students.json"]
+    if about.get("teacher") != ships["settings"]["teacher"]:
+        return " The model was an earlier version of the one that ships."
+    if with_students and about.get("students") != ships["fingerprint"]:
+        return " The distilled weights were earlier ones than those that ship."
+    return ""
 
 
 def _upscaled(results: Results) -> str:
@@ -92,7 +96,7 @@ def _upscaled(results: Results) -> str:
         "In the paper, images under windows are 26 to 29 dB from the dense cascade's at 2048 and 4096 px; its GFLOPs are "
         "reproduced exactly (Table 7). Here, the embedded model's images are scaled down and compared with the dense image "
         f"at its native size (in brackets, the share recognized): {'. '.join(parts)}."
-        + _of_an_earlier_model(results, results["highres.json"]["facts"].get("teacher"))
+        + _of_an_earlier_model(results, results["highres.json"]["facts"], with_students=True)
     )
 
 
@@ -103,7 +107,7 @@ def _few_steps(results: Results) -> str:
         "The paper loads weights distilled for FLUX.1-dev into schnell, whose images are then about as close to its dense "
         "ones (FID 12.4 to 13.6) as dev's are to its own (8.9 to 13.7). Here, weights distilled for the embedded model go "
         f"into a few-step variant of it; PSNR to that variant's dense images: {_list(parts) or 'not measured yet'}."
-        + _of_an_earlier_model(results, results["distillation.json"]["settings"]["teacher"])
+        + _of_an_earlier_model(results, results["distillation.json"]["settings"])
     )
 
 
@@ -118,7 +122,7 @@ def _controlled(kinds: tuple[str, ...], paper: str) -> Callable[[Results], str]:
                 if name.startswith("clear")
             )
             parts.append(f"{kind} (dense {own['dense']['rmse']:.3f}): {_list(levels)}")
-        earlier = _of_an_earlier_model(results, results["controlnet.json"]["facts"]["teacher"])
+        earlier = _of_an_earlier_model(results, results["controlnet.json"]["facts"], with_students=True)
         return f"{paper} Here, PSNR to the dense image and RMSE to the condition: {'. '.join(parts)}.{earlier}"
 
     return said
@@ -137,7 +141,7 @@ def _shared(results: Results) -> str:
         "The paper averages the text tokens of all patches (its Eq. 7) and reports a FID of 11.6 to 14.2 to one device's "
         f"images. Here, two processes share the embedded model; PSNR to one process: {'; '.join(parts)}. Exact text and "
         f"synchronous borders, which the paper does not have, give {exact:.0f} dB: the images are equal."
-        + _of_an_earlier_model(results, results["parallel_pictures.json"]["facts"].get("teacher"))
+        + _of_an_earlier_model(results, results["parallel_pictures.json"]["facts"], with_students=True)
     )
 
 
@@ -340,7 +344,7 @@ COUNTERPARTS = (
         IN_KIND,
         "npm pack @lobehub/fluent-emoji-3d; tar xf lobehub-fluent-emoji-3d-*.tgz; "
         "python -m bench.distillation.study --rows real-pictures --drawings package/assets",
-        ("distillation.json",),
+        ("distillation.json", "distillation-data.png"),
         _data,
     ),
     Counterpart(

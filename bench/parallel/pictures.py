@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from flexclear import embedded, parallel
-from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.fingerprint import students_fingerprint, teacher_fingerprint
 from flexclear.embedded.students import as_student, read_students
 from flexclear.embedded.vocabulary import read_vocabulary
 
@@ -99,7 +99,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         about = facts(
             torch.device("cpu"), diffusers=diffusers.__version__, processes=dist.get_world_size(),
-            pictures=arguments.pictures, steps=arguments.steps, teacher=teacher_fingerprint(),
+            pictures=arguments.pictures, steps=arguments.steps,
+            teacher=teacher_fingerprint(), students=students_fingerprint(),
         )  # fmt: skip
         write_results("parallel_pictures", about, rows, table(rows), arguments.out)
     parallel.leave()

@@ -30,6 +30,7 @@ from flexclear.embedded.captions import caption
 from flexclear.embedded.control import FACTS_NAME, MODES
 from flexclear.embedded.controlled import controlled_pipeline, generate_controlled, originals
 from flexclear.embedded.evaluation import Request, evaluate, held_out_requests
+from flexclear.embedded.fingerprint import students_fingerprint
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.retrieval import Retriever
 from flexclear.embedded.students import read_students
@@ -233,6 +234,7 @@ def main(
         scale=scale,
         seed=seed,
         teacher=json.loads(((model or controlnet_directory()) / FACTS_NAME).read_text(encoding="utf-8"))["teacher"],
+        students=students_fingerprint(),
     )
     text = table(rows, found, len(requests))
     write_results("controlnet", about, rows, text, out)

@@ -19,7 +19,7 @@ import flexclear
 from flexclear.compile.files import whole_file
 from flexclear.embedded.captions import caption
 from flexclear.embedded.evaluation import Request, generate
-from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.fingerprint import students_fingerprint, teacher_fingerprint
 from flexclear.embedded.students import as_student, read_students
 from flexclear.embedded.vocabulary import Vocabulary
 from flexclear.highres import Stage, upscale_cascade
@@ -222,7 +222,8 @@ class Gallery:
         self._what: tuple[Any, Vocabulary, list[Request]] = (pipe, vocabulary, requests)
         self._done = done
         kept = {**asdict(settings), "sides": sides, "requests": [asdict(request) for request in requests]}
-        check_settings(folder / "settings.json", {**kept, "teacher": teacher_fingerprint()})
+        kept |= {"teacher": teacher_fingerprint(), "students": students_fingerprint()}
+        check_settings(folder / "settings.json", kept)
 
     def base(self) -> torch.Tensor:
         """Dense images at the native size."""

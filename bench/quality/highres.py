@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flexclear import embedded
 from flexclear.embedded.captions import caption
 from flexclear.embedded.evaluation import Request, evaluate, trained_requests
-from flexclear.embedded.fingerprint import teacher_fingerprint
+from flexclear.embedded.fingerprint import students_fingerprint, teacher_fingerprint
 from flexclear.embedded.reference import read_reference_sheet
 from flexclear.embedded.retrieval import Retriever
 from flexclear.embedded.vocabulary import read_vocabulary
@@ -213,6 +213,7 @@ def main(
         seed=seed,
         right=right,
         teacher=teacher_fingerprint(),
+        students=students_fingerprint(),
         **asdict(settings),
         **stages,
     )

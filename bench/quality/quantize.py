@@ -23,6 +23,7 @@ from flexclear.common.foreign import without_diffusers_warnings
 from flexclear.common.shipped import students_directory
 from flexclear.compile import RECIPES, quantize, sqnr, weight_bytes, why_not_recipe
 from flexclear.embedded.evaluation import Request, generate, picture_psnr, trained_requests
+from flexclear.embedded.fingerprint import students_fingerprint, teacher_fingerprint
 from flexclear.embedded.students import file_name
 from flexclear.embedded.vocabulary import Vocabulary, read_vocabulary
 
@@ -103,6 +104,8 @@ def main(
         place,
         diffusers=diffusers.__version__,
         torchao=version("torchao"),
+        teacher=teacher_fingerprint(),
+        students=students_fingerprint(),
         pictures=pictures,
         steps=steps,
         seed=seed,

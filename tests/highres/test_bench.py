@@ -50,6 +50,8 @@ def test_a_row_is_drawn_once_and_says_what_was_changed(tmp_path, monkeypatch):
     other = invoke(tmp_path, *rows, "--seed", "2")
     assert isinstance(other.exception, ValueError)
     assert "was begun with other settings (requests" in str(other.exception)
+    monkeypatch.setattr(enlarged, "students_fingerprint", lambda: "others")
+    assert "students: " in str(invoke(tmp_path, *rows).exception), "what other weights drew is not theirs"
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):
