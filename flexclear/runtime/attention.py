@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexclear.compile import compiled_flex_attention, why_not_compiled
@@ -16,6 +20,14 @@ Mask = BlockMask | TextApart | Tensor | None
 """What a layer may see; see ``windowed_attention``."""
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_TRAINED: tuple[tuple[SDPBackend, Callable[[], bool]], ...] = (
+    (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled),
+    (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
+)
+"""SDPA's kernels that have a mask and right gradients under it, and whether the process allows them."""
+_switching = threading.Lock()
+"""Which kernels SDPA may use is a setting of the process."""
 
 
 def windowed_attention(
@@ -61,7 +73,46 @@ def windowed_attention(
         return torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, bias, scale=scale, enable_gqa=grouped
         )[0]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    if mask is not None:
+        return masked_sdpa(query, key, value, mask, scale)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
+
+
+def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """SDPA under a bool mask, with gradients that are right.
+
+    On Hopper and later GPUs PyTorch prefers cuDNN's kernel for 16-bit floats since 2.11. Its backward pass under a mask can give
+    NaN (https://github.com/pytorch/pytorch/issues/196678) or read memory that is not its own. So a call that is differentiated
+    is left to the other kernels that the process allows, unless that is none.
+
+    Args:
+        query, key, value: ``[B, heads, N, head_dim]``, all with as many heads.
+        mask: bool, broadcasts to ``[B, heads, N, keys]``.
+        scale: factor on the scores, ``1 / sqrt(head_dim)`` by default.
+
+    Returns:
+        ``[B, heads, N, head_dim]``.
+    """
+
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not differentiated or not _is_for_cudnn(query):
+        return attend()
+    if torch.compiler.is_compiling():  # Dynamo cannot ask what the process allows.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return attend()
+    with _switching:
+        kinds = [kind for kind, allowed in _TRAINED if allowed()]
+        if not kinds:
+            return attend()
+        with sdpa_kernel(kinds):
+            return attend()
+
+
+def _is_for_cudnn(query: Tensor) -> bool:
+    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _apart(

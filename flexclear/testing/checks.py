@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -17,6 +16,7 @@ from flexclear.masks import Downsampled, Layout, MaskMod, Window, block_mask, de
 from flexclear.masks.apart import can_part
 from flexclear.masks.scan import ask
 from flexclear.masks.windows import as_window, is_plain
+from flexclear.runtime.attention import masked_sdpa
 from flexclear.testing import oracle, sequence
 from flexclear.testing.lists import assert_lists
 
@@ -180,18 +180,14 @@ def _check_attention(
         return torch.randn(1, HEADS, length, head_dim, generator=generator).to(device, dtype)
 
     query, key, value = noise(reference.shape[0]), noise(reference.shape[1]), noise(reference.shape[1])
-    expected = _sdpa(query.float(), key.float(), value.float(), reference)
+    expected = masked_sdpa(query.float(), key.float(), value.float(), reference)
     with torch.no_grad():
         ours = compiled_flex_attention(query, key, value, mask)
-    allowance = _sdpa(query, key, value, reference)
+    allowance = masked_sdpa(query, key, value, reference)
     _check_near("the output", ours, expected, allowance)
     if torch.device(device).type == "cuda":
         _check_log_sum_exp(query, key, value, mask, reference)
         _check_gradients(query, key, value, mask, reference)
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, reference: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=reference)
 
 
 def _check_near(what: str, ours: Tensor, expected: Tensor, allowance: Tensor) -> None:
@@ -230,7 +226,7 @@ def _check_gradients(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask,
     rounded = [t.detach().requires_grad_() for t in (query, key, value)]
     compiled_flex_attention(inputs[0], inputs[1], inputs[2], mask).float().square().sum().backward()
     for tensors in (exact, rounded):
-        _sdpa(tensors[0], tensors[1], tensors[2], reference).float().square().sum().backward()
+        masked_sdpa(tensors[0], tensors[1], tensors[2], reference).float().square().sum().backward()
     for name, ours, expected, allowance in zip(("query", "key", "value"), inputs, exact, rounded, strict=True):
         assert ours.grad is not None
         assert expected.grad is not None
