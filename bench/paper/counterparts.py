@@ -262,7 +262,7 @@ COUNTERPARTS = (
         "Table 5",
         "ControlNet, grey images",
         IN_KIND,
-        "python -m bench.quality.controlnet",
+        "python -m bench.quality.controlnet --pictures 24",
         ("controlnet.json",),
         _controlled(
             ("grey",),
@@ -301,7 +301,7 @@ COUNTERPARTS = (
         "Table 9",
         "ControlNet, tile and blurred images",
         IN_KIND,
-        "python -m bench.quality.controlnet",
+        "python -m bench.quality.controlnet --pictures 24",
         ("controlnet.json",),
         _controlled(("tile", "blur"), "Table 5 under other conditions."),
     ),
