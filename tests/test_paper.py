@@ -87,7 +87,7 @@ def spoilt(content, name, step):
         ("clips", "chosen", 0, 0.01),
         ("properties", "relative_distance", 1e-3, 0.01),
         ("properties", "rank_limit", 0, 1),
-        ("perturb-128", "psnr", 0.05, 0.2),
+        ("perturb-128", "psnr", -30, -50),
         ("blockmask", "partial", 0, 1),
         ("blockmask", "ms", 0.1, 1e4),
     ],
@@ -100,6 +100,17 @@ def test_a_wrong_figure_is_found_and_one_within_its_bar_is_not(name, key, within
     wrong = check.compared(spoilt(content, key, beyond), content, one)
     assert wrong
     assert key in wrong[0] or "times as fast" in wrong[0]
+
+
+def test_equal_images_are_those_that_differ_by_some_rounded_values():
+    one = BY_NAME["perturb-128"]
+    assert (
+        check.compared({"psnr": 120.0}, {"psnr": 95.0}, one)
+        == check.compared({"psnr": 79.0}, {"psnr": 120.0}, one)
+        == []
+    )
+    assert check.compared({"psnr": 120.0}, {"psnr": 77.0}, one) == ["psnr is 120.0, and 77.0 now (more than 0.1 apart)"]
+    assert check.compared({"psnr": 77.9}, {"psnr": 77.5}, one)
 
 
 def test_results_of_another_shape_are_found():
