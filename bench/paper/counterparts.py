@@ -238,7 +238,7 @@ COUNTERPARTS = (
         "quality at 1024 px, all mechanisms",
         IN_KIND,
         "python -m bench.distillation.study; flexclear eval run bench/evaluation/embedded.yaml; "
-        "python -m bench.distillation.students --small 400",
+        "python -m bench.distillation.students (options: flexclear/embedded/train/RECORD.md)",
         ("distillation.json", "evaluation/results.json", "students.json"),
         _study,
     ),

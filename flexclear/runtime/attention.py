@@ -25,7 +25,7 @@ _TRAINED: tuple[tuple[SDPBackend, Callable[[], bool]], ...] = (
     (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled),
     (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
 )
-"""SDPA's kernels that have a mask and right gradients under it, and whether the process allows them."""
+"""SDPA's kernels other than cuDNN's that take a mask, and whether the process allows them."""
 _switching = threading.Lock()
 """Which kernels SDPA may use is a setting of the process."""
 
@@ -79,11 +79,12 @@ def windowed_attention(
 
 
 def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
-    """SDPA under a bool mask, with gradients that are right.
+    """SDPA under a bool mask, differentiated by other kernels than cuDNN's.
 
-    On Hopper and later GPUs PyTorch prefers cuDNN's kernel for 16-bit floats since 2.11. Its backward pass under a mask can give
-    NaN (https://github.com/pytorch/pytorch/issues/196678) or read memory that is not its own. So a call that is differentiated
-    is left to the other kernels that the process allows, unless that is none.
+    On Hopper and later GPUs PyTorch prefers cuDNN's kernel for 16-bit floats since 2.11. Its backward pass is known to give NaN
+    under some masks (https://github.com/pytorch/pytorch/issues/196678), and training through masked SDPA in bfloat16 ended in
+    NaN or an illegal memory access on an H100 (bench/results/gpu-fourth.md). So a call that is differentiated there is left to
+    the other kernels: those that the process allows, unless it allows none; in compiled code, all of them.
 
     Args:
         query, key, value: ``[B, heads, N, head_dim]``, all with as many heads.
@@ -112,7 +113,10 @@ def masked_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: 
 
 
 def _is_for_cudnn(query: Tensor) -> bool:
-    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+    """Whether cuDNN's kernel can be chosen: for 16-bit floats, which autocast makes of float32."""
+    if query.device.type != "cuda":
+        return False
+    return query.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
 
 
 def _apart(
