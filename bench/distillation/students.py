@@ -126,7 +126,7 @@ class Sizes:
 
     def __init__(self, home: Path, side: int, count: int, small: bool, device: str) -> None:
         vocabulary = read_vocabulary(embedded.model_directory())
-        counts = {side: count, **({SMALL: max(2, count // 2)} if small else {})}
+        counts = {side: count, **({SMALL: max(2, count // 2)} if small and side != SMALL else {})}
         self._parts = {
             Shipped(of).pixels: (Examiner(vocabulary, Shipped(of), number, DENOISING, device), home / f"teacher-{of}.safetensors")
             for of, number in counts.items()

@@ -149,7 +149,7 @@ def test_a_window_without_a_student_begins_with_the_teacher_s_weights(source, mo
         return trained(config=config, **given)
 
     monkeypatch.setattr(bench, "distill", watched)
-    done = invoke(source, "--window", "3", "--small", "4")
+    done = invoke(source, "--window", "3", "--small", "4", "--measure", "5")
     assert done.exit_code == 0, done.output
     assert (kept["config"].r, kept["config"].down_factor, kept["config"].initial_weights) == (3, None, None)
     assert kept["shapes"] == {(8, 32, 32)}
@@ -159,6 +159,7 @@ def test_a_window_without_a_student_begins_with_the_teacher_s_weights(source, mo
     row = json.loads((source.parent / "out" / "students.json").read_text())["students"]["r = 3, distilled"]
     (after,) = row["rounds"]
     assert row["before"]["128"]["psnr"] != after["measured"]["128"]["psnr"]
+    assert after["measured"]["128"]["pictures"] == 5, "of the one size that there is, not half as many"
 
 
 def test_sets_of_two_sizes_are_joined_and_those_of_two_models_are_not():
